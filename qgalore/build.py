@@ -1,0 +1,297 @@
+"""From a configuration to objects that run: the only module that knows everyone."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from . import checkpoint
+from . import config as configuration
+from .config import METHODS, Config
+from .data.order import SampleOrder
+from .data.packing import PackedSequences
+from .data.sources import documents, fingerprint
+from .data.tokenizer import load_tokenizer, train_tokenizer
+from .data.tokens import TokenFile, tokenize_to_disk
+from .errors import ConfigError
+from .export import huggingface
+from .lowrank.optimizer import LowRankOptimizer, optimizer
+from .lr import lr_at
+from .models import loading
+from .models.convert import convert
+from .models.loss import check_isolation
+from .stats import Records
+
+HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
+
+
+@dataclass
+class Run:
+    """A built run: the trained objects, the folder, and ``loop``, the keyword arguments of ``loop.Loop``."""
+
+    config: Config
+    folder: Path
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    valid: PackedSequences
+    loop: dict[str, Any]
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device asked for. Raises :class:`ConfigError` if it is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch sees no CUDA device here; set device=cpu or device=auto")
+    name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _say(key: str, text: str) -> None:
+    print(f"{key + ':':<11}{text}", flush=True)
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer named in the configuration, or a byte-level BPE trained on the corpus and cached."""
+    data = config.data
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    digest = hashlib.sha256(f"{fingerprint(data.train)}|{data.text_key}|{data.vocab_size}".encode()).hexdigest()[:16]
+    folder = Path(data.cache_dir) / f"tokenizer-{digest}"
+    if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        _say("tokenizer", f"cached, {folder}")
+        return load_tokenizer(str(folder))
+    _say("tokenizer", f"training byte-level BPE with {data.vocab_size} entries on {data.train}")
+    tokenizer = train_tokenizer(documents(data.train, text_key=data.text_key), vocab_size=data.vocab_size)
+    building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save_pretrained(building)
+        if not folder.exists():
+            building.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"the tokenizer cannot be cached in {folder}: {error}; set data.cache_dir") from error
+    return tokenizer
+
+
+def build_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenFile, PackedSequences, PackedSequences]:
+    """The training tokens, and the packed training and held-out samples."""
+    data, train = config.data, config.train
+    read = partial(tokenize_to_disk, tokenizer=tokenizer, cache_dir=data.cache_dir, text_key=data.text_key)
+    needed = train.max_steps * train.micro_batch_size * train.grad_accumulation * data.sequence_length + 1
+    limit = data.max_tokens or (None if Path(data.train).exists() else needed)
+    tokens = read(data.train, max_tokens=limit)
+    if data.valid is not None:
+        limit = None if Path(data.valid).exists() else HUB_VALIDATION_TOKENS
+        held_out = read(data.valid, split=data.valid_split, max_tokens=limit)
+    else:
+        tokens, held_out = tokens.split_tail(data.valid_fraction)
+        _say("held out", f"the last {data.valid_fraction:.1%} of {data.train} (set data.valid to choose)")
+    pack = partial(PackedSequences, sequence_length=data.sequence_length, document_attention=data.document_attention)
+    packed, valid = pack(tokens), pack(held_out)
+    epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
+    _say(
+        "data",
+        f"{len(tokens.tokens):,} tokens in {tokens.n_documents:,} documents, {len(packed):,} samples of "
+        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {len(valid):,} samples",
+    )
+    return tokens, packed, valid
+
+
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: int, device: torch.device) -> nn.Module:
+    """The model in its dtype, converted as the method says, on the device."""
+    section = config.model
+    dtype = getattr(torch, section.dtype)
+    if section.path is not None:
+        model = loading.pretrained(section.path, dtype=dtype)
+    else:
+        shape = loading.model_config(
+            section.config,
+            tokenizer_size=len(tokenizer),
+            overrides=section.overrides,
+            report=lambda line: _say("model", line.removeprefix("model: ")),
+        )
+        loading.check_vocabulary(shape, highest_id, len(tokenizer))
+        model = loading.from_scratch(shape, dtype=dtype, seed=config.run.seed)
+    loading.check_vocabulary(model.config, highest_id, len(tokenizer))
+    loading.check_positions(model.config, config.data.sequence_length)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if section.path is None:
+            setattr(model.config, token, getattr(tokenizer, token))
+            setattr(model.generation_config, token, getattr(tokenizer, token))
+    if config.data.document_attention == "isolated":
+        check_isolation(model)
+    if METHODS[config.method][0]:
+        print(_convert(config, model), flush=True)
+    else:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        _say(
+            "model", f"{sum(p.numel() for p in parameters):,} values in {len(parameters)} tensors, all trained in full"
+        )
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device)
+
+
+def _convert(config: Config, model: nn.Module):
+    low = config.lowrank
+    return convert(
+        model,
+        rank=None if low.rank == "full" else low.rank,
+        proj_type=low.proj_type,
+        weight_format=low.weight_format,
+        group_size=low.group_size,
+        basis_format=low.basis_format,
+        grad_dtype=getattr(torch, low.grad_dtype),
+        include=low.include,
+        exclude=low.exclude,
+    )
+
+
+def build_optimizer(config: Config, model: nn.Module) -> LowRankOptimizer:
+    """The optimizer over every trainable tensor of ``model``."""
+    train, low = config.train, config.lowrank
+    options = {"betas": train.betas, "eps": train.eps} if train.optimizer in ("adamw", "adamw8bit") else {}
+    schedule = ("update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger")
+    return optimizer(
+        model,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        inner=train.optimizer,
+        inner_options=train.optimizer_options,
+        stepping=train.stepping,
+        seed=config.run.seed,
+        **options,
+        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "similarity", "moments")},
+    )
+
+
+def _run_folder(config: Config, resuming: bool) -> Path:
+    """The run's folder. Raises :class:`ConfigError` rather than mix a new run into an old one's files."""
+    folder = Path(config.run.dir) / config.run.name
+    if not resuming and ((folder / "metrics.jsonl").exists() or checkpoint.steps_in(folder / "checkpoints")):
+        raise ConfigError(
+            f"{folder} already holds a run; continue it with --resume auto, choose another run.name, or delete it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be made: {error}; set run.dir") from error
+    return folder
+
+
+def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
+    if resume is None:
+        return None
+    if resume != "auto":
+        checkpoint.read_state(Path(resume))
+        return Path(resume)
+    found = checkpoint.steps_in(folder / "checkpoints")
+    if not found:
+        _say("resume", f"no checkpoint in {folder / 'checkpoints'}; starting from the beginning")
+        return None
+    return found[-1]
+
+
+def _restore(run: Run, source: Path) -> None:
+    """Bring a built run to the state of a checkpoint."""
+    different = configuration.differences(checkpoint.read_state(source)["config"], run.config)
+    if different:
+        listing = "\n".join(f"  {line}" for line in different)
+        raise ConfigError(
+            f"{source} was made with another configuration:\n{listing}\n"
+            f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
+        )
+    state = checkpoint.load_into(source, run.model, run.loop["optimizer"])
+    position = run.loop["position"]
+    position.step, position.tokens = state["position"]["step"], state["position"]["tokens"]
+    position.sample = tuple(state["position"]["sample"])
+    for name in ("metrics.jsonl", "subspace.jsonl"):
+        Records(run.folder / name).cut_back(position.step)
+    _say("resume", f"{source}, after step {position.step}")
+
+
+def build(config: Config, resume: str | None, position: Any) -> Run:
+    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint; ``position`` is a fresh Position."""
+    device = choose_device(config)
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    remarks = configuration.remarks(config)
+    config = configuration.resolve(config, device.type, bf16)
+    folder = _run_folder(config, resume is not None)
+    source = _checkpoint_to_resume(folder, resume)
+    _say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
+    _say("optimizer", f"{config.train.optimizer}, {_stepping(config)}")
+    for remark in remarks:
+        _say("note", remark)
+    tokenizer = build_tokenizer(config)
+    tokens, packed, valid = build_data(config, tokenizer)
+    model = build_model(config, tokenizer, tokens.vocab_high, device)
+    train = config.train
+    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
+    shared = ("max_steps", "micro_batch_size", "grad_accumulation", "clip_grad_norm", "eval_every", "eval_batches")
+    loop = {
+        "model": model,
+        "optimizer": build_optimizer(config, model),
+        "train": packed,
+        "valid": valid,
+        "order": SampleOrder(len(packed), config.run.seed),
+        "device": device,
+        "folder": folder,
+        "lr_at": partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
+        "position": position,
+        "run_state": {"config": config.model_dump(mode="json"), "torch": torch.__version__},
+        "seed": config.run.seed,
+        **{name: getattr(train, name) for name in (*shared, "save_every", "keep_last")},
+    }
+    run = Run(config, folder, model, tokenizer, valid, loop)
+    if source is not None:
+        _restore(run, source)
+    (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    return run
+
+
+def _stepping(config: Config) -> str:
+    train = config.train
+    if train.stepping == "fused":
+        return "fused stepping: each tensor steps inside backward and its gradient is freed at once"
+    asked = [f"grad_accumulation {train.grad_accumulation}"] if train.grad_accumulation > 1 else []
+    asked += [f"clip_grad_norm {train.clip_grad_norm:g}"] if train.clip_grad_norm > 0 else []
+    return f"deferred stepping ({' and '.join(asked) or 'as asked'}): gradients are kept until the step"
+
+
+@torch.no_grad()
+def sample_text(run: Run) -> str:
+    """A prompt and what the model makes of it, at temperature 0.8, a function of the run's seed."""
+    section = run.config.sample
+    device = run.model.get_input_embeddings().weight.device
+    if section.prompt is None:
+        ids = run.valid.batch([0])["input_ids"][:, :16]
+    else:
+        ids = run.tokenizer(section.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    torch.manual_seed(run.config.run.seed)
+    run.model.eval()
+    ids = ids.to(device)
+    output = run.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=section.max_new_tokens,
+        do_sample=True,
+        temperature=0.8,
+        pad_token_id=run.tokenizer.eos_token_id,
+    )
+    return run.tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def finish(run: Run) -> None:
+    """What happens after the last step: a sample and the exports."""
+    if run.config.sample.max_new_tokens:
+        _say("sample", sample_text(run))
+    for fmt in run.config.export.formats:
+        target = run.folder / "export" / fmt
+        huggingface.save(run.model, run.tokenizer, target)
+        _say("export", f"{target} (bf16 safetensors, config and tokenizer for transformers)")

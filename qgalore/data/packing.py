@@ -1,0 +1,84 @@
+"""Fixed-length training rows cut from a flat stream of tokens."""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from qgalore.errors import ConfigError
+
+IGNORED = -100  # the label that torch's cross entropy and transformers leave out
+
+
+class TokenStream(Protocol):
+    """What packing needs of a token file: tokens (n,) of any integer dtype, offsets (documents + 1,) int64."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+class PackedSequences:
+    """Rows of ``sequence_length`` (L) tokens with their targets, documents following each other without padding.
+
+    Sample i covers tokens i*L .. i*L + L: its first L are the inputs, its last L the targets. ``len()`` is the number
+    of samples; ``dropped_tokens`` the tokens after the last whole window.
+
+    document_attention: ``"isolated"``: positions restart at 0 where a document starts (a document cut by the row's
+        start begins at 0 there), and the target of a document's last token, which is another document's first, is
+        ignored. transformers then keeps documents apart on its own, for any batch size with sdpa, eager and flex
+        attention and for batch size 1 with flash attention, if and only if the model is called with these
+        ``position_ids``, no ``attention_mask`` and ``use_cache=False``: a cache, the default of most configurations,
+        switches this off without a word.
+        ``"joined"``: positions run through the row and every token may see all before it.
+
+    Raises ConfigError for data shorter than one window, a ``sequence_length`` below 1, another ``document_attention``.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenStream,
+        *,
+        sequence_length: int,
+        document_attention: Literal["isolated", "joined"] = "isolated",
+    ):
+        if sequence_length < 1:
+            raise ConfigError(f"sequence_length is {sequence_length}; it must be at least 1.")
+        if document_attention not in ("isolated", "joined"):
+            raise ConfigError(f"document_attention is {document_attention!r}; it must be 'isolated' or 'joined'.")
+        total = len(tokens.tokens)
+        self._n_samples = max(total - 1, 0) // sequence_length
+        if self._n_samples == 0:
+            raise ConfigError(
+                f"the data has {total} tokens, and one sample of sequence_length {sequence_length} needs "
+                f"{sequence_length + 1}; give more data or set a sequence_length of at most {max(total - 1, 1)}."
+            )
+        self.sequence_length = sequence_length
+        self.document_attention = document_attention
+        self.dropped_tokens = total - (self._n_samples * sequence_length + 1)
+        self._tokens = tokens.tokens
+        self._offsets = np.asarray(tokens.offsets)
+
+    def __len__(self) -> int:
+        return self._n_samples
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The samples at ``indices``: ``input_ids``, ``labels``, ``position_ids``, each int64 (len(indices), L) on CPU.
+
+        ``labels[b, t]`` is the target of ``input_ids[b, t]`` (already shifted: transformers' own ``labels`` argument
+        would shift it again), or -100. In isolated mode a row of one-token documents has no other label, so a mean
+        over the labels that count must allow for none. Raises IndexError for an index outside 0 .. len() - 1.
+        """
+        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if rows.size and not (rows.min() >= 0 and rows.max() < self._n_samples):
+            raise IndexError(f"sample indices {rows.min()} .. {rows.max()} go outside 0 .. {self._n_samples - 1}")
+        starts = rows[:, None] * self.sequence_length
+        where = starts + np.arange(self.sequence_length + 1, dtype=np.int64)
+        window = np.asarray(self._tokens[where]).astype(np.int64)
+        labels, positions = window[:, 1:].copy(), where[:, :-1] - starts
+        if self.document_attention == "isolated":
+            document = np.searchsorted(self._offsets, where, side="right") - 1
+            positions = where[:, :-1] - np.maximum(self._offsets[document[:, :-1]], starts)
+            labels[document[:, 1:] != document[:, :-1]] = IGNORED
+        arrays = {"input_ids": window[:, :-1].copy(), "labels": labels, "position_ids": positions}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,20 @@
+"""Telling a path from a Hugging Face id, and helping with a path that does not exist."""
+
+import difflib
+from pathlib import Path
+
+
+def looks_like_path(name: str, endings: tuple[str, ...]) -> bool:
+    """True when ``name`` can only be meant as a path: it has one of ``endings``, starts as paths do, or exists."""
+    if name.endswith(endings) or name.startswith(("./", "../", "/", "~")) or name in (".", ".."):
+        return True
+    return Path(name).exists()
+
+
+def close_names(path: Path) -> str:
+    """A sentence on what could be meant by ``path``, which does not exist; empty when there is nothing to suggest."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"The folder {str(folder)!r} does not exist either."
+    close = difflib.get_close_matches(path.name, sorted(entry.name for entry in folder.iterdir()), n=3, cutoff=0.6)
+    return f"Close names in that folder: {', '.join(close)}." if close else ""

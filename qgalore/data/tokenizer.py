@@ -1,0 +1,107 @@
+"""Loading a tokenizer by name or path, and training a small byte-level one."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qgalore.data.paths import close_names, looks_like_path
+from qgalore.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte, and the end-of-text token
+# End-of-document tokens by the names the usual model families give them, for a tokenizer.json that comes alone.
+_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+
+
+def load_tokenizer(name_or_path: str, *, report: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder, in a single ``tokenizer.json``, or of a Hugging Face model id.
+
+    A ``tokenizer.json`` without a ``tokenizer_config.json`` beside it does not say which token ends a document: one
+    with a usual name is then taken, and a line printed. Never runs code that comes with a tokenizer.
+    Raises ConfigError for a path that does not exist, a folder or file without a usable tokenizer, a Hub failure.
+    """
+    if not looks_like_path(name_or_path, (".json",)):
+        return _from_pretrained(name_or_path, "Without network give a local folder or tokenizer.json, or set HF_HOME.")
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        raise ConfigError(f"tokenizer {name_or_path!r} does not exist. {close_names(path)}".rstrip())
+    if path.is_dir():
+        return _from_pretrained(str(path), "A tokenizer folder needs a tokenizer.json or its model's vocabulary files.")
+    if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
+        return _from_pretrained(str(path.parent), "Check that tokenizer.json and tokenizer_config.json are complete.")
+    return _from_file(path, report)
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, report: Callable[[str], None] = print
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with at most ``vocab_size`` tokens, the same for the same texts.
+
+    Any text round-trips, since every byte is a token. ``<|endoftext|>`` (id 0) is bos, eos and pad.
+    Prints the size reached when the texts have too few repeated pairs for ``vocab_size``.
+    Raises ConfigError for ``vocab_size`` below 257 and for texts without a single character.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {SMALLEST_VOCABULARY}: the 256 bytes "
+            f"and {END_OF_TEXT}."
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        # A pair seen once would make a token that is never trained.
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    characters = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield text
+
+    backend.train_from_iterator(counted(), trainer)
+    if characters == 0:
+        raise ConfigError("there is no text to train a tokenizer on; give a data source with some text in it.")
+    reached = backend.get_vocab_size()
+    if reached < vocab_size:
+        report(f"tokenizer: the text ({characters} characters) yields {reached} tokens, not the {vocab_size} asked for")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def _from_pretrained(name: str, remedy: str) -> PreTrainedTokenizerBase:
+    # The Hub, its clients and each tokenizer class raise many types, and all mean the same to the user.
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        raise ConfigError(
+            f"no tokenizer could be loaded from {name!r} ({type(error).__name__}: {lines[0]}). {remedy}"
+        ) from error
+
+
+def _from_file(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:
+        raise ConfigError(
+            f"{str(path)!r} is not a tokenizer.json ({type(error).__name__}: {error}); give one written by the "
+            "tokenizers library, or a tokenizer folder."
+        ) from error
+    if tokenizer.eos_token is None:
+        vocabulary = tokenizer.get_vocab()
+        end = next((name for name in _KNOWN_ENDS if name in vocabulary), None)
+        if end is not None:
+            tokenizer.eos_token = end
+            report(f"tokenizer: {str(path)!r} does not say which token ends a document; {end} is used")
+    return tokenizer

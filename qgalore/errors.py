@@ -1,0 +1,37 @@
+"""Errors a user can cause, each with the process exit code it ends in.
+
+Every message names the value, the rule it broke and the remedy. Anything that only a bug of ours can cause is an
+``assert`` or an ordinary exception instead, and shows its traceback.
+"""
+
+
+class QGaloreError(Exception):
+    """Base class: ``train.py`` prints the message without a traceback and exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class ConfigError(QGaloreError):
+    """Bad configuration, data, model folder or environment."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(QGaloreError):
+    """The run needs more memory than there is."""
+
+    exit_code = 3
+
+
+class NumericalError(QGaloreError):
+    """A loss or gradient that is not finite."""
+
+    exit_code = 4
+
+
+class Interrupted(QGaloreError):
+    """A signal ended the run after its state was saved; the code is the shell's 128 + signal number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,42 @@
+"""Held-out loss and perplexity."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``loss``: mean over ``tokens`` target tokens, in nats; ``perplexity``: its exponential."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Sequence[Callable[[], dict[str, Tensor]]],
+    summed_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+    target_tokens: Callable[[dict[str, Tensor]], int],
+    device: torch.device,
+) -> Evaluation:
+    """Token-weighted mean loss over ``batches`` (each a function that makes one), in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for make in batches:
+        batch = make()
+        count = target_tokens(batch)
+        if count:
+            total += float(summed_loss(model, {name: value.to(device) for name, value in batch.items()}))
+            tokens += count
+    model.train(was_training)
+    return Evaluation(total / max(tokens, 1), tokens)

@@ -1,0 +1,211 @@
+"""The training loop. It receives built objects and knows neither configuration nor formats."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .data.order import SampleOrder
+from .data.packing import PackedSequences
+from .errors import Interrupted, NumericalError
+from .evaluate import Evaluation, evaluate
+from .lowrank.optimizer import LowRankOptimizer
+from .models.loss import summed_loss, target_tokens
+from .quant.counter import derive_key
+from .stats import ProgressLine, Records, memory_bytes
+
+
+@dataclass
+class Position:
+    """Where a run is: optimizer steps done, (epoch, index) of the next sample, target tokens seen."""
+
+    step: int = 0
+    sample: tuple[int, int] = (0, 0)
+    tokens: int = 0
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a request that the loop sees after its step; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.number = number
+        print(
+            f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)", flush=True
+        )
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+@dataclass
+class Loop:
+    """Trains ``model`` to ``max_steps``; see :meth:`run`. ``lr_at(step)`` gives the learning rate of a step (from 0).
+
+    ``run_state`` goes into every checkpoint beside the position; ``folder`` is the run's own.
+    """
+
+    model: nn.Module
+    optimizer: LowRankOptimizer
+    train: PackedSequences
+    valid: PackedSequences
+    order: SampleOrder
+    device: torch.device
+    folder: Path
+    lr_at: Callable[[int], float]
+    position: Position
+    run_state: dict[str, Any]
+    seed: int
+    max_steps: int
+    micro_batch_size: int
+    grad_accumulation: int
+    clip_grad_norm: float
+    eval_every: int
+    eval_batches: int | None
+    save_every: int | None
+    keep_last: int
+
+    def __post_init__(self) -> None:
+        self.metrics = Records(self.folder / "metrics.jsonl")
+        self.subspace = Records(self.folder / "subspace.jsonl")
+
+    def run(self) -> Evaluation:
+        """Train, evaluate, record, save. Returns the last evaluation.
+
+        Raises :class:`NumericalError` for a loss or gradient that is not finite, and :class:`Interrupted` after a
+        signal; the state is saved first in both cases.
+        """
+        progress = ProgressLine(self.max_steps)
+        self.model.train()
+        latest = None
+        with StopSignal() as stop:
+            while self.position.step < self.max_steps:
+                row = self._guarded_step()
+                self.metrics.append([row])
+                self.subspace.append(self._drain_events())
+                progress.show(row, self.optimizer.refresh_counts())
+                step = self.position.step
+                last = step == self.max_steps
+                if last or step % self.eval_every == 0:
+                    latest = self._evaluate()
+                if last or (self.save_every and step % self.save_every == 0) or stop.number is not None:
+                    self._save()
+                if stop.number is not None and not last:
+                    raise Interrupted(
+                        f"stopped by a signal; step {step} is saved, go on with --resume auto", stop.number
+                    )
+        return latest or self._evaluate()
+
+    def _guarded_step(self) -> dict[str, Any]:
+        """One step; on a numerical failure the untouched state is saved before the error goes on."""
+        try:
+            return self._step()
+        except NumericalError as error:
+            advice = "Lower train.lr, lengthen train.warmup_steps or set train.clip_grad_norm"
+            if self.optimizer.inside_step:
+                raise NumericalError(f"{error}. The step is half taken, so nothing was saved. {advice}") from error
+            self.optimizer.zero_grad()
+            saved = self._save()
+            raise NumericalError(f"{error}. The weights before this step are saved in {saved}. {advice}") from error
+
+    def _step(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        step = self.position.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(step)
+        torch.manual_seed(derive_key(self.seed, step)[0] & 0x7FFFFFFF)  # dropout is a function of the step alone
+        count = self.micro_batch_size * self.grad_accumulation
+        indices, after = self.order.take(self.position.sample, count)
+        batches = [
+            self.train.batch(indices[i : i + self.micro_batch_size]) for i in range(0, count, self.micro_batch_size)
+        ]
+        tokens = sum(target_tokens(batch) for batch in batches)
+        loss = sum(self._backward(batch, tokens) for batch in batches)
+        norm = self._take_step()
+        self.position = Position(step + 1, after, self.position.tokens + tokens)
+        if self.position.step == 1 and self.optimizer.untouched:
+            names = self.optimizer.untouched
+            print(
+                f"warning: {len(names)} tensors got no gradient in the first step, for example {names[0]}", flush=True
+            )
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "tokens": self.position.tokens,
+            "tokens_per_second": tokens / (time.perf_counter() - started),
+            "memory_bytes": memory_bytes(self.device),
+        }
+
+    def _backward(self, batch: dict[str, Tensor], tokens: int) -> float:
+        """Forward and backward of one micro-batch; returns its share of the step's mean loss."""
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        loss = summed_loss(self.model, batch) / max(tokens, 1)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NumericalError(f"the loss is {value} in step {self.position.step + 1}")
+        loss.backward()
+        return value
+
+    def _take_step(self) -> float:
+        """Refresh, clip and step; returns the gradient norm before clipping."""
+        if self.clip_grad_norm > 0:
+            self.optimizer.refresh()
+            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm))
+            self.optimizer.step()
+            return norm
+        self.optimizer.step()
+        return self.optimizer.grad_norm
+
+    def _drain_events(self) -> list[dict[str, Any]]:
+        """Refresh records of this step, with the step numbered as in metrics.jsonl (from 1)."""
+        rows = [{**event, "step": event["step"] + 1} for event in self.optimizer.events]
+        self.optimizer.events.clear()
+        return rows
+
+    def _evaluate(self) -> Evaluation:
+        size = self.micro_batch_size
+        starts = range(0, len(self.valid), size)[: self.eval_batches]
+        batches = [partial(self.valid.batch, range(s, min(s + size, len(self.valid)))) for s in starts]
+        result = evaluate(self.model, batches, summed_loss, target_tokens, self.device)
+        row = {"step": self.position.step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        self.metrics.append([row])
+        print(
+            f"step {self.position.step}/{self.max_steps} | held-out loss {result.loss:.4f} | "
+            f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens)",
+            flush=True,
+        )
+        return result
+
+    def _save(self) -> Path:
+        folder = self.folder / "checkpoints"
+        state = {**self.run_state, "position": vars(self.position)}
+        path = checkpoint.save(
+            folder / checkpoint.name_for(self.position.step), self.model, self.optimizer.state_dict(), state
+        )
+        checkpoint.prune(folder, self.keep_last)
+        return path

@@ -1,0 +1,161 @@
+"""A linear layer whose weight is stored, not trained, beside a zero leaf Δ whose gradient is the projected gradient.
+
+    Y = X (W + L Δ R̂ᵀ)ᵀ at Δ = 0,   so   dL/dΔ = (dY L)ᵀ (X R̂),
+
+with L, R̂ a basis or the identity: GaLore's R = Lᵀ G R̂ without ever forming G = dYᵀX. In a step whose subspace is
+refreshed the second leaf, ``probe`` (out, in), requires grad instead and receives G itself.
+Both leaves are one zero, expanded: they own no memory. ``docs/method.md`` derives this.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..quant import basis as formats
+from ..quant.int8 import dequantize, quantize
+from . import sides
+
+
+class Basis(nn.Module):
+    """Stored orthonormal columns (dim, rank) in one of ``quant.basis.FORMATS``; zero until first assigned."""
+
+    def __init__(self, dim: int, rank: int, fmt: str, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.dim, self.rank, self.fmt = dim, rank, fmt
+        codes, scale = formats.empty(rank, dim, fmt, device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def assign(self, columns: Tensor) -> None:
+        """Store ``columns`` fp32 (dim, rank)."""
+        codes, scale = formats.encode(columns.T.contiguous(), self.fmt)
+        self.codes.copy_(codes)
+        if scale is not None:
+            self.scale.copy_(scale)
+
+    def columns(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The stored basis (dim, rank), as the forward and the merge use it."""
+        return formats.decode(self.codes, self.scale, self.dim, self.fmt, dtype).T
+
+
+def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(*shape), requires_grad=requires_grad)
+
+
+class _DeltaLinear(torch.autograd.Function):
+    """Y = X Wᵀ; backward gives dX and whichever of dΔ, dprobe is asked for. The float W lives only inside each call."""
+
+    @staticmethod
+    def forward(ctx, x, weight, weight_scale, left, left_scale, right, right_scale, delta, probe, fmt):
+        ctx.save_for_backward(x, weight, weight_scale, left, left_scale, right, right_scale)
+        ctx.fmt = fmt
+        ctx.delta_dtype = delta.dtype
+        dense = weight.to(x.dtype) if weight_scale is None else dequantize(weight, weight_scale, x.dtype)
+        return torch.nn.functional.linear(x, dense)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight, weight_scale, left, left_scale, right, right_scale = ctx.saved_tensors
+        grad_x = grad_delta = grad_probe = None
+        dense = weight.to(x.dtype) if weight_scale is None else dequantize(weight, weight_scale, x.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output @ dense
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        columns = x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[8]:
+            grad_probe = (rows.T @ columns).to(ctx.delta_dtype)
+        if ctx.needs_input_grad[7]:
+            if left is not None:
+                rows = rows @ formats.decode(left, left_scale, weight.shape[0], ctx.fmt, x.dtype).T
+            if right is not None:
+                columns = columns @ formats.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
+            grad_delta = (rows.T @ columns).to(ctx.delta_dtype)
+        return grad_x, None, None, None, None, None, None, grad_delta, grad_probe, None
+
+
+class LowRankLinear(nn.Module):
+    """Replacement for ``nn.Linear`` (and transformers' ``Conv1D``) with GaLore's gradient as ``delta.grad``.
+
+    ``weight``: (out, in), int8 with ``weight_scale`` bf16 (out, in / group_size), or floating point with
+    ``weight_scale`` None; it never requires grad. ``left`` / ``right``: :class:`Basis` or None (identity).
+    ``delta``: (r or out, r or in) and ``probe``: (out, in), zero leaves of dtype ``grad_dtype``. Computes in x's dtype.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        rank: int | None,
+        proj_type: str = "std",
+        basis_format: str = "int4",
+        group_size: int | None = None,
+        grad_dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+    ) -> None:
+        """``weight`` (out, in) float; ``rank`` None means no projection; ``group_size`` None keeps the weight as it is;
+        ``transposed`` records that the layer it replaces stores (in, out), for export."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.rank, self.transposed = rank, transposed
+        device = weight.device
+        with_left, with_right = (False, False)
+        if rank is not None:
+            with_left, with_right = sides.basis_sides(*weight.shape, proj_type)
+        scale = None
+        if group_size is not None:
+            weight, scale = quantize(weight.detach(), group_size)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.register_buffer("weight_scale", scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
+        self.left = Basis(self.out_features, rank, basis_format, device) if with_left else None
+        self.right = Basis(self.in_features, rank, basis_format, device) if with_right else None
+        self.basis_format = basis_format
+        shape = (rank if with_left else self.out_features, rank if with_right else self.in_features)
+        self.delta = _zero_leaf(*shape, dtype=grad_dtype, device=device, requires_grad=True)
+        self.probe = _zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
+
+    def columns(self) -> tuple[Tensor | None, Tensor | None]:
+        """The stored bases (L, R̂) as fp32 (dim, rank), None for the identity."""
+        return tuple(None if side is None else side.columns() for side in (self.left, self.right))
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The stored weight (out, in) in ``dtype``."""
+        if self.weight_scale is None:
+            return self.weight.detach().to(dtype)
+        return dequantize(self.weight, self.weight_scale, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        stored = []
+        for side in (self.left, self.right):
+            stored += [None, None] if side is None else [side.codes, side.scale]
+        y = _DeltaLinear.apply(x, self.weight, self.weight_scale, *stored, self.delta, self.probe, self.basis_format)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _leaves(self) -> dict[str, nn.Parameter]:
+        return {"delta": self.delta, "probe": self.probe}
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move or cast everything but the leaves, which are made anew: moving an expanded tensor would fill it in."""
+        leaves = self._leaves()
+        for name in leaves:
+            del self._parameters[name]
+        super()._apply(fn, recurse)
+        for name, leaf in leaves.items():
+            leaf.data = torch.zeros((), dtype=leaf.dtype, device=self.weight.device).expand(leaf.shape)
+            self._parameters[name] = leaf
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._leaves():
+            del destination[prefix + name]
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        missing[:] = [key for key in missing if key not in {prefix + name for name in self._leaves()}]
+
+    def extra_repr(self) -> str:
+        kind = "int8" if self.weight_scale is not None else str(self.weight.dtype).removeprefix("torch.")
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, weight={kind}"

@@ -1,0 +1,70 @@
+"""What an inner optimizer's moments become when a layer's subspace changes: ``keep``, ``rotate`` or ``reset``.
+
+``rotate`` expresses the moments in the new coordinates: with C = P_newᵀ P_old, m ← m Cᵀ and v ← v (C∘C)ᵀ on a right
+basis (C m and (C∘C) v on a left one). The second moment stays non-negative, and for P_new = P_old both are unchanged.
+"""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+POLICIES = ("keep", "rotate", "reset")
+# (first moment, second moment) names in the state of an optimizer for one parameter.
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
+SECOND_MOMENTS = ("exp_avg_sq", "state2")
+BLOCK = 256  # bitsandbytes' blockwise states: one absmax for 256 values
+
+
+def change_of_basis(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """C = P_newᵀ P_old (r, r), or None where the side is the identity."""
+    return None if old is None or new is None else new.T @ old
+
+
+def _turn(moment: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    moment = moment if left is None else left @ moment
+    return moment if right is None else moment @ right.T
+
+
+def _squared(change: Tensor | None) -> Tensor | None:
+    return None if change is None else change.square()
+
+
+def _rotate_entry(state: dict, name: str, left: Tensor | None, right: Tensor | None) -> None:
+    """Rotate one moment in place, through fp32; 8-bit ones through bitsandbytes' public blockwise functions."""
+    stored = state[name]
+    number = name[-1]
+    if stored.dtype != torch.uint8:
+        stored.copy_(_turn(stored.float(), left, right))
+        return
+    import bitsandbytes.functional as bnb
+
+    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
+    moment = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK).view(stored.shape)
+    turned = _turn(moment.float(), left, right).contiguous()
+    quantized, fresh = bnb.quantize_blockwise(turned.view(-1), code=code, blocksize=BLOCK)
+    stored.copy_(quantized.view(stored.shape))
+    absmax.copy_(fresh.absmax)
+
+
+def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | None) -> None:
+    """Rotate ``leaf``'s moments by the changes of basis ``left`` and ``right`` (each (r, r) or None).
+
+    Raises ``ValueError`` if the optimizer keeps a tensor of the leaf's shape that is not a known moment.
+    """
+    state = inner.state.get(leaf, {})
+    known = FIRST_MOMENTS + SECOND_MOMENTS
+    for name, value in state.items():
+        if torch.is_tensor(value) and value.shape == leaf.shape and name not in known:
+            raise ValueError(
+                f"{type(inner).__name__} keeps {name!r}, which is not a moment that 'rotate' knows ({', '.join(known)}); "
+                "set moments: keep or moments: reset"
+            )
+    for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
+        for name in names:
+            if torch.is_tensor(state.get(name)):
+                _rotate_entry(state, name, *sides)
+
+
+def reset(inner: Optimizer, leaf: Tensor) -> None:
+    """Forget the leaf's state, its step count included, so that bias correction starts again."""
+    inner.state.pop(leaf, None)

@@ -1,0 +1,217 @@
+"""One slot for each trained tensor: where its gradient arrives, the leaf its inner optimizer steps, where that merges."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..quant import dense as dense_grid
+from ..quant import int8 as int8_grid
+from ..quant.counter import derive_key
+from . import moments, projector, sides
+from .linear import LowRankLinear
+from .schedule import LazySchedule
+
+
+@dataclass(frozen=True)
+class RefreshOptions:
+    """How a basis is found and compared (``projector``) and what the moments do (``moments``)."""
+
+    method: str = "randomized"
+    similarity: str = "overlap"
+    moments: str = "rotate"
+    power_iterations: int = 2
+    seed: int = 0
+
+
+class Slot:
+    """State common to both kinds: ``leaf`` is an fp32 view into scratch memory that all slots share, real only while
+    ``inner`` steps it from zero. ``index`` numbers the slot's random streams."""
+
+    def __init__(self, name: str, index: int, shape: torch.Size) -> None:
+        self.name, self.index, self.shape = name, index, shape
+        self.leaf: nn.Parameter | None = None
+        self.inner: Optimizer | None = None
+
+    def attach(self, scratch: Tensor, factory) -> None:
+        """Place the leaf in ``scratch`` (fp32, flat, large enough) and give it an inner optimizer."""
+        self.leaf = nn.Parameter(scratch[: self.shape.numel()].view(self.shape))
+        self.inner = factory([self.leaf])
+
+    def inner_step(self, gradient: Tensor, lr: float) -> Tensor:
+        """The inner optimizer's step from zero: Δ, fp32, valid until another slot steps."""
+        with torch.no_grad():
+            self.leaf.zero_()
+        self.leaf.grad = gradient.to(torch.float32).contiguous()
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+        self.leaf.grad = None
+        return self.leaf.detach()
+
+
+class DenseSlot(Slot):
+    """A tensor trained in full: embeddings, head, norms, biases, and everything under ``method: adamw``.
+
+    fp32 tensors take the update as it is. Large bf16 ones are rounded stochastically; bf16 vectors (norms, biases) keep
+    an fp32 master, since a stochastic walk of a few thousand values is worth avoiding for four bytes each.
+    """
+
+    def __init__(self, name: str, index: int, parameter: nn.Parameter) -> None:
+        super().__init__(name, index, parameter.shape)
+        self.parameter = parameter
+        needs_master = parameter.dtype != torch.float32 and parameter.ndim < 2
+        self.master = parameter.detach().to(torch.float32) if needs_master else None
+
+    def leaves(self) -> list[nn.Parameter]:
+        return [self.parameter]
+
+    def arm(self, step: int) -> None:
+        """Nothing to choose: the parameter always receives its gradient."""
+
+    def gradient(self) -> Tensor | None:
+        return self.parameter.grad
+
+    def drop_gradient(self) -> None:
+        self.parameter.grad = None
+
+    @torch.no_grad()
+    def merge(self, delta: Tensor, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        target = self.parameter.detach() if self.master is None else self.master
+        rows = target.view(target.shape[0], -1) if target.ndim > 1 else target.view(1, -1)
+        flat = delta.view(rows.shape)
+        dense_grid.write_back(rows, lambda a, b: flat[a:b], shrink=shrink, key=key)
+        if self.master is not None:
+            self.parameter.copy_(self.master)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the model's own tensors."""
+        return {} if self.master is None else {"master": self.master}
+
+
+class LowRankSlot(Slot):
+    """A :class:`LowRankLinear`'s weight, with its refresh schedule."""
+
+    def __init__(
+        self, name: str, index: int, module: LowRankLinear, schedule: LazySchedule, options: RefreshOptions
+    ) -> None:
+        super().__init__(name, index, module.delta.shape)
+        self.module, self.schedule, self.options = module, schedule, options
+        self.projected = module.left is not None or module.right is not None
+
+    def leaves(self) -> list[nn.Parameter]:
+        return [self.module.delta, self.module.probe]
+
+    def arm(self, step: int) -> None:
+        """Choose which leaf the coming backward passes fill: Δ, or the probe where a refresh is due."""
+        due = self.projected and self.schedule.due(step)
+        self.module.probe.requires_grad_(due)
+        self.module.delta.requires_grad_(not due)
+
+    def gradient(self) -> Tensor | None:
+        return self.module.delta.grad
+
+    def drop_gradient(self) -> None:
+        self.module.delta.grad = None
+        self.module.probe.grad = None
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> dict[str, Any]:
+        """Turn the probe's full gradient into a new basis and Δ's gradient G P_new; returns the record of the decision.
+
+        Afterwards Δ receives any further micro-batch of this step. If no basis can be found the old one stays.
+        """
+        started = time.perf_counter()
+        gradient = self.module.probe.grad.to(torch.float32)
+        self.module.probe.grad = None
+        first = self.schedule.refreshes == 0
+        generator = torch.Generator(gradient.device)
+        generator.manual_seed(derive_key(self.options.seed, step, self.index)[0] & 0x7FFFFFFF)
+        stored = self.module.columns()
+        old = [None if first or columns is None else projector.orthonormal(columns) for columns in stored]
+        found, failure = self._find(gradient, old, generator)
+        row: dict[str, Any] = {"step": step, "layer": self.name, "first": first, "failed": failure}
+        if failure is None or first:
+            row |= self._compare(gradient, old, found)
+            self._adopt(found, stored, first)
+            self.schedule.record(step, row["similarity"])
+        else:
+            row["similarity"] = None
+            self.schedule.record_failure(step)
+        self.module.probe.requires_grad_(False)
+        self.module.delta.requires_grad_(True)
+        self.module.delta.grad = sides.project(gradient, *self.module.columns()).to(self.module.delta.dtype)
+        row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
+        return row | {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
+
+    def _find(self, gradient: Tensor, old, generator: torch.Generator) -> tuple[list[Tensor | None], str | None]:
+        """New fp32 columns for each side, and None or why the decomposition failed (random columns then)."""
+        found: list[Tensor | None] = []
+        failure = None
+        for position, (basis, matrix) in enumerate(((self.module.left, gradient.T), (self.module.right, gradient))):
+            if basis is None:
+                found.append(None)
+                continue
+            try:
+                if self.options.method == "exact":
+                    columns = projector.exact_basis(matrix, basis.rank)
+                else:
+                    columns = projector.randomized_basis(
+                        matrix, basis.rank, generator, old[position], self.options.power_iterations
+                    )
+                if not torch.isfinite(columns).all():
+                    raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
+            except torch.linalg.LinAlgError as error:
+                failure = str(error).splitlines()[0]
+                columns = projector.random_basis(basis.dim, basis.rank, generator, gradient.device)
+            found.append(columns.contiguous())
+        return found, failure
+
+    def _compare(self, gradient: Tensor, old, found) -> dict[str, Any]:
+        """Energies and similarities, averaged over the sides that have a basis."""
+        rows = []
+        for position, matrix in ((0, gradient.T), (1, gradient)):
+            new = found[position]
+            if new is None:
+                continue
+            row = {"energy": projector.captured_energy(matrix, new), "energy_before": None, "overlap": None}
+            row |= {"overlap_above_chance": None, "first_vector": None}
+            if old[position] is not None:
+                row["energy_before"] = projector.captured_energy(matrix, old[position])
+                row["overlap"] = projector.overlap(old[position], new)
+                row["overlap_above_chance"] = projector.above_chance(row["overlap"], new.shape[1], new.shape[0])
+                row["first_vector"] = projector.first_vector_cosine(old[position], new)
+            rows.append(row)
+        mean = {key: None if rows[0][key] is None else sum(r[key] for r in rows) / len(rows) for key in rows[0]}
+        deciding = "overlap_above_chance" if self.options.similarity == "overlap" else "first_vector"
+        return mean | {"similarity": mean[deciding]}
+
+    def _adopt(self, found, old, first: bool) -> None:
+        """Store the new bases and bring the moments along, in the coordinates of what was stored."""
+        for basis, columns in zip((self.module.left, self.module.right), found, strict=True):
+            if basis is not None:
+                basis.assign(columns)
+        if first or self.options.moments == "keep":
+            return
+        if self.options.moments == "reset":
+            moments.reset(self.inner, self.leaf)
+            return
+        new = self.module.columns()
+        changes = [moments.change_of_basis(a, b) for a, b in zip(old, new, strict=True)]
+        moments.rotate(self.inner, self.leaf, *changes)
+
+    @torch.no_grad()
+    def merge(self, delta: Tensor, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        rows = sides.update_rows(delta, *self.module.columns(), scale)
+        weight = self.module.weight.detach()
+        if self.module.weight_scale is None:
+            dense_grid.write_back(weight, rows, shrink=shrink, key=key)
+        else:
+            int8_grid.write_back(weight, self.module.weight_scale, rows, shrink=shrink, key=key)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Bases and weights are the model's own tensors."""
+        return {}

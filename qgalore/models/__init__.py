@@ -1,0 +1,1 @@
+"""Building or loading a model, converting its linear layers, and the loss."""

@@ -1,0 +1,188 @@
+"""Replacing a model's linear layers by :class:`LowRankLinear`, and the report of what was and what was not."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError
+from ..lowrank.linear import LowRankLinear
+from ..lowrank.sides import PROJ_TYPES
+from ..quant.basis import FORMATS
+from ..quant.int8 import GROUP_SIZES, group_size_for
+
+WEIGHT_FORMATS = ("int8", "none")
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One converted layer: its name, weight shape (out, in), the rank and group size in force, and any deviation."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    group_size: int | None
+    side: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class ConversionReport:
+    """What :func:`convert` did. ``print(report)`` gives the table."""
+
+    converted: list[ConvertedLayer] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # layer name → why it was left alone
+    dense: dict[str, int] = field(default_factory=dict)  # other trainable tensors → elements
+    converted_elements: int = 0
+
+    def __str__(self) -> str:
+        rows: Counter = Counter()
+        for layer in self.converted:
+            label = layer.name.rsplit(".", 1)[-1]
+            rows[(label, layer.shape, layer.side, layer.rank, layer.group_size)] += 1
+        lines = [f"{'layers':>6}  {'name':<14}{'out × in':>16}  {'basis':<6}{'rank':>6}  weight"]
+        for (label, shape, side, rank, group), count in rows.items():
+            size = f"{shape[0]} × {shape[1]}"
+            weight = "as it was" if group is None else f"int8, groups of {'a row' if group == shape[1] else group}"
+            lines.append(f"{count:>6}  {label:<14}{size:>16}  {side:<6}{rank or 'full':>6}  {weight}")
+        notes = Counter(note for layer in self.converted for note in layer.notes)
+        lines += [f"note: {note} ({count} layers)" for note, count in notes.items()]
+        dense = sum(self.dense.values())
+        lines.append(
+            f"converted: {self.converted_elements:,} weights in {len(self.converted)} layers; "
+            f"trained in full: {dense:,} values in {len(self.dense)} tensors"
+        )
+        if dense:
+            lines.append("in full: " + _summary(self.dense))
+        for name, why in self.skipped.items():
+            lines.append(f"not converted: {name} ({why})")
+        return "\n".join(lines)
+
+
+def _summary(dense: dict[str, int]) -> str:
+    """Tensors grouped by their last two name parts, with counts."""
+    kinds = Counter(".".join(name.split(".")[-2:]) for name in dense)
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in kinds.items())
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(names: list[str], patterns: list[str], key: str) -> None:
+    for pattern in patterns:
+        if not _matches_any(names, pattern):
+            raise ConfigError(
+                f"{key} pattern {pattern!r} matches no linear layer; the layers are named like {', '.join(names[:3])}"
+            )
+
+
+def _matches_any(names: list[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _candidates(model: nn.Module, include: list[str], exclude: list[str], report: ConversionReport):
+    """(name, module) of every linear layer to convert; the others go to ``report.skipped`` with the reason."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    names = [name for name, _ in layers]
+    _check_patterns(names, include, "include")
+    _check_patterns(names, exclude, "exclude")
+    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in layers:
+        if module is head and not _matches(name, include):
+            report.skipped[name] = "the output head, trained in full"
+        elif include and not _matches(name, include):
+            report.skipped[name] = "not in include"
+        elif _matches(name, exclude):
+            report.skipped[name] = "in exclude"
+        elif users[id(module.weight)] > 1:
+            report.skipped[name] = "its weight is shared with another module"
+        elif not module.weight.requires_grad:
+            report.skipped[name] = "its weight is frozen"
+        elif type(module) not in (nn.Linear, Conv1D):
+            report.skipped[name] = f"a {type(module).__name__}, whose forward may differ from nn.Linear's"
+        else:
+            yield name, module
+
+
+def _replacement(name: str, module: nn.Module, *, rank, proj_type, weight_format, group_size, basis_format, grad_dtype):
+    """The :class:`LowRankLinear` for one layer and its line in the report."""
+    transposed = isinstance(module, Conv1D)
+    weight = module.weight.detach()
+    weight = weight.T.contiguous() if transposed else weight
+    notes = []
+    in_force = rank
+    if rank is not None and rank > min(weight.shape):
+        in_force = min(weight.shape)
+        notes.append(f"rank {rank} is above the matrix's smaller side; clamped to {in_force}")
+    size = None
+    if weight_format == "int8":
+        size = group_size_for(weight.shape[1], group_size)
+        if size != group_size and group_size != "row":
+            notes.append(f"group_size {group_size} does not divide in_features {weight.shape[1]}; {size} is used")
+    try:
+        layer = LowRankLinear(
+            weight,
+            module.bias,
+            rank=in_force,
+            proj_type=proj_type,
+            basis_format=basis_format,
+            group_size=size,
+            grad_dtype=grad_dtype,
+            transposed=transposed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be converted: {error}") from error
+    side = {(1, 0): "left", (0, 1): "right", (1, 1): "both", (0, 0): "none"}[
+        (int(layer.left is not None), int(layer.right is not None))
+    ]
+    return layer, ConvertedLayer(name, tuple(weight.shape), in_force, size, side, tuple(notes))
+
+
+def convert(
+    model: nn.Module,
+    *,
+    rank: int | None,
+    proj_type: str = "std",
+    weight_format: str = "int8",
+    group_size: int | str = 128,
+    basis_format: str = "int4",
+    grad_dtype: torch.dtype = torch.float32,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> ConversionReport:
+    """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its output head by a low-rank layer.
+
+    rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected.
+    weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
+    reported fallback where it does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``.
+    include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``); include names may name the head too.
+
+    Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, and a model in
+    which no layer is left to convert.
+    """
+    allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
+    allowed["group_size"] = (*GROUP_SIZES, "row")
+    given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
+    for key, value in {**given, "group_size": group_size}.items():
+        if value not in allowed[key]:
+            raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for full rank")
+    report = ConversionReport()
+    for name, module in list(_candidates(model, include or [], exclude or [], report)):
+        layer, line = _replacement(name, module, rank=rank, **given, group_size=group_size, grad_dtype=grad_dtype)
+        layer.train(module.training)
+        model.set_submodule(name, layer)
+        report.converted.append(line)
+        report.converted_elements += layer.weight.numel()
+    if not report.converted:
+        reasons = "; ".join(f"{n}: {why}" for n, why in list(report.skipped.items())[:3]) or "it has no linear layer"
+        raise ConfigError(f"no layer of {type(model).__name__} was converted ({reasons}); check include and exclude")
+    leaves = {id(p) for m in model.modules() if isinstance(m, LowRankLinear) for p in (m.delta, m.probe)}
+    report.dense = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad and id(p) not in leaves}
+    return report

@@ -1,0 +1,112 @@
+"""A causal language model from a preset, a Hugging Face config, or a pretrained folder."""
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from ..errors import ConfigError
+from .presets import PRESETS
+
+VOCAB_MULTIPLE = 64  # matrix units like an embedding whose rows are a multiple of it
+
+
+def _hugging_face_config(source: str) -> PretrainedConfig:
+    path = Path(source)
+    folder = path.parent if path.name == "config.json" else path
+    if not (folder / "config.json").is_file():
+        close = difflib.get_close_matches(source, PRESETS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(
+            f"model.config {source!r} is neither a preset{hint} nor a config.json or a folder with one; "
+            f"presets: {', '.join(PRESETS)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{folder / 'config.json'} is not a Hugging Face model config: {error}") from error
+
+
+def model_config(
+    source: str, *, tokenizer_size: int, overrides: dict[str, Any], report: Callable[[str], None] = print
+) -> PretrainedConfig:
+    """The architecture named by ``source``: a preset, a ``config.json`` or its folder, with ``overrides`` applied.
+
+    A preset gets a vocabulary of ``tokenizer_size`` rounded up to a multiple of 64 (reported). Raises
+    :class:`ConfigError` for an unknown source and for an override that the config does not have.
+    """
+    if source in PRESETS:
+        vocab = -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        config: PretrainedConfig = LlamaConfig(**PRESETS[source], vocab_size=vocab)
+        if "vocab_size" not in overrides:
+            report(f"model: {source}, vocabulary {vocab} (tokenizer: {tokenizer_size})")
+    else:
+        config = _hugging_face_config(source)
+    fields = config.to_dict()
+    for name, value in overrides.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"model.overrides.{name}: {type(config).__name__} has no such field{hint}")
+        setattr(config, name, value)
+    return config
+
+
+def check_vocabulary(config: PretrainedConfig, highest_id: int, tokenizer_size: int) -> None:
+    """Raise :class:`ConfigError` if ids in the data, or the tokenizer's, have no row in the model's embedding."""
+    needed = max(highest_id + 1, tokenizer_size)
+    vocab = config.get_text_config().vocab_size
+    if vocab < needed:
+        raise ConfigError(
+            f"the model's vocab_size is {vocab}, but the tokenizer has {tokenizer_size} entries and the data uses ids up "
+            f"to {highest_id}; use the model's own tokenizer, or model.overrides.vocab_size={needed} or more"
+        )
+
+
+def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
+    """Raise :class:`ConfigError` if ``sequence_length`` exceeds what the architecture says it has positions for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise ConfigError(
+            f"data.sequence_length is {sequence_length}, above the model's max_position_embeddings ({limit}); shorten it "
+            "or raise model.overrides.max_position_embeddings"
+        )
+
+
+def from_scratch(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A freshly initialised causal LM in ``dtype``, a function of ``seed`` alone. Raises :class:`ConfigError` if the
+    architecture has no causal LM or its fields contradict each other."""
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"a causal LM cannot be built from {type(config).__name__}: {error}") from error
+
+
+def pretrained(source: str, *, dtype: torch.dtype) -> nn.Module:
+    """The causal LM in a folder (or of a hub id), in ``dtype``.
+
+    Raises :class:`ConfigError` if it cannot be read, or if the files lack weights that the architecture has.
+    """
+    looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
+    if looks_local and not (Path(source).expanduser() / "config.json").is_file():
+        raise ConfigError(f"model.path {source!r} is not a Hugging Face model folder: it has no config.json")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            Path(source).expanduser() if looks_local else source, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors, pickle and the hub each raise their own kinds here
+        raise ConfigError(f"model.path {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            names = sorted(str(key) for key in info[kind])
+            raise ConfigError(
+                f"model.path {source!r}: {len(names)} weights have {kind.replace('_', ' ')}, for example {names[0]}; they "
+                "would start from random values. The folder is incomplete or belongs to another architecture"
+            )
+    return model

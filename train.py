@@ -1,0 +1,33 @@
+"""Train a language model in little memory: ``python train.py --config quickstart.yaml [key=value …]``."""
+
+import argparse
+import sys
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a language model in little memory.")
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="a YAML file, here or in configs/")
+    parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001 run.name=second")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    # Imported here so that --help and a misspelt option answer at once.
+    from qgalore import build, config, loop
+    from qgalore.errors import QGaloreError
+
+    try:
+        run = build.build(config.load(options.config, options.overrides), options.resume, loop.Position())
+        result = loop.Loop(**run.loop).run()
+        build.finish(run)
+    except QGaloreError as error:
+        print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
+        return error.exit_code
+    print(f"done: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}; everything is in {run.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
