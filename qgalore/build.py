@@ -198,22 +198,23 @@ def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     return found[-1]
 
 
-def _restore(run: Run, source: Path) -> None:
-    """Bring a built run to the state of a checkpoint."""
-    different = configuration.differences(checkpoint.read_state(source)["config"], run.config)
-    if different:
-        listing = "\n".join(f"  {line}" for line in different)
-        raise ConfigError(
-            f"{source} was made with another configuration:\n{listing}\n"
-            f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
-        )
-    state = checkpoint.load_into(source, run.model, run.loop["optimizer"])
+def _restore(run: Run, source: Path | None) -> None:
+    """Bring a built run to the state of a checkpoint, its records too; None is the beginning."""
     position = run.loop["position"]
-    position.step, position.tokens = state["position"]["step"], state["position"]["tokens"]
-    position.sample = tuple(state["position"]["sample"])
+    if source is not None:
+        different = configuration.differences(checkpoint.read_state(source)["config"], run.config)
+        if different:
+            listing = "\n".join(f"  {line}" for line in different)
+            raise ConfigError(
+                f"{source} was made with another configuration:\n{listing}\n"
+                f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
+            )
+        state = checkpoint.load_into(source, run.model, run.loop["optimizer"])
+        position.step, position.tokens = state["position"]["step"], state["position"]["tokens"]
+        position.sample = tuple(state["position"]["sample"])
+        _say("resume", f"{source}, after step {position.step}")
     for name in ("metrics.jsonl", "subspace.jsonl"):
         Records(run.folder / name).cut_back(position.step)
-    _say("resume", f"{source}, after step {position.step}")
 
 
 def build(config: Config, resume: str | None, position: Any) -> Run:
@@ -249,8 +250,7 @@ def build(config: Config, resume: str | None, position: Any) -> Run:
         **{name: getattr(train, name) for name in (*shared, "save_every", "keep_last")},
     }
     run = Run(config, folder, model, tokenizer, valid, loop)
-    if source is not None:
-        _restore(run, source)
+    _restore(run, source)
     (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
     return run
 

@@ -1,6 +1,6 @@
 """The configuration: pydantic models, YAML, overrides. The only module that knows YAML.
 
-``load`` gives a validated :class:`Config` or one :class:`ConfigError` that lists every problem; ``resolve`` fills in what
+``load`` gives a validated :class:`Config` or one :class:`ConfigError` with every problem; ``resolve`` fills in what
 the method and the device decide. Nothing mutates a configuration afterwards, and none travels below ``build.py``.
 """
 
@@ -300,7 +300,7 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
 
 
 def remarks(config: Config) -> list[str]:
-    """What a resolved configuration says that its user may not expect: keys without effect, a warm-up that never ends."""
+    """What a configuration says that its user may not expect: keys without effect, a warm-up that never ends."""
     found = []
     if not METHODS[config.method][0] and (unused := sorted(config.lowrank.model_fields_set)):
         found.append(f"method {config.method} ignores " + ", ".join(f"lowrank.{name}" for name in unused))

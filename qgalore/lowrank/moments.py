@@ -56,7 +56,7 @@ def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | 
     for name, value in state.items():
         if torch.is_tensor(value) and value.shape == leaf.shape and name not in known:
             raise ValueError(
-                f"{type(inner).__name__} keeps {name!r}, which is not a moment that 'rotate' knows ({', '.join(known)}); "
+                f"{type(inner).__name__} keeps {name!r}, not a moment that 'rotate' knows ({', '.join(known)}); "
                 "set moments: keep or moments: reset"
             )
     for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):

@@ -56,7 +56,7 @@ def overlap(old: Tensor, new: Tensor) -> float:
 
 
 def above_chance(overlap: float, rank: int, dim: int) -> float:
-    """The overlap with its expectation for two random subspaces, r/dim, removed: 0 is chance, 1 is the same subspace."""
+    """The overlap less its expectation for two random subspaces, r/dim: 0 is chance, 1 is the same subspace."""
     return 1.0 if rank >= dim else (overlap - rank / dim) / (1.0 - rank / dim)
 
 

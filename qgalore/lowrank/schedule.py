@@ -60,4 +60,4 @@ class LazySchedule:
 
 def staggered_first_gaps(layers: int, gap: int) -> list[int]:
     """First gaps that spread ``layers`` refreshes evenly over the ``gap`` steps that follow, the last at ``gap``."""
-    return [max(1, (index + 1) * gap // layers) for index in range(layers)]
+    return [-(-(index + 1) * gap // layers) for index in range(layers)]

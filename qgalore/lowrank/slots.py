@@ -1,4 +1,4 @@
-"""One slot for each trained tensor: where its gradient arrives, the leaf its inner optimizer steps, where that merges."""
+"""One slot for each trained tensor: where its gradient arrives, the leaf that steps, where that merges."""
 
 import time
 from dataclasses import dataclass

@@ -1,18 +1,19 @@
 """A causal language model from a preset, a Hugging Face config, or a pretrained folder."""
 
 import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from ..errors import ConfigError
 from .presets import PRESETS
 
+_CONFIG_ERRORS = (ValueError, OSError, KeyError, ZeroDivisionError, StrictDataclassError)
 VOCAB_MULTIPLE = 64  # matrix units like an embedding whose rows are a multiple of it
 
 
@@ -28,7 +29,7 @@ def _hugging_face_config(source: str) -> PretrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (*_CONFIG_ERRORS, TypeError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not a Hugging Face model config: {error}") from error
 
 
@@ -48,13 +49,17 @@ def model_config(
     else:
         config = _hugging_face_config(source)
     fields = config.to_dict()
-    for name, value in overrides.items():
+    for name in overrides:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"model.overrides.{name}: {type(config).__name__} has no such field{hint}")
-        setattr(config, name, value)
-    return config
+    if not overrides:
+        return config
+    try:
+        return type(config).from_dict({**fields, **overrides})
+    except (*_CONFIG_ERRORS, TypeError) as error:
+        raise ConfigError(f"model.overrides {overrides} give no valid {type(config).__name__}: {error}") from error
 
 
 def check_vocabulary(config: PretrainedConfig, highest_id: int, tokenizer_size: int) -> None:
@@ -63,8 +68,8 @@ def check_vocabulary(config: PretrainedConfig, highest_id: int, tokenizer_size: 
     vocab = config.get_text_config().vocab_size
     if vocab < needed:
         raise ConfigError(
-            f"the model's vocab_size is {vocab}, but the tokenizer has {tokenizer_size} entries and the data uses ids up "
-            f"to {highest_id}; use the model's own tokenizer, or model.overrides.vocab_size={needed} or more"
+            f"the model's vocab_size is {vocab}, but the tokenizer has {tokenizer_size} entries and the data uses ids "
+            f"up to {highest_id}; use the model's own tokenizer, or model.overrides.vocab_size={needed} or more"
         )
 
 
@@ -73,8 +78,8 @@ def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise ConfigError(
-            f"data.sequence_length is {sequence_length}, above the model's max_position_embeddings ({limit}); shorten it "
-            "or raise model.overrides.max_position_embeddings"
+            f"data.sequence_length is {sequence_length}, above the model's max_position_embeddings ({limit}); shorten "
+            "it or raise model.overrides.max_position_embeddings"
         )
 
 
@@ -84,7 +89,7 @@ def from_scratch(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> 
     torch.manual_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+    except (*_CONFIG_ERRORS, TypeError, RuntimeError) as error:
         raise ConfigError(f"a causal LM cannot be built from {type(config).__name__}: {error}") from error
 
 
@@ -106,7 +111,7 @@ def pretrained(source: str, *, dtype: torch.dtype) -> nn.Module:
         if info.get(kind):
             names = sorted(str(key) for key in info[kind])
             raise ConfigError(
-                f"model.path {source!r}: {len(names)} weights have {kind.replace('_', ' ')}, for example {names[0]}; they "
-                "would start from random values. The folder is incomplete or belongs to another architecture"
+                f"model.path {source!r}: {len(names)} weights have {kind.replace('_', ' ')}, for example {names[0]}; "
+                "they would start from random values. The folder is incomplete or belongs to another architecture"
             )
     return model

@@ -31,7 +31,7 @@ def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
 
 
 def empty(rank: int, dim: int, fmt: str, device: torch.device | str | None = None) -> tuple[Tensor, Tensor | None]:
-    """Unset storage ``(codes, scale)`` for a basis of ``rank`` vectors of length ``dim``; ``scale`` is None in bf16/fp32."""
+    """Unset storage ``(codes, scale)`` for a basis of ``rank`` vectors of length ``dim``; None in bf16/fp32."""
     if fmt in ("bf16", "fp32"):
         return torch.zeros(rank, dim, dtype=torch.bfloat16 if fmt == "bf16" else torch.float32, device=device), None
     if fmt not in FORMATS:
@@ -63,9 +63,7 @@ def decode(codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch
     if scale is None:
         return codes.to(dtype)
     nibbles = unpack_nibbles(codes, dim)
-    if fmt == "int4":
-        values = nibbles.float().sub_(8.0)
-    else:
-        values = torch.tensor(NF4_CODE, device=codes.device)[nibbles.int()]
+    table = range(-8, 8) if fmt == "int4" else NF4_CODE
+    values = torch.tensor(table, dtype=torch.float32, device=codes.device)[nibbles.int()]
     groups = scale.shape[1]
     return (values.view(codes.shape[0], groups, -1) * scale.float().unsqueeze(2)).view(-1, dim).to(dtype)

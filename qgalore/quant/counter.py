@@ -15,7 +15,7 @@ MAX_ELEMENTS = 1 << 32
 
 
 def derive_key(*parts: int) -> tuple[int, int]:
-    """Two signed 32-bit integers that identify a random stream, for example ``derive_key(seed, step, tensor_index)``."""
+    """Two signed 32-bit integers that name a random stream, for example ``derive_key(seed, step, tensor_index)``."""
     digest = hashlib.blake2b(b"".join(part.to_bytes(8, "little", signed=True) for part in parts), digest_size=8)
     raw = digest.digest()
     return int.from_bytes(raw[:4], "little", signed=True), int.from_bytes(raw[4:], "little", signed=True)

@@ -86,7 +86,7 @@ def write_back(
 ) -> None:
     """``W ← SR(W · (1 − shrink) + update)`` in place, in fp32, tile by tile, with one stochastic rounding at the end.
 
-    ``q`` int8 (out, in) and ``scale`` bf16 (out, groups) are the stored weight; ``update_rows(a, b)`` gives rows a … b−1
+    ``q`` int8 (out, in) and ``scale`` bf16 (out, groups) are the weight; ``update_rows(a, b)`` gives rows a … b−1
     of the update, fp32 (b − a, in); ``shrink`` is lr · weight_decay; ``key`` selects the random bits. The sum is formed
     as (integer, small change) wherever the scale stays, so that updates far below fp32's resolution at 127 still count.
     """

@@ -1,0 +1,80 @@
+"""Shared fixtures: devices, a tiny Llama, and a tiny training configuration over the shipped text."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def tiny_llama():
+    """A function device → the same freshly initialised two-layer Llama, vocabulary 96, fp32."""
+
+    def make(device="cpu", **changes) -> LlamaForCausalLM:
+        torch.manual_seed(7)
+        shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        config = LlamaConfig(**{**shape, **heads, "attn_implementation": "eager", **changes})
+        return LlamaForCausalLM(config).to(device)
+
+    return make
+
+
+@pytest.fixture
+def token_batches():
+    """A function (device, steps) → fixed random token batches (4, 17)."""
+
+    def make(device="cpu", steps=4, rows=4):
+        generator = torch.Generator().manual_seed(11)
+        return [torch.randint(0, 96, (rows, 17), generator=generator).to(device) for _ in range(steps)]
+
+    return make
+
+
+TINY = {
+    "method": "qgalore",
+    "run": {"name": "tiny"},
+    "device": "cpu",
+    "model": {
+        "config": "llama_quickstart",
+        "overrides": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2},
+    },
+    "data": {"valid_fraction": 0.2, "vocab_size": 512, "sequence_length": 32},
+    "train": {"max_steps": 6, "micro_batch_size": 4, "lr": 0.01, "warmup_steps": 2, "eval_every": 3, "save_every": 2},
+    "lowrank": {"rank": 16, "update_proj_gap": 3, "scale": 1.0},
+    "sample": {"max_new_tokens": 4},
+}
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch, capfd):
+    """A function (overrides…) → (exit code, standard output, standard error) of ``train.py`` on a tiny model.
+
+    Works in a temporary folder that holds ``tiny.yaml``; data is the held-out text of the quickstart.
+    """
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    config = {**TINY, "data": {**TINY["data"], "train": str(ROOT / "configs/quickstart_data/valid.jsonl.gz")}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = train.main(["--config", "tiny.yaml", *arguments])
+        output = capfd.readouterr()
+        return code, output.out, output.err
+
+    return run

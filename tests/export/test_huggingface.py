@@ -1,0 +1,53 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import qgalore
+from qgalore.data.tokenizer import train_tokenizer
+from qgalore.export import huggingface
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a little text to learn from"] * 10, vocab_size=300, report=lambda line: None)
+
+
+def trained(model, tokens):
+    qgalore.convert(model, rank=4)
+    opt = qgalore.optimizer(model, lr=1e-2)
+    for _ in range(3):
+        model(tokens, use_cache=False).logits.logsumexp(-1).mean().backward()
+        opt.step()
+    return model.eval()
+
+
+def cases(tiny_llama):
+    yield tiny_llama(vocab_size=320)
+    yield tiny_llama(vocab_size=320, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    yield GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["untied", "tied", "conv1d"])
+def test_the_export_reloads_to_the_same_values(tiny_llama, tokenizer, tmp_path, index):
+    """Invariant 7 for bf16: every tensor is the stored value rounded once; logits agree in bf16's precision."""
+    tokens = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(0))
+    model = trained(list(cases(tiny_llama))[index], tokens)
+    huggingface.save(model, tokenizer, tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded.dtype == torch.bfloat16
+    state = loaded.state_dict()
+    wanted = huggingface.dense_state(model)
+    assert set(wanted) >= set(state)
+    for name, value in state.items():
+        assert torch.equal(value, wanted[name]), name
+    exact = huggingface.dense_state(model, torch.float32)
+    assert all(torch.equal(wanted[n], exact[n].to(torch.bfloat16)) for n in state)
+    ours = model(tokens).logits
+    theirs = loaded.float()(tokens).logits
+    # every weight carries a relative error of up to 2⁻⁹, a few layers deep
+    assert float((ours - theirs).norm() / ours.norm()) < 8 * 2.0**-9
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("a little text")["input_ids"] == tokenizer("a little text")["input_ids"]

@@ -1,0 +1,98 @@
+import builtins
+import sys
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qgalore.errors import ConfigError
+from qgalore.lowrank import inner
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "torch.optim.SGD", "torch.optim.NAdam", torch.optim.RMSprop])
+def test_accepted_optimizers(name, device):
+    inner.check_ignores_value(inner.make_factory(name, 0.01, {}), device)
+
+
+def test_accepted_with_options():
+    inner.check_ignores_value(inner.make_factory("bitsandbytes.optim.Lion8bit", 0.01, {}), CPU)
+    inner.check_ignores_value(inner.make_factory("torch.optim.Adafactor", 0.01, {"eps": [None, 1.0]}), CPU)
+
+
+@pytest.mark.parametrize("name", ["torch.optim.Adafactor", "bitsandbytes.optim.LAMB32bit"])
+def test_steps_that_depend_on_the_value_are_refused(name):
+    with pytest.raises(ConfigError, match="depends on the parameter's own value"):
+        inner.check_ignores_value(inner.make_factory(name, 0.01, {}), CPU)
+
+
+def test_a_decay_of_its_own_is_refused():
+    class Decaying(torch.optim.SGD):
+        def __init__(self, params, lr, **options):
+            super().__init__(params, lr=lr, **{**options, "weight_decay": 0.1})
+
+    with pytest.raises(ConfigError, match="depends on the parameter's own value"):
+        inner.check_ignores_value(inner.make_factory(Decaying, 0.01, {}), CPU)
+    with pytest.raises(ConfigError, match=r"train\.weight_decay"):
+        inner.make_factory("adamw", 0.01, {"weight_decay": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adamq", "cannot be imported"),
+        ("torch.optim.Adamw", "cannot be imported"),
+        ("torch.nn.Linear", "not a torch.opt"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ConfigError, match=message):
+        inner.make_factory(name, 0.01, {})
+
+
+def test_unknown_options():
+    with pytest.raises(ConfigError, match="does not take the options"):
+        inner.make_factory("adamw", 0.01, {"momentum": 0.9})
+
+
+def test_bitsandbytes_passes_its_self_check(device):
+    factory = inner.make_factory("adamw8bit", 0.01, {"betas": (0.9, 0.95), "eps": 1e-8})
+    inner.check_adamw8bit(factory, (0.9, 0.95), 1e-8, device)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda params: bnb.optim.AdamW8bit(params, lr=0.01, betas=(0.5, 0.999), weight_decay=0.0),
+        lambda params: torch.optim.SGD(params, lr=0.01),
+        lambda params: bnb.optim.Lion8bit(params, lr=0.01),
+    ],
+)
+def test_self_check_refuses_what_is_not_adamw(wrong):
+    with pytest.raises(ConfigError, match="self-check"):
+        inner.check_adamw8bit(wrong, (0.9, 0.999), 1e-8, CPU)
+
+
+def test_self_check_refuses_an_optimizer_that_does_nothing():
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    with pytest.raises(ConfigError, match="self-check"):
+        inner.check_adamw8bit(lambda params: Idle(params, lr=0.01), (0.9, 0.999), 1e-8, CPU)
+
+
+def test_missing_bitsandbytes_names_the_remedy(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("bitsandbytes"):
+            raise ModuleNotFoundError("No module named 'bitsandbytes'")
+        return real(name, *args, **kwargs)
+
+    for name in [n for n in sys.modules if n.startswith("bitsandbytes")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match=r"pip install bitsandbytes.*train\.optimizer=adamw"):
+        inner.optimizer_class("adamw8bit")

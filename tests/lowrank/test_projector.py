@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+
+from qgalore.lowrank import projector
+
+SHAPES = [(60, 40), (40, 60), (50, 50), (33, 7), (16, 200)]
+
+
+def gradient(shape, device="cpu", decay=0.7, seed=0):
+    """A matrix with singular values decay^i: a subspace that is well defined, unlike pure noise's."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(shape)
+    u = torch.linalg.qr(torch.randn(shape[0], k, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(shape[1], k, generator=generator)).Q
+    return ((u * decay ** torch.arange(k)) @ v.T).to(device)
+
+
+def random_generator(device):
+    return torch.Generator(device).manual_seed(5)
+
+
+def assert_orthonormal(columns):
+    eye = torch.eye(columns.shape[1], device=columns.device)
+    # Householder QR in fp32: an error of a small multiple of 2⁻²⁴ · √dim
+    assert float((columns.T @ columns - eye).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_basis_is_scipys(shape, device):
+    g = gradient(shape, device)
+    basis = projector.exact_basis(g, 6)
+    assert_orthonormal(basis)
+    reference = np.linalg.svd(g.cpu().double().numpy())[2][:6].T
+    assert np.max(subspace_angles(basis.cpu().double().numpy(), reference)) < 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_randomized_basis_captures_what_the_exact_one_does(shape, device):
+    g = gradient(shape, device, decay=0.9)
+    basis = projector.randomized_basis(g, 6, random_generator(device))
+    assert basis.shape == (shape[1], 6)
+    assert_orthonormal(basis)
+    best = projector.captured_energy(g, projector.exact_basis(g, 6))
+    assert projector.captured_energy(g, basis) >= 0.999 * best
+
+
+def test_randomized_basis_is_ordered(device):
+    g = gradient((60, 40), device)
+    basis = projector.randomized_basis(g, 6, random_generator(device))
+    energies = (g @ basis).square().sum(0)
+    assert bool((energies[:-1] >= energies[1:]).all())
+    assert projector.first_vector_cosine(projector.exact_basis(g, 1), basis) > 0.999
+
+
+def test_warm_start_helps_on_a_flat_spectrum(device):
+    """The reason to keep the old basis: with one iteration on noise-like gradients it finds clearly more."""
+    g = torch.randn(200, 160, generator=torch.Generator().manual_seed(1)).to(device)
+    drifted = g + 0.1 * torch.randn(200, 160, generator=torch.Generator().manual_seed(2)).to(device)
+    warm = projector.exact_basis(g, 20)
+    cold_energy, warm_energy = (
+        projector.captured_energy(drifted, projector.randomized_basis(drifted, 20, random_generator(device), w, 1))
+        for w in (None, warm)
+    )
+    assert warm_energy > 1.02 * cold_energy
+
+
+def test_full_rank_captures_everything(device):
+    g = gradient((33, 7), device)
+    basis = projector.randomized_basis(g, 7, random_generator(device))
+    assert projector.captured_energy(g, basis) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_rank_deficient_and_zero_gradients_still_give_orthonormal_columns(device):
+    for g in (torch.zeros(30, 20, device=device), torch.ones(30, 20, device=device)):
+        basis = projector.randomized_basis(g, 6, random_generator(device))
+        assert_orthonormal(basis)
+    assert projector.captured_energy(torch.zeros(30, 20, device=device), basis) == 0.0
+
+
+def test_overlap_is_the_mean_squared_cosine_of_principal_angles(device):
+    a, b = (projector.random_basis(50, 8, torch.Generator().manual_seed(s), "cpu") for s in (1, 2))
+    angles = subspace_angles(a.double().numpy(), b.double().numpy())
+    wanted = float(np.mean(np.cos(angles) ** 2))
+    assert projector.overlap(a.to(device), b.to(device)) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_overlap_ignores_signs_and_rotations_where_the_first_vector_does_not():
+    basis = projector.random_basis(50, 8, torch.Generator().manual_seed(1), "cpu")
+    turned = basis @ projector.random_basis(8, 8, torch.Generator().manual_seed(2), "cpu")
+    assert projector.overlap(basis, turned) == pytest.approx(1.0, abs=1e-5)
+    assert projector.overlap(basis, -basis) == pytest.approx(1.0, abs=1e-5)
+    assert projector.first_vector_cosine(basis, -basis) == pytest.approx(1.0, abs=1e-5)
+    assert projector.first_vector_cosine(basis, turned) < 0.9
+
+
+def test_chance_level_of_random_subspaces():
+    overlaps = [
+        projector.overlap(
+            *(projector.random_basis(64, 16, torch.Generator().manual_seed(2 * i + j), "cpu") for j in (0, 1))
+        )
+        for i in range(200)
+    ]
+    removed = [projector.above_chance(o, 16, 64) for o in overlaps]
+    assert abs(np.mean(removed)) < 5 * np.std(removed) / 200**0.5
+    assert projector.above_chance(1.0, 16, 64) == 1.0
+    assert projector.above_chance(1.0, 64, 64) == 1.0

@@ -1,0 +1,68 @@
+"""The architecture as a test: imports point down, and only the top knows the configuration."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
+FLOORS = (
+    {"errors"},
+    {"config"},
+    {"quant"},
+    {"lowrank", "data"},
+    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr"},
+    {"build", "loop"},
+)
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The folder or module directly under the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    parts = ("qgalore", *path.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("qgalore.")}
+    return found
+
+
+def floor(name: str) -> int:
+    return next(level for level, rooms in enumerate(FLOORS) if name in rooms)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_to_lower_floors(path):
+    own = room(path)
+    if own == "__init__":
+        return
+    for other in imported_rooms(path) - {own}:
+        assert floor(other) < floor(own), f"{path.name} ({own}) imports {other}, which is not below it"
+
+
+def test_every_room_is_on_a_floor():
+    rooms = {room(path) for path in MODULES} - {"__init__"}
+    assert rooms <= set().union(*FLOORS)
+
+
+def test_configuration_stops_at_build():
+    users = {room(path) for path in MODULES if "config" in imported_rooms(path)}
+    assert users == {"build"}
+
+
+def test_train_script_is_short():
+    assert len((PACKAGE.parent / "train.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_the_import_reader_sees_relative_imports(tmp_path):
+    assert imported_rooms(PACKAGE / "loop.py") >= {"checkpoint", "data", "lowrank", "models"}

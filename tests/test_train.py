@@ -1,0 +1,291 @@
+"""The whole program on real text: a run to its end, the same run stopped and resumed, every method, every bad input."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def final_state(run, step=6):
+    folder = Path(run) / "checkpoints" / f"step-{step:08d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_run_from_text_to_an_export_that_loads(tiny_run):
+    code, out, err = tiny_run()
+    assert code == 0, err
+    metrics = rows("runs/tiny/metrics.jsonl")
+    train = [row for row in metrics if "loss" in row]
+    assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory_bytes"}
+    assert all(set(row) == keys and all(value > 0 for value in row.values()) for row in train)
+    held_out = [row for row in metrics if "eval_loss" in row]
+    assert [row["step"] for row in held_out] == [3, 6]
+    assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
+    assert len(rows("runs/tiny/subspace.jsonl")) >= 14
+    assert "sample:" in out
+    assert "converted:" in out
+    assert "fused stepping" in out
+
+    # Invariant 4: the rate applied is the scheduled one: 2 steps of warm-up, then a cosine to a tenth.
+    assert [row["lr"] for row in train[:3]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
+    assert train[-1]["lr"] == pytest.approx(0.001)
+
+    model = AutoModelForCausalLM.from_pretrained("runs/tiny/export/hf")
+    tokenizer = AutoTokenizer.from_pretrained("runs/tiny/export/hf")
+    prompt = tokenizer("The planet Mars", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 4
+    assert yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["train"]["optimizer"] == "adamw8bit"
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert tiny_run(f"run.name={name}", f"run.seed={seed}", "train.max_steps=2")[0] == 0
+    assert_same(final_state("runs/a", 2), final_state("runs/b", 2))
+    different = final_state("runs/c", 2)
+    assert any(not torch.equal(v, different[n]) for n, v in final_state("runs/a", 2).items())
+
+
+DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
+
+
+@pytest.mark.parametrize("extra", [(), DEFERRED], ids=["fused", "deferred"])
+@pytest.mark.parametrize("available", [(2, 4, 6), (0, 2, 4, 6)], ids=["from-2", "from-nothing"])
+def test_resume_equals_not_having_stopped(tiny_run, extra, available):
+    """Invariant 5. A run loses its later checkpoints and goes on from the first, or from the beginning."""
+    assert tiny_run("run.name=whole", *extra)[0] == 0
+    assert tiny_run("run.name=cut", "train.keep_last=5", *extra)[0] == 0
+    for gone in (step for step in available[1:] if step):
+        shutil.rmtree(f"runs/cut/checkpoints/step-{gone:08d}")
+    if not available[0]:
+        shutil.rmtree("runs/cut/checkpoints")
+    code, out, err = tiny_run("run.name=cut", "--resume", "auto", *extra)
+    assert ("after step 2" if available[0] else "starting from the beginning") in out
+    assert code == 0, err
+    assert_same(final_state("runs/whole"), final_state("runs/cut"))
+    timeless = [
+        [
+            {k: v for k, v in r.items() if k not in ("tokens_per_second", "memory_bytes")}
+            for r in rows(f"runs/{n}/metrics.jsonl")
+        ]
+        for n in ("whole", "cut")
+    ]
+    assert timeless[0] == timeless[1]
+    assert len(rows("runs/whole/subspace.jsonl")) == len(rows("runs/cut/subspace.jsonl"))
+
+
+def test_resume_from_a_path_and_further(tiny_run):
+    assert tiny_run("train.keep_last=5")[0] == 0
+    code, out, _ = tiny_run("--resume", "runs/tiny/checkpoints/step-00000004", "train.keep_last=5")
+    assert code == 0
+    assert "after step 4" in out
+    steps = [row["step"] for row in rows("runs/tiny/metrics.jsonl") if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_refuses_another_configuration(tiny_run):
+    assert tiny_run("train.max_steps=2")[0] == 0
+    code, _, err = tiny_run("--resume", "auto", "lowrank.rank=8", "train.lr=0.02")
+    assert code == 2
+    assert "lowrank.rank: 16 → 8" in err
+    assert "train.lr: 0.01 → 0.02" in err
+
+
+@pytest.mark.parametrize("method", ["galore", "galore8bit", "adamw", "adamw8bit"])
+def test_every_method_trains(tiny_run, method):
+    code, out, err = tiny_run(f"method={method}", "train.max_steps=4", "train.eval_every=1", "train.lr=0.005")
+    assert code == 0, err
+    losses = [row["eval_loss"] for row in rows("runs/tiny/metrics.jsonl") if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+    if method.startswith("adamw"):
+        assert f"method {method} ignores lowrank.rank" in out
+
+
+def test_adamw_is_torchs_adamw(tiny_run):
+    """Invariant 1 through the whole program: ``method=adamw`` against a loop of five lines on the same batches."""
+    from qgalore import build, config, loop
+
+    overrides = ["method=adamw", "train.weight_decay=0.1", "run.name=x"]
+    assert tiny_run(*overrides, "run.name=y")[0] == 0
+    run = build.build(config.load("tiny.yaml", overrides), None, loop.Position())
+    model, options = copy.deepcopy(run.model).train(), run.loop  # a copy has none of the optimizer's hooks
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    opt = torch.optim.AdamW(groups)
+    position = (0, 0)
+    for step in range(6):
+        indices, position = options["order"].take(position, 4)
+        batch = options["train"].batch(indices)
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100).backward()
+        for group in opt.param_groups:
+            group["lr"] = options["lr_at"](step)
+        opt.step()
+        opt.zero_grad()
+    trained = load_file("runs/y/checkpoints/step-00000006/model.safetensors")
+    moved = sum(float((p.detach() - start[n]).double().square().sum()) for n, p in model.named_parameters())
+    apart = sum(float((p.detach() - trained[n]).double().square().sum()) for n, p in model.named_parameters())
+    assert apart**0.5 < 1e-4 * moved**0.5
+
+
+def test_activation_checkpointing_changes_no_bit(tiny_run):
+    assert tiny_run("run.name=a", "train.max_steps=3", "train.save_every=3")[0] == 0
+    assert (
+        tiny_run("run.name=b", "train.max_steps=3", "train.save_every=3", "train.activation_checkpointing=true")[0] == 0
+    )
+    assert_same(final_state("runs/a", 3), final_state("runs/b", 3))
+
+
+def test_bf16_compute(tiny_run):
+    code, out, err = tiny_run("model.dtype=bfloat16", "train.lr=0.005")
+    assert code == 0, err
+    assert "cpu, bfloat16" in out
+    losses = [row["eval_loss"] for row in rows("runs/tiny/metrics.jsonl") if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_a_pretrained_folder_is_continued(tiny_run):
+    """The export of one run is the start of the next: the loss begins where it ended."""
+    assert tiny_run("train.max_steps=30", "train.eval_every=30", "train.save_every=30")[0] == 0
+    ended = [row["eval_loss"] for row in rows("runs/tiny/metrics.jsonl") if "eval_loss" in row][-1]
+    code, _, err = tiny_run(
+        "run.name=next",
+        "model.config=null",
+        "model.overrides={}",
+        "model.path=runs/tiny/export/hf",
+        "data.tokenizer=runs/tiny/export/hf",
+        "train.max_steps=1",
+        "train.lr=1e-6",
+    )
+    assert code == 0, err
+    began = [row["eval_loss"] for row in rows("runs/next/metrics.jsonl") if "eval_loss" in row][-1]
+    assert began == pytest.approx(ended, abs=0.02)
+
+
+def test_a_second_run_does_not_overwrite_the_first(tiny_run):
+    assert tiny_run("train.max_steps=1")[0] == 0
+    code, _, err = tiny_run("train.max_steps=1")
+    assert code == 2
+    assert "--resume auto" in err
+    assert "run.name" in err
+
+
+BAD_INPUT = {
+    "unknown key": (["train.lrr=1"], "did you mean train.lr"),
+    "rank of zero": (["lowrank.rank=0"], "lowrank.rank"),
+    "missing data": (["data.train=nowhere.txt"], "nowhere.txt"),
+    "empty data": (["data.train=empty.txt"], "empty.txt"),
+    "one token": (["data.train=short.txt", "data.tokenizer=tok"], "token"),
+    "wrong kind of data": (["data.train=tiny.yaml.jsonl"], "tiny.yaml.jsonl"),
+    "missing tokenizer": (["data.tokenizer=./nowhere"], "nowhere"),
+    "no such preset": (["model.config=lama_quickstart"], "did you mean llama_quickstart"),
+    "vocabulary too small": (["model.overrides={vocab_size: 100}"], "vocab_size is 100"),
+    "sequence too long": (["data.sequence_length=4096", "data.document_attention=joined"], "4096"),
+    "odd heads": (["model.overrides={hidden_size: 65}"], "hidden size (65)"),
+    "missing model folder": (["model.config=null", "model.overrides={}", "model.path=./nowhere"], "config.json"),
+    "unknown optimizer": (["train.optimizer=torch.optim.Nope"], "torch.optim.Nope"),
+    "refused optimizer": (["train.optimizer=torch.optim.Adafactor"], "parameter's own value"),
+    "no layer left": (["lowrank.exclude=['*']"], "no layer"),
+    "no GPU": (["device=cuda"], "device is cuda"),
+    "missing checkpoint": (["--resume", "runs/nowhere"], "not a complete checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_message(tiny_run, case):
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("x")
+    Path("tiny.yaml.jsonl").write_text("method: qgalore\n")
+    arguments, expected = BAD_INPUT[case]
+    if "data.tokenizer=tok" in arguments:
+        from qgalore.data.tokenizer import train_tokenizer
+
+        train_tokenizer(["some text"], vocab_size=300, report=lambda line: None).save_pretrained("tok")
+    code, _, err = tiny_run(*arguments)
+    assert code == 2
+    assert "error:" in err
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_a_rank_above_the_matrices_trains_and_is_said(tiny_run):
+    code, out, err = tiny_run("lowrank.rank=9999", "train.max_steps=1")
+    assert code == 0, err
+    assert "rank 9999 is above the matrix's smaller side; clamped to 64" in out
+
+
+def test_odd_widths_train(tiny_run):
+    widths = "model.overrides={hidden_size: 60, intermediate_size: 101, num_hidden_layers: 1, num_attention_heads: 2, "
+    code, out, err = tiny_run(widths + "num_key_value_heads: 1}", "train.max_steps=2", "lowrank.rank=7")
+    assert code == 0, err
+    assert "in_features 101; 101 is used" in out
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tiny_run):
+    """A rate of 10³⁰ makes the second loss infinite or NaN for real."""
+    code, _, err = tiny_run("train.lr=1e30", "train.warmup_steps=0", "train.save_every=null")
+    assert code == 4
+    assert "Traceback" not in err
+    assert "not finite" in err or "loss is" in err
+    assert "train.lr" in err
+    if "saved in" in err:
+        assert len(list(Path("runs/tiny/checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on(tiny_run, number, code):
+    assert tiny_run("run.name=whole", "train.max_steps=15", "train.eval_every=15", "train.save_every=null")[0] == 0
+    arguments = ["run.name=cut", "train.max_steps=15", "train.eval_every=15", "train.save_every=null"]
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if Path("runs/cut/metrics.jsonl").exists():
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == code, output
+    assert "--resume auto" in output
+    assert tiny_run("--resume", "auto", *arguments)[0] == 0
+    assert_same(final_state("runs/whole", 15), final_state("runs/cut", 15))
+
+
+def test_help_and_usage():
+    answer = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--resume" in answer.stdout
+    wrong = subprocess.run([sys.executable, str(ROOT / "train.py")], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "--config" in wrong.stderr
