@@ -25,6 +25,9 @@ def main(arguments: list[str]) -> int:
     except QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted outside the training loop; saved checkpoints are intact", file=sys.stderr)
+        return 130
     print(f"done: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}; everything is in {run.folder}")
     return 0
 

@@ -124,8 +124,6 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: 
         if section.path is None:
             setattr(model.config, token, getattr(tokenizer, token))
             setattr(model.generation_config, token, getattr(tokenizer, token))
-    if config.data.document_attention == "isolated":
-        check_isolation(model)
     if METHODS[config.method][0]:
         print(_convert(config, model), flush=True)
     else:
@@ -135,7 +133,10 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: 
         )
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device)
+    model.to(device)
+    if config.data.document_attention == "isolated":
+        check_isolation(model)
+    return model
 
 
 def _convert(config: Config, model: nn.Module):

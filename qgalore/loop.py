@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .data.order import SampleOrder
 from .data.packing import PackedSequences
-from .errors import Interrupted, NumericalError
+from .errors import DoesNotFitError, Interrupted, NumericalError
 from .evaluate import Evaluation, evaluate
 from .lowrank.optimizer import LowRankOptimizer
 from .models.loss import summed_loss, target_tokens
@@ -123,6 +123,11 @@ class Loop:
         """One step; on a numerical failure the untouched state is saved before the error goes on."""
         try:
             return self._step()
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"out of memory in step {self.position.step + 1}: {str(error).splitlines()[0]} Lower "
+                "train.micro_batch_size or data.sequence_length, or set train.activation_checkpointing=true"
+            ) from error
         except NumericalError as error:
             advice = "Lower train.lr, lengthen train.warmup_steps or set train.clip_grad_norm"
             if self.optimizer.inside_step:

@@ -3,36 +3,52 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .errors import ConfigError
+
 
 class Records:
-    """An append-only ``.jsonl`` file whose rows carry ``step``."""
+    """An append-only ``.jsonl`` file whose rows carry ``step``. Its methods raise ConfigError on an I/O error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         if rows:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self._writing(), self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def cut_back(self, step: int) -> None:
         """Drop the rows of steps above ``step``: a resumed run writes them again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the line that a killed run was writing
-                continue
-            if row["step"] <= step:
-                kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with self._writing():
+            if not self.path.exists():
+                return
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the line that a killed run was writing
+                    continue
+                if row["step"] <= step:
+                    kept.append(line)
+            fresh = self.path.with_name(f"{self.path.name}.tmp")
+            fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            fresh.replace(self.path)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be written: {error}. Checkpoints so far are intact; go on with --resume auto"
+            ) from error
 
 
 def memory_bytes(device: torch.device) -> int:

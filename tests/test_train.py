@@ -72,8 +72,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
 
 
-@pytest.mark.parametrize("extra", [(), DEFERRED], ids=["fused", "deferred"])
-@pytest.mark.parametrize("available", [(2, 4, 6), (0, 2, 4, 6)], ids=["from-2", "from-nothing"])
+@pytest.mark.parametrize(
+    ("extra", "available"),
+    [((), (2, 4, 6)), (DEFERRED, (2, 4, 6)), (("model.dtype=bfloat16",), (2, 4, 6)), ((), (0, 2, 4, 6))],
+    ids=["fused", "deferred", "bf16", "from-nothing"],
+)
 def test_resume_equals_not_having_stopped(tiny_run, extra, available):
     """Invariant 5. A run loses its later checkpoints and goes on from the first, or from the beginning."""
     assert tiny_run("run.name=whole", *extra)[0] == 0
@@ -279,6 +282,14 @@ def test_a_signal_saves_and_the_run_goes_on(tiny_run, number, code):
     assert "--resume auto" in output
     assert tiny_run("--resume", "auto", *arguments)[0] == 0
     assert_same(final_state("runs/whole", 15), final_state("runs/cut", 15))
+
+
+def test_a_record_that_cannot_be_written_is_one_clear_message(tiny_run):
+    Path("runs/tiny/subspace.jsonl").mkdir(parents=True)
+    code, _, err = tiny_run()
+    assert code == 2
+    assert "subspace.jsonl cannot be written" in err
+    assert "Traceback" not in err
 
 
 def test_help_and_usage():
