@@ -186,33 +186,37 @@ def _run_folder(config: Config, resuming: bool) -> Path:
     return folder
 
 
-def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
+def _checkpoint_to_resume(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint meant by ``--resume`` and its state; "auto" names a damaged one and takes the one before it."""
     if resume is None:
-        return None
+        return None, None
     if resume != "auto":
-        checkpoint.read_state(Path(resume))
-        return Path(resume)
-    found = checkpoint.steps_in(folder / "checkpoints")
-    if not found:
-        _say("resume", f"no checkpoint in {folder / 'checkpoints'}; starting from the beginning")
-        return None
-    return found[-1]
+        return Path(resume), checkpoint.read_state(Path(resume))
+    found, saved, complaints = checkpoint.newest_of(checkpoint.steps_in(folder / "checkpoints"))
+    for complaint in complaints:
+        _say("resume", f"skipping a damaged checkpoint: {complaint}")
+    if found is None:
+        _say("resume", f"no usable checkpoint in {folder / 'checkpoints'}; starting from the beginning")
+    return found, saved
 
 
-def _restore(run: Run, source: Path | None) -> None:
+def _check_same_run(source: Path, saved: dict[str, Any], config: Config) -> None:
+    different = configuration.differences(saved["config"], config)
+    if different:
+        listing = "\n".join(f"  {line}" for line in different)
+        raise ConfigError(
+            f"{source} was made with another configuration:\n{listing}\n"
+            f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
+        )
+
+
+def _restore(run: Run, source: Path | None, saved: dict[str, Any] | None) -> None:
     """Bring a built run to the state of a checkpoint, its records too; None is the beginning."""
     position = run.loop["position"]
     if source is not None:
-        different = configuration.differences(checkpoint.read_state(source)["config"], run.config)
-        if different:
-            listing = "\n".join(f"  {line}" for line in different)
-            raise ConfigError(
-                f"{source} was made with another configuration:\n{listing}\n"
-                f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
-            )
-        state = checkpoint.load_into(source, run.model, run.loop["optimizer"])
-        position.step, position.tokens = state["position"]["step"], state["position"]["tokens"]
-        position.sample = tuple(state["position"]["sample"])
+        checkpoint.load_into(source, saved, run.model, run.loop["optimizer"])
+        position.step, position.tokens = saved["position"]["step"], saved["position"]["tokens"]
+        position.sample = tuple(saved["position"]["sample"])
         _say("resume", f"{source}, after step {position.step}")
     for name in ("metrics.jsonl", "subspace.jsonl"):
         Records(run.folder / name).cut_back(position.step)
@@ -225,7 +229,9 @@ def build(config: Config, resume: str | None, position: Any) -> Run:
     remarks = configuration.remarks(config)
     config = configuration.resolve(config, device.type, bf16)
     folder = _run_folder(config, resume is not None)
-    source = _checkpoint_to_resume(folder, resume)
+    source, saved = _checkpoint_to_resume(folder, resume)
+    if source is not None:
+        _check_same_run(source, saved, config)
     _say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
     _say("optimizer", f"{config.train.optimizer}, {_stepping(config)}")
     for remark in remarks:
@@ -251,7 +257,7 @@ def build(config: Config, resume: str | None, position: Any) -> Run:
         **{name: getattr(train, name) for name in (*shared, "save_every", "keep_last")},
     }
     run = Run(config, folder, model, tokenizer, valid, loop)
-    _restore(run, source)
+    _restore(run, source, saved)
     (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
     return run
 

@@ -1,24 +1,35 @@
-"""Checkpoints: safetensors and one JSON in a folder that appears whole or not at all.
+"""Checkpoints: two safetensors files and one JSON in a folder that appears whole or not at all.
 
 ``model.safetensors``: the model's state dict. ``optimizer.safetensors``: inner states and fp32 masters, named
-``slot|kind|name``. ``state.json``: schedules, scalars, positions, the resolved configuration.
+``slot|kind|name``. ``state.json``: schedules, scalars, positions, the resolved configuration, the size and SHA-256 of
+both files, and a SHA-256 of itself. Tensors are written and read one at a time, so no second copy of the model exists.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 PREFIX = "step-"
+_FILES = ("model.safetensors", "optimizer.safetensors")
+_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8",
+    torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class DamagedError(ConfigError):
+    """A checkpoint that is incomplete, altered, or of another version."""
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,27 +48,73 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, rest
 
 
-def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+def _unflatten(tensors: Iterator[tuple[str, Tensor]], rest: dict[str, Any]) -> dict[str, Any]:
     state = {**rest, "slots": {slot: {**parts} for slot, parts in rest["slots"].items()}}
-    for key, value in tensors.items():
+    for key, value in tensors:
         slot, kind, name = key.rsplit("|", 2)
         state["slots"][slot][kind][name] = value
     return state
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory: tied weights keep the first of their names."""
+    """Tensors that share no memory: tied weights keep the first of their names."""
     seen: set[int] = set()
     kept = {}
     for name, value in tensors.items():
         if value.numel() and value.data_ptr() in seen:
             continue
         seen.add(value.data_ptr())
-        kept[name] = value.detach().contiguous()
+        kept[name] = value.detach()
     return kept
 
 
-def _sync(path: Path) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write ``tensors`` in the safetensors format, one at a time, fsync'd; returns ``{"bytes", "sha256"}``.
+
+    The library's own writer serialises all tensors in memory first, which a checkpoint of a model that barely fits
+    cannot afford. Raises ``OSError``; ``KeyError`` for a dtype that safetensors does not have.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, value in tensors.items():
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape)}
+        header[name]["data_offsets"] = [offset, offset + value.nbytes]
+        offset += value.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in _chunks(len(text).to_bytes(8, "little") + text, tensors):
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+
+
+def _chunks(head: bytes, tensors: dict[str, Tensor]) -> Iterator[Any]:
+    yield head
+    for value in tensors.values():
+        yield value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+
+
+def _needed_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(value.nbytes + 256 for value in tensors.values())
+
+
+def _seal(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,25 +122,45 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that no moment shows half of it under its own name."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def save(folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any]) -> Path:
-    """Write ``folder`` (…/step-00000100) through a temporary sibling, fsync'd and renamed. Raises ``ConfigError`` on an
-    I/O error, naming the folder; the other checkpoints stay as they are."""
+    """Write ``folder`` (…/step-00000100): into a hidden sibling, fsync'd, then renamed. Raises :class:`ConfigError` on
+    an I/O error or if the disk is too full, naming the folder; the other checkpoints stay as they are.
+
+    A complete checkpoint already there is left: the state after a step does not depend on how often it is reached.
+    """
     building = folder.with_name(f".{folder.name}.tmp")
+    tensors, rest = _flatten(optimizer_state)
+    contents = dict(zip(_FILES, (_unshared(model.state_dict()), tensors), strict=True))
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        tensors, rest = _flatten(optimizer_state)
-        save_file(_unshared(model.state_dict()), building / "model.safetensors")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, building / "optimizer.safetensors")
-        document = {"version": VERSION, **run_state, "optimizer": rest}
-        (building / "state.json").write_text(json.dumps(document), encoding="utf-8")
-        for file in building.iterdir():
-            _sync(file)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            if newest_of([folder])[0]:
+                return folder
+            _remove(folder)
+        for leftover in folder.parent.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        needed, free = sum(map(_needed_bytes, contents.values())), shutil.disk_usage(folder.parent).free
+        if needed > free:
+            raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
+        building.mkdir()
+        files = {name: write_safetensors(building / name, values) for name, values in contents.items()}
+        document = {"version": VERSION, **run_state, "optimizer": rest, "files": files}
+        with (building / "state.json").open("w", encoding="utf-8") as file:
+            json.dump({**document, "sha256": _seal(document)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(building)
         building.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
+        _sync_folder(folder.parent)
+    except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
         raise ConfigError(
             f"the checkpoint {folder} could not be written: {error}. Older checkpoints are intact; free space or set "
@@ -93,9 +170,8 @@ def save(folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_st
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The complete checkpoints under ``folder``, oldest first."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: p.name)
+    """The checkpoints under ``folder``, oldest first; they may yet be damaged (see :func:`read_state`)."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
 def name_for(step: int) -> str:
@@ -103,44 +179,78 @@ def name_for(step: int) -> str:
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints under ``folder``."""
+    """Delete all but the newest ``keep_last`` checkpoints under ``folder``; :class:`ConfigError` if it cannot."""
     for old in steps_in(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        try:
+            _remove(old)
+        except OSError as error:
+            raise ConfigError(f"the old checkpoint {old} could not be deleted: {error}; delete it by hand") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint. Raises :class:`ConfigError` if it is missing, damaged or of another version."""
+    """``state.json`` of a checkpoint whose every byte is as it was written. Raises :class:`DamagedError` otherwise."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is not a complete checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        version = state.get("version") if isinstance(state, dict) else None
-        raise ConfigError(f"{folder} has checkpoint version {version}; this program reads version {VERSION}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{folder} is not a complete checkpoint: {error}") from error
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != VERSION:
+        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads version {VERSION}")
+    if state.pop("sha256", None) != _seal(state):
+        raise DamagedError(f"{folder / 'state.json'} was altered: its SHA-256 does not match")
+    for name in _FILES:
+        path, wanted = folder / name, state["files"][name]
+        try:
+            size = path.stat().st_size
+            if size != wanted["bytes"]:
+                raise DamagedError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}")
+            found = _sha256(path)
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read: {error}") from error
+        if found != wanted["sha256"]:
+            raise DamagedError(f"{path} was altered: its SHA-256 does not match state.json")
     return state
 
 
-def load_into(folder: Path, model: nn.Module, optimizer) -> dict[str, Any]:
-    """Fill ``model`` and ``optimizer`` (a LowRankOptimizer) and return the run state.
+def newest_of(folders: list[Path]) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """The last undamaged checkpoint of ``folders`` with its state (None, None if there is none), and what is wrong
+    with each one after it."""
+    complaints = []
+    for path in reversed(folders):
+        try:
+            return path, read_state(path), complaints
+        except DamagedError as error:
+            complaints.append(str(error))
+    return None, None, complaints
 
-    Raises :class:`ConfigError` if the files cannot be read or belong to another model or configuration.
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            yield name, file.get_tensor(name).clone()  # the library's own may be backed by the file
+
+
+def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) -> None:
+    """Fill ``model`` and ``optimizer`` (a LowRankOptimizer) from a checkpoint whose ``state`` :func:`read_state` gave.
+
+    Raises :class:`ConfigError` if the tensors are those of another model.
     """
-    state = read_state(folder)
+    own = _unshared(model.state_dict())
     try:
-        weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
-        own = _unshared(model.state_dict())
-        if set(weights) != set(own):
-            odd = min(set(weights) ^ set(own))
-            raise ValueError(f"the checkpoint and the model differ in tensors, for example {odd}")
-        for name, value in own.items():
-            if weights[name].shape != value.shape or weights[name].dtype != value.dtype:
+        loaded = set()
+        for name, value in _tensors(folder / "model.safetensors"):
+            if name not in own:
+                raise ValueError(f"the model has no tensor {name}")
+            if own[name].shape != value.shape or own[name].dtype != value.dtype:
                 raise ValueError(
-                    f"{name} is {tuple(weights[name].shape)} {weights[name].dtype} in the checkpoint and "
-                    f"{tuple(value.shape)} {value.dtype} in the model"
+                    f"{name} is {tuple(value.shape)} {value.dtype} in the checkpoint and {tuple(own[name].shape)} "
+                    f"{own[name].dtype} in the model"
                 )
-        model.load_state_dict(weights, strict=False)
-        optimizer.load_state_dict(_unflatten(tensors, state["optimizer"]))
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            with torch.no_grad():
+                own[name].copy_(value)
+            loaded.add(name)
+        if absent := set(own) - loaded:
+            raise ValueError(f"the checkpoint has no tensor {min(absent)}")
+        optimizer.load_state_dict(_unflatten(_tensors(folder / "optimizer.safetensors"), state["optimizer"]))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error
-    return state

@@ -1,0 +1,244 @@
+"""Checkpoints survive crashes and full disks, and a damaged one is never loaded."""
+
+import json
+import random
+import resource
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qgalore
+from qgalore import checkpoint
+from qgalore.errors import ConfigError
+
+TEXT = {"config": {"a": 1}, "position": {"step": 1, "sample": [0, 4], "tokens": 9}}
+
+
+def trained(tiny_llama, dtype=torch.float32, steps=2, **changes):
+    model = tiny_llama(**changes).to(dtype)
+    qgalore.convert(model, rank=8)
+    opt = qgalore.optimizer(model, lr=5e-3, update_proj_gap=2)
+    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        model(tokens, use_cache=False).logits.float().logsumexp(-1).mean().backward()
+        opt.step()
+    return model, opt
+
+
+def everything(model, opt):
+    parts = {f"model.{n}": v for n, v in model.state_dict().items()}
+    for slot, state in opt.state_dict()["slots"].items():
+        for kind in ("inner", "extra"):
+            parts |= {f"{slot}.{kind}.{n}": torch.as_tensor(v).clone() for n, v in state[kind].items()}
+        parts |= {f"{slot}.{n}": torch.tensor(v) for n, v in state.get("schedule", {}).items()}
+    return parts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_is_bit_for_bit(tiny_llama, tmp_path, dtype, tied):
+    model, opt = trained(tiny_llama, dtype, tie_word_embeddings=tied)
+    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    wanted = {name: value.clone() for name, value in everything(model, opt).items()}
+    other, fresh = trained(tiny_llama, dtype, steps=1, tie_word_embeddings=tied)
+    state = checkpoint.read_state(path)
+    assert {key: state[key] for key in TEXT} == TEXT
+    checkpoint.load_into(path, state, other, fresh)
+    got = everything(other, fresh)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype, name
+        assert torch.equal(got[name], value), name
+
+
+def test_the_files_are_safetensors_and_json(tiny_llama, tmp_path):
+    model, opt = trained(tiny_llama, tie_word_embeddings=True)
+    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    read = load_file(path / "model.safetensors")
+    assert set(model.state_dict()) - set(read) == {"lm_head.weight"}  # tied: stored once
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in read.items())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writer_handles_odd_tensors(tmp_path):
+    tensors = {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.arange(12.0).view(3, 4).T,
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "flag": torch.tensor([True, False]),
+    }
+    facts = checkpoint.write_safetensors(tmp_path / "x.safetensors", tensors)
+    read = load_file(tmp_path / "x.safetensors")
+    assert facts["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value), name
+
+
+def test_another_models_checkpoint_is_refused(tiny_llama, tmp_path):
+    model, opt = trained(tiny_llama)
+    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    for changes, message in (
+        ({"num_hidden_layers": 1}, "no tensor"),
+        ({"intermediate_size": 128}, "in the checkpoint"),
+    ):
+        other, fresh = trained(tiny_llama, **changes)
+        with pytest.raises(ConfigError, match=message):
+            checkpoint.load_into(path, checkpoint.read_state(path), other, fresh)
+
+
+def mutate(folder, rng: random.Random) -> str:
+    """Damage one file in one of many ways; says how."""
+    path = folder / rng.choice(["model.safetensors", "optimizer.safetensors", "state.json", "state.json"])
+    raw = path.read_bytes()
+    kind = rng.choice(["flip", "flip", "truncate", "empty", "delete", "swap", "insert", "zeros", "field"])
+    if kind == "flip":
+        position = rng.choice([rng.randrange(len(raw)), rng.randrange(min(64, len(raw)))])
+        path.write_bytes(raw[:position] + bytes([raw[position] ^ 1 << rng.randrange(8)]) + raw[position + 1 :])
+    elif kind == "truncate":
+        path.write_bytes(raw[: rng.randrange(len(raw))])
+    elif kind == "insert":
+        position = rng.randrange(len(raw))
+        path.write_bytes(raw[:position] + rng.randbytes(rng.randrange(1, 9)) + raw[position:])
+    elif kind == "zeros":
+        start = rng.randrange(len(raw) - 1)
+        path.write_bytes(raw[:start] + bytes(len(raw) - start))
+    elif kind == "delete":
+        path.unlink()
+    elif kind == "swap":
+        other = folder / ("model.safetensors" if path.name != "model.safetensors" else "optimizer.safetensors")
+        path.write_bytes(other.read_bytes())
+    elif kind == "field":
+        path = folder / "state.json"
+        state = json.loads(path.read_text())
+        key = rng.choice(list(state))
+        state[key] = rng.choice([None, 0, "x", [], {}, -1, 99])
+        path.write_text(rng.choice([json.dumps(state), json.dumps(state[key]), json.dumps([state])]))
+    else:
+        path.write_bytes(b"")
+    return f"{kind} {path.name}"
+
+
+def test_no_mutation_is_loaded_or_crashes(tiny_llama, tmp_path):
+    """300 damaged copies: every one is refused with a message, and the undamaged one before it is found instead."""
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    good = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    bad = tmp_path / "step-00000002"
+    rng = random.Random(0)
+    for case in range(300):
+        shutil.copytree(good, bad)
+        how = mutate(bad, rng)
+        with pytest.raises(checkpoint.DamagedError):
+            raise AssertionError(f"case {case}: {how} was accepted: {checkpoint.read_state(bad)['version']}")
+        found, state, complaints = checkpoint.newest_of(checkpoint.steps_in(tmp_path))
+        assert (found, len(complaints)) == (good, 1), how
+        assert state["position"]["step"] == 1
+        shutil.rmtree(bad)
+
+
+class Fault:
+    """Raises at the n-th file operation under a folder, through Python's audit events. With ``crash`` every operation
+    after it is refused too, as to a process that has died; audit hooks cannot be removed, so it goes quiet."""
+
+    EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
+
+    def __init__(self, at: int, crash: bool) -> None:
+        self.at, self.crash, self.seen, self.active = at, crash, 0, False
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if not self.active or event not in self.EVENTS or "step-" not in str(arguments[0]):
+            return
+        self.seen += 1
+        if self.seen == self.at or (self.crash and self.seen > self.at):
+            raise (Crash if self.crash else OSError)(28, "No space left on device")
+
+    def __enter__(self) -> "Fault":
+        self.active = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.active = False
+
+
+class Crash(BaseException):
+    """The end of the process."""
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["error", "crash"])
+@pytest.mark.parametrize("again", [False, True], ids=["new", "damaged-there"])
+def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, crash, again):
+    """Whatever operation of a save and its pruning fails, the newest complete checkpoint is found, and saving again
+    works."""
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    state = opt.state_dict()
+    at, finished = 0, False
+    while not finished:
+        at += 1
+        folder = tmp_path / str(at)
+        for step in (1, 2):
+            checkpoint.save(folder / checkpoint.name_for(step), model, state, TEXT)
+        if again:
+            (folder / checkpoint.name_for(3)).mkdir()
+        try:
+            with Fault(at, crash) as fault:
+                checkpoint.save(folder / checkpoint.name_for(3), model, state, TEXT)
+                checkpoint.prune(folder, 2)
+            finished = fault.seen < at
+        except (ConfigError, Crash):
+            assert fault.seen >= at
+        found, document, _ = checkpoint.newest_of(checkpoint.steps_in(folder))
+        assert found is not None
+        assert document["position"] == TEXT["position"]
+        checkpoint.save(folder / checkpoint.name_for(4), model, state, TEXT)
+        checkpoint.prune(folder, 2)
+        assert checkpoint.newest_of(checkpoint.steps_in(folder))[0].name == checkpoint.name_for(4)
+        assert not list(folder.glob(".*"))
+    assert at > 8
+
+
+@pytest.mark.parametrize("limit", [0, 100, 20_000])
+def test_a_disk_that_fills_up_while_writing(tiny_llama, tmp_path, limit):
+    """The operating system refuses to let any file grow past ``limit`` bytes."""
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    good = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"could not be written.*Older checkpoints are intact"):
+            checkpoint.save(tmp_path / "step-00000002", model, opt.state_dict(), TEXT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [good]
+    assert checkpoint.newest_of([good])[0] == good
+
+
+def test_free_space_is_checked_before_writing(tiny_llama, tmp_path, monkeypatch):
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConfigError, match=r"needs .* MiB and the disk has 0\.0 MiB free"):
+        checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_keeps_the_newest(tiny_llama, tmp_path):
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    for step in (1, 5, 10, 100):
+        checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
+    checkpoint.prune(tmp_path, 2)
+    assert [p.name for p in checkpoint.steps_in(tmp_path)] == ["step-00000010", "step-00000100"]
+
+
+def test_a_complete_checkpoint_of_the_step_is_left_alone(tiny_llama, tmp_path):
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    before = (path / "model.safetensors").stat().st_mtime_ns
+    checkpoint.save(path, model, opt.state_dict(), TEXT)
+    assert (path / "model.safetensors").stat().st_mtime_ns == before
