@@ -19,8 +19,8 @@ def main(arguments: list[str]) -> int:
     from qgalore.errors import QGaloreError
 
     try:
-        run = build.build(config.load(options.config, options.overrides), options.resume, loop.Position())
-        result = loop.Loop(**run.loop).run()
+        run = build.build(config.load(options.config, options.overrides), options.resume)
+        result = loop.Loop(**run.loop, position=loop.Position(**run.position)).run()
         build.finish(run)
     except QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .lr import lr_at
 from .models import loading
 from .models.convert import convert
 from .models.loss import check_isolation
+from .quant.counter import derive_key
 from .stats import Records
 
 HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
@@ -33,7 +34,8 @@ HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
 
 @dataclass
 class Run:
-    """A built run: the trained objects, the folder, and ``loop``, the keyword arguments of ``loop.Loop``."""
+    """A built run: the trained objects, the folder, and ``loop`` and ``position``, the keyword arguments of
+    ``loop.Loop`` and ``loop.Position``."""
 
     config: Config
     folder: Path
@@ -41,6 +43,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     valid: PackedSequences
     loop: dict[str, Any]
+    position: dict[str, Any] = field(default_factory=dict)  # of the checkpoint resumed from
 
 
 def choose_device(config: Config) -> torch.device:
@@ -212,18 +215,18 @@ def _check_same_run(source: Path, saved: dict[str, Any], config: Config) -> None
 
 def _restore(run: Run, source: Path | None, saved: dict[str, Any] | None) -> None:
     """Bring a built run to the state of a checkpoint, its records too; None is the beginning."""
-    position = run.loop["position"]
+    step = 0
     if source is not None:
         checkpoint.load_into(source, saved, run.model, run.loop["optimizer"])
-        position.step, position.tokens = saved["position"]["step"], saved["position"]["tokens"]
-        position.sample = tuple(saved["position"]["sample"])
-        _say("resume", f"{source}, after step {position.step}")
+        step = saved["position"]["step"]
+        run.position = {**saved["position"], "sample": tuple(saved["position"]["sample"])}
+        _say("resume", f"{source}, after step {step}")
     for name in ("metrics.jsonl", "subspace.jsonl"):
-        Records(run.folder / name).cut_back(position.step)
+        Records(run.folder / name).cut_back(step)
 
 
-def build(config: Config, resume: str | None, position: Any) -> Run:
-    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint; ``position`` is a fresh Position."""
+def build(config: Config, resume: str | None) -> Run:
+    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint."""
     device = choose_device(config)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     remarks = configuration.remarks(config)
@@ -242,19 +245,24 @@ def build(config: Config, resume: str | None, position: Any) -> Run:
     train = config.train
     schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
     shared = ("max_steps", "micro_batch_size", "grad_accumulation", "clip_grad_norm", "eval_every", "eval_batches")
+    saving, faults = (
+        ("save_every", "keep_last", "keep_every"),
+        ("max_skipped_in_a_row", "loss_spike", "spike_threshold"),
+    )
     loop = {
         "model": model,
         "optimizer": build_optimizer(config, model),
         "train": packed,
         "valid": valid,
-        "order": SampleOrder(len(packed), config.run.seed),
+        "order_for": cache(
+            lambda rollbacks: SampleOrder(len(packed), derive_key(config.run.seed, rollbacks)[0] & 0xFFFFFFFF)
+        ),
         "device": device,
         "folder": folder,
         "lr_at": partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
-        "position": position,
         "run_state": {"config": config.model_dump(mode="json"), "torch": torch.__version__},
         "seed": config.run.seed,
-        **{name: getattr(train, name) for name in (*shared, "save_every", "keep_last")},
+        **{name: getattr(train, name) for name in (*shared, *saving, *faults)},
     }
     run = Run(config, folder, model, tokenizer, valid, loop)
     _restore(run, source, saved)

@@ -18,14 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .storage import write_safetensors
 
 VERSION = 2
 PREFIX = "step-"
 _FILES = ("model.safetensors", "optimizer.safetensors")
-_DTYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8",
-    torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class DamagedError(ConfigError):
@@ -66,36 +63,6 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(value.data_ptr())
         kept[name] = value.detach()
     return kept
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write ``tensors`` in the safetensors format, one at a time, fsync'd; returns ``{"bytes", "sha256"}``.
-
-    The library's own writer serialises all tensors in memory first, which a checkpoint of a model that barely fits
-    cannot afford. Raises ``OSError``; ``KeyError`` for a dtype that safetensors does not have.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, value in tensors.items():
-        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape)}
-        header[name]["data_offsets"] = [offset, offset + value.nbytes]
-        offset += value.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in _chunks(len(text).to_bytes(8, "little") + text, tensors):
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
-
-
-def _chunks(head: bytes, tensors: dict[str, Tensor]) -> Iterator[Any]:
-    yield head
-    for value in tensors.values():
-        yield value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def _needed_bytes(tensors: dict[str, Tensor]) -> int:
@@ -171,16 +138,19 @@ def save(folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_st
 
 def steps_in(folder: Path) -> list[Path]:
     """The checkpoints under ``folder``, oldest first; they may yet be damaged (see :func:`read_state`)."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit())
 
 
 def name_for(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints under ``folder``; :class:`ConfigError` if it cannot."""
+def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete all checkpoints under ``folder`` but the newest ``keep_last`` and those of steps that are multiples of
+    ``keep_every``. Raises :class:`ConfigError` if it cannot."""
     for old in steps_in(folder)[:-keep_last]:
+        if keep_every and int(old.name.removeprefix(PREFIX)) % keep_every == 0:
+            continue
         try:
             _remove(old)
         except OSError as error:
@@ -235,6 +205,15 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
 
     Raises :class:`ConfigError` if the tensors are those of another model.
     """
+    load_model(folder, model)
+    try:
+        optimizer.load_state_dict(_unflatten(_tensors(folder / "optimizer.safetensors"), state["optimizer"]))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Fill ``model`` alone. Raises :class:`ConfigError` if the tensors are those of another model."""
     own = _unshared(model.state_dict())
     try:
         loaded = set()
@@ -251,6 +230,5 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
             loaded.add(name)
         if absent := set(own) - loaded:
             raise ValueError(f"the checkpoint has no tensor {min(absent)}")
-        optimizer.load_state_dict(_unflatten(_tensors(folder / "optimizer.safetensors"), state["optimizer"]))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error

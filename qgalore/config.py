@@ -86,7 +86,11 @@ class TrainSection(Section):
     eval_every: PositiveInt = 100
     eval_batches: PositiveInt | None = None  # None: all of the held-out text
     save_every: PositiveInt | None = None  # None: at the end only
-    keep_last: PositiveInt = 2
+    keep_last: PositiveInt = 2  # checkpoints kept, the newest
+    keep_every: PositiveInt | None = None  # and those of steps that are multiples of this
+    max_skipped_in_a_row: PositiveInt = 5  # steps with a loss or gradient that is not finite are skipped, up to this
+    loss_spike: Literal["off", "warn", "skip", "rollback"] = "warn"
+    spike_threshold: float = Field(8.0, gt=0)  # standard deviations above the mean of the last 100 losses
 
 
 class LowRankSection(Section):
@@ -313,7 +317,7 @@ def remarks(config: Config) -> list[str]:
 # Keys that a resumed run may change; everything else decides what the weights become.
 RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
-    "train.keep_last", "data.cache_dir", "export.formats", "sample.prompt", "sample.max_new_tokens",
+    "train.keep_last", "train.keep_every", "data.cache_dir", "export.formats", "sample.prompt", "sample.max_new_tokens",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .data.order import SampleOrder
 from .data.packing import PackedSequences
 from .errors import DoesNotFitError, Interrupted, NumericalError
 from .evaluate import Evaluation, evaluate
+from .faults import WINDOW, is_spike
 from .lowrank.optimizer import LowRankOptimizer
 from .models.loss import summed_loss, target_tokens
 from .quant.counter import derive_key
@@ -26,11 +27,21 @@ from .stats import ProgressLine, Records, memory_bytes
 
 @dataclass
 class Position:
-    """Where a run is: optimizer steps done, (epoch, index) of the next sample, target tokens seen."""
+    """Where a run is: optimizer steps done (skipped ones included), (epoch, index) of the next sample, target tokens
+    seen, and what decides about faults: the last losses, steps skipped in all and in a row, and ``order``, how often
+    the run was rolled back to go on in another data order."""
 
     step: int = 0
     sample: tuple[int, int] = (0, 0)
     tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    order: int = 0
+
+
+class Spike(NumericalError):
+    """A loss far above the ones before it."""
 
 
 class StopSignal:
@@ -65,14 +76,15 @@ class StopSignal:
 class Loop:
     """Trains ``model`` to ``max_steps``; see :meth:`run`. ``lr_at(step)`` gives the learning rate of a step (from 0).
 
-    ``run_state`` goes into every checkpoint beside the position; ``folder`` is the run's own.
+    ``order_for(n)`` gives the data order after n rollbacks; ``run_state`` goes into every checkpoint beside the
+    position; ``folder`` is the run's own.
     """
 
     model: nn.Module
     optimizer: LowRankOptimizer
     train: PackedSequences
     valid: PackedSequences
-    order: SampleOrder
+    order_for: Callable[[int], SampleOrder]
     device: torch.device
     folder: Path
     lr_at: Callable[[int], float]
@@ -87,6 +99,11 @@ class Loop:
     eval_batches: int | None
     save_every: int | None
     keep_last: int
+    keep_every: int | None
+    max_skipped_in_a_row: int
+    loss_spike: str
+    spike_threshold: float
+    max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
         self.metrics = Records(self.folder / "metrics.jsonl")
@@ -95,8 +112,8 @@ class Loop:
     def run(self) -> Evaluation:
         """Train, evaluate, record, save. Returns the last evaluation.
 
-        Raises :class:`NumericalError` for a loss or gradient that is not finite, and :class:`Interrupted` after a
-        signal; the state is saved first in both cases.
+        A step whose loss or gradient is not finite is skipped; after ``max_skipped_in_a_row`` of them the state is
+        saved and :class:`NumericalError` raised. After a signal the state is saved and :class:`Interrupted` raised.
         """
         progress = ProgressLine(self.max_steps)
         self.model.train()
@@ -104,6 +121,8 @@ class Loop:
         with StopSignal() as stop:
             while self.position.step < self.max_steps:
                 row = self._guarded_step()
+                if row is None:
+                    continue
                 self.metrics.append([row])
                 self.subspace.append(self._drain_events())
                 progress.show(row, self.optimizer.refresh_counts())
@@ -119,8 +138,8 @@ class Loop:
                     )
         return latest or self._evaluate()
 
-    def _guarded_step(self) -> dict[str, Any]:
-        """One step; on a numerical failure the untouched state is saved before the error goes on."""
+    def _guarded_step(self) -> dict[str, Any] | None:
+        """One step and its record. A step that fails numerically is skipped, or rolled back (then None)."""
         try:
             return self._step()
         except torch.OutOfMemoryError as error:
@@ -129,12 +148,53 @@ class Loop:
                 "train.micro_batch_size or data.sequence_length, or set train.activation_checkpointing=true"
             ) from error
         except NumericalError as error:
-            advice = "Lower train.lr, lengthen train.warmup_steps or set train.clip_grad_norm"
-            if self.optimizer.inside_step:
-                raise NumericalError(f"{error}. The step is half taken, so nothing was saved. {advice}") from error
-            self.optimizer.zero_grad()
+            if isinstance(error, Spike) and self.loss_spike == "rollback" and self._roll_back(error):
+                return None
+            return self._skip(error)
+
+    def _skip(self, error: NumericalError) -> dict[str, Any]:
+        """Close the failed step without an update and go on with the next samples, or stop after too many."""
+        stepped = self.optimizer.skip()
+        where = self.position
+        _, after = self._order().take(where.sample, self.micro_batch_size * self.grad_accumulation)
+        in_a_row = where.skipped_in_a_row + 1
+        self.position = replace(
+            where, step=where.step + 1, sample=after, skipped=where.skipped + 1, skipped_in_a_row=in_a_row
+        )
+        partly = f" ({stepped} tensors had stepped before it showed)" if stepped else ""
+        print(f"step {where.step + 1}/{self.max_steps} | skipped: {error}{partly}", flush=True)
+        row = {"step": where.step + 1, "loss": None, "lr": self.lr_at(where.step), "grad_norm": None}
+        row |= {"tokens": where.tokens, "tokens_per_second": 0.0, "memory_bytes": memory_bytes(self.device)}
+        row["skipped"] = str(error)
+        if in_a_row >= self.max_skipped_in_a_row:
+            self.metrics.append([row])
             saved = self._save()
-            raise NumericalError(f"{error}. The weights before this step are saved in {saved}. {advice}") from error
+            raise NumericalError(
+                f"{error}. {in_a_row} step{'s' if in_a_row > 1 else ''} in a row failed (train.max_skipped_in_a_row). "
+                f"The last good weights are saved in {saved}. Lower train.lr, lengthen train.warmup_steps or set "
+                "train.clip_grad_norm"
+            ) from error
+        return row
+
+    def _roll_back(self, error: Spike) -> bool:
+        """Return to the newest checkpoint and go on from it in another data order; False if that cannot be done."""
+        found, state, _ = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
+        if found is None or self.position.order >= self.max_rollbacks:
+            why = "there is no checkpoint yet" if found is None else f"{self.max_rollbacks} rollbacks were made"
+            print(f"no rollback: {why}; the step is skipped instead", flush=True)
+            return False
+        self.optimizer.skip()
+        order = self.position.order + 1
+        checkpoint.load_into(found, state, self.model, self.optimizer)
+        self.position = replace(Position(**state["position"]), order=order)
+        self.position.sample = tuple(self.position.sample)
+        for records in (self.metrics, self.subspace):
+            records.cut_back(self.position.step)
+        print(f"rolled back to {found} and another data order: {error}", flush=True)
+        return True
+
+    def _order(self) -> SampleOrder:
+        return self.order_for(self.position.order)
 
     def _step(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -143,14 +203,23 @@ class Loop:
             group["lr"] = self.lr_at(step)
         torch.manual_seed(derive_key(self.seed, step)[0] & 0x7FFFFFFF)  # dropout is a function of the step alone
         count = self.micro_batch_size * self.grad_accumulation
-        indices, after = self.order.take(self.position.sample, count)
+        indices, after = self._order().take(self.position.sample, count)
         batches = [
             self.train.batch(indices[i : i + self.micro_batch_size]) for i in range(0, count, self.micro_batch_size)
         ]
         tokens = sum(target_tokens(batch) for batch in batches)
-        loss = sum(self._backward(batch, tokens) for batch in batches)
+        loss = 0.0
+        for number, batch in enumerate(batches, start=1):
+            loss += self._backward(batch, tokens, loss, whole=number == len(batches))
         norm = self._take_step()
-        self.position = Position(step + 1, after, self.position.tokens + tokens)
+        self.position = replace(
+            self.position,
+            step=step + 1,
+            sample=after,
+            tokens=self.position.tokens + tokens,
+            losses=[*self.position.losses, loss][-WINDOW:],
+            skipped_in_a_row=0,
+        )
         if self.position.step == 1 and self.optimizer.untouched:
             names = self.optimizer.untouched
             print(
@@ -166,15 +235,25 @@ class Loop:
             "memory_bytes": memory_bytes(self.device),
         }
 
-    def _backward(self, batch: dict[str, Tensor], tokens: int) -> float:
-        """Forward and backward of one micro-batch; returns its share of the step's mean loss."""
+    def _backward(self, batch: dict[str, Tensor], tokens: int, before: float, whole: bool) -> float:
+        """Forward and backward of one micro-batch; returns its share of the step's mean loss, of which ``before`` is
+        known. The check for a spike comes before the last backward pass (``whole``): fused stepping updates in it."""
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         loss = summed_loss(self.model, batch) / max(tokens, 1)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NumericalError(f"the loss is {value} in step {self.position.step + 1}")
+        if whole and self.loss_spike != "off":
+            self._check_spike(before + value)
         loss.backward()
         return value
+
+    def _check_spike(self, loss: float) -> None:
+        if is_spike(self.position.losses, loss, self.spike_threshold):
+            spike = Spike(f"the loss {loss:.4f} is a spike in step {self.position.step + 1}")
+            if self.loss_spike != "warn":
+                raise spike
+            print(f"warning: {spike} (train.loss_spike: warn)", flush=True)
 
     def _take_step(self) -> float:
         """Refresh, clip and step; returns the gradient norm before clipping."""
@@ -212,5 +291,5 @@ class Loop:
         path = checkpoint.save(
             folder / checkpoint.name_for(self.position.step), self.model, self.optimizer.state_dict(), state
         )
-        checkpoint.prune(folder, self.keep_last)
+        checkpoint.prune(folder, self.keep_last, self.keep_every)
         return path

@@ -64,23 +64,6 @@ def test_the_files_are_safetensors_and_json(tiny_llama, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_writer_handles_odd_tensors(tmp_path):
-    tensors = {
-        "scalar": torch.tensor(3.5),
-        "empty": torch.zeros(0, 4),
-        "turned": torch.arange(12.0).view(3, 4).T,
-        "bytes": torch.arange(7, dtype=torch.uint8),
-        "half": torch.ones(3, dtype=torch.bfloat16),
-        "flag": torch.tensor([True, False]),
-    }
-    facts = checkpoint.write_safetensors(tmp_path / "x.safetensors", tensors)
-    read = load_file(tmp_path / "x.safetensors")
-    assert facts["bytes"] == (tmp_path / "x.safetensors").stat().st_size
-    for name, value in tensors.items():
-        assert read[name].dtype == value.dtype
-        assert torch.equal(read[name], value), name
-
-
 def test_another_models_checkpoint_is_refused(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama)
     path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)

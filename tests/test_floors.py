@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors"},
     {"config"},
-    {"quant"},
+    {"quant", "storage"},
     {"lowrank", "data"},
-    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr"},
+    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr", "faults"},
     {"build", "loop"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -129,11 +129,11 @@ def test_every_method_trains(tiny_run, method):
 
 def test_adamw_is_torchs_adamw(tiny_run):
     """Invariant 1 through the whole program: ``method=adamw`` against a loop of five lines on the same batches."""
-    from qgalore import build, config, loop
+    from qgalore import build, config
 
     overrides = ["method=adamw", "train.weight_decay=0.1", "run.name=x"]
     assert tiny_run(*overrides, "run.name=y")[0] == 0
-    run = build.build(config.load("tiny.yaml", overrides), None, loop.Position())
+    run = build.build(config.load("tiny.yaml", overrides), None)
     model, options = copy.deepcopy(run.model).train(), run.loop  # a copy has none of the optimizer's hooks
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     groups = [
@@ -143,7 +143,7 @@ def test_adamw_is_torchs_adamw(tiny_run):
     opt = torch.optim.AdamW(groups)
     position = (0, 0)
     for step in range(6):
-        indices, position = options["order"].take(position, 4)
+        indices, position = options["order_for"](0).take(position, 4)
         batch = options["train"].batch(indices)
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100).backward()
@@ -252,15 +252,65 @@ def test_odd_widths_train(tiny_run):
     assert "in_features 101; 101 is used" in out
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tiny_run):
-    """A rate of 10³⁰ makes the second loss infinite or NaN for real."""
-    code, _, err = tiny_run("train.lr=1e30", "train.warmup_steps=0", "train.save_every=null")
+def test_a_loss_that_is_not_finite_is_skipped_until_it_is_hopeless(tiny_run):
+    """A rate of 10³⁰ makes every loss after the first step infinite or NaN for real."""
+    code, out, err = tiny_run("train.lr=1e30", "train.warmup_steps=0", "train.max_skipped_in_a_row=3")
     assert code == 4
     assert "Traceback" not in err
-    assert "not finite" in err or "loss is" in err
-    assert "train.lr" in err
-    if "saved in" in err:
-        assert len(list(Path("runs/tiny/checkpoints").glob("step-*"))) == 1
+    assert "3 steps in a row failed" in err
+    assert "Lower train.lr" in err
+    assert out.count("| skipped: ") == 3
+    skipped = [row for row in rows("runs/tiny/metrics.jsonl") if row.get("skipped")]
+    assert [row["loss"] for row in skipped] == [None] * 3
+    assert len(list(Path("runs/tiny/checkpoints").glob("step-*"))) >= 1
+
+
+class Poison:
+    """Makes the loss of chosen steps (from 1) another one, through the model's own forward, as a bad sample would."""
+
+    def __init__(self, monkeypatch, steps, factor):
+        from qgalore import loop
+
+        self.calls, self.steps, self.factor, real = 0, steps, factor, loop.summed_loss
+
+        def poisoned(model, batch):
+            self.calls += model.training
+            return real(model, batch) * (self.factor if model.training and self.calls in self.steps else 1.0)
+
+        monkeypatch.setattr(loop, "summed_loss", poisoned)
+
+
+@pytest.mark.parametrize("extra", [(), ("train.clip_grad_norm=1.0",)], ids=["fused", "deferred"])
+def test_one_bad_step_leaves_the_weights_and_the_run_goes_on(tiny_run, monkeypatch, extra):
+    """The run with a skipped fourth step has, after it, the weights of a run of three steps."""
+    flat = ("train.lr_schedule=constant", "train.save_every=1", "train.keep_last=9", *extra)
+    assert tiny_run("run.name=three", "train.max_steps=3", *flat)[0] == 0
+    Poison(monkeypatch, {4}, float("nan"))
+    code, out, err = tiny_run("run.name=six", *flat)
+    assert code == 0, err
+    assert "step 4/6 | skipped: the loss is nan" in out
+    assert_same(final_state("runs/three", 3), final_state("runs/six", 4))
+    losses = [row["loss"] for row in rows("runs/six/metrics.jsonl") if "lr" in row]
+    assert [loss is None for loss in losses] == [False, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
+def test_a_loss_spike(tiny_run, monkeypatch, policy):
+    Poison(monkeypatch, {25}, 10.0)
+    code, out, err = tiny_run(
+        "train.max_steps=28",
+        "train.eval_every=28",
+        "train.save_every=22",
+        "train.lr=0.001",
+        f"train.loss_spike={policy}",
+    )
+    assert code == 0, err
+    train = [row for row in rows("runs/tiny/metrics.jsonl") if "lr" in row]
+    assert [row["step"] for row in train] == list(range(1, 29))
+    said = {"warn": "warning: the loss", "skip": "step 25/28 | skipped: the loss", "rollback": "rolled back to"}
+    assert said[policy] in out
+    assert "is a spike in step 25" in out
+    assert sum(row["loss"] is None for row in train) == (policy == "skip")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -42,34 +42,38 @@ def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_g
 
 
 class _DeltaLinear(torch.autograd.Function):
-    """Y = X Wᵀ; backward gives dX and whichever of dΔ, dprobe is asked for. The float W lives only inside each call."""
+    """Y = X Wᵀ + b; backward gives dX, db and whichever of dΔ, dprobe is asked for. The float W lives only inside each
+    call."""
 
     @staticmethod
-    def forward(ctx, x, weight, weight_scale, left, left_scale, right, right_scale, delta, probe, fmt):
+    def forward(ctx, x, weight, weight_scale, bias, left, left_scale, right, right_scale, delta, probe, fmt):
         ctx.save_for_backward(x, weight, weight_scale, left, left_scale, right, right_scale)
         ctx.fmt = fmt
         ctx.delta_dtype = delta.dtype
         dense = weight.to(x.dtype) if weight_scale is None else dequantize(weight, weight_scale, x.dtype)
-        return torch.nn.functional.linear(x, dense)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, weight_scale, left, left_scale, right, right_scale = ctx.saved_tensors
-        grad_x = grad_delta = grad_probe = None
+        grad_x = grad_bias = grad_delta = grad_probe = None
         dense = weight.to(x.dtype) if weight_scale is None else dequantize(weight, weight_scale, x.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = grad_output @ dense
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         columns = x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[8]:
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[9]:
             grad_probe = (rows.T @ columns).to(ctx.delta_dtype)
-        if ctx.needs_input_grad[7]:
+        if ctx.needs_input_grad[8]:
             if left is not None:
                 rows = rows @ formats.decode(left, left_scale, weight.shape[0], ctx.fmt, x.dtype).T
             if right is not None:
                 columns = columns @ formats.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
             grad_delta = (rows.T @ columns).to(ctx.delta_dtype)
-        return grad_x, None, None, None, None, None, None, grad_delta, grad_probe, None
+        return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None
 
 
 class LowRankLinear(nn.Module):
@@ -130,8 +134,8 @@ class LowRankLinear(nn.Module):
         stored = []
         for side in (self.left, self.right):
             stored += [None, None] if side is None else [side.codes, side.scale]
-        y = _DeltaLinear.apply(x, self.weight, self.weight_scale, *stored, self.delta, self.probe, self.basis_format)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        constant = (self.weight, self.weight_scale, self.bias, *stored)
+        return _DeltaLinear.apply(x, *constant, self.delta, self.probe, self.basis_format)
 
     def _leaves(self) -> dict[str, nn.Parameter]:
         return {"delta": self.delta, "probe": self.probe}

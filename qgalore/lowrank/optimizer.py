@@ -176,6 +176,17 @@ class LowRankOptimizer(Optimizer):
             slot.arm(self.step_count)
         return loss
 
+    def skip(self) -> int:
+        """Close the step without an update, dropping its gradients. Returns how many tensors had already stepped
+        (fused stepping finds a bad gradient only when it arrives)."""
+        stepped = len(self._stepped)
+        self._stepped.clear()
+        self.zero_grad()
+        self.step_count += 1
+        for slot in self.slots:
+            slot.arm(self.step_count)
+        return stepped
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients. They are always set to None: a zeroed gradient would keep its memory."""
         for slot in self.slots:

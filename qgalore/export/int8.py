@@ -1,0 +1,99 @@
+"""Export of the int8 weights as they are: compressed-tensors ``pack-quantized``, W8A16, for vLLM and transformers.
+
+q and the scales survive bit for bit: four q + 128 to an int32 word, little-endian, along in_features (padded with
+zeros), bf16 scales (out, groups). Group sizes map to the strategy ``group``, one group a row to ``channel``.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError
+from ..lowrank.linear import LowRankLinear
+from ..storage import Deferred, write_safetensors
+from .huggingface import other_tensors
+
+Scheme = tuple[str, int | None]  # strategy and group size
+
+
+def pack(q: Tensor) -> Tensor:
+    """int8 (out, in) → int32 (out, ⌈in/4⌉)."""
+    unsigned = (q.to(torch.int16) + 128).to(torch.uint8)
+    return nn.functional.pad(unsigned, (0, -q.shape[1] % 4)).contiguous().view(torch.int32)
+
+
+def _int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    if not layers or any(layer.weight_scale is None for layer in layers.values()):
+        raise ConfigError("this model's weights are not int8 (method qgalore keeps them so); export with --format hf")
+    if transposed := [name for name, layer in layers.items() if layer.transposed]:
+        raise ConfigError(
+            f"{transposed[0]} is a Conv1D, and compressed-tensors knows linear layers only; export with --format hf"
+        )
+    return layers
+
+
+def _scheme(layer: LowRankLinear) -> Scheme:
+    groups = layer.weight_scale.shape[1]
+    return ("channel", None) if groups == 1 else ("group", layer.in_features // groups)
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    strategy, size = scheme
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "group_size": size}
+    return {"targets": targets, "weights": {**weights, "dynamic": False}}
+
+
+def quantization_config(model: nn.Module) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json. The most common scheme targets ``Linear``; layers of another one are
+    named, by the last part of their name where all layers with that part agree; linear layers kept in bf16 are
+    ignored by name. Raises :class:`ConfigError` for a model without int8 layers, or with ``Conv1D`` ones."""
+    layers = _int8_layers(model)
+    schemes = {name: _scheme(layer) for name, layer in layers.items()}
+    common = Counter(schemes.values()).most_common(1)[0][0]
+    by_ending: dict[str, set[Scheme]] = {}
+    for name, scheme in schemes.items():
+        by_ending.setdefault(name.rsplit(".", 1)[-1], set()).add(scheme)
+    targets: dict[Scheme, list[str]] = {common: ["Linear"]}
+    for name, scheme in schemes.items():
+        ending = name.rsplit(".", 1)[-1]
+        target = f"re:.*\\.{ending}$" if len(by_ending[ending]) == 1 and "." in name else name
+        if scheme != common and target not in targets.setdefault(scheme, []):
+            targets[scheme].append(target)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": _group(s, t) for i, (s, t) in enumerate(targets.items())},
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+    }
+
+
+def save(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Callable[[str], None] = print
+) -> None:
+    """Write ``folder``. Ignored layers are reported. Raises :class:`ConfigError` (see :func:`quantization_config`)."""
+    quantization = quantization_config(model)
+    report(f"int8 export: not quantized, kept in bf16: {', '.join(quantization['ignore']) or 'nothing'}")
+    entries: dict[str, Tensor | Deferred] = {}
+    for name, layer in _int8_layers(model).items():
+        shape = (layer.out_features, -(-layer.in_features // 4))
+        entries[f"{name}.weight_packed"] = Deferred(torch.int32, shape, lambda m=layer: pack(m.weight.detach()))
+        entries[f"{name}.weight_scale"] = layer.weight_scale
+        entries[f"{name}.weight_shape"] = torch.tensor([layer.out_features, layer.in_features])
+    entries |= other_tensors(model, torch.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.bfloat16
+    config.architectures = [type(model).__name__]
+    config.quantization_config = quantization
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    write_safetensors(folder / "model.safetensors", entries, metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
