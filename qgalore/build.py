@@ -1,6 +1,7 @@
 """From a configuration to objects that run: the only module that knows everyone."""
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from . import checkpoint
 from . import config as configuration
@@ -20,7 +21,7 @@ from .data.sources import documents, fingerprint
 from .data.tokenizer import load_tokenizer, train_tokenizer
 from .data.tokens import TokenFile, tokenize_to_disk
 from .errors import ConfigError
-from .export import huggingface
+from .export import gguf, huggingface, int8
 from .lowrank.optimizer import LowRankOptimizer, optimizer
 from .lr import lr_at
 from .models import loading
@@ -260,13 +261,21 @@ def build(config: Config, resume: str | None) -> Run:
         "device": device,
         "folder": folder,
         "lr_at": partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
-        "run_state": {"config": config.model_dump(mode="json"), "torch": torch.__version__},
+        "run_state": {
+            "config": config.model_dump(mode="json"),
+            "model_config": json.loads(model.config.to_json_string(use_diff=False)),
+            "torch": torch.__version__,
+        },
         "seed": config.run.seed,
         **{name: getattr(train, name) for name in (*shared, *saving, *faults)},
     }
     run = Run(config, folder, model, tokenizer, valid, loop)
     _restore(run, source, saved)
-    (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    try:
+        (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
     return run
 
 
@@ -302,11 +311,36 @@ def sample_text(run: Run) -> str:
     return run.tokenizer.decode(output[0], skip_special_tokens=True)
 
 
+EXPORTS = {"hf": huggingface.save, "int8": int8.save, "gguf": gguf.save}
+
+
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, target: Path) -> None:
+    """Write ``model`` to ``target`` in one of ``EXPORTS``. Raises :class:`ConfigError` if it cannot be."""
+    try:
+        EXPORTS[fmt](model, tokenizer, target)
+    except OSError as error:
+        raise ConfigError(f"the export {target} could not be written: {error}; the checkpoints are intact") from error
+    _say("export", str(target))
+
+
 def finish(run: Run) -> None:
-    """What happens after the last step: a sample and the exports."""
+    """What happens after the last step: the exports and a sample."""
+    for fmt in run.config.export.formats:
+        export(run.model, run.tokenizer, fmt, run.folder / "export" / fmt)
     if run.config.sample.max_new_tokens:
         _say("sample", sample_text(run))
-    for fmt in run.config.export.formats:
-        target = run.folder / "export" / fmt
-        huggingface.save(run.model, run.tokenizer, target)
-        _say("export", f"{target} (bf16 safetensors, config and tokenizer for transformers)")
+
+
+def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a checkpoint (RUN/checkpoints/step-…), on the CPU, without its data or optimizer.
+
+    Raises :class:`ConfigError` if the checkpoint is damaged or its run's tokenizer is gone.
+    """
+    state = checkpoint.read_state(source)
+    config = configuration.parse(state["config"], str(source))
+    shape = AutoConfig.for_model(**state["model_config"])
+    model = loading.from_scratch(shape, dtype=getattr(torch, config.model.dtype), seed=0)
+    if METHODS[config.method][0]:
+        _convert(config, model)
+    checkpoint.load_model(source, model)
+    return model.eval(), load_tokenizer(str(source.parent.parent / "tokenizer"))

@@ -115,7 +115,7 @@ class LowRankSection(Section):
 
 
 class ExportSection(Section):
-    formats: list[Literal["hf"]] = ["hf"]
+    formats: list[Literal["hf", "int8", "gguf"]] = ["hf"]
 
 
 class SampleSection(Section):
@@ -150,6 +150,8 @@ class Config(Section):
             )
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
+        if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
+            found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
         if not all(0 <= beta < 1 for beta in train.betas):
             found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
         if train.optimizer not in (None, "adamw", "adamw8bit") and not {"betas", "eps"}.isdisjoint(
