@@ -89,7 +89,10 @@ def _write_shape(writer, config: PretrainedConfig) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
@@ -100,8 +103,8 @@ def _check(model: nn.Module) -> None:
     config = model.config
     if config.model_type not in ARCHITECTURES:
         raise ConfigError(
-            f"the GGUF export knows {' and '.join(ARCHITECTURES)}, not {config.model_type}; use --format hf and convert "
-            "that with llama.cpp's own script"
+            f"the GGUF export knows {' and '.join(ARCHITECTURES)}, not {config.model_type}; use --format hf and "
+            "convert that with llama.cpp's own script"
         )
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":

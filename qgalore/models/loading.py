@@ -1,6 +1,7 @@
 """A causal language model from a preset, a Hugging Face config, or a pretrained folder."""
 
 import difflib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import ConfigError
 from .presets import PRESETS
@@ -17,7 +18,8 @@ _CONFIG_ERRORS = (ValueError, OSError, KeyError, ZeroDivisionError, StrictDatacl
 VOCAB_MULTIPLE = 64  # matrix units like an embedding whose rows are a multiple of it
 
 
-def _hugging_face_config(source: str) -> PretrainedConfig:
+def _stated_fields(source: str) -> dict[str, Any]:
+    """What a ``config.json`` states, without the defaults that transformers derives from it."""
     path = Path(source)
     folder = path.parent if path.name == "config.json" else path
     if not (folder / "config.json").is_file():
@@ -28,7 +30,8 @@ def _hugging_face_config(source: str) -> PretrainedConfig:
             f"presets: {', '.join(PRESETS)}"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        AutoConfig.from_pretrained(folder)
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (*_CONFIG_ERRORS, TypeError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not a Hugging Face model config: {error}") from error
 
@@ -36,30 +39,29 @@ def _hugging_face_config(source: str) -> PretrainedConfig:
 def model_config(
     source: str, *, tokenizer_size: int, overrides: dict[str, Any], report: Callable[[str], None] = print
 ) -> PretrainedConfig:
-    """The architecture named by ``source``: a preset, a ``config.json`` or its folder, with ``overrides`` applied.
+    """The architecture named by ``source``: a preset, a ``config.json`` or its folder, with ``overrides`` applied
+    before transformers derives anything (such as head_dim) from its fields.
 
     A preset gets a vocabulary of ``tokenizer_size`` rounded up to a multiple of 64 (reported). Raises
-    :class:`ConfigError` for an unknown source and for an override that the config does not have.
+    :class:`ConfigError` for an unknown source and for an override that the config does not have or that contradicts it.
     """
     if source in PRESETS:
         vocab = -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        config: PretrainedConfig = LlamaConfig(**PRESETS[source], vocab_size=vocab)
+        fields = {"model_type": "llama", **PRESETS[source], "vocab_size": vocab}
         if "vocab_size" not in overrides:
             report(f"model: {source}, vocabulary {vocab} (tokenizer: {tokenizer_size})")
     else:
-        config = _hugging_face_config(source)
-    fields = config.to_dict()
+        fields = _stated_fields(source)
+    plain = AutoConfig.for_model(**fields)
     for name in overrides:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
+        if name not in plain.to_dict():
+            close = difflib.get_close_matches(name, plain.to_dict(), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"model.overrides.{name}: {type(config).__name__} has no such field{hint}")
-    if not overrides:
-        return config
+            raise ConfigError(f"model.overrides.{name}: {type(plain).__name__} has no such field{hint}")
     try:
-        return type(config).from_dict({**fields, **overrides})
+        return AutoConfig.for_model(**{**fields, **overrides})
     except (*_CONFIG_ERRORS, TypeError) as error:
-        raise ConfigError(f"model.overrides {overrides} give no valid {type(config).__name__}: {error}") from error
+        raise ConfigError(f"model.overrides {overrides} give no valid {type(plain).__name__}: {error}") from error
 
 
 def check_vocabulary(config: PretrainedConfig, highest_id: int, tokenizer_size: int) -> None:

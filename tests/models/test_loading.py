@@ -35,6 +35,16 @@ def test_any_hugging_face_config(tmp_path):
         assert (config.model_type, config.n_layer, config.vocab_size) == ("gpt2", 2, 99)
 
 
+def test_overrides_come_before_what_is_derived(tmp_path):
+    """A preset of width 256 has heads of 64; made 128 wide it must have heads of 32."""
+    quiet = {"tokenizer_size": 64, "report": lambda line: None}
+    config = loading.model_config("llama_quickstart", overrides={"hidden_size": 128}, **quiet)
+    assert (config.hidden_size, config.head_dim) == (128, 32)
+    config.save_pretrained(tmp_path)
+    again = loading.model_config(str(tmp_path), overrides={"num_attention_heads": 8, "num_key_value_heads": 8}, **quiet)
+    assert again.num_attention_heads == 8
+
+
 def test_bad_sources(tmp_path):
     with pytest.raises(ConfigError, match="did you mean llama_60m"):
         loading.model_config("llama60m", tokenizer_size=9, overrides={})
