@@ -7,6 +7,7 @@ fits cannot afford. Reading stays with the library.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor | Deferred], metadata: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """Write ``tensors`` in the safetensors format, fsync'd; returns ``{"bytes": size, "sha256": hex}`` of the file.
+    Prints a line with the share written and the rate every few seconds when it takes that long.
 
     Raises ``OSError``; ``KeyError`` for a dtype that safetensors does not have.
     """
@@ -50,13 +52,33 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+    progress = _Progress(path, 8 + len(text) + offset)
     with path.open("wb") as file:
         for chunk in _chunks(len(text).to_bytes(8, "little") + text, tensors):
             file.write(chunk)
             digest.update(chunk)
+            progress.add(len(chunk))
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+
+
+class _Progress:
+    """Says how far a long write is, every ``INTERVAL`` seconds."""
+
+    INTERVAL = 5.0
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path, self.total, self.done = path, total, 0
+        self.started = self.last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= self.INTERVAL:
+            self.last = now
+            rate = self.done / (now - self.started) / 1e6
+            print(f"writing {self.path}: {self.done / self.total:.0%}, {rate:.0f} MB/s", flush=True)
 
 
 def _chunks(head: bytes, tensors: Mapping[str, Tensor | Deferred]) -> Iterator[Any]:

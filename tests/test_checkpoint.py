@@ -1,6 +1,8 @@
 """Checkpoints survive crashes and full disks, and a damaged one is never loaded."""
 
+import errno
 import json
+import os
 import random
 import resource
 import shutil
@@ -125,38 +127,53 @@ def test_no_mutation_is_loaded_or_crashes(tiny_llama, tmp_path):
         shutil.rmtree(bad)
 
 
-class Fault:
-    """Raises at the n-th file operation under a folder, through Python's audit events. With ``crash`` every operation
-    after it is refused too, as to a process that has died; audit hooks cannot be removed, so it goes quiet."""
-
-    EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
-
-    def __init__(self, at: int, crash: bool) -> None:
-        self.at, self.crash, self.seen, self.active = at, crash, 0, False
-        sys.addaudithook(self)
-
-    def __call__(self, event: str, arguments: tuple) -> None:
-        if not self.active or event not in self.EVENTS or "step-" not in str(arguments[0]):
-            return
-        self.seen += 1
-        if self.seen == self.at or (self.crash and self.seen > self.at):
-            raise (Crash if self.crash else OSError)(28, "No space left on device")
-
-    def __enter__(self) -> "Fault":
-        self.active = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.active = False
-
-
 class Crash(BaseException):
     """The end of the process."""
 
 
-@pytest.mark.parametrize("crash", [False, True], ids=["error", "crash"])
+class Fault:
+    """Raises ``error`` at the n-th file operation on a checkpoint, through Python's audit events. After a crash every
+    operation is refused, as to a process that has died; audit hooks cannot be removed, so it goes quiet."""
+
+    EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.at, self.error, self.seen, self.active = at, error, 0, False
+        self.sync = os.fsync
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if self.active and event in self.EVENTS and "step-" in str(arguments[0]):
+            self.count()
+
+    def count(self) -> None:
+        self.seen += 1
+        if self.seen == self.at or (isinstance(self.error, Crash) and self.seen > self.at):
+            raise self.error
+
+    def fsync(self, descriptor: int) -> None:
+        """fsync raises no audit event, so it is counted here."""
+        self.count()
+        self.sync(descriptor)
+
+    def __enter__(self) -> "Fault":
+        self.active, os.fsync = True, self.fsync
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.active, os.fsync = False, self.sync
+
+
+FAULTS = {
+    "ENOSPC": OSError(errno.ENOSPC, "No space left on device"),
+    "EIO": OSError(errno.EIO, "Input/output error"),
+    "crash": Crash(),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("again", [False, True], ids=["new", "damaged-there"])
-def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, crash, again):
+def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, kind, again):
     """Whatever operation of a save and its pruning fails, the newest complete checkpoint is found, and saving again
     works."""
     model, opt = trained(tiny_llama, num_hidden_layers=1)
@@ -170,7 +187,7 @@ def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, crash, again):
         if again:
             (folder / checkpoint.name_for(3)).mkdir()
         try:
-            with Fault(at, crash) as fault:
+            with Fault(at, FAULTS[kind]) as fault:
                 checkpoint.save(folder / checkpoint.name_for(3), model, state, TEXT)
                 checkpoint.prune(folder, 2)
             finished = fault.seen < at

@@ -1,8 +1,11 @@
+import re
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qgalore import storage
 from qgalore.storage import Deferred, write_safetensors
 
 
@@ -37,6 +40,14 @@ def test_deferred_tensors_are_made_one_at_a_time(tmp_path):
     assert torch.equal(load_file(tmp_path / "x.safetensors")["1"], torch.ones(2, 3))
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_long_write_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(storage._Progress, "INTERVAL", 0.0)
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(600), "b": torch.zeros(200)})
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"x\.safetensors: 7\d%, \d+ MB/s", lines[1])
+    assert "100%" in lines[2]
 
 
 def test_a_deferred_tensor_of_another_shape_is_a_bug(tmp_path):
