@@ -12,24 +12,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> int:
     # Imported here so that --help and a misspelt option answer at once.
     from qgalore import build, config, loop
     from qgalore.errors import QGaloreError
 
     try:
-        run = build.build(config.load(options.config, options.overrides), options.resume)
-        result = loop.Loop(**run.loop, position=loop.Position(**run.position)).run()
-        build.finish(run)
+        made = build.build(config.load(options.config, options.overrides), options.resume)
+        result = loop.Loop(**made.loop, position=loop.Position(**made.position)).run()
+        build.finish(made)
     except QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted outside the training loop; saved checkpoints are intact", file=sys.stderr)
-        return 130
-    print(f"done: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}; everything is in {run.folder}")
+    print(f"done: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}; everything is in {made.folder}")
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; checkpoints saved so far are intact, go on with --resume auto", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

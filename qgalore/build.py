@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -17,16 +18,19 @@ from . import config as configuration
 from .config import METHODS, Config
 from .data.order import SampleOrder
 from .data.packing import PackedSequences
-from .data.sources import documents, fingerprint
+from .data.paths import looks_like_path
+from .data.sources import ENDINGS, documents, fingerprint
 from .data.tokenizer import load_tokenizer, train_tokenizer
 from .data.tokens import TokenFile, tokenize_to_disk
 from .errors import ConfigError
 from .export import gguf, huggingface, int8
+from .lowrank.linear import LowRankLinear
 from .lowrank.optimizer import LowRankOptimizer, optimizer
 from .lr import lr_at
 from .models import loading
 from .models.convert import convert
-from .models.loss import check_isolation
+from .models.loss import check_isolation, uncalled_layers
+from .models.sample import continue_text, prompt_ids
 from .quant.counter import derive_key
 from .stats import Records
 
@@ -64,6 +68,15 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     data = config.data
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
+    if config.model.path is not None:
+        loading.check_folder(config.model.path)
+        _say("tokenizer", f"the model's own, {config.model.path}")
+        return load_tokenizer(config.model.path)
+    if not looks_like_path(data.train, ENDINGS):
+        raise ConfigError(
+            f"data.train {data.train!r} is a hub dataset and data.tokenizer is not set; training one would read all of "
+            "it. Name a tokenizer (data.tokenizer)"
+        )
     digest = hashlib.sha256(f"{fingerprint(data.train)}|{data.text_key}|{data.vocab_size}".encode()).hexdigest()[:16]
     folder = Path(data.cache_dir) / f"tokenizer-{digest}"
     if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
@@ -97,7 +110,7 @@ def build_data(
         tokens, held_out = tokens.split_tail(data.valid_fraction)
         _say("held out", f"the last {data.valid_fraction:.1%} of {data.train} (set data.valid to choose)")
     pack = partial(PackedSequences, sequence_length=data.sequence_length, document_attention=data.document_attention)
-    packed, valid = pack(tokens), pack(held_out)
+    packed, valid = (_labelled(pack, part, key) for part, key in ((tokens, "train"), (held_out, "valid")))
     epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
     _say(
         "data",
@@ -105,6 +118,14 @@ def build_data(
         f"{data.sequence_length} ({epochs:.2f} epochs); held out: {len(valid):,} samples",
     )
     return tokens, packed, valid
+
+
+def _labelled(pack, tokens: TokenFile, key: str) -> PackedSequences:
+    """``pack(tokens)``, saying of which data a complaint is."""
+    try:
+        return pack(tokens)
+    except ConfigError as error:
+        raise ConfigError(f"data.{key}: {error}") from error
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: int, device: torch.device) -> nn.Module:
@@ -121,13 +142,13 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: 
             report=lambda line: _say("model", line.removeprefix("model: ")),
         )
         loading.check_vocabulary(shape, highest_id, len(tokenizer))
+        shape.bos_token_id, shape.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding
         model = loading.from_scratch(shape, dtype=dtype, seed=config.run.seed)
     loading.check_vocabulary(model.config, highest_id, len(tokenizer))
     loading.check_positions(model.config, config.data.sequence_length)
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if section.path is None:
-            setattr(model.config, token, getattr(tokenizer, token))
-            setattr(model.generation_config, token, getattr(tokenizer, token))
+    if (row := loading.untie_padding(model)) is not None:
+        _say("note", f"the embedding row of the padding token, {row}, trains like any other here")
     if METHODS[config.method][0]:
         print(_convert(config, model), flush=True)
     else:
@@ -138,8 +159,14 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: 
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(device)
+    model.eval()
+    if uncalled := uncalled_layers(model, LowRankLinear):
+        _say(
+            "note",
+            f"{len(uncalled)} converted layers were not called in a trial forward pass: {', '.join(uncalled[:5])}",
+        )
     if config.data.document_attention == "isolated":
-        check_isolation(model)
+        check_isolation(model, config.data.sequence_length)
     return model
 
 
@@ -176,12 +203,14 @@ def build_optimizer(config: Config, model: nn.Module) -> LowRankOptimizer:
     )
 
 
-def _run_folder(config: Config, resuming: bool) -> Path:
+def _run_folder(config: Config, resume: str | None) -> Path:
     """The run's folder. Raises :class:`ConfigError` rather than mix a new run into an old one's files."""
     folder = Path(config.run.dir) / config.run.name
-    if not resuming and ((folder / "metrics.jsonl").exists() or checkpoint.steps_in(folder / "checkpoints")):
+    inside = resume == "auto" or (resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
+    if not inside and ((folder / "metrics.jsonl").exists() or checkpoint.steps_in(folder / "checkpoints")):
         raise ConfigError(
-            f"{folder} already holds a run; continue it with --resume auto, choose another run.name, or delete it"
+            f"{folder} already holds a run; continue it with --resume auto or one of its own checkpoints, choose "
+            "another run.name, or delete it"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,8 +247,17 @@ def _restore(run: Run, source: Path | None, saved: dict[str, Any] | None) -> Non
     """Bring a built run to the state of a checkpoint, its records too; None is the beginning."""
     step = 0
     if source is not None:
+        if saved["data"] != run.loop["run_state"]["data"]:
+            raise ConfigError(
+                f"{source} was made with other tokens: the text of data.train, its tokenizer or how much was read "
+                "has changed (for a hub dataset set data.max_tokens, which otherwise follows train.max_steps)"
+            )
         checkpoint.load_into(source, saved, run.model, run.loop["optimizer"])
         step = saved["position"]["step"]
+        if step > run.config.train.max_steps:
+            raise ConfigError(f"{source} is after step {step}, beyond train.max_steps ({run.config.train.max_steps})")
+        for path in checkpoint.set_aside(run.folder / "checkpoints", step):
+            _say("resume", f"a later checkpoint of the course left is kept as {path}")
         run.position = {**saved["position"], "sample": tuple(saved["position"]["sample"])}
         _say("resume", f"{source}, after step {step}")
     for name in ("metrics.jsonl", "subspace.jsonl"):
@@ -232,7 +270,7 @@ def build(config: Config, resume: str | None) -> Run:
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     remarks = configuration.remarks(config)
     config = configuration.resolve(config, device.type, bf16)
-    folder = _run_folder(config, resume is not None)
+    folder = _run_folder(config, resume)
     source, saved = _checkpoint_to_resume(folder, resume)
     if source is not None:
         _check_same_run(source, saved, config)
@@ -241,6 +279,8 @@ def build(config: Config, resume: str | None) -> Run:
     for remark in remarks:
         _say("note", remark)
     tokenizer = build_tokenizer(config)
+    if config.sample.prompt is not None:
+        prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length)
     tokens, packed, valid = build_data(config, tokenizer)
     model = build_model(config, tokenizer, tokens.vocab_high, device)
     train = config.train
@@ -263,6 +303,7 @@ def build(config: Config, resume: str | None) -> Run:
         "lr_at": partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
         "run_state": {
             "config": config.model_dump(mode="json"),
+            "data": f"{len(packed)} samples of {tokens.digest()}",
             "model_config": json.loads(model.config.to_json_string(use_diff=False)),
             "torch": torch.__version__,
         },
@@ -288,29 +329,6 @@ def _stepping(config: Config) -> str:
     return f"deferred stepping ({' and '.join(asked) or 'as asked'}): gradients are kept until the step"
 
 
-@torch.no_grad()
-def sample_text(run: Run) -> str:
-    """A prompt and what the model makes of it, at temperature 0.8, a function of the run's seed."""
-    section = run.config.sample
-    device = run.model.get_input_embeddings().weight.device
-    if section.prompt is None:
-        ids = run.valid.batch([0])["input_ids"][:, :16]
-    else:
-        ids = run.tokenizer(section.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    torch.manual_seed(run.config.run.seed)
-    run.model.eval()
-    ids = ids.to(device)
-    output = run.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=section.max_new_tokens,
-        do_sample=True,
-        temperature=0.8,
-        pad_token_id=run.tokenizer.eos_token_id,
-    )
-    return run.tokenizer.decode(output[0], skip_special_tokens=True)
-
-
 EXPORTS = {"hf": huggingface.save, "int8": int8.save, "gguf": gguf.save}
 
 
@@ -318,7 +336,7 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, targe
     """Write ``model`` to ``target`` in one of ``EXPORTS``. Raises :class:`ConfigError` if it cannot be."""
     try:
         EXPORTS[fmt](model, tokenizer, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"the export {target} could not be written: {error}; the checkpoints are intact") from error
     _say("export", str(target))
 
@@ -327,8 +345,12 @@ def finish(run: Run) -> None:
     """What happens after the last step: the exports and a sample."""
     for fmt in run.config.export.formats:
         export(run.model, run.tokenizer, fmt, run.folder / "export" / fmt)
-    if run.config.sample.max_new_tokens:
-        _say("sample", sample_text(run))
+    section = run.config.sample
+    if section.max_new_tokens:
+        ids = run.valid.batch([0])["input_ids"][0, :16].tolist()
+        if section.prompt is not None:
+            ids = prompt_ids(run.tokenizer, section.prompt, run.config.data.sequence_length)
+        _say("sample", continue_text(run.model, run.tokenizer, ids, section.max_new_tokens, run.config.run.seed))
 
 
 def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:

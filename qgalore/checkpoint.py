@@ -145,6 +145,18 @@ def name_for(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints of steps after ``step`` to ``left-step-…`` and return their new paths: a run that goes on from
+    ``step`` takes another course, and neither --resume auto nor pruning may mix the two."""
+    moved = []
+    for path in steps_in(folder):
+        if int(path.name.removeprefix(PREFIX)) > step:
+            target = folder / f"left-{path.name}"
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
+
+
 def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
     """Delete all checkpoints under ``folder`` but the newest ``keep_last`` and those of steps that are multiples of
     ``keep_every``. Raises :class:`ConfigError` if it cannot."""

@@ -41,9 +41,9 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str = Field("run", pattern=r"^[\w.+-]+$")
+    name: str = Field("run", pattern=r"^\w[\w.+-]*$", max_length=200)
     dir: str = "runs"
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class ModelSection(Section):
@@ -68,9 +68,9 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    max_steps: PositiveInt
-    micro_batch_size: PositiveInt = 8
-    grad_accumulation: PositiveInt = 1
+    max_steps: int = Field(gt=0, lt=2**40)
+    micro_batch_size: int = Field(8, gt=0, lt=2**20)
+    grad_accumulation: int = Field(1, gt=0, lt=2**20)
     lr: float = Field(gt=0)
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
@@ -154,9 +154,9 @@ class Config(Section):
             found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
         if not all(0 <= beta < 1 for beta in train.betas):
             found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
-        if train.optimizer not in (None, "adamw", "adamw8bit") and not {"betas", "eps"}.isdisjoint(
-            train.model_fields_set
-        ):
+        fields = TrainSection.model_fields
+        plain = train.betas == fields["betas"].default and train.eps == fields["eps"].default
+        if train.optimizer not in (None, "adamw", "adamw8bit") and not plain:
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
         return found
 
@@ -182,9 +182,21 @@ def find(name: str) -> Path:
     raise ConfigError(f"--config {name}: no such file here or in configs/. {hint}There are: {', '.join(known)}")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win silently."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {min(twice)!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(data, dict):
@@ -261,9 +273,14 @@ def parse(data: dict[str, Any], origin: str) -> Config:
 
 def _anchor(path: str | None, folder: Path) -> str | None:
     """A data path that does not exist as given but does beside the configuration file means the latter."""
-    if path is None or Path(path).exists() or not (folder / path).exists():
-        return path
-    return str(folder / path)
+    if path is None:
+        return None
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        beside = not Path(path).exists() and (folder / path).exists()
+    except OSError as error:
+        raise ConfigError(f"{path[:60]!r} cannot be a path: {error.strerror}") from error
+    return str(folder / path) if beside else path
 
 
 def load(name: str, overrides: list[str] | None = None) -> Config:
@@ -276,8 +293,13 @@ def load(name: str, overrides: list[str] | None = None) -> Config:
     config = parse(data, str(path))
     anchored = {k: _anchor(getattr(config.data, k), path.parent) for k in ("train", "valid", "tokenizer")}
     model = {k: _anchor(getattr(config.model, k), path.parent) for k in ("config", "path")}
+    anchored["cache_dir"] = str(Path(config.data.cache_dir).expanduser())
     return config.model_copy(
-        update={"data": config.data.model_copy(update=anchored), "model": config.model.model_copy(update=model)}
+        update={
+            "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).expanduser())}),
+            "data": config.data.model_copy(update=anchored),
+            "model": config.model.model_copy(update=model),
+        }
     )
 
 
@@ -305,12 +327,42 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
     )
 
 
+def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
+    """(key, whether it was set though another key switches it off, why it has no effect)."""
+    low, data, train = config.lowrank, config.data, config.train
+    basis = low.model_fields_set & {"proj_type", "update_proj_gap", "cos_threshold", "projector", "basis_format"}
+    converted, weight_format = METHODS[config.method][:2]
+    dense = (low.weight_format or weight_format) == "none"
+    return [
+        (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
+        ("lowrank.group_size", dense and converted and "group_size" in low.model_fields_set, "without int8 weights"),
+        (
+            "train.min_lr_ratio",
+            train.lr_schedule == "constant" and "min_lr_ratio" in train.model_fields_set,
+            "with lr_schedule: constant",
+        ),
+        (
+            "data.vocab_size",
+            "vocab_size" in data.model_fields_set and data.tokenizer is not None,
+            "with data.tokenizer",
+        ),
+        (
+            "data.valid_fraction",
+            "valid_fraction" in data.model_fields_set and data.valid is not None,
+            "with data.valid",
+        ),
+    ]
+
+
 def remarks(config: Config) -> list[str]:
     """What a configuration says that its user may not expect: keys without effect, a warm-up that never ends."""
     found = []
     if not METHODS[config.method][0] and (unused := sorted(config.lowrank.model_fields_set)):
         found.append(f"method {config.method} ignores " + ", ".join(f"lowrank.{name}" for name in unused))
     train = config.train
+    for key, given, why in _without_effect(config):
+        if given:
+            found.append(f"{key} has no effect {why}")
     if train.warmup_steps >= train.max_steps:
         found.append(f"train.warmup_steps ({train.warmup_steps}) ≥ train.max_steps: the full train.lr is never reached")
     return found

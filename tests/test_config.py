@@ -59,6 +59,8 @@ def test_all_problems_come_at_once_with_suggestions():
         (change(lowrank={"rank": True}), "rank is True"),
         (change(lowrank={"rank": -3}), "greater than 0"),
         (change(run={"name": "a/b"}), "run.name"),
+        (change(run={"name": ".."}), "run.name"),
+        (change(run={"seed": 2**63}), "run.seed"),
         (change(train={"optimizer": "torch.optim.SGD", "eps": 1e-6}), "train.optimizer_options"),
     ],
 )
@@ -94,6 +96,13 @@ def test_names_are_looked_up_here_and_then_in_the_project(tmp_path, monkeypatch)
     assert config.find("quickstart.yaml") == Path("quickstart.yaml")
     with pytest.raises(ConfigError, match=r"did you mean quickstart\.yaml"):
         config.find("quikstart.yaml")
+
+
+def test_a_key_given_twice_is_an_error(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(yaml.safe_dump(LEAST) + "train:\n  lr: 3\n  max_steps: 1\n")
+    with pytest.raises(ConfigError, match="'train' is given twice"):
+        config.load(str(path))
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n- 2", "a: [", "just text"])
@@ -141,6 +150,19 @@ def test_remarks_name_what_has_no_effect():
     assert "lowrank.rank" in text
     assert "never reached" in text
     assert config.remarks(config.parse(LEAST, "t")) == []
+    for sections, key in [
+        ({"lowrank": {"rank": "full", "proj_type": "left"}}, "lowrank.proj_type"),
+        ({"train": {"lr_schedule": "constant", "min_lr_ratio": 0.5}}, "train.min_lr_ratio"),
+        ({"lowrank": {"weight_format": "none", "group_size": 32}}, "lowrank.group_size"),
+        ({"data": {"tokenizer": "x", "vocab_size": 9}}, "data.vocab_size"),
+        ({"data": {"valid": "x", "valid_fraction": 0.1}}, "data.valid_fraction"),
+    ]:
+        assert [line for line in config.remarks(config.parse(change(**sections), "t")) if line.startswith(key)], key
+
+
+def test_a_dump_reads_back_for_any_optimizer():
+    made = config.resolve(config.parse(change(train={"optimizer": "torch.optim.SGD"}), "t"), "cpu", False)
+    assert config.parse(yaml.safe_load(config.dump(made)), "t") == made
 
 
 def test_differences_ignore_what_may_change():

@@ -177,16 +177,16 @@ def test_a_pretrained_folder_is_continued(tiny_run):
     """The export of one run is the start of the next: the loss begins where it ended."""
     assert tiny_run("train.max_steps=30", "train.eval_every=30", "train.save_every=30")[0] == 0
     ended = [row["eval_loss"] for row in rows("runs/tiny/metrics.jsonl") if "eval_loss" in row][-1]
-    code, _, err = tiny_run(
+    code, out, err = tiny_run(
         "run.name=next",
         "model.config=null",
         "model.overrides={}",
         "model.path=runs/tiny/export/hf",
-        "data.tokenizer=runs/tiny/export/hf",
         "train.max_steps=1",
         "train.lr=1e-6",
     )
     assert code == 0, err
+    assert "tokenizer: the model's own" in out
     began = [row["eval_loss"] for row in rows("runs/next/metrics.jsonl") if "eval_loss" in row][-1]
     assert began == pytest.approx(ended, abs=0.02)
 
@@ -197,6 +197,29 @@ def test_a_second_run_does_not_overwrite_the_first(tiny_run):
     assert code == 2
     assert "--resume auto" in err
     assert "run.name" in err
+
+
+def test_resume_from_the_middle_sets_later_checkpoints_aside(tiny_run):
+    assert tiny_run("train.keep_last=5")[0] == 0
+    code, out, _ = tiny_run("--resume", "runs/tiny/checkpoints/step-00000002", "train.max_steps=3", "train.keep_last=1")
+    assert code == 0
+    assert "left-step-00000006" in out
+    names = sorted(path.name for path in Path("runs/tiny/checkpoints").iterdir())
+    assert names == ["left-step-00000004", "left-step-00000006", "step-00000003"]
+
+
+def test_resume_refuses_another_runs_folder_other_tokens_and_a_finished_past(tiny_run):
+    shutil.copy(ROOT / "configs/quickstart_data/valid.jsonl.gz", "mine.jsonl.gz")
+    tokens = ("data.train=mine.jsonl.gz", "train.max_steps=2")
+    assert tiny_run("run.name=a", *tokens)[0] == 0
+    assert tiny_run("run.name=b", *tokens)[0] == 0
+    code, _, err = tiny_run("run.name=b", "--resume", "runs/a/checkpoints/step-00000002", *tokens)
+    assert (code, "already holds a run" in err) == (2, True)
+    code, _, err = tiny_run("run.name=a", "--resume", "auto", *tokens, "train.max_steps=1")
+    assert (code, "beyond train.max_steps" in err) == (2, True)
+    shutil.copy(ROOT / "configs/quickstart_data/train.jsonl.gz", "mine.jsonl.gz")
+    code, _, err = tiny_run("run.name=a", "--resume", "auto", *tokens, "train.max_steps=4")
+    assert (code, "was made with other tokens" in err) == (2, True)
 
 
 BAD_INPUT = {
@@ -216,6 +239,9 @@ BAD_INPUT = {
     "refused optimizer": (["train.optimizer=torch.optim.Adafactor"], "parameter's own value"),
     "no layer left": (["lowrank.exclude=['*']"], "no layer"),
     "no GPU": (["device=cuda"], "device is cuda"),
+    "empty prompt": (["sample.prompt=''"], "sample.prompt has 0 tokens"),
+    "moments that do not rotate": (["train.optimizer=torch.optim.RMSprop"], "lowrank.moments=keep"),
+    "no ordinary optimizer": (["train.optimizer=torch.optim.LBFGS"], "trial step"),
     "missing checkpoint": (["--resume", "runs/nowhere"], "not a complete checkpoint"),
 }
 

@@ -38,6 +38,14 @@ class TokenFile:
     def n_documents(self) -> int:
         return len(self.offsets) - 1
 
+    def digest(self) -> str:
+        """A fingerprint of the tokens: how many, in how many documents, and 64 stretches of them, spread evenly."""
+        found = hashlib.sha256(f"{len(self.tokens)} {self.n_documents}".encode())
+        step = max(1, len(self.tokens) // 64)
+        for start in range(0, len(self.tokens), step):
+            found.update(self.tokens[start : start + 1024].astype("<u4").tobytes())
+        return found.hexdigest()
+
     def split_tail(self, fraction: float) -> tuple[TokenFile, TokenFile]:
         """The front for training and the tail, about ``fraction`` of the tokens, for validation, as views.
 

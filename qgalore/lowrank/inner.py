@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from .moments import FIRST_MOMENTS, SECOND_MOMENTS
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
 BUILTIN = ("adamw8bit", "adamw")
@@ -40,7 +41,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"optimizer {name!r} cannot be imported ({error}); use {' or '.join(BUILTIN)} or a dotted path such as "
             "torch.optim.Adafactor"
@@ -56,12 +57,16 @@ def make_factory(name: str | type[Optimizer], lr: float, options: dict) -> Facto
     Raises :class:`ConfigError` for options that the class does not take, and for ``weight_decay`` among them.
     """
     cls = optimizer_class(name) if isinstance(name, str) else name
+    if "lr" in options or "params" in options:
+        raise ConfigError(
+            "the learning rate is train.lr, scheduled and applied by the trainer: not an optimizer option"
+        )
     if options.get("weight_decay"):
         raise ConfigError("weight_decay is applied at the merge: set train.weight_decay, not an optimizer option")
     make = partial(cls, lr=lr, **{**options, "weight_decay": 0.0})
     try:
         make([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # each optimizer checks its arguments in its own way
         if "weight_decay" not in str(error):
             raise ConfigError(f"optimizer {cls.__name__} does not take the options {options}: {error}") from error
         make = partial(cls, lr=lr, **options)  # a class without decay at all
@@ -80,29 +85,58 @@ def _run(factory: Factory, start: Tensor, gradients: list[Tensor]) -> Tensor:
     return leaf.detach() - start
 
 
-def _probe_gradients(device: torch.device, steps: int) -> list[Tensor]:
+def _probe_gradients(device: torch.device, steps: int, shape: tuple[int, ...] = (64, _ELEMENTS // 64)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(64, _ELEMENTS // 64, generator=generator).to(device) for _ in range(steps)]
+    return [torch.randn(shape, generator=generator).to(device) for _ in range(steps)]
 
 
 def check_ignores_value(factory: Factory, device: torch.device) -> None:
     """Refuse an optimizer whose step depends on the parameter's own value, by trying: Δ is zero at the start of every
     step, so trust ratios (LAMB), Adafactor's relative step size or a built-in decay would silently mean something else.
+
+    Tried on a large matrix, a small one and a vector: bitsandbytes takes another path below 4,096 elements. Raises
+    :class:`ConfigError`, also for an optimizer that cannot take an ordinary step (LBFGS, SparseAdam).
     """
-    gradients = _probe_gradients(device, 2)
-    zero = torch.zeros_like(gradients[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optimizers may warn about their arguments once for each try
-        from_zero = _run(factory, zero, gradients)
-        from_half = _run(factory, zero + 0.5, gradients)
-    # fp32 near 0.5 resolves 2⁻²⁴, met twice in two steps; a dependence on the value shows as a share of the step (0.1).
-    if not torch.allclose(from_zero, from_half, rtol=1e-3, atol=1e-5):
-        name = type(factory([torch.nn.Parameter(zero)])).__name__
-        raise ConfigError(
-            f"optimizer {name} takes a step that depends on the parameter's own value (a trust ratio, a relative step "
-            "size or a decay). Δ starts every step at zero, so this would train something else than asked. Switch that "
-            "feature off (for torch.optim.Adafactor: eps=[null, 1.0]) or choose another optimizer."
-        )
+    for shape in ((64, _ELEMENTS // 64), (16, 16), (48,)):
+        gradients = _probe_gradients(device, 2, shape)
+        zero = torch.zeros_like(gradients[0])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # optimizers may warn about their arguments once for each try
+                name = type(factory([torch.nn.Parameter(zero.clone())])).__name__
+                from_zero = _run(factory, zero, gradients)
+                from_half = _run(factory, zero + 0.5, gradients)
+        except Exception as error:  # anything an unknown optimizer may raise
+            raise ConfigError(f"the optimizer cannot take a trial step: {type(error).__name__}: {error}") from error
+        # fp32 near 0.5 resolves 2⁻²⁴, met twice in two steps; a dependence shows as a share of the step (0.1).
+        if not torch.allclose(from_zero, from_half, rtol=1e-3, atol=1e-5):
+            raise ConfigError(
+                f"optimizer {name} takes a step that depends on the parameter's own value (a trust ratio, a relative "
+                "step size or a decay). Δ starts every step at zero, so this would train something else than asked. "
+                "Switch that feature off (for torch.optim.Adafactor: eps=[null, 1.0]) or choose another optimizer."
+            )
+
+
+def check_rotates(factory: Factory, device: torch.device) -> None:
+    """Refuse ``moments: rotate`` for an optimizer whose state is not first and second moments, by trying a step.
+
+    Under gradients of −1 a first moment is negative and a second one positive, which tells bitsandbytes' Lion from its
+    RMSprop though both call theirs ``state1``. Raises :class:`ConfigError`.
+    """
+    leaf = torch.nn.Parameter(torch.zeros(8, 8, device=device))
+    optimizer = factory([leaf])
+    leaf.grad = -torch.ones_like(leaf)
+    optimizer.step()
+    for name, value in optimizer.state.get(leaf, {}).items():
+        if not torch.is_tensor(value) or value.numel() == 1 or name.startswith(("qmap", "absmax")):
+            continue
+        first = name in FIRST_MOMENTS and bool((value <= 0).all())
+        second = name in SECOND_MOMENTS and bool((value >= 0).all())
+        if value.shape != leaf.shape or not (first or second):
+            raise ConfigError(
+                f"{type(optimizer).__name__} keeps {name!r}, which moments 'rotate' cannot turn into new coordinates; "
+                "set lowrank.moments=keep or lowrank.moments=reset"
+            )
 
 
 def check_adamw8bit(factory: Factory, betas: tuple[float, float], eps: float, device: torch.device) -> None:

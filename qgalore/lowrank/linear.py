@@ -7,6 +7,8 @@ refreshed the second leaf, ``probe`` (out, in), requires grad instead and receiv
 Both leaves are one zero, expanded: they own no memory. ``docs/method.md`` derives this.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -150,6 +152,16 @@ class LowRankLinear(nn.Module):
             leaf.data = torch.zeros((), dtype=leaf.dtype, device=self.weight.device).expand(leaf.shape)
             self._parameters[name] = leaf
         return self
+
+    def __deepcopy__(self, memo: dict) -> "LowRankLinear":
+        """A copy whose leaves own no memory either: copying an expanded tensor would fill it in."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for leaf in self._leaves().values():
+            blank = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+            memo[id(leaf)] = nn.Parameter(blank, requires_grad=leaf.requires_grad)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

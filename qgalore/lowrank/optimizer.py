@@ -308,9 +308,14 @@ def optimizer(
     owned = {id(leaf) for slot in low_rank for leaf in slot.leaves()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     dense = [DenseSlot(name, len(low_rank) + i, p) for i, (name, p) in enumerate(trainable)]
+    for name, parameter in trainable:
+        allowed = (torch.float32, torch.bfloat16)
+        _require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
     _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
         inner_optimizers.check_ignores_value(factory, device)
+        if moments == "rotate" and any(slot.projected for slot in low_rank):
+            inner_optimizers.check_rotates(factory, device)
         if inner == "adamw8bit":
             inner_optimizers.check_adamw8bit(factory, options["betas"], options["eps"], device)
     return LowRankOptimizer(

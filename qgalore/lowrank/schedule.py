@@ -40,7 +40,7 @@ class LazySchedule:
             self.similarities = [*self.similarities, similarity][-self.queue_size :]
             full = len(self.similarities) == self.queue_size
             if full and sum(self.similarities) / self.queue_size >= self.cos_threshold:
-                self.gap = min(int(self.gap * self.gamma_proj), max(self.max_gap, self.gap))
+                self.gap = int(min(self.gap * self.gamma_proj, max(self.max_gap, self.gap)))
         self.next_refresh = step + (self.first_gap if first else self.gap)
 
     def record_failure(self, step: int) -> None:

@@ -128,6 +128,8 @@ class LowRankSlot(Slot):
         gradient = self.module.probe.grad.to(torch.float32)
         self.module.probe.grad = None
         first = self.schedule.refreshes == 0
+        if not gradient.any():
+            return self._postpone(step, first)
         generator = torch.Generator(gradient.device)
         generator.manual_seed(derive_key(self.options.seed, step, self.index)[0] & 0x7FFFFFFF)
         stored = self.module.columns()
@@ -146,6 +148,16 @@ class LowRankSlot(Slot):
         self.module.delta.grad = sides.project(gradient, *self.module.columns()).to(self.module.delta.dtype)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         return row | {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
+
+    def _postpone(self, step: int, first: bool) -> dict[str, Any]:
+        """A zero gradient (behind a zero-initialised layer, say) has no subspace: look again in the next step."""
+        self.schedule.next_refresh = step + 1
+        self.module.probe.requires_grad_(False)
+        self.module.delta.requires_grad_(True)
+        self.module.delta.grad = torch.zeros(self.shape, dtype=self.module.delta.dtype, device=self.leaf.device)
+        row: dict[str, Any] = {"step": step, "layer": self.name, "first": first, "failed": "the gradient is zero"}
+        row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
+        return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}
 
     def _find(self, gradient: Tensor, old, generator: torch.Generator) -> tuple[list[Tensor | None], str | None]:
         """New fp32 columns for each side, and None or why the decomposition failed (random columns then)."""

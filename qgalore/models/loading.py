@@ -30,7 +30,7 @@ def _stated_fields(source: str) -> dict[str, Any]:
             f"presets: {', '.join(PRESETS)}"
         )
     try:
-        AutoConfig.from_pretrained(folder)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (*_CONFIG_ERRORS, TypeError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not a Hugging Face model config: {error}") from error
@@ -53,6 +53,8 @@ def model_config(
     else:
         fields = _stated_fields(source)
     plain = AutoConfig.for_model(**fields)
+    if fixed := {"model_type", "dtype", "torch_dtype"} & set(overrides):
+        raise ConfigError(f"model.overrides.{min(fixed)}: choose another model.config, or set model.dtype, instead")
     for name in overrides:
         if name not in plain.to_dict():
             close = difflib.get_close_matches(name, plain.to_dict(), n=1)
@@ -85,6 +87,16 @@ def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
         )
 
 
+def untie_padding(model: nn.Module) -> int | None:
+    """Let every row of the embedding train: transformers gives the row of ``pad_token_id`` no gradient, but packed
+    data has no padding, so that token is an ordinary one here. Returns the row that was frozen, or None."""
+    embedding = model.get_input_embeddings()
+    frozen = getattr(embedding, "padding_idx", None)
+    if frozen is not None:
+        embedding.padding_idx = None
+    return frozen
+
+
 def from_scratch(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> nn.Module:
     """A freshly initialised causal LM in ``dtype``, a function of ``seed`` alone. Raises :class:`ConfigError` if the
     architecture has no causal LM or its fields contradict each other."""
@@ -95,17 +107,23 @@ def from_scratch(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> 
         raise ConfigError(f"a causal LM cannot be built from {type(config).__name__}: {error}") from error
 
 
+def check_folder(source: str) -> bool:
+    """Whether ``model.path`` means a local folder rather than a hub id; :class:`ConfigError` for one without a model."""
+    local = source.startswith((".", "/", "~")) or Path(source).exists()
+    if local and not (Path(source).expanduser() / "config.json").is_file():
+        raise ConfigError(f"model.path {source!r} is not a Hugging Face model folder: it has no config.json")
+    return local
+
+
 def pretrained(source: str, *, dtype: torch.dtype) -> nn.Module:
     """The causal LM in a folder (or of a hub id), in ``dtype``.
 
     Raises :class:`ConfigError` if it cannot be read, or if the files lack weights that the architecture has.
     """
-    looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
-    if looks_local and not (Path(source).expanduser() / "config.json").is_file():
-        raise ConfigError(f"model.path {source!r} is not a Hugging Face model folder: it has no config.json")
+    local = check_folder(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            Path(source).expanduser() if looks_local else source, dtype=dtype, output_loading_info=True
+            Path(source).expanduser() if local else source, dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # transformers, safetensors, pickle and the hub each raise their own kinds here
         raise ConfigError(f"model.path {source!r} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -14,7 +14,7 @@ _COMMON = {
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, **changes) -> dict:
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    return {**_COMMON, **shape, "num_attention_heads": heads, "num_key_value_heads": heads, **changes}
+    return {**_COMMON, **shape, "num_attention_heads": heads, **changes}
 
 
 PRESETS = {

@@ -4,6 +4,8 @@ A basis with ``dim`` rows and ``rank`` orthonormal columns is stored transposed,
 contiguous and its 4-bit groups (128, 64, 32 values or the whole vector) lie along it.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,12 @@ NF4_CODE = (
     -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
     0.0795803, 0.1609302, 0.24611230, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 )  # fmt: skip
+
+
+@cache
+def _nf4_code(device: torch.device) -> Tensor:
+    """The code on ``device``, copied there once: a copy in every decode would make a GPU wait."""
+    return torch.tensor(NF4_CODE, device=device)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -53,7 +61,7 @@ def encode(vectors: Tensor, fmt: str) -> tuple[Tensor, Tensor | None]:
     if fmt == "int4":
         codes = unit.round_().clamp_(-INT4_MAX, INT4_MAX).add_(8)
     else:
-        code = torch.tensor(NF4_CODE, device=vectors.device)
+        code = _nf4_code(vectors.device)
         codes = torch.bucketize(unit, (code[1:] + code[:-1]) / 2)
     return pack_nibbles(codes.to(torch.uint8).view(rank, dim)), scale
 
@@ -63,7 +71,6 @@ def decode(codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch
     if scale is None:
         return codes.to(dtype)
     nibbles = unpack_nibbles(codes, dim)
-    table = range(-8, 8) if fmt == "int4" else NF4_CODE
-    values = torch.tensor(table, dtype=torch.float32, device=codes.device)[nibbles.int()]
+    values = nibbles.float() - 8.0 if fmt == "int4" else _nf4_code(codes.device)[nibbles.int()]
     groups = scale.shape[1]
     return (values.view(codes.shape[0], groups, -1) * scale.float().unsqueeze(2)).view(-1, dim).to(dtype)

@@ -38,6 +38,6 @@ def random_bits(key: tuple[int, int], start: int, count: int, device: torch.devi
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Map int32 bits to fp32 in (0, 1): the midpoints of 2²⁴ equal cells, so that comparing with an fp32 probability
-    is right to 2⁻²⁵, and a probability of exactly 0 or 1 never or always wins."""
-    return (bits >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    """Map int32 bits to fp32 in (0, 1): the midpoints of 2²³ equal cells, all exact, so that comparing with a
+    probability is right to 2⁻²⁴, and a probability of exactly 0 or 1 never or always wins."""
+    return (bits >> 9).bitwise_and_(0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)

@@ -101,7 +101,7 @@ def write_back(
         values = base + change
         new = _sticky_scale(values, old)
         moved = (new != old).unsqueeze(2)
-        if moved.any():
+        if q.device.type != "cpu" or moved.any():  # asking a GPU would wait for it, in every tile
             change = torch.where(moved, values * (old / new).unsqueeze(2), change)
             base = torch.where(moved, 0.0, base)
             scale[a:b] = new.to(torch.bfloat16)

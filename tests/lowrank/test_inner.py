@@ -21,7 +21,9 @@ def test_accepted_with_options():
     inner.check_ignores_value(inner.make_factory("torch.optim.Adafactor", 0.01, {"eps": [None, 1.0]}), CPU)
 
 
-@pytest.mark.parametrize("name", ["torch.optim.Adafactor", "bitsandbytes.optim.LAMB32bit"])
+@pytest.mark.parametrize(
+    "name", ["torch.optim.Adafactor", "bitsandbytes.optim.LAMB32bit", "bitsandbytes.optim.LAMB8bit"]
+)
 def test_steps_that_depend_on_the_value_are_refused(name):
     with pytest.raises(ConfigError, match="depends on the parameter's own value"):
         inner.check_ignores_value(inner.make_factory(name, 0.01, {}), CPU)
@@ -49,6 +51,37 @@ def test_a_decay_of_its_own_is_refused():
 def test_unknown_names(name, message):
     with pytest.raises(ConfigError, match=message):
         inner.make_factory(name, 0.01, {})
+
+
+@pytest.mark.parametrize("name", ["torch.optim.LBFGS", "torch.optim.SparseAdam"])
+def test_what_cannot_take_an_ordinary_step_is_refused(name):
+    with pytest.raises(ConfigError, match=r"trial step|does not take"):
+        inner.check_ignores_value(inner.make_factory(name, 0.01, {}), CPU)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "torch.optim.SGD", "bitsandbytes.optim.Lion8bit"])
+def test_optimizers_whose_moments_rotate(name, device):
+    options = {"momentum": 0.9} if name.endswith("SGD") else {}
+    inner.check_rotates(inner.make_factory(name, 0.01, options), device)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("torch.optim.RMSprop", {}),
+        ("torch.optim.Adafactor", {"eps": [None, 1.0]}),
+        ("torch.optim.AdamW", {"amsgrad": True}),
+        ("bitsandbytes.optim.RMSprop8bit", {}),
+    ],
+)
+def test_optimizers_whose_moments_do_not_rotate_are_refused_at_the_start(name, options):
+    with pytest.raises(ConfigError, match=r"lowrank\.moments=keep"):
+        inner.check_rotates(inner.make_factory(name, 0.01, options), CPU)
+
+
+def test_the_learning_rate_is_not_an_option():
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        inner.make_factory("adamw", 0.01, {"lr": 3})
 
 
 def test_unknown_options():

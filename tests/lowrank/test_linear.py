@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -72,11 +74,14 @@ def test_probe_gradient_is_the_full_gradient(device):
 
 def test_leaves_own_no_memory_and_survive_moves(device):
     made = layer((48, 32), "std", "cpu", group_size=32, fmt="int4")
-    for moved in (made, made.to(device), made.to(device).eval().train()):
+    for moved in (made, made.to(device), copy.deepcopy(made), made.to(device).eval().train()):
         for leaf in (moved.delta, moved.probe):
             assert leaf.untyped_storage().nbytes() == leaf.element_size()
             assert leaf.device.type == moved.weight.device.type
     assert dict(made.named_parameters())["delta"] is made.delta
+    twin = copy.deepcopy(made)
+    twin.weight.zero_()
+    assert bool(made.weight.any())
     x = torch.randn(4, 32, device=device)
     made(x).sum().backward()
     assert made.delta.grad.shape == (48, 5)

@@ -395,3 +395,23 @@ def test_converted_layers_are_all_slots(tiny_llama):
     opt = optimizer(model, lr=1e-3)
     layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
     assert len(layers) == len(report.converted) == len([s for s in opt.slots if isinstance(s, LowRankSlot)]) == 14
+
+
+def test_a_zero_gradient_gives_no_basis_but_another_try(tiny_llama, token_batches):
+    """Behind a zero head every layer's first gradient is zero; the step after has one."""
+    model = tiny_llama()
+    convert(model, **QUICK)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    opt = optimizer(model, lr=1e-2)
+    train(model, opt, token_batches(steps=2))
+    assert {e["failed"] for e in opt.events if e["step"] == 0} == {"the gradient is zero"}
+    second = [e for e in opt.events if e["step"] == 1]
+    assert len(second) == 14
+    assert all(e["failed"] is None and e["energy"] > 0.1 for e in second)
+
+
+def test_half_precision_is_refused(tiny_llama):
+    model = tiny_llama().to(torch.float16)
+    convert(model, **QUICK)
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        optimizer(model, lr=1e-3)

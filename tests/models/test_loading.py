@@ -5,8 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qgalore.errors import ConfigError
+from qgalore.lowrank.linear import LowRankLinear
 from qgalore.models import loading
-from qgalore.models.loss import IGNORED, check_isolation, summed_loss, target_tokens
+from qgalore.models.convert import convert
+from qgalore.models.loss import IGNORED, check_isolation, summed_loss, target_tokens, uncalled_layers
 
 
 def test_presets_take_the_tokenizers_vocabulary():
@@ -43,6 +45,11 @@ def test_overrides_come_before_what_is_derived(tmp_path):
     config.save_pretrained(tmp_path)
     again = loading.model_config(str(tmp_path), overrides={"num_attention_heads": 8, "num_key_value_heads": 8}, **quiet)
     assert again.num_attention_heads == 8
+    assert (
+        loading.model_config("llama_quickstart", overrides={"num_attention_heads": 8}, **quiet).num_key_value_heads == 8
+    )
+    with pytest.raises(ConfigError, match="model_type"):
+        loading.model_config("llama_quickstart", overrides={"model_type": "gpt2"}, **quiet)
 
 
 def test_bad_sources(tmp_path):
@@ -128,9 +135,28 @@ def test_summed_loss_ignores_what_is_marked(tiny_llama):
 
 def test_isolation_is_tried_not_assumed(tiny_llama):
     for attention in ("eager", "sdpa"):
-        check_isolation(tiny_llama(attn_implementation=attention))
+        check_isolation(tiny_llama(attn_implementation=attention), 32)
     model = tiny_llama()
     forward = model.forward
     model.forward = lambda input_ids, position_ids, use_cache: forward(input_ids, use_cache=use_cache)
     with pytest.raises(ConfigError, match="document_attention=joined"):
-        check_isolation(model)
+        check_isolation(model, 32)
+
+
+def test_the_padding_tokens_row_trains(tiny_llama):
+    model = tiny_llama(pad_token_id=5)
+    assert loading.untie_padding(model) == 5
+    model(torch.tensor([[5, 5, 7]]), use_cache=False).logits.square().sum().backward()
+    assert float(model.get_input_embeddings().weight.grad[5].abs().max()) > 0
+    assert loading.untie_padding(model) is None
+
+
+def test_layers_that_are_read_but_never_called_are_found(tiny_llama):
+    model = tiny_llama()
+    model.spare = torch.nn.Linear(8, 8)
+    convert(model, rank=4)
+    assert uncalled_layers(model, LowRankLinear) == ["spare"]
+    inner = model.model.layers[0].mlp
+    inner.forward = lambda x: torch.nn.functional.linear(x, inner.up_proj.weight)
+    with pytest.raises(ConfigError, match=r"lowrank\.exclude"):
+        uncalled_layers(model, LowRankLinear)
