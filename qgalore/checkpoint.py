@@ -82,6 +82,8 @@ def _sha256(path: Path) -> str:
 
 
 def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders; its renames are journalled
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

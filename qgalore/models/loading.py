@@ -108,7 +108,7 @@ def from_scratch(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> 
 
 
 def check_folder(source: str) -> bool:
-    """Whether ``model.path`` means a local folder rather than a hub id; :class:`ConfigError` for one without a model."""
+    """Whether ``model.path`` is a local folder, not a hub id. Raises :class:`ConfigError` for one without a model."""
     local = source.startswith((".", "/", "~")) or Path(source).exists()
     if local and not (Path(source).expanduser() / "config.json").is_file():
         raise ConfigError(f"model.path {source!r} is not a Hugging Face model folder: it has no config.json")
