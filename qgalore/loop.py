@@ -28,8 +28,8 @@ from .stats import ProgressLine, Records, memory_bytes
 @dataclass
 class Position:
     """Where a run is: optimizer steps done (skipped ones included), (epoch, index) of the next sample, target tokens
-    seen, and what decides about faults: the last losses, steps skipped in all and in a row, and ``order``, how often
-    the run was rolled back to go on in another data order."""
+    seen, and what decides about faults: the last losses, steps skipped in all and in a row, ``skip``, the steps (from
+    0) that a replay passes over, and ``order``, how often the run was rolled back to go on in another data order."""
 
     step: int = 0
     sample: tuple[int, int] = (0, 0)
@@ -37,6 +37,7 @@ class Position:
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
     skipped_in_a_row: int = 0
+    skip: list[int] = field(default_factory=list)
     order: int = 0
 
 
@@ -139,7 +140,9 @@ class Loop:
         return latest or self._evaluate()
 
     def _guarded_step(self) -> dict[str, Any] | None:
-        """One step and its record. A step that fails numerically is skipped, or rolled back (then None)."""
+        """One step and its record. A step that fails numerically is skipped; None if the run went back instead."""
+        if self.position.step in self.position.skip:
+            return self._skip(NumericalError("its gradient was not finite when it was first taken"))
         try:
             return self._step()
         except torch.OutOfMemoryError as error:
@@ -150,19 +153,20 @@ class Loop:
         except NumericalError as error:
             if isinstance(error, Spike) and self.loss_spike == "rollback" and self._roll_back(error):
                 return None
+            if self.optimizer.inside_step:
+                return self._replay(error)
             return self._skip(error)
 
     def _skip(self, error: NumericalError) -> dict[str, Any]:
         """Close the failed step without an update and go on with the next samples, or stop after too many."""
-        stepped = self.optimizer.skip()
+        self.optimizer.skip()
         where = self.position
         _, after = self._order().take(where.sample, self.micro_batch_size * self.grad_accumulation)
         in_a_row = where.skipped_in_a_row + 1
         self.position = replace(
             where, step=where.step + 1, sample=after, skipped=where.skipped + 1, skipped_in_a_row=in_a_row
         )
-        partly = f" ({stepped} tensors had stepped before it showed)" if stepped else ""
-        print(f"step {where.step + 1}/{self.max_steps} | skipped: {error}{partly}", flush=True)
+        print(f"step {where.step + 1}/{self.max_steps} | skipped: {error}", flush=True)
         row = {"step": where.step + 1, "loss": None, "lr": self.lr_at(where.step), "grad_norm": None}
         row |= {"tokens": where.tokens, "tokens_per_second": 0.0, "memory_bytes": memory_bytes(self.device)}
         row["skipped"] = str(error)
@@ -183,15 +187,34 @@ class Loop:
             why = "there is no checkpoint yet" if found is None else f"{self.max_rollbacks} rollbacks were made"
             print(f"no rollback: {why}; the step is skipped instead", flush=True)
             return False
+        self._return_to(found, state, order=self.position.order + 1, skip=self.position.skip)
+        print(f"rolled back to {found} and another data order: {error}", flush=True)
+        return True
+
+    def _replay(self, error: NumericalError) -> None:
+        """Undo a half-taken step. Fused stepping finds a bad gradient only when it arrives, with other tensors already
+        stepped, so the run returns to its newest checkpoint, takes the same steps again and passes over this one.
+
+        Raises :class:`NumericalError` if there is no checkpoint to return to.
+        """
+        found, state, _ = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
+        if found is None:
+            raise NumericalError(
+                f"{error}. There is no checkpoint yet to replay from; set train.save_every, or "
+                "train.stepping=deferred, which looks at all gradients before it steps"
+            ) from error
+        self._return_to(found, state, order=self.position.order, skip=[*self.position.skip, self.position.step])
+        print(f"{error}: replaying from {found} without that step", flush=True)
+
+    def _return_to(self, path: Path, state: dict[str, Any], **changes: Any) -> None:
+        """Take the state of a checkpoint, with some fields of its position changed."""
         self.optimizer.skip()
-        order = self.position.order + 1
-        checkpoint.load_into(found, state, self.model, self.optimizer)
-        self.position = replace(Position(**state["position"]), order=order)
+        checkpoint.load_into(path, state, self.model, self.optimizer)
+        self.optimizer.events.clear()
+        self.position = replace(Position(**state["position"]), **changes)
         self.position.sample = tuple(self.position.sample)
         for records in (self.metrics, self.subspace):
             records.cut_back(self.position.step)
-        print(f"rolled back to {found} and another data order: {error}", flush=True)
-        return True
 
     def _order(self) -> SampleOrder:
         return self.order_for(self.position.order)

@@ -280,7 +280,9 @@ def test_odd_widths_train(tiny_run):
 
 def test_a_loss_that_is_not_finite_is_skipped_until_it_is_hopeless(tiny_run):
     """A rate of 10³⁰ makes every loss after the first step infinite or NaN for real."""
-    code, out, err = tiny_run("train.lr=1e30", "train.warmup_steps=0", "train.max_skipped_in_a_row=3")
+    code, out, err = tiny_run(
+        "train.lr=1e30", "train.warmup_steps=0", "train.max_skipped_in_a_row=3", "train.stepping=deferred"
+    )
     assert code == 4
     assert "Traceback" not in err
     assert "3 steps in a row failed" in err
@@ -318,6 +320,47 @@ def test_one_bad_step_leaves_the_weights_and_the_run_goes_on(tiny_run, monkeypat
     assert_same(final_state("runs/three", 3), final_state("runs/six", 4))
     losses = [row["loss"] for row in rows("runs/six/metrics.jsonl") if "lr" in row]
     assert [loss is None for loss in losses] == [False, False, False, True, False, False]
+
+
+class PoisonedGradient:
+    """Makes the gradient, not the loss, of one forward pass NaN from the first block on, as an overflow would."""
+
+    def __init__(self, monkeypatch, call):
+        from qgalore import loop
+
+        self.calls, real = 0, loop.summed_loss
+
+        def poisoned(model, batch):
+            self.calls += model.training
+            if not model.training or self.calls != call:
+                return real(model, batch)
+            layer = model.model.layers[0].mlp.down_proj
+            handle = layer.register_full_backward_pre_hook(lambda module, grads: (grads[0] * float("nan"),))
+            loss = real(model, batch)
+            loss.register_hook(lambda grad: handle.remove())
+            return loss
+
+        monkeypatch.setattr(loop, "summed_loss", poisoned)
+
+
+def test_a_half_taken_fused_step_is_undone_by_a_replay(tiny_run, monkeypatch):
+    """The fused run ends with the weights of a deferred one, which saw the bad gradient before it stepped."""
+    PoisonedGradient(monkeypatch, 4)
+    assert tiny_run("run.name=deferred", "train.stepping=deferred")[0] == 0
+    PoisonedGradient(monkeypatch, 4)  # on top of the first, whose call has passed
+    code, out, err = tiny_run("run.name=fused")
+    assert code == 0, err
+    assert "replaying from runs/fused/checkpoints/step-00000002 without that step" in out
+    assert "step 4/6 | skipped" in out
+    assert_same(final_state("runs/deferred"), final_state("runs/fused"))
+    assert [row["step"] for row in rows("runs/fused/metrics.jsonl") if "lr" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_half_taken_step_without_a_checkpoint_stops(tiny_run, monkeypatch):
+    PoisonedGradient(monkeypatch, 2)
+    code, _, err = tiny_run("train.save_every=null")
+    assert code == 4
+    assert "no checkpoint yet to replay from" in err
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])

@@ -1,6 +1,7 @@
 """The optimizer that steps each leaf: any ``torch.optim.Optimizer`` class, checked before it is trusted."""
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,6 +20,8 @@ _ELEMENTS = 8192  # above bitsandbytes' 4,096-element threshold for 8-bit states
 
 
 def _bitsandbytes_adamw8bit() -> type[Optimizer]:
+    # On a CPU it warns of a 4-bit matrix product that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:

@@ -148,7 +148,13 @@ class LowRankOptimizer(Optimizer):
 
         ``step()`` does this itself; call it before ``clip_grad_norm_`` so that the norm is that of projected gradients.
         """
-        for slot in self.slots:
+        due = [slot for slot in self.slots if isinstance(slot, LowRankSlot) and slot.module.probe.grad is not None]
+        if due:  # look at every gradient before a basis changes: a step that fails must leave no trace
+            for slot in self.slots:
+                for leaf in slot.leaves():
+                    if leaf.grad is not None and not torch.isfinite(torch.linalg.vector_norm(leaf.grad)):
+                        self._complain(slot)
+        for slot in due:
             self._refresh_if_due(slot)
 
     @torch.no_grad()
@@ -176,16 +182,13 @@ class LowRankOptimizer(Optimizer):
             slot.arm(self.step_count)
         return loss
 
-    def skip(self) -> int:
-        """Close the step without an update, dropping its gradients. Returns how many tensors had already stepped
-        (fused stepping finds a bad gradient only when it arrives)."""
-        stepped = len(self._stepped)
+    def skip(self) -> None:
+        """Close the step without an update, dropping its gradients (see ``inside_step`` for what it cannot undo)."""
         self._stepped.clear()
         self.zero_grad()
         self.step_count += 1
         for slot in self.slots:
             slot.arm(self.step_count)
-        return stepped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients. They are always set to None: a zeroed gradient would keep its memory."""
