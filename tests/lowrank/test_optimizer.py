@@ -207,6 +207,7 @@ def test_fused_mode_holds_one_tensors_gradient_at_a_time(tiny_llama, token_batch
             train(model, opt, [batch])
             assert len(seen) == len(opt.slots)
             peaks[stepping].append((max(live for live, _ in seen), max(own for _, own in seen)))
+    print(f"\nlive gradients at most, bytes: { ({k: [live for live, _ in v] for k, v in peaks.items()}) }")
     for live, largest in peaks["fused"]:
         assert live == largest
     everything = sum(slot.shape.numel() * 4 for slot in opt.slots)
