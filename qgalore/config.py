@@ -243,7 +243,9 @@ def _all_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
 
 def _describe(error: dict[str, Any]) -> str:
     location = tuple(error["loc"])
-    key = ".".join(str(part) for part in location)
+    # past a section and its key, pydantic names the members of a union, which mean nothing to a user
+    named = location[:2] if _section_at(location[:1]) else location[:1]
+    key = ".".join(str(part) for part in (location if error["type"] == "extra_forbidden" else named))
     if error["type"] == "extra_forbidden":
         section = _section_at(location[:-1])
         names = list(section.model_fields) if section else []
@@ -252,7 +254,7 @@ def _describe(error: dict[str, Any]) -> str:
         close = close or [k for k in _all_keys() if k.rsplit(".", 1)[-1] == location[-1]][:1]
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(names)}"
         return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(location) <= 2:
         return f"{key}: missing, and it has no default"
     return f"{key}: {error['msg']} (got {error['input']!r})"
 

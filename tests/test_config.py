@@ -41,7 +41,7 @@ def test_all_problems_come_at_once_with_suggestions():
     assert "data.lr: unknown key; did you mean train.lr?" in text
     assert "train.lr: Input should be greater than 0 (got -1)" in text
     assert "train.max_steps" in text
-    assert "lowrank.rank" in text
+    assert "lowrank.rank: Input should be greater than 0 (got 0)" in text
 
 
 @pytest.mark.parametrize(
