@@ -252,10 +252,10 @@ def _restore(run: Run, source: Path | None, saved: dict[str, Any] | None) -> Non
                 f"{source} was made with other tokens: the text of data.train, its tokenizer or how much was read "
                 "has changed (for a hub dataset set data.max_tokens, which otherwise follows train.max_steps)"
             )
-        checkpoint.load_into(source, saved, run.model, run.loop["optimizer"])
         step = saved["position"]["step"]
         if step > run.config.train.max_steps:
             raise ConfigError(f"{source} is after step {step}, beyond train.max_steps ({run.config.train.max_steps})")
+        checkpoint.load_into(source, saved, run.model, run.loop["optimizer"])
         for path in checkpoint.set_aside(run.folder / "checkpoints", step):
             _say("resume", f"a later checkpoint of the course left is kept as {path}")
         run.position = {**saved["position"], "sample": tuple(saved["position"]["sample"])}

@@ -126,7 +126,8 @@ class Loop:
                     continue
                 self.metrics.append([row])
                 self.subspace.append(self._drain_events())
-                progress.show(row, self.optimizer.refresh_counts())
+                if row["loss"] is not None:  # a skipped step has printed its own line
+                    progress.show(row, self.optimizer.refresh_counts())
                 step = self.position.step
                 last = step == self.max_steps
                 if last or step % self.eval_every == 0:

@@ -322,6 +322,15 @@ def test_one_bad_step_leaves_the_weights_and_the_run_goes_on(tiny_run, monkeypat
     assert [loss is None for loss in losses] == [False, False, False, True, False, False]
 
 
+@pytest.mark.parametrize("step", [1, 6], ids=["first", "last"])
+def test_a_bad_step_that_the_progress_line_would_show(tiny_run, monkeypatch, step):
+    """The first and the last step are always shown; skipped, they have no loss to show."""
+    Poison(monkeypatch, {step}, float("nan"))
+    code, out, err = tiny_run()
+    assert code == 0, err
+    assert f"step {step}/6 | skipped: the loss is nan" in out
+
+
 class PoisonedGradient:
     """Makes the gradient, not the loss, of one forward pass NaN from the first block on, as an overflow would."""
 
