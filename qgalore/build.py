@@ -27,10 +27,11 @@ from .export import gguf, huggingface, int8
 from .lowrank.linear import LowRankLinear
 from .lowrank.optimizer import LowRankOptimizer, optimizer
 from .lr import lr_at
-from .models import loading
+from .models import loading, streaming
 from .models.convert import convert
 from .models.loss import check_isolation, uncalled_layers
 from .models.sample import continue_text, prompt_ids
+from .models.streaming import Source
 from .quant.counter import derive_key
 from .stats import Records
 
@@ -129,22 +130,8 @@ def _labelled(pack, tokens: TokenFile, key: str) -> PackedSequences:
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: int, device: torch.device) -> nn.Module:
-    """The model in its dtype, converted as the method says, on the device."""
-    section = config.model
-    dtype = getattr(torch, section.dtype)
-    if section.path is not None:
-        model = loading.pretrained(section.path, dtype=dtype)
-    else:
-        shape = loading.model_config(
-            section.config,
-            tokenizer_size=len(tokenizer),
-            overrides=section.overrides,
-            report=lambda line: _say("model", line.removeprefix("model: ")),
-        )
-        loading.check_vocabulary(shape, highest_id, len(tokenizer))
-        shape.bos_token_id, shape.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding
-        model = loading.from_scratch(shape, dtype=dtype, seed=config.run.seed)
+    """The model in its dtype, converted as the method says, on the device; made there tensor by tensor."""
+    model, source = _skeleton(config, tokenizer, highest_id)
     loading.check_vocabulary(model.config, highest_id, len(tokenizer))
     loading.check_positions(model.config, config.data.sequence_length)
     if (row := loading.untie_padding(model)) is not None:
@@ -156,9 +143,10 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: 
         _say(
             "model", f"{sum(p.numel() for p in parameters):,} values in {len(parameters)} tensors, all trained in full"
         )
+    streaming.allocate(model, device)
+    streaming.fill(model, source, "model")
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.to(device)
     model.eval()
     if uncalled := uncalled_layers(model, LowRankLinear):
         _say(
@@ -168,6 +156,28 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: 
     if config.data.document_attention == "isolated":
         check_isolation(model, config.data.sequence_length)
     return model
+
+
+def _skeleton(config: Config, tokenizer: PreTrainedTokenizerBase, highest_id: int) -> tuple[nn.Module, Source]:
+    """The unconverted architecture on the meta device, and where its tensors come from."""
+    section = config.model
+    dtype = getattr(torch, section.dtype)
+    report = partial(_say, "model")
+    if section.path is not None:
+        folder = loading.local_folder(section.path)
+        model = loading.pretrained_skeleton(folder, dtype=dtype)
+        return model, loading.stored_source(folder, model, report=report)
+    shape = loading.model_config(
+        section.config,
+        tokenizer_size=len(tokenizer),
+        overrides=section.overrides,
+        report=lambda line: report(line.removeprefix("model: ")),
+    )
+    loading.check_vocabulary(shape, highest_id, len(tokenizer))
+    shape.bos_token_id, shape.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding
+    model = loading.skeleton(shape, dtype=dtype)
+    return model, loading.fresh_source(model, seed=config.run.seed, report=report)
 
 
 def _convert(config: Config, model: nn.Module):
@@ -361,8 +371,9 @@ def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     state = checkpoint.read_state(source)
     config = configuration.parse(state["config"], str(source))
     shape = AutoConfig.for_model(**state["model_config"])
-    model = loading.from_scratch(shape, dtype=getattr(torch, config.model.dtype), seed=0)
+    model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype))
     if METHODS[config.method][0]:
         _convert(config, model)
+    streaming.allocate(model, torch.device("cpu"))
     checkpoint.load_model(source, model)
     return model.eval(), load_tokenizer(str(source.parent.parent / "tokenizer"))

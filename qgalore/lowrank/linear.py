@@ -124,6 +124,20 @@ class LowRankLinear(nn.Module):
         """The stored bases (L, R̂) as fp32 (dim, rank), None for the identity."""
         return tuple(None if side is None else side.columns() for side in (self.left, self.right))
 
+    @torch.no_grad()
+    def store(self, first: int, rows: Tensor) -> None:
+        """Set the weight's rows from ``first`` on to ``rows`` (n, in), any float dtype.
+
+        Raises ``ValueError`` if they are to be int8 and a value is not finite.
+        """
+        part = slice(first, first + rows.shape[0])
+        if self.weight_scale is None:
+            self.weight[part] = rows
+            return
+        q, scale = quantize(rows.to(self.weight.device), self.in_features // self.weight_scale.shape[1])
+        self.weight[part] = q
+        self.weight_scale[part] = scale
+
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored weight (out, in) in ``dtype``."""
         if self.weight_scale is None:
@@ -139,12 +153,13 @@ class LowRankLinear(nn.Module):
         constant = (self.weight, self.weight_scale, self.bias, *stored)
         return _DeltaLinear.apply(x, *constant, self.delta, self.probe, self.basis_format)
 
-    def _leaves(self) -> dict[str, nn.Parameter]:
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """The zero leaves by name: memoryless, neither stored nor counted as weights."""
         return {"delta": self.delta, "probe": self.probe}
 
     def _apply(self, fn, recurse: bool = True):
         """Move or cast everything but the leaves, which are made anew: moving an expanded tensor would fill it in."""
-        leaves = self._leaves()
+        leaves = self.leaves()
         for name in leaves:
             del self._parameters[name]
         super()._apply(fn, recurse)
@@ -157,7 +172,7 @@ class LowRankLinear(nn.Module):
         """A copy whose leaves own no memory either: copying an expanded tensor would fill it in."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        for leaf in self._leaves().values():
+        for leaf in self.leaves().values():
             blank = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
             memo[id(leaf)] = nn.Parameter(blank, requires_grad=leaf.requires_grad)
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -165,12 +180,12 @@ class LowRankLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._leaves():
+        for name in self.leaves():
             del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        missing[:] = [key for key in missing if key not in {prefix + name for name in self._leaves()}]
+        missing[:] = [key for key in missing if key not in {prefix + name for name in self.leaves()}]
 
     def extra_repr(self) -> str:
         kind = "int8" if self.weight_scale is not None else str(self.weight.dtype).removeprefix("torch.")

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from ..errors import ConfigError
+from . import streaming
+from .folder import stored
 from .presets import PRESETS
 
 _CONFIG_ERRORS = (ValueError, OSError, KeyError, ZeroDivisionError, StrictDataclassError)
@@ -105,6 +108,80 @@ def from_scratch(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> 
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (*_CONFIG_ERRORS, TypeError, RuntimeError) as error:
         raise ConfigError(f"a causal LM cannot be built from {type(config).__name__}: {error}") from error
+
+
+def skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module:
+    """The causal LM of ``config`` on the meta device: shapes without memory. Raises as :func:`from_scratch`."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (*_CONFIG_ERRORS, TypeError, RuntimeError) as error:
+        raise ConfigError(f"a causal LM cannot be built from {type(config).__name__}: {error}") from error
+
+
+def skeleton_with_buffers(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module:
+    """:func:`skeleton` whose buffers have their values, for parameters that come from elsewhere; an architecture that
+    does not make them in its initialisation is built whole."""
+    model = skeleton(config, dtype=dtype)
+    try:
+        streaming.compute_buffers(model)
+    except streaming.CannotStreamError:
+        return from_scratch(config, dtype=dtype, seed=0)
+    return model
+
+
+def fresh_source(model: nn.Module, *, seed: int, report: Callable[[str], None]) -> streaming.Source:
+    """The tensors that :func:`skeleton`'s ``model`` starts from. An architecture whose initialisation cannot be
+    streamed is built whole first, and that is reported."""
+    try:
+        return streaming.initialisation(model, seed)
+    except streaming.CannotStreamError as reason:
+        dtype = next(model.parameters()).dtype
+        report(_whole(model, reason))
+        return streaming.copied(from_scratch(model.config, dtype=dtype, seed=seed), model)
+
+
+def _whole(model: nn.Module, reason: Exception) -> str:
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    return f"{type(model).__name__} is built whole in host memory first ({size:.1f} GiB): {reason}"
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a pretrained model; a hub id is downloaded (safetensors and what belongs to them) or found in the
+    cache. Raises :class:`ConfigError` if there is none."""
+    if check_folder(source):
+        return Path(source).expanduser()
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin.index.json"]
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # the hub's errors are kinds of these
+        raise ConfigError(f"model.path {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def pretrained_skeleton(folder: Path, *, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that ``folder`` holds, on the meta device. Raises :class:`ConfigError` if it describes none."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (*_CONFIG_ERRORS, TypeError) as error:
+        raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    model = skeleton(config, dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def stored_source(folder: Path, model: nn.Module, *, report: Callable[[str], None]) -> streaming.Source:
+    """The tensors in ``folder`` for :func:`pretrained_skeleton`'s ``model``. A folder that only transformers' own
+    loader understands (renamed or quantized tensors) is loaded whole first, and that is reported."""
+    try:
+        if getattr(model.config, "quantization_config", None):
+            raise streaming.CannotStreamError(f"{folder} is quantized")
+        source = stored(folder, model, report)
+        streaming.compute_buffers(model)
+        return source
+    except streaming.CannotStreamError as reason:
+        report(_whole(model, reason))
+        return streaming.copied(pretrained(str(folder), dtype=next(model.parameters()).dtype), model)
 
 
 def check_folder(source: str) -> bool:

@@ -45,14 +45,16 @@ def row_tiles(rows: int, width: int) -> list[tuple[int, int]]:
 def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Round-to-nearest quantization of ``weight`` (out, in), any float dtype, tile by tile.
 
-    Returns ``q`` int8 (out, in) and ``scale`` bf16 (out, in / group_size). Raises ``ValueError`` if ``group_size`` does
-    not divide in_features or a value is not finite.
+    Returns ``q`` int8 (out, in) and ``scale`` bf16 (out, in / group_size), unset for a weight on the meta device.
+    Raises ``ValueError`` if ``group_size`` does not divide in_features or a value is not finite.
     """
     rows, width = weight.shape
     if width % group_size:
         raise ValueError(f"group_size {group_size} does not divide in_features {width}")
     q = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows, width // group_size, dtype=torch.bfloat16, device=weight.device)
+    if weight.is_meta:
+        return q, scale
     for a, b in row_tiles(rows, width):
         tile = weight[a:b].to(torch.float32).view(b - a, -1, group_size)
         absmax = tile.abs().amax(dim=2)
