@@ -145,7 +145,7 @@ class LowRankLinear(nn.Module):
         return dequantize(self.weight, self.weight_scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         stored = []
         for side in (self.left, self.right):

@@ -6,6 +6,7 @@ gradient is freed at once; ``step()`` then only closes the step.
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .schedule import LazySchedule, staggered_first_gaps
 from .slots import DenseSlot, LowRankSlot, RefreshOptions, Slot
 
 STEPPING = ("deferred", "fused")
+PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
 SIMILARITIES = ("overlap", "first_vector")
 
 
@@ -45,6 +47,7 @@ class LowRankOptimizer(Optimizer):
         factory: inner_optimizers.Factory,
         stepping: str,
         seed: int,
+        part_elements: int,
     ) -> None:
         self.slots: list[Slot] = [*low_rank, *dense]
         self.stepping, self.seed = stepping, seed
@@ -67,22 +70,12 @@ class LowRankOptimizer(Optimizer):
         for group in groups:
             group["params"] = [leaf for slot in group.pop("slots") for leaf in slot.leaves()]
         super().__init__(groups, {"lr": lr})
-        self._attach_leaves(factory)
+        attach(self.slots, factory, part_elements)
         for slot in self.slots:
             for leaf in slot.leaves():
                 leaf.requires_grad_(True)  # a hook needs it; arm() then leaves it on for one leaf of each layer
                 leaf.register_post_accumulate_grad_hook(lambda leaf, slot=slot: self._gradient_arrived(slot, leaf))
             slot.arm(0)
-
-    def _attach_leaves(self, factory: inner_optimizers.Factory) -> None:
-        """One scratch buffer for each device, as large as the largest leaf: only one leaf is real at a time."""
-        sizes: dict[torch.device, int] = {}
-        for slot in self.slots:
-            device = slot.leaves()[0].device
-            sizes[device] = max(sizes.get(device, 0), slot.shape.numel())
-        scratch = {device: torch.zeros(size, device=device) for device, size in sizes.items()}
-        for slot in self.slots:
-            slot.attach(scratch[slot.leaves()[0].device], factory)
 
     @property
     def grad_norm(self) -> float:
@@ -136,10 +129,8 @@ class LowRankOptimizer(Optimizer):
     def _apply(self, slot: Slot) -> None:
         """One inner step and its merge. Never sees a gradient that is not finite."""
         group = self.param_groups[self._group_of[slot.name]]
-        delta = slot.inner_step(slot.gradient(), group["lr"])
         key = derive_key(self.seed, self.step_count, slot.index)
-        slot.merge(delta, group["scale"], group["lr"] * group["weight_decay"], key)
-        slot.drop_gradient()
+        slot.step(group["lr"], group["scale"], group["lr"] * group["weight_decay"], key)
         self._stepped.add(slot.name)
 
     @torch.no_grad()
@@ -223,22 +214,70 @@ class LowRankOptimizer(Optimizer):
             group.update(saved)
 
 
+def attach(slots: list[Slot], factory: inner_optimizers.Factory, part_elements: int) -> None:
+    """Give every slot its leaves and inner optimizers. One scratch buffer for each device, as large as the largest
+    leaf: only one leaf is real at a time."""
+    sizes: dict[torch.device, int] = {}
+    for slot in slots:
+        device = slot.leaves()[0].device
+        sizes[device] = max(sizes.get(device, 0), slot.largest_part(part_elements))
+    scratch = {device: torch.zeros(size, device=device) for device, size in sizes.items()}
+    for slot in slots:
+        slot.attach(scratch[slot.leaves()[0].device], factory, part_elements)
+
+
+def part_elements(inner: str | type[Optimizer]) -> int:
+    """The size above which a tensor steps in parts: an optimizer that looks at a matrix as one (Adafactor) must see it
+    whole."""
+    return PART_ELEMENTS if inner in inner_optimizers.BUILTIN else sys.maxsize
+
+
+def collect_slots(
+    model: nn.Module,
+    *,
+    update_proj_gap: int,
+    stagger: bool,
+    lazy: dict[str, Any],
+    find: RefreshOptions,
+) -> tuple[list[LowRankSlot], list[DenseSlot]]:
+    """A slot for every trainable tensor of a converted model, low-rank layers first."""
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    gaps = staggered_first_gaps(len(modules), update_proj_gap) if stagger else [update_proj_gap] * len(modules)
+    low_rank = [
+        LowRankSlot(name, index, module, LazySchedule(update_proj_gap, gaps[index], **lazy), find)
+        for index, (name, module) in enumerate(modules.items())
+    ]
+    owned = {id(leaf) for slot in low_rank for leaf in slot.leaves()}
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
+    for name, parameter in trainable:
+        allowed = (torch.float32, torch.bfloat16)
+        _require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
+    return low_rank, [DenseSlot(name, len(low_rank) + i, p) for i, (name, p) in enumerate(trainable)]
+
+
 def _slot_state(slot: Slot) -> dict[str, Any]:
-    state = {"inner": dict(slot.inner.state.get(slot.leaf, {})), "extra": slot.tensors()}
+    """``inner``: the parts' optimizer states, with the part's number before each name where there are several."""
+    inner: dict[str, Any] = {}
+    for number, part in enumerate(slot.parts):
+        prefix = f"{number}." if len(slot.parts) > 1 else ""
+        inner |= {prefix + name: value for name, value in part.inner.state.get(part.leaf, {}).items()}
+    state = {"inner": inner, "extra": slot.tensors()}
     if isinstance(slot, LowRankSlot):
         state["schedule"] = slot.schedule.state()
     return state
 
 
 def _load_slot_state(slot: Slot, state: dict[str, Any]) -> None:
-    device = slot.leaf.device
-    slot.inner.state[slot.leaf] = {
-        # torch keeps Adam's step count on the CPU on purpose; other tensors belong beside the leaf
-        name: value.to(device) if torch.is_tensor(value) and name != "step" else value
-        for name, value in state["inner"].items()
-    }
-    if not state["inner"]:
-        slot.inner.state.pop(slot.leaf)
+    for number, part in enumerate(slot.parts):
+        prefix = f"{number}." if len(slot.parts) > 1 else ""
+        mine = {n.removeprefix(prefix): value for n, value in state["inner"].items() if n.startswith(prefix)}
+        part.inner.state.pop(part.leaf, None)
+        if mine:
+            part.inner.state[part.leaf] = {
+                # torch keeps Adam's step count on the CPU on purpose; other tensors belong beside the leaf
+                name: value.to(part.leaf.device) if torch.is_tensor(value) and name != "step" else value
+                for name, value in mine.items()
+            }
     for name, value in slot.tensors().items():
         value.copy_(state["extra"][name])
     if isinstance(slot, LowRankSlot):
@@ -299,21 +338,10 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    gaps = staggered_first_gaps(len(modules), update_proj_gap) if stagger else [update_proj_gap] * len(modules)
     find = RefreshOptions(method=projector, similarity=similarity, moments=moments, seed=seed)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
-    low_rank = [
-        LowRankSlot(name, index, module, LazySchedule(update_proj_gap, gaps[index], **lazy), find)
-        for index, (name, module) in enumerate(modules.items())
-    ]
-    owned = {id(leaf) for slot in low_rank for leaf in slot.leaves()}
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
-    dense = [DenseSlot(name, len(low_rank) + i, p) for i, (name, p) in enumerate(trainable)]
-    for name, parameter in trainable:
-        allowed = (torch.float32, torch.bfloat16)
-        _require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
+    low_rank, dense = collect_slots(model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find)
     _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
         inner_optimizers.check_ignores_value(factory, device)
@@ -330,4 +358,5 @@ def optimizer(
         factory=factory,
         stepping=stepping,
         seed=seed,
+        part_elements=part_elements(inner),
     )

@@ -1,5 +1,6 @@
 """One slot for each trained tensor: where its gradient arrives, the leaf that steps, where that merges."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -27,22 +28,17 @@ class RefreshOptions:
     seed: int = 0
 
 
-class Slot:
-    """State common to both kinds: ``leaf`` is an fp32 view into scratch memory that all slots share, real only while
-    ``inner`` steps it from zero. ``index`` numbers the slot's random streams."""
+@dataclass
+class Part:
+    """Rows of a slot that step together: ``leaf`` is an fp32 view into scratch memory that all parts share, real only
+    while ``inner`` steps it from zero; ``first`` is its first row."""
 
-    def __init__(self, name: str, index: int, shape: torch.Size) -> None:
-        self.name, self.index, self.shape = name, index, shape
-        self.leaf: nn.Parameter | None = None
-        self.inner: Optimizer | None = None
+    first: int
+    leaf: nn.Parameter
+    inner: Optimizer
 
-    def attach(self, scratch: Tensor, factory) -> None:
-        """Place the leaf in ``scratch`` (fp32, flat, large enough) and give it an inner optimizer."""
-        self.leaf = nn.Parameter(scratch[: self.shape.numel()].view(self.shape))
-        self.inner = factory([self.leaf])
-
-    def inner_step(self, gradient: Tensor, lr: float) -> Tensor:
-        """The inner optimizer's step from zero: Δ, fp32, valid until another slot steps."""
+    def step(self, gradient: Tensor, lr: float) -> Tensor:
+        """The inner optimizer's step from zero: Δ, fp32, valid until another part steps."""
         with torch.no_grad():
             self.leaf.zero_()
         self.leaf.grad = gradient.to(torch.float32).contiguous()
@@ -51,6 +47,46 @@ class Slot:
         self.inner.step()
         self.leaf.grad = None
         return self.leaf.detach()
+
+
+class Slot:
+    """State common to both kinds. A tensor steps in ``parts``: whole, or by rows where that saves scratch memory and
+    changes nothing. ``index`` numbers the slot's random streams."""
+
+    by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
+
+    def __init__(self, name: str, index: int, shape: torch.Size) -> None:
+        self.name, self.index, self.shape = name, index, shape
+        self.parts: list[Part] = []
+
+    def row_ranges(self, limit: int) -> list[tuple[int, int]]:
+        """Row ranges of the parts, of about ``limit`` elements at most, each whole 8-bit blocks but the last."""
+        rows, size = self.shape[0] if len(self.shape) else 1, self.shape.numel()
+        if size <= limit or not self.by_rows or len(self.shape) < 2:
+            return [(0, rows)]
+        unit = moments.BLOCK // math.gcd(moments.BLOCK, size // rows)
+        step = -(-rows // -(-size // limit) // unit) * unit
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def largest_part(self, limit: int) -> int:
+        """Elements of scratch memory that this slot needs."""
+        a, b = self.row_ranges(limit)[0]
+        return self.shape.numel() if len(self.shape) < 2 else (b - a) * (self.shape.numel() // self.shape[0])
+
+    def attach(self, scratch: Tensor, factory, limit: int) -> None:
+        """Place the leaves in ``scratch`` (fp32, flat, large enough) and give each its inner optimizer."""
+        for a, b in self.row_ranges(limit):
+            shape = (b - a, *self.shape[1:]) if len(self.shape) else ()
+            leaf = nn.Parameter(scratch[: torch.Size(shape).numel()].view(shape))
+            self.parts.append(Part(a, leaf, factory([leaf])))
+
+    def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """Step every part and merge it: ``W ← W(1 − shrink) + scale · update``, then drop the gradient."""
+        gradient = self.gradient()
+        for part in self.parts:
+            mine = gradient if len(self.parts) == 1 else gradient[part.first : part.first + part.leaf.shape[0]]
+            self.merge(part.step(mine, lr), part.first, scale, shrink, key)
+        self.drop_gradient()
 
 
 class DenseSlot(Slot):
@@ -79,11 +115,13 @@ class DenseSlot(Slot):
         self.parameter.grad = None
 
     @torch.no_grad()
-    def merge(self, delta: Tensor, scale: float, shrink: float, key: tuple[int, int]) -> None:
+    def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """Add ``scale`` (1 for all but low-rank layers) times ``delta`` to the rows from ``first`` on."""
         target = self.parameter.detach() if self.master is None else self.master
         rows = target.view(target.shape[0], -1) if target.ndim > 1 else target.view(1, -1)
-        flat = delta.view(rows.shape)
-        dense_grid.write_back(rows, lambda a, b: flat[a:b], shrink=shrink, key=key)
+        flat = delta.view(-1, rows.shape[1])
+        rows = rows[first : first + flat.shape[0]]
+        dense_grid.write_back(rows, lambda a, b: flat[a:b] * scale, shrink=shrink, key=key, first_row=first)
         if self.master is not None:
             self.parameter.copy_(self.master)
 
@@ -101,6 +139,7 @@ class LowRankSlot(Slot):
         super().__init__(name, index, module.delta.shape)
         self.module, self.schedule, self.options = module, schedule, options
         self.projected = module.left is not None or module.right is not None
+        self.by_rows = module.left is None
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.delta, self.module.probe]
@@ -154,7 +193,9 @@ class LowRankSlot(Slot):
         self.schedule.next_refresh = step + 1
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
-        self.module.delta.grad = torch.zeros(self.shape, dtype=self.module.delta.dtype, device=self.leaf.device)
+        self.module.delta.grad = torch.zeros(
+            self.shape, dtype=self.module.delta.dtype, device=self.module.weight.device
+        )
         row: dict[str, Any] = {"step": step, "layer": self.name, "first": first, "failed": "the gradient is zero"}
         row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}
@@ -209,20 +250,25 @@ class LowRankSlot(Slot):
         if first or self.options.moments == "keep":
             return
         if self.options.moments == "reset":
-            moments.reset(self.inner, self.leaf)
+            for part in self.parts:
+                moments.reset(part.inner, part.leaf)
             return
         new = self.module.columns()
         changes = [moments.change_of_basis(a, b) for a, b in zip(old, new, strict=True)]
-        moments.rotate(self.inner, self.leaf, *changes)
+        for part in self.parts:
+            moments.rotate(part.inner, part.leaf, *changes)
 
     @torch.no_grad()
-    def merge(self, delta: Tensor, scale: float, shrink: float, key: tuple[int, int]) -> None:
-        rows = sides.update_rows(delta, *self.module.columns(), scale)
-        weight = self.module.weight.detach()
+    def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """Add ``scale · L Δ R̂ᵀ`` to the weight's rows from ``first`` on (all of them where L is not the identity)."""
+        update = sides.update_rows(delta, *self.module.columns(), scale)
+        part = slice(first, None if not self.by_rows else first + delta.shape[0])
+        weight = self.module.weight.detach()[part]
+        where = {"shrink": shrink, "key": key, "first_row": first}
         if self.module.weight_scale is None:
-            dense_grid.write_back(weight, rows, shrink=shrink, key=key)
+            dense_grid.write_back(weight, update, **where)
         else:
-            int8_grid.write_back(weight, self.module.weight_scale, rows, shrink=shrink, key=key)
+            int8_grid.write_back(weight, self.module.weight_scale[part], update, **where)
 
     def tensors(self) -> dict[str, Tensor]:
         """Bases and weights are the model's own tensors."""

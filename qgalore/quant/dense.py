@@ -12,7 +12,12 @@ from .rounding import to_bfloat16_stochastic
 
 @torch.no_grad()
 def write_back(
-    weight: Tensor, update_rows: Callable[[int, int], Tensor], *, shrink: float, key: tuple[int, int]
+    weight: Tensor,
+    update_rows: Callable[[int, int], Tensor],
+    *,
+    shrink: float,
+    key: tuple[int, int],
+    first_row: int = 0,
 ) -> None:
     """``W ← W · (1 − shrink) + update`` in place; bf16 weights are rounded stochastically, once.
 
@@ -22,6 +27,6 @@ def write_back(
     for a, b in row_tiles(rows, width):
         tile = weight[a:b].float() * (1.0 - shrink) + update_rows(a, b)
         if weight.dtype == torch.bfloat16:
-            bits = random_bits(key, a * width, (b - a) * width, weight.device).view(tile.shape)
+            bits = random_bits(key, (first_row + a) * width, (b - a) * width, weight.device).view(tile.shape)
             tile = to_bfloat16_stochastic(tile, bits)
         weight[a:b] = tile

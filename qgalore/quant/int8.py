@@ -84,13 +84,20 @@ def _sticky_scale(values: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_back(
-    q: Tensor, scale: Tensor, update_rows: Callable[[int, int], Tensor], *, shrink: float, key: tuple[int, int]
+    q: Tensor,
+    scale: Tensor,
+    update_rows: Callable[[int, int], Tensor],
+    *,
+    shrink: float,
+    key: tuple[int, int],
+    first_row: int = 0,
 ) -> None:
     """``W ← SR(W · (1 − shrink) + update)`` in place, in fp32, tile by tile, with one stochastic rounding at the end.
 
     ``q`` int8 (out, in) and ``scale`` bf16 (out, groups) are the weight; ``update_rows(a, b)`` gives rows a … b−1
-    of the update, fp32 (b − a, in); ``shrink`` is lr · weight_decay; ``key`` selects the random bits. The sum is formed
-    as (integer, small change) wherever the scale stays, so that updates far below fp32's resolution at 127 still count.
+    of the update, fp32 (b − a, in); ``shrink`` is lr · weight_decay; ``key`` selects the random bits, indexed by
+    element of the whole tensor, in which ``q``'s first row has the number ``first_row``. The sum is formed as (integer,
+    small change) wherever the scale stays, so that updates far below fp32's resolution at 127 still count.
     """
     rows, width = q.shape
     groups = scale.shape[1]
@@ -107,5 +114,5 @@ def write_back(
             change = torch.where(moved, values * (old / new).unsqueeze(2), change)
             base = torch.where(moved, 0.0, base)
             scale[a:b] = new.to(torch.bfloat16)
-        bits = random_bits(key, a * width, (b - a) * width, q.device).view(base.shape)
+        bits = random_bits(key, (first_row + a) * width, (b - a) * width, q.device).view(base.shape)
         q[a:b] = base.add_(to_integer_stochastic(change, bits)).clamp_(-QMAX, QMAX).view(b - a, width)

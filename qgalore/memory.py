@@ -1,0 +1,363 @@
+"""The memory plan: what a run will need, byte by byte, before anything is allocated.
+
+The plan is not a formula beside the trainer. It takes the trainer's own model on the meta device and lets it train for
+two steps there, one that finds all first bases and an ordinary one, while every tensor that PyTorch makes is counted.
+What cannot run without values (attention kernels, 8-bit moments, decisions on data) is replaced by its shapes.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .lowrank import projector
+from .lowrank.linear import LowRankLinear
+from .lowrank.slots import LowRankSlot, Part, Slot
+
+CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
+RESIDENT = (
+    "int8 weights",
+    "weight scales",
+    "bases",
+    "trained in full",
+    "moments",
+    "fp32 masters",
+    "step scratch",
+    "buffers",
+)
+TRANSIENT = ("activations", "logits", "gradients", "full gradient", "refresh and step workspace", "temporaries")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by category: ``resident`` between steps, ``transient`` more of them at the worst moment of a step, and
+    ``outside`` of PyTorch's tensors."""
+
+    resident: dict[str, int]
+    transient: dict[str, int]
+    outside: dict[str, int]
+
+    @property
+    def tensors(self) -> int:
+        """Peak bytes in PyTorch tensors."""
+        return sum(self.resident.values()) + sum(self.transient.values())
+
+    @property
+    def total(self) -> int:
+        return self.tensors + sum(self.outside.values())
+
+    def __str__(self) -> str:
+        parts = (("resident", self.resident), ("at the peak", self.transient), ("outside", self.outside))
+        lines = []
+        for title, sizes in parts:
+            lines += [
+                f"  {title if not i else '':<12}{name:<28}{human(size):>10}"
+                for i, (name, size) in enumerate((n, s) for n, s in sizes.items() if s)
+            ]
+        return "\n".join([*lines, f"  {'total':<40}{human(self.total):>10}"])
+
+
+def human(size: int) -> str:
+    """``1536 → 1.5 KiB``."""
+    for unit, step in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if abs(size) >= 1 << step:
+            return f"{size / (1 << step):.2f} {unit}" if unit == "GiB" else f"{size / (1 << step):.1f} {unit}"
+    return f"{size} B"
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the storage of every tensor made while it is on, by the ``label`` in force, until it is freed. Those in
+    ``present`` (storage identities) are there before and after, and not counted."""
+
+    def __init__(self, present: set[int]) -> None:
+        super().__init__()
+        self.present = present
+        self.label = "temporaries"
+        self.live: Counter[str] = Counter()
+        self.peak, self.at_peak = 0, Counter()
+        self._known: dict[int, tuple[weakref.ref, str, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.count(value)
+        return result
+
+    def count(self, tensor: Tensor, label: str | None = None) -> None:
+        """Count ``tensor``'s storage if it is new, or move it to ``label``."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.present:
+            return
+        if key in self._known:
+            if label is not None:
+                _, old, size = self._known[key]
+                self._move(key, old, label, size)
+            return
+        label = label or self.label
+        size = storage.nbytes()
+        self._known[key] = (weakref.ref(storage, lambda _: self._free(key)), label, size)
+        self.live[label] += size
+        self.look()
+
+    def _move(self, key: int, old: str, new: str, size: int) -> None:
+        self._known[key] = (self._known[key][0], new, size)
+        self.live[old] -= size
+        self.live[new] += size
+
+    def _free(self, key: int) -> None:
+        _, label, size = self._known.pop(key)
+        self.live[label] -= size
+
+    def look(self, extra: int = 0) -> None:
+        """Compare the present moment, with ``extra`` bytes of workspace, with the worst one so far."""
+        total = sum(self.live.values()) + extra
+        if total > self.peak:
+            self.peak = total
+            self.at_peak = Counter(self.live)
+            self.at_peak["refresh and step workspace"] += extra
+
+    @contextmanager
+    def labelled(self, label: str):
+        before, self.label = self.label, label
+        yield
+        self.label = before
+
+
+class _Attention(torch.autograd.Function):
+    """The footprint of a fused attention kernel: it keeps its inputs, its output and a row statistic in fp32."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def _fused_attention():
+    """Stand in for ``scaled_dot_product_attention``, which on the meta device would build the whole score matrix. (A
+    function mode would not reach the recomputation inside backward.)"""
+    original = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = original
+
+
+def _model_bytes(model: nn.Module) -> Counter[str]:
+    """Bytes of a converted model's own tensors by category, shared ones once, leaves not at all."""
+    sizes: Counter[str] = Counter()
+    seen: set[int] = set()
+    for module in model.modules():
+        low_rank = isinstance(module, LowRankLinear)
+        leaves = {id(leaf) for leaf in module.leaves().values()} if low_rank else set()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in leaves or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            sizes[_category(module, key, tensor)] += tensor.nbytes
+    return sizes
+
+
+def _category(module: nn.Module, key: str, tensor: Tensor) -> str:
+    if isinstance(module, LowRankLinear) and key == "weight" and tensor.dtype == torch.int8:
+        return "int8 weights"
+    if key == "weight_scale":
+        return "weight scales"
+    if type(module).__name__ == "Basis":
+        return "bases"
+    return "trained in full"
+
+
+@dataclass
+class Step:
+    """What :func:`plan` needs to know of a step: the loss (model, batch) → scalar, micro-batch and sequence, how often
+    a micro-batch runs, and whether tensors step inside backward."""
+
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    micro_batch_size: int
+    sequence_length: int
+    fused: bool
+    masked: bool  # documents are isolated by a mask
+
+
+class _Rehearsal:
+    """Two steps on the meta device under a meter."""
+
+    def __init__(self, model: nn.Module, slots: list[Slot], step: Step, meter: _Meter) -> None:
+        self.model, self.slots, self.step, self.meter = model, slots, step, meter
+        self._workspaces: dict[tuple, int] = {}
+
+    def run(self) -> None:
+        for slot in self.slots:
+            for leaf in slot.leaves():
+                leaf.requires_grad_(True)
+                leaf.register_post_accumulate_grad_hook(lambda leaf, slot=slot: self._arrived(slot, leaf))
+        base = self.model.base_model
+        base.register_forward_pre_hook(lambda *_: setattr(self.meter, "label", "activations"))
+        base.register_forward_hook(lambda *_: setattr(self.meter, "label", "logits"))
+        for first in (True, False):
+            self._arm(first)
+            self._take(first)
+
+    def _arm(self, first: bool) -> None:
+        """All probes in the first step; after it the largest one, as if its refresh were due."""
+        projected = [s for s in self.slots if isinstance(s, LowRankSlot) and s.projected]
+        largest = max(projected, key=lambda s: s.module.probe.numel(), default=None)
+        for slot in projected:
+            due = first or slot is largest
+            slot.module.probe.requires_grad_(due)
+            slot.module.delta.requires_grad_(not due)
+
+    def _take(self, first: bool) -> None:
+        step = self.step
+        shape = (step.micro_batch_size, step.sequence_length)
+        batch = {
+            n: torch.zeros(shape, dtype=torch.int64, device="meta") for n in ("input_ids", "position_ids", "labels")
+        }
+        if step.masked:
+            square = (step.micro_batch_size, 1, step.sequence_length, step.sequence_length)
+            batch["attention_mask"] = torch.zeros(square, dtype=torch.bool, device="meta")
+        self.first = first
+        loss = step.loss(self.model, batch)
+        self.meter.label = "temporaries"
+        loss.backward()
+        del loss, batch
+        for slot in self.slots:
+            if isinstance(slot, LowRankSlot) and slot.module.probe.grad is not None:
+                self._refresh(slot)
+            if slot.gradient() is not None:
+                self._update(slot)
+
+    def _arrived(self, slot: Slot, leaf: Tensor) -> None:
+        probe = isinstance(slot, LowRankSlot) and leaf is slot.module.probe
+        self.meter.count(leaf.grad, "full gradient" if probe else "gradients")
+        if probe and (self.step.fused or self.first):
+            self._refresh(slot)
+        if self.step.fused:
+            self._update(slot)
+
+    def _workspace(self, key: tuple, work: Callable[[], None]) -> None:
+        """Let ``work`` count once for all tensors of the same shapes."""
+        if key not in self._workspaces:
+            with _Meter(self.meter.present | set(self.meter._known)) as inner:
+                work()
+            self._workspaces[key] = inner.peak
+        self.meter.look(self._workspaces[key])
+
+    def _refresh(self, slot: LowRankSlot) -> None:
+        module = slot.module
+        gradient = module.probe.grad
+        self._workspace(("refresh", slot.shape, gradient.shape), lambda: _find_bases(slot, gradient))
+        module.probe.grad = None
+        delta = torch.empty(module.delta.shape, dtype=module.delta.dtype, device="meta")
+        module.delta.requires_grad_(True)
+        module.delta.grad = delta
+        self.meter.count(delta, "gradients")
+
+    def _update(self, slot: Slot) -> None:
+        stored = slot.module.weight if isinstance(slot, LowRankSlot) else slot.parameter
+        key = ("step", slot.shape, stored.shape, stored.dtype)
+
+        def work() -> None:
+            for part in slot.parts[:1]:
+                rows = slot.gradient()[: part.leaf.shape[0]] if len(slot.parts) > 1 else slot.gradient()
+                slot.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
+
+        self._workspace(key, work)
+        slot.drop_gradient()
+
+
+def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:
+    """The work of a refresh, with an old basis and moments that turn."""
+    gradient = gradient.to(torch.float32)
+    bases = (slot.module.left, slot.module.right)
+    columns = []
+    for basis, matrix in zip(bases, (gradient.T, gradient), strict=True):
+        if basis is None:
+            columns.append(None)
+            continue
+        old = projector.orthonormal(basis.columns())
+        if slot.options.method == "exact":
+            columns.append(projector.exact_basis(matrix, basis.rank))
+        else:
+            columns.append(projector.randomized_basis(matrix, basis.rank, None, old, slot.options.power_iterations))
+        del old
+        torch.matmul(matrix, columns[-1])
+    for basis, new in zip(bases, columns, strict=True):
+        if basis is not None:
+            basis.assign(new)
+    [torch.empty(part.leaf.shape, device="meta") for part in slot.parts[:1] for _ in range(3)]
+
+
+class Adam8bitShapes(Optimizer):
+    """The states of an 8-bit Adam without their values: bytes and block scales as ``adamw8bit`` keeps them."""
+
+    BLOCK, SMALL = 256, 4096
+
+    def __init__(self, params, lr: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr})
+        for leaf in (leaf for group in self.param_groups for leaf in group["params"]):
+            self.state[leaf] = self._states(leaf)
+
+    def _states(self, leaf: Tensor) -> dict[str, Tensor]:
+        if leaf.numel() < self.SMALL:
+            return {name: torch.empty_like(leaf) for name in ("state1", "state2")}
+        blocks = -(-leaf.numel() // self.BLOCK)
+        states = {name: torch.empty_like(leaf, dtype=torch.uint8) for name in ("state1", "state2")}
+        states |= {name: torch.empty(blocks, device=leaf.device) for name in ("absmax1", "absmax2")}
+        return states | {name: torch.empty(256, device=leaf.device) for name in ("qmap1", "qmap2")}
+
+    def step(self, closure=None) -> None:
+        """Nothing moves: the kernels work in place, in tiles that do not count."""
+
+
+def _states(part: Part) -> list:
+    return list(part.inner.state.get(part.leaf, {}).values())
+
+
+def state_bytes(slots: list[Slot]) -> int:
+    """Bytes of all tensors that the inner optimizers of ``slots`` keep, shared ones once."""
+    tensors = {}
+    for part in (part for slot in slots for part in slot.parts):
+        for value in _states(part):
+            if torch.is_tensor(value):
+                tensors[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+    return sum(tensors.values())
+
+
+def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int]) -> Plan:
+    """The plan for training ``model`` (converted, all on the meta device) with ``slots`` attached to meta scratch.
+
+    ``outside``: bytes beyond PyTorch's tensors, by name.
+    """
+    for part in (part for slot in slots for part in slot.parts):
+        part.step(torch.zeros_like(part.leaf), 0.0)
+    resident = _model_bytes(model)
+    resident["moments"] = state_bytes(slots)
+    resident["fp32 masters"] = sum(value.nbytes for slot in slots for value in slot.tensors().values())
+    resident["step scratch"] = max(part.leaf.nbytes for slot in slots for part in slot.parts)
+    model.train()
+    kept = [*model.parameters(), *model.buffers(), *(part.leaf for slot in slots for part in slot.parts)]
+    kept += [value for slot in slots for value in slot.tensors().values()]
+    kept += [value for slot in slots for part in slot.parts for value in _states(part) if torch.is_tensor(value)]
+    meter = _Meter({value.untyped_storage()._cdata for value in kept})
+    with _fused_attention(), meter:
+        _Rehearsal(model, slots, step, meter).run()
+    transient = {name: meter.at_peak[name] for name in TRANSIENT}
+    return Plan({name: resident[name] for name in RESIDENT}, transient, outside)

@@ -1,0 +1,56 @@
+"""Activation checkpointing of transformer blocks: only each block's input is kept, and backward runs the block again.
+
+The inputs may wait in pinned host memory until then.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ConfigError
+
+_OFFLOADED_ELEMENTS = 1 << 12  # smaller tensors (a dummy, a mask's offset) are not worth a copy
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor | torch.Size, torch.dtype]:
+    if tensor.is_meta:  # planning: gone from the device
+        return tensor.device, tensor.shape, tensor.dtype
+    if tensor.device.type == "cpu" or tensor.numel() < _OFFLOADED_ELEMENTS:
+        return tensor.device, tensor, tensor.dtype
+    packed = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    packed.copy_(tensor, non_blocking=True)
+    return tensor.device, packed, tensor.dtype
+
+
+def _from_host(packed: tuple[torch.device, Tensor | torch.Size, torch.dtype]) -> Tensor:
+    device, values, dtype = packed
+    if device.type == "meta":
+        return torch.empty(values, dtype=dtype, device=device)
+    return values.to(device, non_blocking=True)
+
+
+def _checkpoint_in_host_memory(function, *args, **kwargs):
+    with saved_tensors_hooks(_to_host, _from_host):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+FUNCTIONS = {"device": partial(checkpoint, use_reentrant=False), "host": _checkpoint_in_host_memory}
+
+
+def checkpoint_blocks(model: nn.Module, where: str) -> None:
+    """Checkpoint every block of a transformers model, its inputs kept in ``where``: ``device`` or ``host``.
+
+    Raises :class:`ConfigError` for an architecture whose blocks transformers cannot checkpoint.
+    """
+    blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if not blocks or not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(model).__name__} has no blocks that transformers can checkpoint; set "
+            "train.activation_checkpointing=false"
+        )
+    for block in blocks:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = FUNCTIONS[where]
