@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..quant import basis as formats
+from .embedding import TiedHead
 from .linear import LowRankLinear, stored_weight
 
 BLOCK_ELEMENTS = 1 << 24
@@ -23,7 +24,7 @@ BLOCK_ELEMENTS = 1 << 24
 
 def accepts(head: nn.Module | None) -> bool:
     """Whether ``head`` is one that :func:`chunked_cross_entropy` knows; a subclass of ``nn.Linear`` may differ."""
-    return type(head) is nn.Linear or isinstance(head, LowRankLinear)
+    return type(head) is nn.Linear or isinstance(head, LowRankLinear | TiedHead)
 
 
 def vocabulary_blocks(tokens: int, vocabulary: int, limit: int) -> list[tuple[int, int]]:
@@ -39,14 +40,15 @@ def chunked_cross_entropy(
     """Cross entropy in nats, an fp32 scalar, summed over the labels other than ``ignored``.
 
     ``hidden``: (T, d) floating point, in whose dtype (autocast's under autocast) the logits are computed; they are
-    fp32 from there on. ``labels``: (T,) int64. ``head``: an ``nn.Linear`` or a :class:`LowRankLinear` of V rows, with
-    or without a bias; each of its leaves that requires grad gets one, once. ``limit``: elements of a block of logits.
+    fp32 from there on. ``labels``: (T,) int64. ``head``: an ``nn.Linear``, :class:`LowRankLinear` or :class:`TiedHead`
+    of V rows, with or without a bias; each of its leaves that requires grad gets one, once. ``limit``: elements of a
+    block of logits.
 
     If every label is ignored the loss is 0 and so are all gradients. A label outside [0, V) makes the loss nan: raising
     would make a GPU wait. Raises ``TypeError`` for another kind of head.
     """
     if not accepts(head):
-        raise TypeError(f"the head is a {type(head).__name__}, and the chunked loss knows nn.Linear and LowRankLinear")
+        raise TypeError(f"the head is a {type(head).__name__}; the chunked loss knows nn.Linear and low-rank heads")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     operands = (head.weight, None, head.bias, *[None] * 7) if type(head) is nn.Linear else head.operands()

@@ -83,6 +83,13 @@ class _DeltaLinear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None
 
 
+def delta_linear(x: Tensor, operands: tuple) -> Tensor:
+    """Y = X Wᵀ + b for :meth:`LowRankLinear.operands`, in x's dtype, or autocast's."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _DeltaLinear.apply(x, *operands)
+
+
 class LowRankLinear(nn.Module):
     """Replacement for ``nn.Linear`` (and transformers' ``Conv1D``) with GaLore's gradient as ``delta.grad``.
 
@@ -143,9 +150,7 @@ class LowRankLinear(nn.Module):
         return (*constant, self.delta, self.probe, self.basis_format)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _DeltaLinear.apply(x, *self.operands())
+        return delta_linear(x, self.operands())
 
     def _leaves(self) -> dict[str, nn.Parameter]:
         return {"delta": self.delta, "probe": self.probe}
