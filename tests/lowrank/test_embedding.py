@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgalore
 from qgalore.lowrank import embedding as module_under_test
+from qgalore.lowrank import sides
 from qgalore.lowrank.embedding import LowRankEmbedding, TiedHead
 from qgalore.lowrank.head import chunked_cross_entropy
 from qgalore.lowrank.linear import LowRankLinear
@@ -200,6 +202,37 @@ def test_fused_and_deferred_stepping_agree_bit_for_bit(tiny_llama, device, tied)
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+class LargestFloat(TorchDispatchMode):
+    """Notes the most elements of any fp32 tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for value in output if isinstance(output, tuple | list) else [output]:
+            if torch.is_tensor(value) and value.dtype == torch.float32:
+                self.largest = max(self.largest, value.numel())
+        return output
+
+
+def test_a_refresh_of_a_bf16_gradient_makes_no_fp32_copy(device, monkeypatch):
+    """Nothing in fp32 is larger than Δ's gradient and a tile: not the gradient, not a sketch of its height."""
+    vocabulary, rank, tile = 4000, 5, 4000 * 4
+    monkeypatch.setattr(sides, "TILE_ELEMENTS", tile)
+    layer = made(vocabulary, "std", device, rank=rank, dtype=torch.bfloat16, grad_dtype=torch.bfloat16)
+    opt = qgalore.optimizer(nn.Sequential(layer), lr=1e-2, inner="adamw")
+    slot = opt.slots[0]
+    for step in range(2):
+        layer.delta.requires_grad_(False)
+        layer.probe.requires_grad_(True)
+        layer.probe.grad = torch.randn(vocabulary, WIDTH, device=device).to(torch.bfloat16)
+        with LargestFloat() as made_here:
+            row = slot.refresh(step)
+        assert row["failed"] is None
+        assert row["energy"] > rank / WIDTH
+        assert made_here.largest == vocabulary * rank
 
 
 def test_an_embedding_is_a_low_rank_layer_without_memory_for_its_leaves(device):
