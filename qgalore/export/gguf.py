@@ -2,7 +2,7 @@
 
 A Q8_0 block is 32 int8 values and one fp16 scale. Our groups are multiples of 32 wherever 32 divides the width, and
 every bf16 scale in [2⁻¹⁷, 65280] is exact in fp16, so q and scale survive; a layer whose width 32 does not divide is
-written in bf16, and said. Embeddings and head are bf16, vectors fp32.
+written in bf16, and said. Embeddings and head are bf16 unless they are int8 too, vectors fp32.
 """
 
 import json

@@ -1,12 +1,14 @@
 """Export of the int8 weights as they are: compressed-tensors ``pack-quantized``, W8A16, for vLLM and transformers.
 
 q and the scales survive bit for bit: four q + 128 to an int32 word, little-endian, along in_features (padded with
-zeros), bf16 scales (out, groups). Group sizes map to the strategy ``group``, one group a row to ``channel``.
+zeros), bf16 scales (out, groups). Group sizes map to the strategy ``group``, one group a row to ``channel``. The format
+knows linear layers only: an int8 embedding, and a head tied to it, are written dense in bf16.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
+from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.linear import LowRankLinear
 from ..storage import Deferred, write_safetensors
 from .huggingface import other_tensors
@@ -29,7 +32,9 @@ def pack(q: Tensor) -> Tensor:
 
 
 def _int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    layers = {
+        n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear) and not isinstance(m, LowRankEmbedding)
+    }
     if not layers or any(layer.weight_scale is None for layer in layers.values()):
         raise ConfigError("this model's weights are not int8 (method qgalore keeps them so); export with --format hf")
     if transposed := [name for name, layer in layers.items() if layer.transposed]:
@@ -37,6 +42,10 @@ def _int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
             f"{transposed[0]} is a Conv1D, and compressed-tensors knows linear layers only; export with --format hf"
         )
     return layers
+
+
+def _embeddings(model: nn.Module) -> dict[str, LowRankEmbedding]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankEmbedding)}
 
 
 def _scheme(layer: LowRankLinear) -> Scheme:
@@ -71,7 +80,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": _group(s, t) for i, (s, t) in enumerate(targets.items())},
-        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear | TiedHead)],
     }
 
 
@@ -80,13 +89,18 @@ def save(
 ) -> None:
     """Write ``folder``. Ignored layers are reported. Raises :class:`ConfigError` (see :func:`quantization_config`)."""
     quantization = quantization_config(model)
-    report(f"int8 export: not quantized, kept in bf16: {', '.join(quantization['ignore']) or 'nothing'}")
+    embeddings = _embeddings(model)
+    dense = ", ".join([*embeddings, *quantization["ignore"]])
+    report(f"int8 export: not quantized, kept in bf16: {dense or 'nothing'}")
     entries: dict[str, Tensor | Deferred] = {}
     for name, layer in _int8_layers(model).items():
         shape = (layer.out_features, -(-layer.in_features // 4))
         entries[f"{name}.weight_packed"] = Deferred(torch.int32, shape, lambda m=layer: pack(m.weight.detach()))
         entries[f"{name}.weight_scale"] = layer.weight_scale
         entries[f"{name}.weight_shape"] = torch.tensor([layer.out_features, layer.in_features])
+    for name, layer in embeddings.items():
+        make = partial(layer.dense_weight, torch.bfloat16)
+        entries[f"{name}.weight"] = Deferred(torch.bfloat16, tuple(layer.weight.shape), make)
     entries |= other_tensors(model, torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)

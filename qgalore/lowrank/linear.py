@@ -43,6 +43,11 @@ def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_g
     return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(*shape), requires_grad=requires_grad)
 
 
+def stored_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A stored weight, or some rows of it, in ``dtype``; ``scale`` is None for one that is not int8."""
+    return weight.to(dtype) if scale is None else dequantize(weight, scale, dtype)
+
+
 class _DeltaLinear(torch.autograd.Function):
     """Y = X Wᵀ + b; backward gives dX, db and whichever of dΔ, dprobe is asked for. The float W lives only inside each
     call."""
@@ -52,7 +57,7 @@ class _DeltaLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, weight_scale, left, left_scale, right, right_scale)
         ctx.fmt = fmt
         ctx.delta_dtype = delta.dtype
-        dense = weight.to(x.dtype) if weight_scale is None else dequantize(weight, weight_scale, x.dtype)
+        dense = stored_weight(weight, weight_scale, x.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
@@ -60,7 +65,7 @@ class _DeltaLinear(torch.autograd.Function):
     def backward(ctx, grad_output):
         x, weight, weight_scale, left, left_scale, right, right_scale = ctx.saved_tensors
         grad_x = grad_bias = grad_delta = grad_probe = None
-        dense = weight.to(x.dtype) if weight_scale is None else dequantize(weight, weight_scale, x.dtype)
+        dense = stored_weight(weight, weight_scale, x.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = grad_output @ dense
         rows = grad_output.reshape(-1, grad_output.shape[-1])
@@ -76,6 +81,13 @@ class _DeltaLinear(torch.autograd.Function):
                 columns = columns @ formats.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
             grad_delta = (rows.T @ columns).to(ctx.delta_dtype)
         return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None
+
+
+def delta_linear(x: Tensor, operands: tuple) -> Tensor:
+    """Y = X Wᵀ + b for :meth:`LowRankLinear.operands`, in x's dtype, or autocast's."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _DeltaLinear.apply(x, *operands)
 
 
 class LowRankLinear(nn.Module):
@@ -140,18 +152,19 @@ class LowRankLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored weight (out, in) in ``dtype``."""
-        if self.weight_scale is None:
-            return self.weight.detach().to(dtype)
-        return dequantize(self.weight, self.weight_scale, dtype)
+        return stored_weight(self.weight.detach(), self.weight_scale, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+    def operands(self) -> tuple:
+        """What the autograd functions compute with: weight, its scale, bias, codes and scale of the left and of the
+        right basis, Δ, probe, basis format; None for what is not there."""
         stored = []
         for side in (self.left, self.right):
             stored += [None, None] if side is None else [side.codes, side.scale]
         constant = (self.weight, self.weight_scale, self.bias, *stored)
-        return _DeltaLinear.apply(x, *constant, self.delta, self.probe, self.basis_format)
+        return (*constant, self.delta, self.probe, self.basis_format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return delta_linear(x, self.operands())
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """The zero leaves by name: memoryless, neither stored nor counted as weights."""

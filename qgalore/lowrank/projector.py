@@ -1,4 +1,4 @@
-"""Finding a projection basis, and comparing two of them. All in fp32, on one gradient at a time.
+"""Finding a projection basis, and comparing two of them: in fp32, on one gradient of any float dtype at a time.
 
 A basis for the right side of G (out, in) spans the dominant right singular vectors; the left side is the right side of
 Gᵀ, so every function here speaks of the right.
@@ -7,13 +7,16 @@ Gᵀ, so every function here speaks of the right.
 import torch
 from torch import Tensor
 
+from .sides import fp32_tiles, project
+
 METHODS = ("randomized", "exact")
 OVERSAMPLE = 16
+TALL = 4  # rows for each column from which G itself is kept out of the decompositions (embeddings, heads)
 
 
 def exact_basis(gradient: Tensor, rank: int) -> Tensor:
     """The top ``rank`` right singular vectors (in, rank) of G (out, in), by a full SVD, in descending order."""
-    return torch.linalg.svd(gradient, full_matrices=False).Vh[:rank].T
+    return torch.linalg.svd(gradient.to(torch.float32), full_matrices=False).Vh[:rank].T
 
 
 def randomized_basis(
@@ -23,18 +26,34 @@ def randomized_basis(
 
     Randomized range finder with power iterations (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4), started
     from the columns of ``warm`` (in, ≤ rank) plus Gaussian ones, with oversampling; a Rayleigh–Ritz step (QR of the
-    sketch, SVD of its small factor) then orders the vectors and drops the surplus ones.
+    sketch, SVD of its small factor) then orders the vectors and drops the surplus ones. A very tall G, as an embedding
+    has, is met as GᵀG only, so that nothing has its height but G; this squares singular values, so that directions
+    below 2⁻¹² of the largest (2⁻²⁴ of its energy) are lost in rounding.
     """
     out_features, in_features = gradient.shape
     size = min(rank + OVERSAMPLE, out_features, in_features)
     start = torch.empty(in_features, 0, device=gradient.device) if warm is None else warm
     noise = torch.randn(in_features, size - start.shape[1], generator=generator, device=gradient.device)
     sketch = torch.cat((start, noise * in_features**-0.5), dim=1)
+    if out_features > TALL * in_features:
+        for _ in range(power_iterations):
+            sketch = torch.linalg.qr(_gram_times(gradient, sketch)).Q
+        values = torch.linalg.eigh(sketch.T @ _gram_times(gradient, sketch))
+        return sketch @ values.eigenvectors[:, -rank:].flip(1)
     for _ in range(power_iterations):
-        range_basis = torch.linalg.qr(gradient @ sketch).Q
-        sketch = torch.linalg.qr(gradient.T @ range_basis).Q
-    factor = torch.linalg.qr(gradient @ sketch, mode="r").R
+        range_basis = torch.linalg.qr(project(gradient, None, sketch)).Q
+        sketch = torch.linalg.qr(project(gradient, range_basis, None).T).Q
+    factor = torch.linalg.qr(project(gradient, None, sketch), mode="r").R
     return sketch @ torch.linalg.svd(factor).Vh[:rank].T
+
+
+def _gram_times(gradient: Tensor, columns: Tensor) -> Tensor:
+    """GᵀG · ``columns`` / ‖G‖², (in, k): divided so that the squares of small gradients do not underflow."""
+    norm = torch.linalg.vector_norm(gradient).to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
+    total = torch.zeros_like(columns)
+    for _, _, tile in fp32_tiles(gradient):
+        total.addmm_(tile.T, (tile @ columns).div_(norm))
+    return total.div_(norm)
 
 
 def random_basis(dim: int, rank: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -68,5 +87,8 @@ def first_vector_cosine(old: Tensor, new: Tensor) -> float:
 
 def captured_energy(gradient: Tensor, basis: Tensor) -> float:
     """‖G P‖² / ‖G‖² for G (out, in) and an orthonormal P (in, r): the share of the gradient that is kept."""
-    total = gradient.square().sum()
-    return float((gradient @ basis).square().sum() / total) if total > 0 else 0.0
+    total, kept = gradient.new_zeros(2, dtype=torch.float32)
+    for _, _, tile in fp32_tiles(gradient):
+        total += torch.linalg.vector_norm(tile).square()
+        kept += torch.linalg.vector_norm(tile @ basis).square()
+    return float(kept / total) if total > 0 else 0.0

@@ -3,10 +3,12 @@
 L is (out, r) or the identity, R̂ is (in, r) or the identity; None stands for the identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
+TILE_ELEMENTS = 1 << 24  # 64 MiB of fp32: what a refresh works on at a time, whatever the gradient's size
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 
@@ -29,11 +31,27 @@ def basis_sides(out_features: int, in_features: int, proj_type: str) -> tuple[bo
     return sides[proj_type]
 
 
+def fp32_tiles(matrix: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(a, b, rows a … b−1 in fp32), one after the other: a large bf16 matrix gets no fp32 copy."""
+    rows, width = matrix.shape
+    step = max(1, TILE_ELEMENTS // width)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows), matrix[start : start + step].to(torch.float32)
+
+
 def project(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R = Lᵀ G R̂ for a gradient (out, in)."""
-    if left is not None:
-        gradient = left.T @ gradient
-    return gradient if right is None else gradient @ right
+    """R = Lᵀ G R̂, fp32, for a gradient (out, in) of any float dtype and fp32 bases."""
+    if left is None and right is None:
+        return gradient.to(torch.float32)
+    if left is None:
+        image = right.new_empty(gradient.shape[0], right.shape[1])
+        for a, b, tile in fp32_tiles(gradient):
+            torch.mm(tile, right, out=image[a:b])
+        return image
+    image = left.new_zeros(left.shape[1], gradient.shape[1])
+    for a, b, tile in fp32_tiles(gradient):
+        image.addmm_(left[a:b].T, tile)
+    return image if right is None else image @ right
 
 
 def update_rows(delta: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Callable[[int, int], Tensor]:

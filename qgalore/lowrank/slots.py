@@ -164,7 +164,7 @@ class LowRankSlot(Slot):
         Afterwards Δ receives any further micro-batch of this step. If no basis can be found the old one stays.
         """
         started = time.perf_counter()
-        gradient = self.module.probe.grad.to(torch.float32)
+        gradient = self.module.probe.grad
         self.module.probe.grad = None
         first = self.schedule.refreshes == 0
         if not gradient.any():

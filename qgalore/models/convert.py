@@ -1,20 +1,23 @@
 """Replacing a model's linear layers by :class:`LowRankLinear`, and the report of what was and what was not."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
+from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.sides import PROJ_TYPES
 from ..quant.basis import FORMATS
 from ..quant.int8 import GROUP_SIZES, group_size_for
 
 WEIGHT_FORMATS = ("int8", "none")
+EMBEDDINGS = ("full", "int8")
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,10 @@ def _candidates(model: nn.Module, include: list[str], exclude: list[str], report
             yield name, module
 
 
-def _replacement(name: str, module: nn.Module, *, rank, proj_type, weight_format, group_size, basis_format, grad_dtype):
-    """The :class:`LowRankLinear` for one layer and its line in the report."""
+def _replacement(
+    name, module, *, rank, proj_type, weight_format, group_size, basis_format, grad_dtype, kind=LowRankLinear
+):
+    """The :class:`LowRankLinear` (or other ``kind``) for one layer and its line in the report."""
     transposed = isinstance(module, Conv1D)
     weight = module.weight.detach()
     weight = weight.T.contiguous() if transposed else weight
@@ -125,9 +130,9 @@ def _replacement(name: str, module: nn.Module, *, rank, proj_type, weight_format
         if size != group_size and group_size != "row":
             notes.append(f"group_size {group_size} does not divide in_features {weight.shape[1]}; {size} is used")
     try:
-        layer = LowRankLinear(
+        layer = kind(
             weight,
-            module.bias,
+            getattr(module, "bias", None),
             rank=in_force,
             proj_type=proj_type,
             basis_format=basis_format,
@@ -143,6 +148,56 @@ def _replacement(name: str, module: nn.Module, *, rank, proj_type, weight_format
     return layer, ConvertedLayer(name, tuple(weight.shape), in_force, size, side, tuple(notes))
 
 
+def _plain_embedding(name: str, embedding: nn.Module | None, model: nn.Module, users: int) -> nn.Embedding:
+    """``embedding``, if it does what :class:`LowRankEmbedding` does. Raises :class:`ConfigError` otherwise."""
+    problem = None
+    if type(embedding) is not nn.Embedding:
+        problem = f"it is a {type(embedding).__name__}, whose forward may differ from nn.Embedding's"
+    elif embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+        problem = "it uses max_norm, scale_grad_by_freq or sparse gradients"
+    elif sum(embedding.weight is p for m in model.modules() for p in m.parameters(recurse=False)) > users:
+        problem = "its weight is shared with a module other than the output head"
+    if problem:
+        raise ConfigError(f"embeddings is 'int8', but {name or 'the input embedding'}: {problem}; set embeddings=full")
+    return embedding
+
+
+def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: list[str], **options) -> None:
+    """Replace the input embedding, and the head: by one that shares it if they are tied. A frozen embedding and an
+    untied head in ``exclude`` or converted before stay."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    name, head_name = (next((n for n, m in model.named_modules() if m is module), None) for module in modules)
+    embedding, head = modules
+    tied = head is not None and head.weight is getattr(embedding, "weight", None)
+    _plain_embedding(name, embedding, model, 1 + tied)
+    if head_name is not None and type(head) not in (nn.Linear, LowRankLinear):
+        raise ConfigError(f"embeddings is 'int8', but {head_name} is a {type(head).__name__}; set embeddings=full")
+    if tied and head_name is not None and _matches(head_name, exclude):
+        raise ConfigError(
+            f"exclude names {head_name}, which is tied to {name}: set embeddings=full or drop the pattern"
+        )
+    if not embedding.weight.requires_grad:
+        report.skipped[name] = "its weight is frozen"
+        return
+    kind = partial(LowRankEmbedding, padding_idx=embedding.padding_idx)
+    layer, line = _replacement(name, embedding, kind=kind, **options)
+    replacements = [(name, layer)]
+    lines = [line]
+    if tied:
+        replacements.append((head_name, TiedHead(layer, head.bias)))
+        lines = [replace(line, notes=(*line.notes, f"{head_name} is the same tensor, trained by both gradients"))]
+    elif type(head) is nn.Linear and not _matches(head_name, exclude):
+        head_layer, head_line = _replacement(head_name, head, **options)
+        replacements.append((head_name, head_layer))
+        lines.append(head_line)
+    for place, module in replacements:
+        module.train(model.get_submodule(place).training)
+        model.set_submodule(place, module)
+        report.skipped.pop(place, None)
+    report.converted += lines
+    report.converted_elements += sum(m.weight.numel() for _, m in replacements if isinstance(m, LowRankLinear))
+
+
 def convert(
     model: nn.Module,
     *,
@@ -154,6 +209,7 @@ def convert(
     grad_dtype: torch.dtype = torch.float32,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
+    embeddings: str = "full",
 ) -> ConversionReport:
     """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its output head by a low-rank layer.
 
@@ -161,14 +217,17 @@ def convert(
     weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
     reported fallback where it does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``.
     include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``); include names may name the head too.
+    embeddings: ``full`` (dense), or ``int8``: the input embedding and the head become low-rank too, in int8 whatever
+    ``weight_format`` is; where the two are tied they stay one tensor.
 
     Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, and a model in
     which no layer is left to convert.
     """
     allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
     allowed["group_size"] = (*GROUP_SIZES, "row")
+    allowed["embeddings"] = EMBEDDINGS
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
-    for key, value in {**given, "group_size": group_size}.items():
+    for key, value in {**given, "group_size": group_size, "embeddings": embeddings}.items():
         if value not in allowed[key]:
             raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -180,6 +239,9 @@ def convert(
         model.set_submodule(name, layer)
         report.converted.append(line)
         report.converted_elements += layer.weight.numel()
+    if embeddings == "int8":
+        int8 = {**given, "weight_format": "int8", "group_size": group_size, "rank": rank, "grad_dtype": grad_dtype}
+        _convert_embeddings(model, report, exclude or [], **int8)
     if not report.converted:
         reasons = "; ".join(f"{n}: {why}" for n, why in list(report.skipped.items())[:3]) or "it has no linear layer"
         raise ConfigError(f"no layer of {type(model).__name__} was converted ({reasons}); check include and exclude")

@@ -1,11 +1,20 @@
-"""The training loss: cross entropy summed over target tokens, so that any split into micro-batches adds up."""
+"""The training loss: cross entropy summed over target tokens, so that any split into micro-batches adds up.
+
+Two ways to the same value: from all the logits, or in blocks of the vocabulary (``lowrank.head``), which never holds
+the tokens × vocabulary logits but is right only for a model that leaves its head's output as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..lowrank import head as chunked
 
 IGNORED = -100
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def target_tokens(batch: dict[str, Tensor]) -> int:
@@ -13,15 +22,85 @@ def target_tokens(batch: dict[str, Tensor]) -> int:
     return int((batch["labels"] != IGNORED).sum())
 
 
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {**{name: value for name, value in batch.items() if name != "labels"}, "use_cache": False}
+
+
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy in nats, in fp32, summed over the labels (B, L) that count; labels are already shifted.
+    """Cross entropy in nats, in fp32, summed over the labels (B, L) that count, from all the logits at once; labels
+    are already shifted.
 
     ``position_ids`` restart where documents do, which transformers turns into attention within documents.
     """
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    logits = model(**_inputs(batch)).logits
     return nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """:func:`summed_loss` for a model that :func:`head_is_plain` approves: decoder, then head block by block."""
+    hidden = model.get_decoder()(**_inputs(batch))[0]
+    return chunked.chunked_cross_entropy(
+        hidden.flatten(0, 1),
+        model.get_output_embeddings(),
+        batch["labels"].flatten(),
+        ignored=IGNORED,
+        limit=chunked.BLOCK_ELEMENTS,
+    )
+
+
+def choose_loss(model: nn.Module) -> Loss:
+    """:func:`chunked_loss` where it is right for ``model``, else :func:`summed_loss`: compare to say which it is."""
+    return chunked_loss if head_is_plain(model) else summed_loss
+
+
+@torch.no_grad()
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether ``model``'s logits are its head applied to its decoder's output, and nothing else, found by trying.
+
+    Gemma 2 caps logits softly, Cohere and Granite scale them, some models scale what enters the head. Such changes may
+    be lost in rounding at initialisation, so the trial puts large numbers in place of the head's output, and expects to
+    get exactly these back. Then the two losses must agree on a few tokens.
+    """
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if not chunked.accepts(head) or decoder is model:
+        return False
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(min(8, head.weight.shape[0]), device=device).unsqueeze(0)
+    batch = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=device).unsqueeze(0), "labels": ids}
+    was_training = model.training
+    model.eval()
+    try:
+        if not _passes_unchanged(model, head, decoder, batch):
+            return False
+        whole, blocks = float(summed_loss(model, batch)), float(chunked_loss(model, batch))
+    except (TypeError, ValueError, AttributeError, KeyError):  # a decoder that wants other arguments, say
+        return False
+    finally:
+        model.train(was_training)
+    return abs(whole - blocks) <= 1e-3 * abs(whole)  # the same logits, in a product of another shape
+
+
+def _passes_unchanged(model: nn.Module, head: nn.Module, decoder: nn.Module, batch: dict[str, Tensor]) -> bool:
+    """Whether the head gets the decoder's output as it is, and ``model`` returns the head's output as it is."""
+    seen: dict[str, Tensor] = {}
+
+    def swap(_, inputs: tuple, output: Tensor) -> Tensor:
+        seen["input"] = inputs[0]
+        seen["output"] = torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output)
+        return seen["output"]
+
+    hooks = [decoder.register_forward_hook(lambda _, inputs, output: seen.update(hidden=output[0]))]
+    hooks.append(head.register_forward_hook(swap))
+    try:
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen.keys() != {"hidden", "input", "output"}:
+        return False
+    return torch.equal(seen["input"], seen["hidden"]) and torch.equal(logits.float(), seen["output"].float())
 
 
 @torch.no_grad()

@@ -72,6 +72,32 @@ def test_transformers_reads_back_every_bit(tiny_llama, tokenizer, tmp_path, case
         assert torch.equal(weight, layer.dense_weight(torch.bfloat16)), name
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_int8_embeddings_are_dense_and_an_int8_head_is_quantized(tiny_llama, tokenizer, tmp_path, tied):
+    tokens = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(0))
+    shape = {"hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": tied}
+    blank = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=320, **shape).config, dtype=torch.bfloat16)
+    model = trained(blank, tokens, 64, embeddings="int8")
+    lines = []
+    int8.save(model, tokenizer, tmp_path, lines.append)
+    dense = "model.embed_tokens" + (", lm_head" if tied else "")
+    assert lines == [f"int8 export: not quantized, kept in bf16: {dense}"]
+    quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert quantization["ignore"] == (["lm_head"] if tied else [])
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert ("lm_head.weight_packed" in stored) == (not tied)
+    assert not any(name.startswith("model.embed_tokens.") for name in stored if not name.endswith(".weight"))
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(loaded.get_input_embeddings().weight, model.model.embed_tokens.dense_weight(torch.bfloat16))
+    assert torch.equal(model(tokens).logits, loaded.eval()(tokens).logits)
+
+
 def test_layers_of_another_scheme_are_named(tiny_llama):
     model = tiny_llama(hidden_size=256, intermediate_size=101)
     qgalore.convert(model, rank=4, exclude=["*.1.mlp.up_proj"])

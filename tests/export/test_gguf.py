@@ -42,6 +42,25 @@ def test_the_integers_and_scales_survive(tiny_llama, tokenizer, tmp_path, group_
     assert torch.equal(torch.from_numpy(dequantize(stored.data, stored.tensor_type)), query)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_int8_embeddings_and_head_are_the_same_integers(tiny_llama, tokenizer, tmp_path, tied):
+    model = tiny_llama(vocab_size=320, hidden_size=256, intermediate_size=384, tie_word_embeddings=tied)
+    qgalore.convert(model, rank=4, embeddings="int8")
+    gguf.save(model, tokenizer, tmp_path)
+    _, tensors = read(tmp_path)
+    layers = {"token_embd.weight": model.model.embed_tokens}
+    if not tied:
+        layers["output.weight"] = model.lm_head
+    assert ("output.weight" in tensors) == (not tied)  # tied: llama.cpp takes the embedding
+    for name, layer in layers.items():
+        assert tensors[name].tensor_type == GGMLQuantizationType.Q8_0
+        blocks = np.asarray(tensors[name].data).reshape(320, 256 // 32, 34)
+        q = torch.from_numpy(blocks[:, :, 2:].copy()).view(torch.int8).reshape(320, 256)
+        assert torch.equal(q, layer.weight)
+        values = torch.from_numpy(dequantize(tensors[name].data, tensors[name].tensor_type))
+        assert torch.equal(values, layer.dense_weight())
+
+
 def test_everything_is_there(tiny_llama, tokenizer, tmp_path):
     model = tiny_llama(vocab_size=320, hidden_size=64, intermediate_size=101)
     qgalore.convert(model, rank=4)

@@ -12,8 +12,8 @@ def tokenizer():
     return train_tokenizer(["a little text to learn from"] * 10, vocab_size=300, report=lambda line: None)
 
 
-def trained(model, tokens):
-    qgalore.convert(model, rank=4)
+def trained(model, tokens, embeddings):
+    qgalore.convert(model, rank=4, embeddings=embeddings)
     opt = qgalore.optimizer(model, lr=1e-2)
     for _ in range(3):
         model(tokens, use_cache=False).logits.logsumexp(-1).mean().backward()
@@ -29,10 +29,11 @@ def cases(tiny_llama):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["untied", "tied", "conv1d"])
-def test_the_export_reloads_to_the_same_values(tiny_llama, tokenizer, tmp_path, index):
+@pytest.mark.parametrize("embeddings", ["full", "int8"])
+def test_the_export_reloads_to_the_same_values(tiny_llama, tokenizer, tmp_path, index, embeddings):
     """Invariant 7 for bf16: every tensor is the stored value rounded once; logits agree in bf16's precision."""
     tokens = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(0))
-    model = trained(list(cases(tiny_llama))[index], tokens)
+    model = trained(list(cases(tiny_llama))[index], tokens, embeddings)
     huggingface.save(model, tokenizer, tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+)
+
+import qgalore
+from qgalore.lowrank import head as chunked
+from qgalore.models.loss import choose_loss, chunked_loss, head_is_plain, summed_loss
+
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+PLAIN = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "llama tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SHAPE),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "gemma2 without capping": lambda: Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=None),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    "opt": lambda: OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
+    "gpt_neox": lambda: GPTNeoXConfig(**SHAPE),
+    "phi": lambda: PhiConfig(**SHAPE),
+}
+CHANGED = {
+    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=8),
+    "cohere": lambda: CohereConfig(**SHAPE),
+    "granite": lambda: GraniteConfig(**SHAPE, logits_scaling=2.0),
+}
+
+
+def build(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def batch_for(rows=2, length=12):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 97, (rows, length + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[0, :3] = -100
+    positions = torch.cat((torch.arange(length // 2), torch.arange(length - length // 2))).repeat(rows, 1)
+    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("converted", ["converted", ""])
+def test_chunked_and_whole_logits_agree(name, converted, monkeypatch):
+    model = build(PLAIN[name]()).eval()
+    if converted:
+        qgalore.convert(model, rank=4)
+    assert choose_loss(model) is chunked_loss
+    assert not model.training
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 24 * 20)
+    batch = batch_for()
+    found = []
+    for loss_of in (summed_loss, chunked_loss):
+        model.zero_grad(set_to_none=True)
+        loss = loss_of(model, batch)
+        loss.backward()
+        found.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (whole, wanted), (blocks, got) = found
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=0.0)
+    assert got.keys() == wanted.keys()
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for parameter, gradient in wanted.items():
+        # fp32 rounding through two layers; a key's bias has a gradient of zero, which is all rounding
+        error = float((got[parameter] - gradient).abs().max())
+        assert error <= 1e-5 * float(gradient.abs().max()) + 1e-8 * largest, parameter
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_changes_its_logits_keeps_the_whole_path(name, dtype):
+    """Gemma 2's cap at initialisation is below bf16's resolution of the loss: it must be seen all the same."""
+    model = build(CHANGED[name](), dtype).train()
+    assert not head_is_plain(model)
+    assert model.training
+    assert choose_loss(model) is summed_loss
+
+
+def test_bf16_models_are_approved():
+    for name in ("llama", "gpt2", "phi"):
+        assert head_is_plain(build(PLAIN[name](), torch.bfloat16)), name
+
+
+def test_a_small_change_of_what_enters_the_head_is_seen(tiny_llama):
+    model = tiny_llama()
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (1.0001 * inputs[0],))
+    assert choose_loss(model) is summed_loss
+
+
+def test_a_head_of_another_kind_keeps_the_whole_path(tiny_llama):
+    class Doubling(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny_llama()
+    model.lm_head = Doubling(64, 96, bias=False)
+    assert choose_loss(model) is summed_loss
