@@ -7,6 +7,7 @@ import sys
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a language model in little memory.")
     parser.add_argument("--config", required=True, metavar="NAME|PATH", help="a YAML file, here or in configs/")
+    parser.add_argument("--plan", action="store_true", help="print what the run will need in memory, and stop")
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001 run.name=second")
     return parser.parse_intermixed_args(arguments)
@@ -18,7 +19,11 @@ def run(options: argparse.Namespace) -> int:
     from qgalore.errors import QGaloreError
 
     try:
-        made = build.build(config.load(options.config, options.overrides), options.resume)
+        settings = config.load(options.config, options.overrides)
+        if options.plan:
+            build.plan(settings)
+            return 0
+        made = build.build(settings, options.resume)
         result = loop.Loop(**made.loop, position=loop.Position(**made.position)).run()
         build.finish(made)
     except QGaloreError as error:

@@ -5,6 +5,7 @@ the method and the device decide. Nothing mutates a configuration afterwards, an
 """
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -82,7 +83,7 @@ class TrainSection(Section):
     eps: float = Field(1e-8, gt=0)
     optimizer_options: dict[str, Any] = {}
     stepping: Literal["auto", "fused", "deferred"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["auto", "offload"] = "auto"  # auto: the fastest that the plan has room for
     eval_every: PositiveInt = 100
     eval_batches: PositiveInt | None = None  # None: all of the held-out text
     save_every: PositiveInt | None = None  # None: at the end only
@@ -110,8 +111,27 @@ class LowRankSection(Section):
     group_size: Literal[128, 64, 32, "row"] = 128
     basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = None  # None: the method's
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    embeddings: Literal["full", "int8"] = "full"  # int8: the input embedding and the head are low-rank layers too
     include: list[str] = []
     exclude: list[str] = []
+
+
+def bytes_of(text: str) -> int:
+    """``"15.5GiB"`` → bytes; GB, MiB and MB too. Raises ``ValueError``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size such as 15.5GiB or 16GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
+
+
+class MemorySection(Section):
+    budget: str | None = None  # such as 15.5GiB; None: what the device has free
+
+    @validator(mode="after")
+    def _readable(self) -> "MemorySection":
+        if self.budget is not None:
+            bytes_of(self.budget)
+        return self
 
 
 class ExportSection(Section):
@@ -134,6 +154,7 @@ class Config(Section):
     data: DataSection
     train: TrainSection
     lowrank: LowRankSection = LowRankSection()
+    memory: MemorySection = MemorySection()
     export: ExportSection = ExportSection()
     sample: SampleSection = SampleSection()
 
@@ -373,7 +394,8 @@ def remarks(config: Config) -> list[str]:
 # Keys that a resumed run may change; everything else decides what the weights become.
 RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
-    "train.keep_last", "train.keep_every", "data.cache_dir", "export.formats", "sample.prompt", "sample.max_new_tokens",
+    "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
+    "export.formats", "sample.prompt", "sample.max_new_tokens",
 )  # fmt: skip
 
 

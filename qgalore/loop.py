@@ -20,7 +20,7 @@ from .errors import DoesNotFitError, Interrupted, NumericalError
 from .evaluate import Evaluation, evaluate
 from .faults import WINDOW, is_spike
 from .lowrank.optimizer import LowRankOptimizer
-from .models.loss import summed_loss, target_tokens
+from .models.loss import Loss, target_tokens
 from .quant.counter import derive_key
 from .stats import ProgressLine, Records, memory_bytes
 
@@ -82,6 +82,7 @@ class Loop:
     """
 
     model: nn.Module
+    loss: Loss
     optimizer: LowRankOptimizer
     train: PackedSequences
     valid: PackedSequences
@@ -104,6 +105,7 @@ class Loop:
     max_skipped_in_a_row: int
     loss_spike: str
     spike_threshold: float
+    plan: str  # of memory, printed if that runs out all the same
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
@@ -147,16 +149,22 @@ class Loop:
         try:
             return self._step()
         except torch.OutOfMemoryError as error:
-            raise DoesNotFitError(
-                f"out of memory in step {self.position.step + 1}: {str(error).splitlines()[0]} Lower "
-                "train.micro_batch_size or data.sequence_length, or set train.activation_checkpointing=true"
-            ) from error
+            raise DoesNotFitError(self._out_of_memory(error)) from error
         except NumericalError as error:
             if isinstance(error, Spike) and self.loss_spike == "rollback" and self._roll_back(error):
                 return None
             if self.optimizer.inside_step:
                 return self._replay(error)
             return self._skip(error)
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return (
+            f"out of memory in step {self.position.step + 1}: {str(error).splitlines()[0]}\nplanned:\n{self.plan}\n"
+            f"measured: {allocated / 2**30:.2f} GiB allocated and {reserved / 2**30:.2f} GiB reserved at most.\n"
+            "Lower train.micro_batch_size, data.sequence_length or lowrank.rank, or set "
+            "train.activation_checkpointing=offload; close what else uses the device"
+        )
 
     def _skip(self, error: NumericalError) -> dict[str, Any]:
         """Close the failed step without an update and go on with the next samples, or stop after too many."""
@@ -263,7 +271,7 @@ class Loop:
         """Forward and backward of one micro-batch; returns its share of the step's mean loss, of which ``before`` is
         known. The check for a spike comes before the last backward pass (``whole``): fused stepping updates in it."""
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        loss = summed_loss(self.model, batch) / max(tokens, 1)
+        loss = self.loss(self.model, batch) / max(tokens, 1)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NumericalError(f"the loss is {value} in step {self.position.step + 1}")
@@ -299,7 +307,7 @@ class Loop:
         size = self.micro_batch_size
         starts = range(0, len(self.valid), size)[: self.eval_batches]
         batches = [partial(self.valid.batch, range(s, min(s + size, len(self.valid)))) for s in starts]
-        result = evaluate(self.model, batches, summed_loss, target_tokens, self.device)
+        result = evaluate(self.model, batches, self.loss, target_tokens, self.device)
         row = {"step": self.position.step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
         self.metrics.append([row])
         print(

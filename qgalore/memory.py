@@ -5,6 +5,7 @@ two steps there, one that finds all first bases and an ordinary one, while every
 What cannot run without values (attention kernels, 8-bit moments, decisions on data) is replaced by its shapes.
 """
 
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from .lowrank import projector
 from .lowrank.linear import LowRankLinear
 from .lowrank.slots import LowRankSlot, Part, Slot
 
+PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
 RESIDENT = (
     "int8 weights",
@@ -54,13 +56,11 @@ class Plan:
         return self.tensors + sum(self.outside.values())
 
     def __str__(self) -> str:
-        parts = (("resident", self.resident), ("at the peak", self.transient), ("outside", self.outside))
         lines = []
-        for title, sizes in parts:
-            lines += [
-                f"  {title if not i else '':<12}{name:<28}{human(size):>10}"
-                for i, (name, size) in enumerate((n, s) for n, s in sizes.items() if s)
-            ]
+        for title, sizes in (("resident", self.resident), ("at the peak", self.transient), ("outside", self.outside)):
+            rows = [(name, size) for name, size in sizes.items() if size >= 1 << 10]
+            for number, (name, size) in enumerate(rows):
+                lines.append(f"  {title if number == 0 else '':<12}{name:<28}{human(size):>10}")
         return "\n".join([*lines, f"  {'total':<40}{human(self.total):>10}"])
 
 

@@ -55,6 +55,11 @@ def choose_loss(model: nn.Module) -> Loss:
     return chunked_loss if head_is_plain(model) else summed_loss
 
 
+def can_be_chunked(model: nn.Module) -> bool:
+    """Whether ``model`` has a decoder and a head that :func:`chunked_loss` can take apart, as far as shapes tell."""
+    return chunked.accepts(model.get_output_embeddings()) and model.get_decoder() is not model
+
+
 @torch.no_grad()
 def head_is_plain(model: nn.Module) -> bool:
     """Whether ``model``'s logits are its head applied to its decoder's output, and nothing else, found by trying.
@@ -64,7 +69,7 @@ def head_is_plain(model: nn.Module) -> bool:
     get exactly these back. Then the two losses must agree on a few tokens.
     """
     head, decoder = model.get_output_embeddings(), model.get_decoder()
-    if not chunked.accepts(head) or decoder is model:
+    if not can_be_chunked(model):
         return False
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(min(8, head.weight.shape[0]), device=device).unsqueeze(0)

@@ -1,0 +1,150 @@
+"""From a configuration to objects that run: the only room that knows everyone."""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .. import config as configuration
+from ..config import Config
+from ..data.order import SampleOrder
+from ..data.packing import PackedSequences
+from ..errors import ConfigError
+from ..lr import lr_at
+from ..models.sample import prompt_ids
+from ..quant.counter import derive_key
+from .data import build_data, build_tokenizer
+from .export import export, finish, restore_model
+from .model import Vocabulary, build_model, build_optimizer, stepping_line
+from .plan import limit_device, recheck, settle
+from .resume import check_same_run, checkpoint_to_resume, restore, run_folder
+from .say import say
+
+__all__ = ["Run", "build", "export", "finish", "plan", "restore_model"]
+
+
+@dataclass
+class Run:
+    """A built run: the trained objects, the folder, and ``loop`` and ``position``, the keyword arguments of
+    ``loop.Loop`` and ``loop.Position``."""
+
+    config: Config
+    folder: Path
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    valid: PackedSequences
+    loop: dict[str, Any]
+    position: dict[str, Any] = field(default_factory=dict)  # of the checkpoint resumed from
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device asked for. Raises :class:`ConfigError` if it is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch sees no CUDA device here; set device=cpu or device=auto")
+    name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _resolved(config: Config, device: torch.device) -> Config:
+    bf16 = device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+    return configuration.resolve(config, device.type, bf16)
+
+
+def plan(config: Config) -> None:
+    """Print the memory plan of ``config`` without allocating anything. Raises :class:`DoesNotFitError`.
+
+    Without a GPU here, a configuration that states its ``memory.budget`` is planned for one, unless device is cpu.
+    """
+    here = torch.cuda.is_available()
+    if config.device != "cpu" and not here and config.memory.budget is not None:
+        device = torch.device("cuda")
+        say("note", f"planned for a CUDA device of {config.memory.budget}; there is none here")
+    else:
+        device = choose_device(config)
+    section = config.model
+    stated = section.path is not None or "vocab_size" in section.overrides or Path(section.config).exists()
+    rows = section.overrides.get("vocab_size", 1)  # a folder's config.json has its own
+    vocabulary = Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config))
+    config = _resolved(config, device)
+    say("optimizer", f"{config.train.optimizer}, {stepping_line(config)}")
+    settle(config, vocabulary, device)
+
+
+def build(config: Config, resume: str | None) -> Run:
+    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint."""
+    device = choose_device(config)
+    remarks = configuration.remarks(config)
+    config = _resolved(config, device)
+    folder = run_folder(config, resume)
+    source, saved = checkpoint_to_resume(folder, resume)
+    if source is not None:
+        check_same_run(source, saved, config)
+    say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
+    say("optimizer", f"{config.train.optimizer}, {stepping_line(config)}")
+    for remark in remarks:
+        say("note", remark)
+    tokenizer = build_tokenizer(config)
+    if config.sample.prompt is not None:
+        prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length)
+    vocabulary = Vocabulary.of(tokenizer)
+    limit_device(config, device)
+    config, planned = settle(config, vocabulary, device)
+    tokens, packed, valid = build_data(config, tokenizer)
+    model, loss = build_model(config, vocabulary, tokens.vocab_high, device)
+    planned = recheck(config, vocabulary, device, loss, planned)
+    run_state = {
+        "config": config.model_dump(mode="json"),
+        "data": f"{len(packed)} samples of {tokens.digest()}",
+        "model_config": json.loads(model.config.to_json_string(use_diff=False)),
+        "torch": torch.__version__,
+    }
+    loop = {
+        "model": model,
+        "loss": loss,
+        "optimizer": build_optimizer(config, model),
+        "train": packed,
+        "valid": valid,
+        "device": device,
+        "folder": folder,
+        "run_state": run_state,
+        "plan": str(planned),
+        **_loop_settings(config, len(packed)),
+    }
+    run = Run(config, folder, model, tokenizer, valid, loop)
+    run.position = restore(
+        source,
+        saved,
+        folder=folder,
+        data=run_state["data"],
+        max_steps=config.train.max_steps,
+        model=model,
+        optimizer=loop["optimizer"],
+    )
+    try:
+        (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
+    return run
+
+
+def _loop_settings(config: Config, samples: int) -> dict[str, Any]:
+    """The arguments of ``loop.Loop`` that are settings: rates, orders, limits."""
+    train = config.train
+    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
+    shared = ("max_steps", "micro_batch_size", "grad_accumulation", "clip_grad_norm", "eval_every", "eval_batches")
+    saving = ("save_every", "keep_last", "keep_every")
+    faults = ("max_skipped_in_a_row", "loss_spike", "spike_threshold")
+    return {
+        "order_for": cache(
+            lambda rollbacks: SampleOrder(samples, derive_key(config.run.seed, rollbacks)[0] & 0xFFFFFFFF)
+        ),
+        "lr_at": partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
+        "seed": config.run.seed,
+        **{name: getattr(train, name) for name in (*shared, *saving, *faults)},
+    }
