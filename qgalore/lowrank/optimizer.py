@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, NumericalError
 from ..quant.counter import derive_key
 from . import inner as inner_optimizers
+from . import rule_slot
 from .linear import LowRankLinear
 from .moments import POLICIES
 from .projector import METHODS
+from .rules import RuleOptions
 from .schedule import LazySchedule, staggered_first_gaps
 from .slots import DenseSlot, LowRankSlot, RefreshOptions, Slot
 
@@ -106,7 +108,7 @@ class LowRankOptimizer(Optimizer):
             self._refresh_if_due(slot)
             self._check_finite(slot)
             self._apply(slot)
-        elif isinstance(slot, LowRankSlot) and slot.schedule.refreshes == 0:
+        elif type(slot) is LowRankSlot and slot.schedule.refreshes == 0:
             # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
             self._refresh_if_due(slot)
 
@@ -115,7 +117,7 @@ class LowRankOptimizer(Optimizer):
             self._squares = []
 
     def _refresh_if_due(self, slot: Slot) -> None:
-        if not isinstance(slot, LowRankSlot) or slot.module.probe.grad is None:
+        if not rule_slot.awaits_refresh(slot):
             return
         if not torch.isfinite(torch.linalg.vector_norm(slot.module.probe.grad)):
             self._complain(slot)
@@ -148,7 +150,7 @@ class LowRankOptimizer(Optimizer):
 
         ``step()`` does this itself; call it before ``clip_grad_norm_`` so that the norm is that of projected gradients.
         """
-        due = [slot for slot in self.slots if isinstance(slot, LowRankSlot) and slot.module.probe.grad is not None]
+        due = [slot for slot in self.slots if rule_slot.awaits_refresh(slot)]
         if due:  # look at every gradient before a basis changes: a step that fails must leave no trace
             for slot in self.slots:
                 for leaf in slot.leaves():
@@ -254,13 +256,16 @@ def optimizer(
     model: nn.Module,
     *,
     lr: float,
+    rule: str = "galore",
+    rank: int | None = None,
     weight_decay: float = 0.0,
-    scale: float = 0.25,
+    scale: float | None = None,
     inner: str | type[Optimizer] = "adamw8bit",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     inner_options: dict[str, Any] | None = None,
     stepping: str = "deferred",
+    full_gradients: str = "free",
     update_proj_gap: int = 200,
     cos_threshold: float = 0.4,
     gamma_proj: float = 2.0,
@@ -276,6 +281,9 @@ def optimizer(
 
     Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
 
+    rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
+      projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
+    full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
     inner: ``adamw8bit`` (bitsandbytes), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted path whose step
       does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named ones, others
       take ``inner_options``.
@@ -300,14 +308,15 @@ def optimizer(
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    rule_slot.check(rule, rank, stepping, full_gradients, modules)
     gaps = staggered_first_gaps(len(modules), update_proj_gap) if stagger else [update_proj_gap] * len(modules)
     find = RefreshOptions(method=projector, similarity=similarity, moments=moments, seed=seed)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
-    low_rank = [
-        LowRankSlot(name, index, module, LazySchedule(update_proj_gap, gaps[index], **lazy), find)
-        for index, (name, module) in enumerate(modules.items())
-    ]
+    moment_format = "8bit" if inner == "adamw8bit" else "fp32"
+    of_rule = RuleOptions(rank=rank, gap=update_proj_gap, seed=seed, moment_format=moment_format)
+    schedules = [LazySchedule(update_proj_gap, gap, **lazy) for gap in gaps]
+    low_rank = rule_slot.make(rule, modules, schedules, find, of_rule)
     owned = {id(leaf) for slot in low_rank for leaf in slot.leaves()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     dense = [DenseSlot(name, len(low_rank) + i, p) for i, (name, p) in enumerate(trainable)]
@@ -317,7 +326,7 @@ def optimizer(
     _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
         inner_optimizers.check_ignores_value(factory, device)
-        if moments == "rotate" and any(slot.projected for slot in low_rank):
+        if moments == "rotate" and any(rule_slot.turns_moments(slot) for slot in low_rank):
             inner_optimizers.check_rotates(factory, device)
         if inner == "adamw8bit":
             inner_optimizers.check_adamw8bit(factory, options["betas"], options["eps"], device)
@@ -326,7 +335,7 @@ def optimizer(
         dense,
         lr=lr,
         weight_decay=weight_decay,
-        scale=scale,
+        scale=rule_slot.default_scale(rule) if scale is None else scale,
         factory=factory,
         stepping=stepping,
         seed=seed,
