@@ -99,15 +99,15 @@ def dense_fira(shape):
     return update, limit
 
 
-def dense_momentum(shape):
-    """The full-size m̃ = P m, which lives in the span of P: a new basis P' keeps its part P' P'ᵀ m̃."""
+def dense_momentum(shape, moments="rotate"):
+    """The full-size m̃ = P m, which lives in the span of P: a new basis P' keeps its part P' P'ᵀ m̃, or none of it."""
     tall, basis, m, t = shape[0] >= shape[1], None, torch.zeros(min(shape), max(shape)), 0
 
     def update(gradient, step):
         nonlocal basis, m, t
         if step % GAP == 0:
             basis = leading(gradient, tall)
-            m = basis @ basis.T @ m
+            m, t = (basis @ basis.T @ m, t) if moments == "rotate" else (torch.zeros_like(m), 0)
         t += 1
         x = gradient.T if tall else gradient
         inside = basis @ basis.T @ x
@@ -132,9 +132,7 @@ def options_of(rule):
     return {"rule": rule, "rank": RANK if rule == "apollo" else None}
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("rule", RULES)
-def test_a_rule_is_its_papers_equations(rule, shape):
+def compare(rule, shape, moments, dense):
     """30 steps of a least-squares problem with noise, four subspaces or projections, weight decay, fp32 throughout.
 
     Both sides round each of 30 steps in fp32 (2⁻²⁴), through the decomposition of a gradient and Adam's division; 1e-3
@@ -150,19 +148,28 @@ def test_a_rule_is_its_papers_equations(rule, shape):
         model[0].weight.copy_(start)
     convert(model, rank=RANK if rule in WITH_BASIS else None, weight_format="none", basis_format="fp32")
     fixed = {"update_proj_gap": GAP, "cos_threshold": 2.0, "stagger": False, "projector": "exact", "seed": SEED}
-    moments = "rotate" if rule == "momentum" else "keep"
     how = {"inner": "adamw", "stepping": "fused", "weight_decay": 0.1, "moments": moments, "scale": 0.5}
     opt = optimizer(model, lr=0.02, **options_of(rule), **fixed, **how)
     for x in data:
         ((model(x) - x @ target.T).square().sum() / 64).backward()
         opt.step()
 
-    weight, (update, limiter) = start.clone(), DENSE[rule](shape)
+    weight, (update, limiter) = start.clone(), dense
     for step, x in enumerate(data):
         gradient = 2 / 64 * (x @ (weight - target).T).T @ x
         weight = weight * (1 - 0.02 * 0.1) - 0.02 * 0.5 * update(gradient, step)
     assert distance([model[0].weight], [weight], [start]) < 1e-3
     assert limiter is None or 0 < limiter.times < STEPS - 1  # both of its branches were taken
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_its_papers_equations(rule, shape):
+    compare(rule, shape, "rotate" if rule == "momentum" else "keep", DENSE[rule](shape))
+
+
+def test_momentum_forgets_on_reset():
+    compare("momentum", SHAPES["wide"], "reset", dense_momentum(SHAPES["wide"], "reset"))
 
 
 def fresh(tiny_llama, rule, **changes):
@@ -293,6 +300,23 @@ def test_the_random_projection_has_the_papers_distribution():
     other = random_projection(dim, rank, derive_key(0, 1, 0, 1))
     cosine = float(torch.nn.functional.cosine_similarity(p.flatten(), other.flatten(), dim=0))
     assert abs(cosine) < 5 / math.sqrt(n)
+
+
+def test_every_layer_and_draw_has_its_own_projection(tiny_llama, token_batches, monkeypatch):
+    keys = []
+
+    def noted(dim, rank, key, device):
+        keys.append(key)
+        return random_projection(dim, rank, key, device)
+
+    monkeypatch.setattr("qgalore.lowrank.rules.apollo.random_projection", noted)
+    model, opt = fresh(tiny_llama, "apollo", update_proj_gap=2)
+    train(model, opt, token_batches(steps=4))
+    first, again, second = set(keys[:14]), set(keys[14:28]), set(keys[28:42])
+    assert len(keys) == 4 * 14
+    assert len(first) == 14
+    assert first == again
+    assert not first & second
 
 
 def test_the_limiter_starts_afresh_after_a_zero_update():
