@@ -121,6 +121,8 @@ class Loop:
         progress = ProgressLine(self.max_steps)
         self.model.train()
         latest = None
+        if self.position.step == 0 and self.optimizer.stepping == "fused":
+            self._save_beginning()
         with StopSignal() as stop:
             while self.position.step < self.max_steps:
                 row = self._guarded_step()
@@ -204,13 +206,14 @@ class Loop:
         """Undo a half-taken step. Fused stepping finds a bad gradient only when it arrives, with other tensors already
         stepped, so the run returns to its newest checkpoint, takes the same steps again and passes over this one.
 
-        Raises :class:`NumericalError` if there is no checkpoint to return to.
+        Raises :class:`NumericalError` if every checkpoint was damaged or deleted from outside.
         """
-        found, state, _ = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
+        found, state, complaints = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
         if found is None:
             raise NumericalError(
-                f"{error}. There is no checkpoint yet to replay from; set train.save_every, or "
-                "train.stepping=deferred, which looks at all gradients before it steps"
+                f"{error}. No usable checkpoint is left in {self.folder / 'checkpoints'} to replay from "
+                f"({'; '.join(complaints) or 'all are gone'}), though one was written before the first step; find out "
+                "what changes that folder, or set train.stepping=deferred, which looks at all gradients before it steps"
             ) from error
         self._return_to(found, state, order=self.position.order, skip=[*self.position.skip, self.position.step])
         print(f"{error}: replaying from {found} without that step", flush=True)
@@ -316,6 +319,15 @@ class Loop:
             flush=True,
         )
         return result
+
+    def _save_beginning(self) -> None:
+        """A checkpoint before the first step, so that fused stepping can always undo one (see :meth:`_replay`). It
+        also shows at once whether the disk takes a checkpoint at all."""
+        for path in checkpoint.set_aside(self.folder / "checkpoints", self.position.step):
+            print(f"a later checkpoint of the course left is kept as {path}", flush=True)
+        started = time.perf_counter()
+        path = self._save()
+        print(f"the beginning is saved in {path} ({time.perf_counter() - started:.1f} s)", flush=True)
 
     def _save(self) -> Path:
         folder = self.folder / "checkpoints"

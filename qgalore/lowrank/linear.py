@@ -35,8 +35,9 @@ class Basis(nn.Module):
             self.scale.copy_(scale)
 
     def columns(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The stored basis (dim, rank), as the forward and the merge use it."""
-        return formats.decode(self.codes, self.scale, self.dim, self.fmt, dtype).T
+        """The stored basis (dim, rank), as the forward and the merge use it; a copy, which outlives :meth:`assign`."""
+        columns = formats.decode(self.codes, self.scale, self.dim, self.fmt, dtype)
+        return (columns.clone() if columns.data_ptr() == self.codes.data_ptr() else columns).T
 
 
 def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> nn.Parameter:

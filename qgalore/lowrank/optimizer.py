@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, NumericalError
 from ..quant.counter import derive_key
 from . import inner as inner_optimizers
+from . import rule_slot
 from .linear import LowRankLinear
 from .moments import POLICIES
 from .projector import METHODS
+from .rules import RuleOptions
 from .schedule import LazySchedule, staggered_first_gaps
 from .slots import DenseSlot, LowRankSlot, RefreshOptions, Slot
 
@@ -99,7 +101,7 @@ class LowRankOptimizer(Optimizer):
             self._refresh_if_due(slot)
             self._check_finite(slot)
             self._apply(slot)
-        elif isinstance(slot, LowRankSlot) and slot.schedule.refreshes == 0:
+        elif type(slot) is LowRankSlot and slot.schedule.refreshes == 0:
             # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
             self._refresh_if_due(slot)
 
@@ -108,7 +110,7 @@ class LowRankOptimizer(Optimizer):
             self._squares = []
 
     def _refresh_if_due(self, slot: Slot) -> None:
-        if not isinstance(slot, LowRankSlot) or slot.module.probe.grad is None:
+        if not rule_slot.awaits_refresh(slot):
             return
         if not torch.isfinite(torch.linalg.vector_norm(slot.module.probe.grad)):
             self._complain(slot)
@@ -139,7 +141,7 @@ class LowRankOptimizer(Optimizer):
 
         ``step()`` does this itself; call it before ``clip_grad_norm_`` so that the norm is that of projected gradients.
         """
-        due = [slot for slot in self.slots if isinstance(slot, LowRankSlot) and slot.module.probe.grad is not None]
+        due = [slot for slot in self.slots if rule_slot.awaits_refresh(slot)]
         if due:  # look at every gradient before a basis changes: a step that fails must leave no trace
             for slot in self.slots:
                 for leaf in slot.leaves():
@@ -239,15 +241,15 @@ def collect_slots(
     stagger: bool,
     lazy: dict[str, Any],
     find: RefreshOptions,
+    rule: str,
+    of_rule: RuleOptions,
 ) -> tuple[list[LowRankSlot], list[DenseSlot]]:
     """A slot for every trainable tensor of a converted model, low-rank layers first."""
     modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     gaps = staggered_first_gaps(len(modules), update_proj_gap) if stagger else [update_proj_gap] * len(modules)
-    low_rank = [
-        LowRankSlot(name, index, module, LazySchedule(update_proj_gap, gaps[index], **lazy), find)
-        for index, (name, module) in enumerate(modules.items())
-    ]
-    owned = {id(leaf) for slot in low_rank for leaf in slot.leaves()}
+    schedules = [LazySchedule(update_proj_gap, gap, **lazy) for gap in gaps]
+    low_rank = rule_slot.make(rule, modules, schedules, find, of_rule)
+    owned = {id(leaf) for module in modules.values() for leaf in module.leaves().values()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     for name, parameter in trainable:
         allowed = (torch.float32, torch.bfloat16)
@@ -293,13 +295,16 @@ def optimizer(
     model: nn.Module,
     *,
     lr: float,
+    rule: str = "galore",
+    rank: int | None = None,
     weight_decay: float = 0.0,
-    scale: float = 0.25,
+    scale: float | None = None,
     inner: str | type[Optimizer] = "adamw8bit",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     inner_options: dict[str, Any] | None = None,
     stepping: str = "deferred",
+    full_gradients: str = "free",
     update_proj_gap: int = 200,
     cos_threshold: float = 0.4,
     gamma_proj: float = 2.0,
@@ -315,6 +320,9 @@ def optimizer(
 
     Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
 
+    rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
+      projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
+    full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
     inner: ``adamw8bit`` (bitsandbytes), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted path whose step
       does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named ones, others
       take ``inner_options``.
@@ -341,11 +349,16 @@ def optimizer(
     find = RefreshOptions(method=projector, similarity=similarity, moments=moments, seed=seed)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
-    low_rank, dense = collect_slots(model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    rule_slot.check(rule, rank, stepping, full_gradients, modules)
+    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner == "adamw8bit" else "fp32")
+    low_rank, dense = collect_slots(
+        model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
+    )
     _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
         inner_optimizers.check_ignores_value(factory, device)
-        if moments == "rotate" and any(slot.projected for slot in low_rank):
+        if moments == "rotate" and any(rule_slot.turns_moments(slot) for slot in low_rank):
             inner_optimizers.check_rotates(factory, device)
         if inner == "adamw8bit":
             inner_optimizers.check_adamw8bit(factory, options["betas"], options["eps"], device)
@@ -354,7 +367,7 @@ def optimizer(
         dense,
         lr=lr,
         weight_decay=weight_decay,
-        scale=scale,
+        scale=rule_slot.default_scale(rule) if scale is None else scale,
         factory=factory,
         stepping=stepping,
         seed=seed,

@@ -164,3 +164,15 @@ def test_compiled_block_gives_the_same_gradients(block, backend):
         # other fusion, other summation order: fp32 error relative to the gradient's size
         error = float((gradient - again[name]).norm() / gradient.norm())
         assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "nf4", "int4"])
+def test_columns_read_before_a_new_basis_stay_the_old_ones(fmt):
+    """The moments rotate by P_newᵀ P_old, so reading P_old must not follow what is stored afterwards."""
+    basis = Basis(32, 4, fmt)
+    basis.assign(torch.linalg.qr(torch.randn(32, 4)).Q)
+    old = basis.columns()
+    kept = old.clone()
+    basis.assign(torch.linalg.qr(torch.randn(32, 4)).Q)
+    assert torch.equal(old, kept)
+    assert not torch.equal(old, basis.columns())

@@ -1,0 +1,89 @@
+"""What the rules share: their interface, row normalisation, channel-wise scaling, and Fira's limiter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linear import LowRankLinear
+
+Rows = Callable[[int, int], Tensor]  # (a, b) → rows a … b−1 of a direction, fp32, a fresh tensor
+Adam = Callable[[Tensor], Tensor]  # a gradient → the inner optimizer's direction N, so that its step is −lr · N
+FLOOR = 1e-8  # what the authors of APOLLO, Fira and SCALE keep their divisors above
+GAMMA = 1.01  # the growth that Fira and APOLLO allow a norm from step to step
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams;
+    ``moment_format``: ``8bit`` or ``fp32``, how ``momentum`` keeps its moment."""
+
+    rank: int | None = None
+    gap: int = 200
+    seed: int = 0
+    moment_format: str = "fp32"
+
+
+class Rule:
+    """Owns the state of one layer; ``direction`` turns its full gradient into N with W ← W(1 − lr·wd) − lr · scale · N.
+
+    ``uses_basis``: works in the layer's stored bases, which are refreshed as in GaLore. ``uses_inner``: has Adam
+    moments, of a gradient of shape ``leaf_shape``, kept by the inner optimizer. ``default_scale``: the published one.
+    """
+
+    uses_basis = False
+    uses_inner = True
+    default_scale = 1.0
+
+    def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
+        """``module``: the layer that the rule steps; ``index``: the number of its random streams."""
+        self.module, self.index, self.options = module, index, options
+
+    def leaf_shape(self) -> torch.Size:
+        """The shape of what the inner optimizer would step: Δ's in a subspace, nothing for a rule without moments."""
+        return self.module.delta.shape if self.uses_basis else torch.Size([0])
+
+    def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
+        """N for the gradient G, fp32 (out, in), of optimizer step ``step``, by rows. G is used up: it may be
+        overwritten, and the rows read it. Call it once a step: it advances the state."""
+        raise NotImplementedError
+
+    def change_basis(self, left: Tensor | None, right: Tensor | None) -> None:
+        """Turn the rule's own state (not the inner optimizer's) by the changes of basis, each (r, r) or None."""
+
+    def reset(self) -> None:
+        """Forget the rule's own state that belongs to a subspace."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rule's own state, for checkpoints; restored by copying into these tensors."""
+        return {}
+
+
+class GrowthLimiter:
+    """Fira's norm-growth limiter (arXiv 2410.01623, §3.3): ‖U_t‖ ← min(‖U_t‖, γ · ‖U_{t−1}‖), γ = 1.01.
+
+    ``previous`` is the norm after the last step, 0 before the first and after a zero update; then nothing is limited.
+    (The authors' code would hold every later update near zero after a zero one.)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.previous = torch.zeros((), device=device)
+
+    def factor(self, norm: Tensor) -> Tensor:
+        """What to multiply an update of norm ``norm`` (0-dim) by. No value leaves the device."""
+        allowed = torch.where(self.previous > 0, torch.minimum(norm, GAMMA * self.previous), norm)
+        self.previous.copy_(allowed)
+        return torch.where(norm > 0, allowed / norm, 1.0)
+
+
+def channel_scaling(normalised: Tensor, projected: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """‖N‖ / (‖R‖ + 10⁻⁸) along ``dims``, which are kept with size 1."""
+    norms = (torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (normalised, projected))
+    top, bottom = norms
+    return top / (bottom + FLOOR)
+
+
+def unit_rms_rows(rows: Tensor) -> Tensor:
+    """Rows (n, width) scaled to a root mean square of 1 each, that is by √width / ‖row‖; zero rows stay zero."""
+    return rows / rows.square().mean(dim=1, keepdim=True).sqrt_().clamp_min_(FLOOR)

@@ -1,0 +1,194 @@
+"""Steps that fail in a run: losses and gradients that are not finite, spikes, and what there is to go back to."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_train import assert_same, final_state, rows
+
+
+def test_a_loss_that_is_not_finite_is_skipped_until_it_is_hopeless(tiny_run):
+    """A rate of 10³⁰ makes every loss after the first step infinite or NaN for real."""
+    code, out, err = tiny_run(
+        "train.lr=1e30", "train.warmup_steps=0", "train.max_skipped_in_a_row=3", "train.stepping=deferred"
+    )
+    assert code == 4
+    assert "Traceback" not in err
+    assert "3 steps in a row failed" in err
+    assert "Lower train.lr" in err
+    assert out.count("| skipped: ") == 3
+    skipped = [row for row in rows("runs/tiny/metrics.jsonl") if row.get("skipped")]
+    assert [row["loss"] for row in skipped] == [None] * 3
+    assert len(list(Path("runs/tiny/checkpoints").glob("step-*"))) >= 1
+
+
+def replace_loss(monkeypatch, wrap):
+    """Let every loop train on ``wrap(loss)`` instead of its loss."""
+    from qgalore.loop import Loop
+
+    original = Loop.__post_init__
+
+    def replaced(self):
+        original(self)
+        self.loss = wrap(self.loss)
+
+    monkeypatch.setattr(Loop, "__post_init__", replaced)
+
+
+class Poison:
+    """Makes the loss of chosen steps (from 1) another one, through the model's own forward, as a bad sample would."""
+
+    def __init__(self, monkeypatch, steps, factor):
+        self.calls, self.steps, self.factor = 0, steps, factor
+        replace_loss(monkeypatch, self.wrap)
+
+    def wrap(self, real):
+        def poisoned(model, batch):
+            self.calls += model.training
+            return real(model, batch) * (self.factor if model.training and self.calls in self.steps else 1.0)
+
+        return poisoned
+
+
+@pytest.mark.parametrize("extra", [(), ("train.clip_grad_norm=1.0",)], ids=["fused", "deferred"])
+def test_one_bad_step_leaves_the_weights_and_the_run_goes_on(tiny_run, monkeypatch, extra):
+    """The run with a skipped fourth step has, after it, the weights of a run of three steps."""
+    flat = ("train.lr_schedule=constant", "train.save_every=1", "train.keep_last=9", *extra)
+    assert tiny_run("run.name=three", "train.max_steps=3", *flat)[0] == 0
+    Poison(monkeypatch, {4}, float("nan"))
+    code, out, err = tiny_run("run.name=six", *flat)
+    assert code == 0, err
+    assert "step 4/6 | skipped: the loss is nan" in out
+    assert_same(final_state("runs/three", 3), final_state("runs/six", 4))
+    losses = [row["loss"] for row in rows("runs/six/metrics.jsonl") if "lr" in row]
+    assert [loss is None for loss in losses] == [False, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("step", [1, 6], ids=["first", "last"])
+def test_a_bad_step_that_the_progress_line_would_show(tiny_run, monkeypatch, step):
+    """The first and the last step are always shown; skipped, they have no loss to show."""
+    Poison(monkeypatch, {step}, float("nan"))
+    code, out, err = tiny_run()
+    assert code == 0, err
+    assert f"step {step}/6 | skipped: the loss is nan" in out
+
+
+class PoisonedGradient:
+    """Makes the gradient, not the loss, of one forward pass NaN from the first block on, as an overflow would."""
+
+    def __init__(self, monkeypatch, call):
+        self.calls, self.call = 0, call
+        replace_loss(monkeypatch, self.wrap)
+
+    def wrap(self, real):
+        def poisoned(model, batch):
+            self.calls += model.training
+            if not model.training or self.calls != self.call:
+                return real(model, batch)
+            layer = model.model.layers[0].mlp.down_proj
+            handle = layer.register_full_backward_pre_hook(lambda module, grads: (grads[0] * float("nan"),))
+            loss = real(model, batch)
+            loss.register_hook(lambda grad: handle.remove())
+            return loss
+
+        return poisoned
+
+
+def test_a_half_taken_fused_step_is_undone_by_a_replay(tiny_run, monkeypatch):
+    """The fused run ends with the weights of a deferred one, which saw the bad gradient before it stepped."""
+    PoisonedGradient(monkeypatch, 4)
+    assert tiny_run("run.name=deferred", "train.stepping=deferred")[0] == 0
+    PoisonedGradient(monkeypatch, 4)  # on top of the first, whose call has passed
+    code, out, err = tiny_run("run.name=fused")
+    assert code == 0, err
+    assert "replaying from runs/fused/checkpoints/step-00000002 without that step" in out
+    assert "step 4/6 | skipped" in out
+    assert_same(final_state("runs/deferred"), final_state("runs/fused"))
+    assert [row["step"] for row in rows("runs/fused/metrics.jsonl") if "lr" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+@pytest.mark.parametrize("saving", ["null", "2"])
+def test_a_half_taken_step_before_any_regular_checkpoint_is_skipped(tiny_run, monkeypatch, saving, bad):
+    """It is replayed from the checkpoint of the beginning, also where only the end would be saved."""
+    arguments = (f"train.save_every={saving}", "train.keep_last=9")
+    PoisonedGradient(monkeypatch, bad)
+    assert tiny_run("run.name=deferred", "train.stepping=deferred", *arguments)[0] == 0
+    PoisonedGradient(monkeypatch, bad)
+    code, out, err = tiny_run("run.name=fused", *arguments)
+    assert code == 0, err
+    assert "replaying from runs/fused/checkpoints/step-00000000 without that step" in out
+    assert f"step {bad}/6 | skipped" in out
+    train = [row for row in rows("runs/fused/metrics.jsonl") if "lr" in row]
+    assert [(row["step"], row["loss"] is None) for row in train] == [(step, step == bad) for step in range(1, 7)]
+    assert {row["step"] for row in rows("runs/fused/subspace.jsonl") if row["first"]} == {2 if bad == 1 else 1}
+    if bad > 1:  # a bad first step leaves a deferred run the bases that its first micro-batch gave
+        assert_same(final_state("runs/deferred"), final_state("runs/fused"))
+    wanted = [0, 6] if saving == "null" else [0, 2, 4, 6]
+    assert [int(path.name[5:]) for path in sorted(Path("runs/fused/checkpoints").glob("step-*"))] == wanted
+
+
+def test_the_checkpoint_of_the_beginning_is_pruned_and_resumed_like_any_other(tiny_run):
+    assert tiny_run("run.name=whole")[0] == 0
+    assert [p.name for p in sorted(Path("runs/whole/checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    assert tiny_run("run.name=cut", "train.keep_last=9")[0] == 0
+    for step in (2, 4, 6):
+        shutil.rmtree(f"runs/cut/checkpoints/step-{step:08d}")
+    code, out, err = tiny_run("run.name=cut", "--resume", "auto", "train.keep_last=9")
+    assert code == 0, err
+    assert "step-00000000, after step 0" in out
+    assert_same(final_state("runs/whole"), final_state("runs/cut"))
+    assert [row["step"] for row in rows("runs/cut/metrics.jsonl") if "lr" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_damaged_checkpoints_do_not_push_out_the_beginning(tiny_run):
+    """All are damaged: the run begins again, and pruning to the newest two must not count what is unreadable."""
+    assert tiny_run("run.name=whole")[0] == 0
+    assert tiny_run("run.name=cut")[0] == 0
+    for path in Path("runs/cut/checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+    code, out, err = tiny_run("run.name=cut", "--resume", "auto")
+    assert code == 0, err
+    assert "starting from the beginning" in out
+    assert "left-step-00000006" in out
+    assert_same(final_state("runs/whole"), final_state("runs/cut"))
+
+
+def test_deferred_stepping_saves_no_beginning(tiny_run):
+    assert tiny_run("train.stepping=deferred", "train.keep_last=9")[0] == 0
+    assert not Path("runs/tiny/checkpoints/step-00000000").exists()
+
+
+def test_a_half_taken_step_without_any_checkpoint_left_stops(tiny_run, monkeypatch):
+    from qgalore import loop
+
+    PoisonedGradient(monkeypatch, 2)
+    real = loop.Loop._step
+
+    def step(self):
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return real(self)
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+    code, _, err = tiny_run("train.save_every=null")
+    assert code == 4
+    assert "No usable checkpoint is left" in err
+
+
+@pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
+def test_a_loss_spike(tiny_run, monkeypatch, policy):
+    Poison(monkeypatch, {25}, 10.0)
+    code, out, err = tiny_run(
+        "train.max_steps=28",
+        "train.eval_every=28",
+        "train.save_every=22",
+        "train.lr=0.001",
+        f"train.loss_spike={policy}",
+    )
+    assert code == 0, err
+    train = [row for row in rows("runs/tiny/metrics.jsonl") if "lr" in row]
+    assert [row["step"] for row in train] == list(range(1, 29))
+    said = {"warn": "warning: the loss", "skip": "step 25/28 | skipped: the loss", "rollback": "rolled back to"}
+    assert said[policy] in out
+    assert "is a spike in step 25" in out
+    assert sum(row["loss"] is None for row in train) == (policy == "skip")
