@@ -1,5 +1,7 @@
 """Summaries as text of at most ``WIDTH`` columns. A value that is not known shows as "-"."""
 
+import textwrap
+
 from .summary import LayerSummary, RunSummary, by_kind, together
 
 WIDTH = 100
@@ -18,20 +20,20 @@ LAYER_COLUMNS = (
     ("saved", 6),
 )
 RUN_COLUMNS = (
-    ("run", -25),
+    ("run", -22),
     ("step", 14),
     ("loss", 7),
     ("held-out", 9),
-    ("tok/s", 8),
+    ("tok/s", 11),
     ("SVDs", 6),
     ("skipped", 8),
     ("% of time", 10),
     ("hours saved", 12),
 )
 LEGEND = """\
-done, skipped: refreshes made, and those that fixed gaps would have made besides | gap: in steps, now
-sim.: similarity to the basis before | energy, before: of the gradient, in the new basis and in the old
-one, at the last refresh | settled: yes = similarity at the threshold, max = gap at its limit
+done, skipped: refreshes made, and those that fixed gaps would have added | gap: now, in steps
+sim.: similarity to the basis before | energy, before: of the gradient, in the new basis and in the
+old one, at the last refresh | settled: yes = similarity at the threshold, max = gap at its limit
 spent, saved: time in refreshes | in a line for several layers: sums, means, and the median gap"""
 
 
@@ -134,7 +136,7 @@ def state(summary: RunSummary) -> str:
     parts.append(f"{figure(summary.tokens_per_second, ',.0f')} tokens/s")
     if summary.share is not None:
         parts.append(f"refreshes {summary.share:.1%} of step time")
-    lines = " | ".join(parts)
+    lines = textwrap.fill(" | ".join(parts), WIDTH)
     if summary.total is not None and summary.total.failed:
         lines += f"\n{summary.total.failed} refreshes found no basis and kept the old one"
     if run.unreadable:
