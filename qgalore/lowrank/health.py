@@ -20,6 +20,7 @@ VERSION = 2  # of a row of subspace.jsonl; rows before this module existed carry
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLE_CODES = 1 << 14  # 8-bit codes looked at in each moment: a share is known to 0.4 % or better
 SAMPLE_LINES = 8  # rows (columns for a left basis) of the weight that are compared before and after a merge
+TILE_ROWS = 4096  # of a gradient projected at a time: an embedding's image would be large
 MIN_FREE = 16  # dimensions outside the subspace below which rounding noise cannot be told from the update
 
 
@@ -50,8 +51,9 @@ def captured(gradient: Tensor, basis: Tensor) -> tuple[float, list[float] | None
     σᵢ are the lengths of the columns of G P, which are G's singular values when P holds its singular vectors, as the
     projector returns them. None for a zero G P.
     """
-    squares = (gradient @ basis).square_().sum(dim=0)
-    total, kept, first = (float(x) for x in (gradient.square().sum(), squares.sum(), squares.max()))
+    squares = sum((rows @ basis).square_().sum(dim=0) for rows in gradient.split(TILE_ROWS))
+    norm, kept, first = (float(x) for x in (torch.linalg.vector_norm(gradient), squares.sum(), squares.max()))
+    total = norm * norm
     return (kept / total if total > 0 else 0.0), (quantiles((squares / first).sqrt()) if first > 0 else None)
 
 

@@ -147,6 +147,17 @@ def test_points_lie_where_the_axes_say():
         assert circle == pytest.approx(place, abs=0.051)
 
 
+@pytest.mark.parametrize("style", ["line", "steps", "dots", "band"])
+def test_values_outside_the_limits_stay_inside_the_plot(style):
+    points = [(-5.0, 40.0), (50.0, 0.0), (400.0, 20.0)]
+    upper = [90.0, 15.0, -3.0] if style == "band" else []
+    marks = [(-20, 3.0, "before the beginning")]
+    text = plot.lines(
+        "t", [plot.Series("s", points, style=style, upper=upper)], "x", "y", (0, 100), (10, 30), marks=marks
+    )
+    assert check_drawing(ET.fromstring(text).find("svg")) >= 1
+
+
 @pytest.mark.parametrize("limits", [(0.0, 1.0), (3.0, 3.0), (-2e-6, 5e-6), (1, 123456), (5.5, 8.4)])
 def test_ticks_are_round_few_and_inside(limits):
     ticks = plot.Axis(*limits, 0, 100).ticks()

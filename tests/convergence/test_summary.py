@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -62,6 +63,18 @@ def test_kinds_gather_their_layers(recorded):
         assert both.done == sum(layer.done for layer in layers)
         assert both.gap == median(layer.gap for layer in layers)
         assert both.energy == pytest.approx((layers[0].energy + layers[1].energy) / 2)
+
+
+def test_unknown_values_do_not_count_as_zero(recorded):
+    layers = summary.summarise(records.read_run(recorded[0])).layers[:3]
+    gaps = [
+        replace(layer, gap=gap, energy=energy)
+        for layer, gap, energy in zip(layers, (2, 4, 100), (0.5, None, 0.7), strict=True)
+    ]
+    both = summary.together("x", gaps)
+    assert both.gap == 4
+    assert both.energy == pytest.approx(0.6)
+    assert summary.together("x", [replace(layer, energy=None) for layer in layers]).energy is None
 
 
 @pytest.mark.parametrize(
