@@ -128,8 +128,10 @@ class Loop:
                 row = self._guarded_step()
                 if row is None:
                     continue
+                events = self._drain_events()
+                row["refresh_seconds"] = sum(event["seconds"] for event in events)
                 self.metrics.append([row])
-                self.subspace.append(self._drain_events())
+                self.subspace.append(events)
                 if row["loss"] is not None:  # a skipped step has printed its own line
                     progress.show(row, self.optimizer.refresh_counts())
                 step = self.position.step
@@ -180,7 +182,7 @@ class Loop:
         print(f"step {where.step + 1}/{self.max_steps} | skipped: {error}", flush=True)
         row = {"step": where.step + 1, "loss": None, "lr": self.lr_at(where.step), "grad_norm": None}
         row |= {"tokens": where.tokens, "tokens_per_second": 0.0, "memory_bytes": memory_bytes(self.device)}
-        row["skipped"] = str(error)
+        row |= {"step_seconds": 0.0, "refresh_seconds": 0.0, "skipped": str(error)}
         if in_a_row >= self.max_skipped_in_a_row:
             self.metrics.append([row])
             saved = self._save()
@@ -260,13 +262,15 @@ class Loop:
             print(
                 f"warning: {len(names)} tensors got no gradient in the first step, for example {names[0]}", flush=True
             )
+        seconds = time.perf_counter() - started
         return {
             "step": step + 1,
             "loss": loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "tokens": self.position.tokens,
-            "tokens_per_second": tokens / (time.perf_counter() - started),
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
             "memory_bytes": memory_bytes(self.device),
         }
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .lowrank import projector
 from .lowrank.linear import LowRankLinear
-from .lowrank.slots import LowRankSlot, Part, Slot
+from .lowrank.slots import LowRankSlot, Slot
 
 PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
@@ -327,15 +327,11 @@ class Adam8bitShapes(Optimizer):
         """Nothing moves: the kernels work in place, in tiles that do not count."""
 
 
-def _states(part: Part) -> list:
-    return list(part.inner.state.get(part.leaf, {}).values())
-
-
 def state_bytes(slots: list[Slot]) -> int:
     """Bytes of all tensors that the inner optimizers of ``slots`` keep, shared ones once."""
     tensors = {}
     for part in (part for slot in slots for part in slot.parts):
-        for value in _states(part):
+        for value in part.state().values():
             if torch.is_tensor(value):
                 tensors[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
     return sum(tensors.values())
@@ -355,7 +351,9 @@ def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int
     model.train()
     kept = [*model.parameters(), *model.buffers(), *(part.leaf for slot in slots for part in slot.parts)]
     kept += [value for slot in slots for value in slot.tensors().values()]
-    kept += [value for slot in slots for part in slot.parts for value in _states(part) if torch.is_tensor(value)]
+    kept += [
+        value for slot in slots for part in slot.parts for value in part.state().values() if torch.is_tensor(value)
+    ]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
     with _fused_attention(), meter:
         _Rehearsal(model, slots, step, meter).run()

@@ -78,3 +78,27 @@ def tiny_run(tmp_path, monkeypatch, capfd):
         return code, output.out, output.err
 
     return run
+
+
+_RECORDS: dict[str, str] = {}
+
+
+@pytest.fixture
+def recorded(tiny_run, tmp_path):
+    """(folder, what the run printed) of a finished tiny run whose gaps grow and whose moments have 8 bits.
+
+    Trained once for all tests; each gets its own copy of the records.
+    """
+    folder = tmp_path / "runs" / "tiny"
+    if not _RECORDS:
+        wide = ("model.overrides.hidden_size=128", "lowrank.rank=40", "train.max_steps=14", "train.eval_every=7")
+        lazy = ("lowrank.update_proj_gap=2", "lowrank.queue_size=1", "lowrank.cos_threshold=0.3")
+        code, out, err = tiny_run(*wide, *lazy, "lowrank.max_gap=4", "export.formats=[]")
+        assert code == 0, err
+        for name in ("config.yaml", "metrics.jsonl", "subspace.jsonl"):
+            _RECORDS[name] = (folder / name).read_text()
+        _RECORDS["output"] = out
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "metrics.jsonl", "subspace.jsonl"):
+        (folder / name).write_text(_RECORDS[name])
+    return folder, _RECORDS["output"]

@@ -11,7 +11,7 @@ FLOORS = (
     {"config"},
     {"quant", "storage"},
     {"lowrank", "data"},
-    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr", "faults"},
+    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr", "faults", "convergence"},
     {"build", "loop"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))

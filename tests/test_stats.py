@@ -38,9 +38,10 @@ def test_human_time(seconds, text):
 def test_progress_shows_the_first_and_last_step_and_few_between(capsys):
     progress = ProgressLine(100, interval=60.0)
     row = {"loss": 2.0, "lr": 0.01, "grad_norm": 1.0, "tokens_per_second": 9e3, "memory_bytes": 2**30}
-    for step in range(1, 101):
+    for step in range(1, 101):  # every fourth step spends half its time in a refresh: an eighth of all time
+        row |= {"step_seconds": 2.0, "refresh_seconds": 0.0 if step % 4 else 1.0}
         progress.show({**row, "step": step}, (7, 3))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("step 1/100 | loss 2.0000 | lr 1.00e-02 | grad norm 1 | 9,000 tok/s | 1.00 GiB")
-    assert "refreshes 7 (skipped 3) | ETA 0s" in lines[1]
+    assert "refreshes 7 (skipped 3), 12.5% of the time | ETA 0s" in lines[1]

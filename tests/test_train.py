@@ -40,8 +40,12 @@ def test_a_run_from_text_to_an_export_that_loads(tiny_run):
     metrics = rows("runs/tiny/metrics.jsonl")
     train = [row for row in metrics if "loss" in row]
     assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
-    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory_bytes"}
-    assert all(set(row) == keys and all(value > 0 for value in row.values()) for row in train)
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory_bytes"}
+    for row in train:
+        refreshing = row.pop("refresh_seconds")
+        assert set(row) == keys
+        assert all(value > 0 for value in row.values())
+        assert 0 <= refreshing < row["step_seconds"]
     held_out = [row for row in metrics if "eval_loss" in row]
     assert [row["step"] for row in held_out] == [3, 6]
     assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
@@ -72,6 +76,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
 
 
+TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
+
+
 @pytest.mark.parametrize(
     ("extra", "available"),
     [((), (2, 4, 6)), (DEFERRED, (2, 4, 6)), (("model.dtype=bfloat16",), (2, 4, 6)), ((), (0, 2, 4, 6))],
@@ -90,10 +97,7 @@ def test_resume_equals_not_having_stopped(tiny_run, extra, available):
     assert code == 0, err
     assert_same(final_state("runs/whole"), final_state("runs/cut"))
     timeless = [
-        [
-            {k: v for k, v in r.items() if k not in ("tokens_per_second", "memory_bytes")}
-            for r in rows(f"runs/{n}/metrics.jsonl")
-        ]
+        [{k: v for k, v in r.items() if k not in TIMES} for r in rows(f"runs/{n}/metrics.jsonl")]
         for n in ("whole", "cut")
     ]
     assert timeless[0] == timeless[1]

@@ -262,7 +262,7 @@ def _slot_state(slot: Slot) -> dict[str, Any]:
     inner: dict[str, Any] = {}
     for number, part in enumerate(slot.parts):
         prefix = f"{number}." if len(slot.parts) > 1 else ""
-        inner |= {prefix + name: value for name, value in part.inner.state.get(part.leaf, {}).items()}
+        inner |= {prefix + name: value for name, value in part.state().items()}
     state = {"inner": inner, "extra": slot.tensors()}
     if isinstance(slot, LowRankSlot):
         state["schedule"] = slot.schedule.state()

@@ -47,7 +47,11 @@ class RuleSlot(LowRankSlot):
         return [self.module.probe]
 
     def arm(self, step: int) -> None:
+        self._finish_record()
         self.current_step = step
+        self._listen()
+
+    def _listen(self) -> None:
         self.module.probe.requires_grad_(True)
         self.module.delta.requires_grad_(False)
 
@@ -65,7 +69,7 @@ class RuleSlot(LowRankSlot):
         row = super().refresh(step)
         self.drop_gradient()
         self.module.probe.grad = gradient
-        self.arm(step)
+        self._listen()
         return row
 
     def _adopt(self, found, old, first: bool) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..quant import dense as dense_grid
 from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
-from . import moments, projector, sides
+from . import health, moments, projector, sides
 from .linear import LowRankLinear
 from .schedule import LazySchedule
 
@@ -36,6 +36,10 @@ class Part:
     first: int
     leaf: nn.Parameter
     inner: Optimizer
+
+    def state(self) -> dict[str, Any]:
+        """What the inner optimizer keeps for the leaf; empty before the first step."""
+        return dict(self.inner.state.get(self.leaf, {}))
 
     def step(self, gradient: Tensor, lr: float) -> Tensor:
         """The inner optimizer's step from zero: Δ, fp32, valid until another part steps."""
@@ -140,12 +144,14 @@ class LowRankSlot(Slot):
         self.module, self.schedule, self.options = module, schedule, options
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
+        self._unfinished: tuple[dict[str, Any], health.Lines | None] | None = None  # a record that waits for the merge
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.delta, self.module.probe]
 
     def arm(self, step: int) -> None:
         """Choose which leaf the coming backward passes fill: Δ, or the probe where a refresh is due."""
+        self._finish_record()
         due = self.projected and self.schedule.due(step)
         self.module.probe.requires_grad_(due)
         self.module.delta.requires_grad_(not due)
@@ -174,7 +180,7 @@ class LowRankSlot(Slot):
         stored = self.module.columns()
         old = [None if first or columns is None else projector.orthonormal(columns) for columns in stored]
         found, failure = self._find(gradient, old, generator)
-        row: dict[str, Any] = {"step": step, "layer": self.name, "first": first, "failed": failure}
+        row = self._record(step, first, failure) | health.moments(part.state() for part in self.parts)
         if failure is None or first:
             row |= self._compare(gradient, old, found)
             self._adopt(found, stored, first)
@@ -186,17 +192,30 @@ class LowRankSlot(Slot):
         self.module.delta.requires_grad_(True)
         self.module.delta.grad = sides.project(gradient, *self.module.columns()).to(self.module.delta.dtype)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
-        return row | {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
+        self._unfinished = row, health.lines_before(self.module, step)
+        row |= {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
+        return row
+
+    def _record(self, step: int, first: bool, failure: str | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"version": health.VERSION, "step": step, "layer": self.name, "first": first}
+        return row | {"failed": failure, "shape": list(self.module.weight.shape), "rank": self.module.rank}
+
+    def _finish_record(self) -> None:
+        """Add to the record of this step's refresh what the merge after it did to the weight."""
+        if self._unfinished is not None:
+            started = time.perf_counter()
+            (row, before), self._unfinished = self._unfinished, None
+            row |= health.int8_change(self.module, before)
+            row["seconds"] += time.perf_counter() - started
 
     def _postpone(self, step: int, first: bool) -> dict[str, Any]:
         """A zero gradient (behind a zero-initialised layer, say) has no subspace: look again in the next step."""
         self.schedule.next_refresh = step + 1
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
-        self.module.delta.grad = torch.zeros(
-            self.shape, dtype=self.module.delta.dtype, device=self.module.weight.device
-        )
-        row: dict[str, Any] = {"step": step, "layer": self.name, "first": first, "failed": "the gradient is zero"}
+        delta = self.module.delta
+        delta.grad = torch.zeros(self.shape, dtype=delta.dtype, device=delta.device)
+        row = self._record(step, first, "the gradient is zero")
         row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}
 
@@ -230,15 +249,16 @@ class LowRankSlot(Slot):
             new = found[position]
             if new is None:
                 continue
-            row = {"energy": projector.captured_energy(matrix, new), "energy_before": None, "overlap": None}
-            row |= {"overlap_above_chance": None, "first_vector": None}
+            row = dict.fromkeys(("energy_before", "overlap", "overlap_above_chance", "first_vector", "angle_cosines"))
+            row["energy"], row["spectrum"] = health.captured(matrix, new)
             if old[position] is not None:
                 row["energy_before"] = projector.captured_energy(matrix, old[position])
                 row["overlap"] = projector.overlap(old[position], new)
                 row["overlap_above_chance"] = projector.above_chance(row["overlap"], new.shape[1], new.shape[0])
                 row["first_vector"] = projector.first_vector_cosine(old[position], new)
+                row["angle_cosines"] = health.angle_cosines(old[position], new)
             rows.append(row)
-        mean = {key: None if rows[0][key] is None else sum(r[key] for r in rows) / len(rows) for key in rows[0]}
+        mean = health.mean_of_sides(rows)
         deciding = "overlap_above_chance" if self.options.similarity == "overlap" else "first_vector"
         return mean | {"similarity": mean[deciding]}
 

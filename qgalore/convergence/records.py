@@ -1,0 +1,136 @@
+"""The records of a run as data: tolerant of what a run in progress, a killed one or an older version leaves behind."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read: its resolved configuration ({} if there is none) and its rows in the order of steps.
+
+    ``unreadable`` counts damaged lines; the last line of a file does not count, a run in progress is writing it.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    train: list[Row]
+    evaluations: list[Row]
+    refreshes: list[Row]
+    unreadable: int
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, skipped ones included."""
+        return max((row["step"] for row in self.train), default=0)
+
+    @property
+    def max_steps(self) -> int | None:
+        value = self.setting("train", "max_steps")
+        return value if isinstance(value, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """The last step is done and evaluated: nothing more will be written."""
+        last = max((row["step"] for row in self.evaluations), default=0)
+        return self.max_steps is not None and min(self.step, last) >= self.max_steps
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the configuration, or None."""
+        found = self.config.get(section)
+        return found.get(key) if isinstance(found, dict) else None
+
+
+def number(row: Row, key: str) -> float | None:
+    """``row[key]`` as a finite number; None if it is missing, null or something else (older rows lack newer keys)."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def numbers(row: Row, key: str) -> list[float] | None:
+    """``row[key]`` as a list of finite numbers, or None."""
+    value = row.get(key)
+    if not isinstance(value, list) or not value:
+        return None
+    found = [number({"value": item}, "value") for item in value]
+    return None if None in found else found
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; files that are not there yet count as empty.
+
+    Raises :class:`ConfigError` if ``folder`` does not exist, is not a folder or holds no run.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ConfigError(f"{folder} {what}; give a run's folder, such as runs/quickstart")
+    if not (folder / "metrics.jsonl").exists() and not (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder} is not a run's folder: it has neither metrics.jsonl nor config.yaml; give one such as "
+            "runs/quickstart"
+        )
+    metrics, damaged = _read_rows(folder / "metrics.jsonl")
+    refreshes, damaged_too = _read_rows(folder / "subspace.jsonl")
+    return Run(
+        folder=folder,
+        name=folder.resolve().name,
+        config=_read_config(folder / "config.yaml"),
+        train=[row for row in metrics if "lr" in row],
+        evaluations=[row for row in metrics if number(row, "eval_loss") is not None],
+        refreshes=[row for row in refreshes if isinstance(row.get("layer"), str)],
+        unreadable=damaged + damaged_too,
+    )
+
+
+def require_rows(run: Run) -> Run:
+    """``run``, if it has taken a step. Raises :class:`ConfigError` if there is nothing to show yet."""
+    if not run.train:
+        raise ConfigError(
+            f"{run.folder / 'metrics.jsonl'} holds no train row: the run has not taken a step yet; wait for its "
+            "first one, or add --follow to wait for it here"
+        )
+    return run
+
+
+def distinct(runs: list[Run]) -> list[Run]:
+    """The runs, named by their whole path where two folders bear one name."""
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+
+
+def _read_rows(path: Path) -> tuple[list[Row], int]:
+    """The rows that carry a step, and the number of damaged lines before the last."""
+    if not path.exists():
+        return [], 0
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    rows, damaged = [], 0
+    for place, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            row, damaged = None, damaged + (place < len(lines))
+        if isinstance(row, dict) and isinstance(number(row, "step"), int):
+            rows.append(row)
+    return rows, damaged
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # missing, or just being written: its columns show "-"
+        return {}
+    return found if isinstance(found, dict) else {}

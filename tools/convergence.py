@@ -1,0 +1,74 @@
+"""How training and its subspaces converge: ``python tools/convergence.py runs/quickstart --html report.html``."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+INTERVAL = 5  # seconds between two looks of --follow
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Show the records of runs: tables, a report, CSV.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots, one self-contained file")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every refresh of every layer as a table")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars for TensorBoard under DIR")
+    parser.add_argument("--kinds", action="store_true", help="a line for each kind of layer, not for each layer")
+    parser.add_argument("--follow", action="store_true", help="go on until the runs end or Ctrl-C")
+    return parser.parse_args(arguments)
+
+
+def look(options: argparse.Namespace) -> bool:
+    """Read, print and write once. Returns whether all runs have ended."""
+    from qgalore.convergence import csv_rows, records, report, summary, table
+
+    runs = [records.read_run(folder) for folder in options.runs]
+    if not options.follow:
+        runs = [records.require_rows(run) for run in runs]
+    summaries = [summary.summarise(run) for run in records.distinct(runs)]
+    finished = all(run.finished for run in runs)
+    lines = table.kind_lines if options.kinds else table.layer_lines
+    shown = [table.run_table(one, lines(one)) for one in summaries]
+    if any(one.total for one in summaries):
+        shown.append(table.LEGEND)
+    if len(summaries) > 1:
+        shown.append(table.runs_table(summaries))
+    if options.follow and sys.stdout.isatty():
+        print("\033[2J\033[H", end="")  # clear the screen
+    print("\n\n".join(shown), flush=True)
+    if options.html:
+        report.write_text(options.html, report.page(summaries, INTERVAL if options.follow and not finished else None))
+    if options.csv:
+        report.write_text(options.csv, csv_rows.refresh_rows([one.run for one in summaries]))
+    return finished
+
+
+def mirror(options: argparse.Namespace) -> None:
+    from qgalore.convergence import records, tensorboard
+
+    for run in records.distinct([records.read_run(folder) for folder in options.runs]):
+        print(f"{tensorboard.write(run, options.tensorboard):,} scalars of {run.name} are in {options.tensorboard}")
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    from qgalore.errors import ConfigError
+
+    try:
+        while not look(options) and options.follow:
+            time.sleep(INTERVAL)
+        if options.tensorboard:
+            mirror(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:  # the ordinary end of --follow
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
