@@ -24,6 +24,7 @@ from .data.tokenizer import load_tokenizer, train_tokenizer
 from .data.tokens import TokenFile, tokenize_to_disk
 from .errors import ConfigError
 from .export import gguf, huggingface, int8
+from .lowrank import inner
 from .lowrank.linear import LowRankLinear
 from .lowrank.optimizer import LowRankOptimizer, optimizer
 from .lr import lr_at
@@ -275,7 +276,7 @@ def build(config: Config, resume: str | None) -> Run:
     if source is not None:
         _check_same_run(source, saved, config)
     _say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
-    _say("optimizer", f"{config.train.optimizer}, {_stepping(config)}")
+    _say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {_stepping(config)}")
     for remark in remarks:
         _say("note", remark)
     tokenizer = build_tokenizer(config)

@@ -276,9 +276,9 @@ def optimizer(
 
     Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
 
-    inner: ``adamw8bit`` (bitsandbytes), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted path whose step
-      does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named ones, others
-      take ``inner_options``.
+    inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted
+      path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named
+      ones, others take ``inner_options``.
     stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
