@@ -118,8 +118,8 @@ def _step_8bit(parameter: Tensor, gradient: Tensor, state: dict, group: dict) ->
             dequantize_tile(code1, absmax1, map1, scratch[0], first)
             dequantize_tile(code2, absmax2, map2, scratch[0], second)
             _adamw(value, slope, first, second, scratch[0].view(torch.float32), state["step"], group)
-            quantize_tile(first, table1, True, code1, absmax1, scratch)
-            quantize_tile(second, table2, False, code2, absmax2, scratch)
+            quantize_tile(first, table1, code1, absmax1, scratch)
+            quantize_tile(second, table2, code2, absmax2, scratch)
 
 
 def _adamw(

@@ -78,11 +78,13 @@ def _cell_table(values: tuple[float, ...]) -> Tensor:
 
 
 def cell_table(code: Tensor) -> Tensor:
-    """The lookup table of the ascending map ``code`` (fp32, (256,)), int32 (65536,), made once for each map.
+    """The lookup table of the ascending map ``code`` (fp32, (256,)), made once for each map.
 
+    int32 (65536,), or (32768,) for a map without negative values, which codes no negative values.
     Raises ``ValueError`` if the map is finer than the cells.
     """
-    return _cell_table(tuple(code.tolist()))
+    table = _cell_table(tuple(code.tolist()))
+    return table if code[0] < 0 else table[: _CELLS // 2]
 
 
 def dequantize_tile(codes: Tensor, absmax: Tensor, code: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
@@ -95,13 +97,14 @@ def dequantize_tile(codes: Tensor, absmax: Tensor, code: Tensor, scratch: Tensor
     return out.mul_(absmax.unsqueeze(1))
 
 
-def quantize_tile(x: Tensor, table: Tensor, signed: bool, codes: Tensor, absmax: Tensor, scratch: list[Tensor]) -> None:
+def quantize_tile(x: Tensor, table: Tensor, codes: Tensor, absmax: Tensor, scratch: list[Tensor]) -> None:
     """``codes`` uint8 (blocks, width) and ``absmax`` fp32 (blocks,) ← finite ``x`` fp32 (blocks, width), destroyed.
 
-    ``table`` is the map's :func:`cell_table`; ``signed`` says whether x may hold negative values, which take three more
-    operations; ``scratch`` is two int32 tensors of x's shape. A block under 2⁻¹²⁶ decodes to values nearer to zero.
+    ``table`` is the map's :func:`cell_table`: without negative cells x must hold no negative value, which saves three
+    operations. ``scratch`` is two int32 tensors of x's shape. A block under 2⁻¹²⁶ decodes to values nearer to zero.
     """
     index, entry = scratch
+    signed = table.numel() == _CELLS
     torch.amax(torch.abs(x, out=entry.view(torch.float32)) if signed else x, dim=1, out=absmax)
     bits = x.mul_(absmax.clamp_min(_TINY).reciprocal_().unsqueeze(1)).view(torch.int32)
     torch.bitwise_right_shift(bits, _HALF, out=index)
@@ -136,14 +139,14 @@ def quantize(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 
     ``code`` is an ascending map of 256 values. Where it has no negative ones, negative values take its lowest.
     """
-    signed, table = bool(code[0] < 0), cell_table(code)
+    table = cell_table(code)
     codes, absmax = torch.empty(x.shape, dtype=torch.uint8), torch.empty(-(-x.numel() // BLOCK))
     sizes = block_counts(x.numel())
     for part in zip(block_parts(x.reshape(-1)), block_parts(codes.view(-1)), absmax.split(sizes), strict=True):
         for values, code_tile, absmax_tile in tiles(*part):
-            tile = values.clone() if signed else values.clamp(min=0.0)
+            tile = values.clone() if code[0] < 0 else values.clamp(min=0.0)
             scratch = [torch.empty_like(tile, dtype=torch.int32) for _ in range(2)]
-            quantize_tile(tile, table, signed, code_tile, absmax_tile, scratch)
+            quantize_tile(tile, table, code_tile, absmax_tile, scratch)
     return codes, absmax
 
 

@@ -103,7 +103,7 @@ def fused_merge(
     module = kernels_for(q.device, kernels, obstacle)
     if module is None:
         return False
-    dim = q.shape[1] if left is None else q.shape[0]
+    side, dim = ("right", q.shape[1]) if left is None else ("left", q.shape[0])
     delta = delta.float().contiguous()
-    module.merge(q, scale, delta, codes, basis_scale, dim, left is not None, s=s, shrink=shrink, key=key)
+    module.merge(q, scale, delta, codes, basis_scale, dim, side, s=s, shrink=shrink, key=key)
     return True

@@ -189,10 +189,10 @@ def encode_int4(vectors: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def merge(
-    q: Tensor, scale: Tensor, delta: Tensor, codes: Tensor, basis_scale: Tensor, dim: int, on_left: bool,
+    q: Tensor, scale: Tensor, delta: Tensor, codes: Tensor, basis_scale: Tensor, dim: int, side: str,
     *, s: float, shrink: float, key: tuple[int, int],
 ) -> None:  # fmt: skip
-    """``W ← SR(W · (1 − shrink) + s · Δ Pᵀ)`` in place (``on_left``: s · P Δ), as ``int8.write_back`` defines it.
+    """``W ← SR(W · (1 − shrink) + s · Δ Pᵀ)`` in place (``side`` left: s · P Δ), as ``int8.write_back`` defines it.
 
     ``q`` int8 (out, in), ``scale`` bf16 (out, in / group) with a group of 128, 64 or 32; ``delta`` fp32 (out, r) or
     (r, in); ``codes`` uint8 (r, ⌈dim/2⌉) and ``basis_scale`` bf16 (r, groups): P as int4. Neither the product nor a
@@ -203,6 +203,6 @@ def merge(
     basis_groups = basis_scale.shape[1]
     _merge_kernel[grid](
         q, scale, delta, codes, basis_scale, s, shrink, *key, height, width, codes.shape[0],
-        codes.shape[1], dim // basis_groups, basis_groups, on_left, width // scale.shape[1],
+        codes.shape[1], dim // basis_groups, basis_groups, side == "left", width // scale.shape[1],
         _ROWS, _COLUMNS, _DEPTH, enable_fp_fusion=False,
     )  # fmt: skip
