@@ -15,6 +15,7 @@ from ..config import Config
 from ..data.order import SampleOrder
 from ..data.packing import PackedSequences
 from ..errors import ConfigError
+from ..lowrank import inner
 from ..lr import lr_at
 from ..models.sample import prompt_ids
 from ..quant.counter import derive_key
@@ -71,7 +72,7 @@ def plan(config: Config) -> None:
     rows = section.overrides.get("vocab_size", 1)  # a folder's config.json has its own
     vocabulary = Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config))
     config = _resolved(config, device)
-    say("optimizer", f"{config.train.optimizer}, {stepping_line(config)}")
+    say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     settle(config, vocabulary, device)
 
 
@@ -85,7 +86,7 @@ def build(config: Config, resume: str | None) -> Run:
     if source is not None:
         check_same_run(source, saved, config)
     say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
-    say("optimizer", f"{config.train.optimizer}, {stepping_line(config)}")
+    say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
     tokenizer = build_tokenizer(config)

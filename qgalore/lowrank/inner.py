@@ -11,17 +11,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from .adam8bit import AdamW8bitCPU
 from .moments import FIRST_MOMENTS, SECOND_MOMENTS
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
 BUILTIN = ("adamw8bit", "adamw")
+# Importing bitsandbytes warns of a 4-bit matrix product on CPUs that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _CHECK_LR = 0.1
 _ELEMENTS = 8192  # above bitsandbytes' 4,096-element threshold for 8-bit states
 
 
-def _bitsandbytes_adamw8bit() -> type[Optimizer]:
-    # On a CPU it warns of a 4-bit matrix product that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def adamw8bit_class(device: torch.device) -> type[Optimizer]:
+    """What ``adamw8bit`` means on ``device``: our own code on a CPU, bitsandbytes elsewhere; one format of state.
+
+    Raises :class:`ConfigError` where bitsandbytes is needed and cannot be imported.
+    """
+    if device.type == "cpu":
+        return AdamW8bitCPU
     try:
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:
@@ -32,13 +39,28 @@ def _bitsandbytes_adamw8bit() -> type[Optimizer]:
     return AdamW8bit
 
 
-def optimizer_class(name: str) -> type[Optimizer]:
-    """``adamw8bit`` (bitsandbytes), ``adamw`` (torch) or a dotted path such as ``torch.optim.Adafactor``.
+def adamw8bit(params: Iterable[Tensor], **options) -> Optimizer:
+    """The 8-bit AdamW for the device that all of ``params`` are on."""
+    params = list(params)
+    return adamw8bit_class(params[0].device)(params, **options)
+
+
+def describe(name: str, device: torch.device) -> str:
+    """``name`` as shown to the user, with the code that runs it where that depends on the device."""
+    if name != "adamw8bit":
+        return name
+    if device.type == "cpu":
+        return "adamw8bit (qgalore's CPU code; train.optimizer=bitsandbytes.optim.AdamW8bit selects bitsandbytes)"
+    return "adamw8bit (bitsandbytes)"
+
+
+def optimizer_class(name: str) -> Callable[..., Optimizer]:
+    """``adamw8bit`` (see :func:`adamw8bit_class`), ``adamw`` (torch) or a dotted path, ``torch.optim.Adafactor`` say.
 
     Raises :class:`ConfigError` if it cannot be imported or is not an optimizer.
     """
     if name == "adamw8bit":
-        return _bitsandbytes_adamw8bit()
+        return adamw8bit
     if name == "adamw":
         return torch.optim.AdamW
     module, _, attribute = name.rpartition(".")
@@ -109,6 +131,8 @@ def check_ignores_value(factory: Factory, device: torch.device) -> None:
                 name = type(factory([torch.nn.Parameter(zero.clone())])).__name__
                 from_zero = _run(factory, zero, gradients)
                 from_half = _run(factory, zero + 0.5, gradients)
+        except ConfigError:
+            raise
         except Exception as error:  # anything an unknown optimizer may raise
             raise ConfigError(f"the optimizer cannot take a trial step: {type(error).__name__}: {error}") from error
         # fp32 near 0.5 resolves 2⁻²⁴, met twice in two steps; a dependence shows as a share of the step (0.1).
@@ -156,7 +180,7 @@ def check_adamw8bit(factory: Factory, betas: tuple[float, float], eps: float, de
         error = float((got - wanted).abs().mean() / wanted.abs().mean())
         if not error <= tolerance:
             raise ConfigError(
-                f"bitsandbytes' AdamW8bit failed its self-check on {device}: after {steps} step(s) its update differs "
-                f"from torch.optim.AdamW's by {error:.1%} on average (allowed {tolerance:.2%}). This release or its "
-                "native library is not usable here; install another bitsandbytes or set train.optimizer=adamw."
+                f"the 8-bit AdamW failed its self-check on {device}: after {steps} step(s) its update differs from "
+                f"torch.optim.AdamW's by {error:.1%} on average (allowed {tolerance:.2%}). Its code is not usable "
+                "here: on a GPU install another bitsandbytes, or set train.optimizer=adamw."
             )

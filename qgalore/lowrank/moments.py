@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..quant.blockwise import BLOCK, dequantize, quantize
+
 POLICIES = ("keep", "rotate", "reset")
 # (first moment, second moment) names in the state of an optimizer for one parameter.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
 SECOND_MOMENTS = ("exp_avg_sq", "state2")
-BLOCK = 256  # bitsandbytes' blockwise states: one absmax for 256 values
 
 
 def change_of_basis(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -30,15 +31,20 @@ def _squared(change: Tensor | None) -> Tensor | None:
 
 
 def _rotate_entry(state: dict, name: str, left: Tensor | None, right: Tensor | None) -> None:
-    """Rotate one moment in place, through fp32; 8-bit ones through bitsandbytes' public blockwise functions."""
+    """Rotate one moment in place, through fp32; 8-bit ones through the format's functions for their device."""
     stored = state[name]
     number = name[-1]
     if stored.dtype != torch.uint8:
         stored.copy_(_turn(stored.float(), left, right))
         return
+    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
+    if stored.device.type == "cpu":
+        codes, peaks = quantize(_turn(dequantize(stored, absmax, code), left, right), code)
+        stored.copy_(codes)
+        absmax.copy_(peaks)
+        return
     import bitsandbytes.functional as bnb
 
-    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
     moment = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK).view(stored.shape)
     turned = _turn(moment.float(), left, right).contiguous()
     quantized, fresh = bnb.quantize_blockwise(turned.view(-1), code=code, blocksize=BLOCK)

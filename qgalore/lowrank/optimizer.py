@@ -323,9 +323,9 @@ def optimizer(
     rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
       projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
     full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
-    inner: ``adamw8bit`` (bitsandbytes), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted path whose step
-      does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named ones, others
-      take ``inner_options``.
+    inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted
+      path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named
+      ones, others take ``inner_options``.
     stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.

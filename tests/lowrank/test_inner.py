@@ -7,6 +7,7 @@ import torch
 
 from qgalore.errors import ConfigError
 from qgalore.lowrank import inner
+from qgalore.lowrank.adam8bit import AdamW8bitCPU
 
 CPU = torch.device("cpu")
 
@@ -84,13 +85,23 @@ def test_the_learning_rate_is_not_an_option():
         inner.make_factory("adamw", 0.01, {"lr": 3})
 
 
+def test_the_name_says_which_code_runs():
+    [leaf] = params = [torch.nn.Parameter(torch.zeros(2))]
+    assert type(inner.make_factory("adamw8bit", 0.01, {})(params)) is AdamW8bitCPU
+    assert type(inner.make_factory("bitsandbytes.optim.AdamW8bit", 0.01, {})(params)) is bnb.optim.AdamW8bit
+    assert "CPU code" in inner.describe("adamw8bit", leaf.device)
+    assert inner.describe("adamw8bit", torch.device("cuda")) == "adamw8bit (bitsandbytes)"
+    assert inner.describe("adamw", CPU) == "adamw"
+
+
 def test_unknown_options():
     with pytest.raises(ConfigError, match="does not take the options"):
         inner.make_factory("adamw", 0.01, {"momentum": 0.9})
 
 
-def test_bitsandbytes_passes_its_self_check(device):
-    factory = inner.make_factory("adamw8bit", 0.01, {"betas": (0.9, 0.95), "eps": 1e-8})
+@pytest.mark.parametrize("name", ["adamw8bit", "bitsandbytes.optim.AdamW8bit"])
+def test_8bit_adamw_passes_its_self_check(name, device):
+    factory = inner.make_factory(name, 0.01, {"betas": (0.9, 0.95), "eps": 1e-8})
     inner.check_adamw8bit(factory, (0.9, 0.95), 1e-8, device)
 
 
@@ -128,4 +139,5 @@ def test_missing_bitsandbytes_names_the_remedy(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"pip install bitsandbytes.*train\.optimizer=adamw"):
-        inner.optimizer_class("adamw8bit")
+        inner.adamw8bit_class(torch.device("cuda"))
+    assert inner.adamw8bit_class(CPU) is AdamW8bitCPU
