@@ -198,6 +198,17 @@ def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: lis
         report.converted_elements += module.weight.numel() if isinstance(module, LowRankLinear) else 0
 
 
+def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
+    """Raise :class:`ConfigError` for a value that :func:`convert` does not know."""
+    allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
+    allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS}
+    for key, value in given.items():
+        if value not in allowed[key]:
+            raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for full rank")
+
+
 def convert(
     model: nn.Module,
     *,
@@ -223,15 +234,8 @@ def convert(
     Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, and a model in
     which no layer is left to convert.
     """
-    allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
-    allowed["group_size"] = (*GROUP_SIZES, "row")
-    allowed["embeddings"] = EMBEDDINGS
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
-    for key, value in {**given, "group_size": group_size, "embeddings": embeddings}.items():
-        if value not in allowed[key]:
-            raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for full rank")
+    _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings})
     report = ConversionReport()
     for name, module in list(_candidates(model, include or [], exclude or [], report)):
         layer, line = _replacement(name, module, rank=rank, **given, group_size=group_size, grad_dtype=grad_dtype)
