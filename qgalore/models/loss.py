@@ -5,6 +5,7 @@ the tokens × vocabulary logits but is right only for a model that leaves its he
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ def target_tokens(batch: dict[str, Tensor]) -> int:
     return int((batch["labels"] != IGNORED).sum())
 
 
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {**{name: value for name, value in batch.items() if name != "labels"}, "use_cache": False}
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -32,7 +33,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     ``position_ids`` restart where documents do, which transformers turns into attention within documents. All of the
     batch but its labels goes to the model.
     """
-    logits = model(**_inputs(batch), use_cache=False).logits
+    logits = model(**_inputs(batch)).logits
     return nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -40,7 +41,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """:func:`summed_loss` for a model that :func:`head_is_plain` approves: decoder, then head block by block."""
-    hidden = model.get_decoder()(**_inputs(batch), use_cache=False)[0]
+    hidden = model.get_decoder()(**_inputs(batch))[0]
     return chunked.chunked_cross_entropy(
         hidden.flatten(0, 1),
         model.get_output_embeddings(),
@@ -109,7 +110,7 @@ def _passes_unchanged(model: nn.Module, head: nn.Module, decoder: nn.Module, bat
     hooks = [decoder.register_forward_hook(watch)]
     hooks.append(head.register_forward_hook(swap))
     try:
-        logits = model(**_inputs(batch), use_cache=False).logits
+        logits = model(**_inputs(batch)).logits
     finally:
         for hook in hooks:
             hook.remove()
