@@ -49,7 +49,7 @@ def chunked_cross_entropy(
     """
     if not accepts(head):
         raise TypeError(f"the head is a {type(head).__name__}; the chunked loss knows nn.Linear and low-rank heads")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     operands = (head.weight, None, head.bias, *[None] * 7) if type(head) is nn.Linear else head.operands()
     return _ChunkedCrossEntropy.apply(hidden, labels, ignored, limit, *operands)

@@ -85,7 +85,7 @@ class _DeltaLinear(torch.autograd.Function):
 
 def delta_linear(x: Tensor, operands: tuple) -> Tensor:
     """Y = X Wᵀ + b for :meth:`LowRankLinear.operands`, in x's dtype, or autocast's."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _DeltaLinear.apply(x, *operands)
 
