@@ -19,9 +19,9 @@ from qgalore.errors import ConfigError
 TEXT = {"config": {"a": 1}, "position": {"step": 1, "sample": [0, 4], "tokens": 9}}
 
 
-def trained(tiny_llama, dtype=torch.float32, steps=2, **changes):
+def trained(tiny_llama, dtype=torch.float32, steps=2, embeddings="full", **changes):
     model = tiny_llama(**changes).to(dtype)
-    qgalore.convert(model, rank=8)
+    qgalore.convert(model, rank=8, embeddings=embeddings)
     opt = qgalore.optimizer(model, lr=5e-3, update_proj_gap=2)
     tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
     for _ in range(steps):
@@ -41,11 +41,12 @@ def everything(model, opt):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_round_trip_is_bit_for_bit(tiny_llama, tmp_path, dtype, tied):
-    model, opt = trained(tiny_llama, dtype, tie_word_embeddings=tied)
+@pytest.mark.parametrize("embeddings", ["full", "int8"])
+def test_round_trip_is_bit_for_bit(tiny_llama, tmp_path, dtype, tied, embeddings):
+    model, opt = trained(tiny_llama, dtype, tie_word_embeddings=tied, embeddings=embeddings)
     path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     wanted = {name: value.clone() for name, value in everything(model, opt).items()}
-    other, fresh = trained(tiny_llama, dtype, steps=1, tie_word_embeddings=tied)
+    other, fresh = trained(tiny_llama, dtype, steps=1, tie_word_embeddings=tied, embeddings=embeddings)
     state = checkpoint.read_state(path)
     assert {key: state[key] for key in TEXT} == TEXT
     checkpoint.load_into(path, state, other, fresh)

@@ -163,8 +163,8 @@ def _plain_embedding(name: str, embedding: nn.Module | None, model: nn.Module, u
 
 
 def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: list[str], **options) -> None:
-    """Replace the input embedding, and the head: by one that shares it if they are tied. A frozen embedding and an
-    untied head in ``exclude`` or converted before stay."""
+    """Replace the input embedding, and the head: by one that shares it if they are tied. What is frozen, and an untied
+    head that is in ``exclude`` or converted already, stays."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     name, head_name = (next((n for n, m in model.named_modules() if m is module), None) for module in modules)
     embedding, head = modules
@@ -176,26 +176,37 @@ def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: lis
         raise ConfigError(
             f"exclude names {head_name}, which is tied to {name}: set embeddings=full or drop the pattern"
         )
-    if not embedding.weight.requires_grad:
+    replacements: list[tuple[str, nn.Module]] = []
+    if embedding.weight.requires_grad:
+        kind = partial(LowRankEmbedding, padding_idx=embedding.padding_idx)
+        layer, line = _replacement(name, embedding, kind=kind, **options)
+        replacements.append((name, layer))
+        if tied:
+            replacements.append((head_name, TiedHead(layer, head.bias)))
+            line = replace(line, notes=(*line.notes, f"{head_name} is the same tensor, trained by both gradients"))
+        report.converted.append(line)
+    else:
         report.skipped[name] = "its weight is frozen"
-        return
-    kind = partial(LowRankEmbedding, padding_idx=embedding.padding_idx)
-    layer, line = _replacement(name, embedding, kind=kind, **options)
-    replacements = [(name, layer)]
-    lines = [line]
-    if tied:
-        replacements.append((head_name, TiedHead(layer, head.bias)))
-        lines = [replace(line, notes=(*line.notes, f"{head_name} is the same tensor, trained by both gradients"))]
-    elif type(head) is nn.Linear and not _matches(head_name, exclude):
-        head_layer, head_line = _replacement(head_name, head, **options)
-        replacements.append((head_name, head_layer))
-        lines.append(head_line)
+    if type(head) is nn.Linear and not tied and head.weight.requires_grad and not _matches(head_name, exclude):
+        layer, line = _replacement(head_name, head, **options)
+        replacements.append((head_name, layer))
+        report.converted.append(line)
     for place, module in replacements:
         module.train(model.get_submodule(place).training)
         model.set_submodule(place, module)
         report.skipped.pop(place, None)
-    report.converted += lines
-    report.converted_elements += sum(m.weight.numel() for _, m in replacements if isinstance(m, LowRankLinear))
+        report.converted_elements += module.weight.numel() if isinstance(module, LowRankLinear) else 0
+
+
+def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
+    """Raise :class:`ConfigError` for a value that :func:`convert` does not know."""
+    allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
+    allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS}
+    for key, value in given.items():
+        if value not in allowed[key]:
+            raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for full rank")
 
 
 def convert(
@@ -223,15 +234,8 @@ def convert(
     Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, and a model in
     which no layer is left to convert.
     """
-    allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
-    allowed["group_size"] = (*GROUP_SIZES, "row")
-    allowed["embeddings"] = EMBEDDINGS
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
-    for key, value in {**given, "group_size": group_size, "embeddings": embeddings}.items():
-        if value not in allowed[key]:
-            raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for full rank")
+    _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings})
     report = ConversionReport()
     for name, module in list(_candidates(model, include or [], exclude or [], report)):
         layer, line = _replacement(name, module, rank=rank, **given, group_size=group_size, grad_dtype=grad_dtype)

@@ -30,7 +30,8 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross entropy in nats, in fp32, summed over the labels (B, L) that count, from all the logits at once; labels
     are already shifted.
 
-    ``position_ids`` restart where documents do, which transformers turns into attention within documents.
+    ``position_ids`` restart where documents do, which transformers turns into attention within documents. All of the
+    batch but its labels goes to the model.
     """
     logits = model(**_inputs(batch)).logits
     return nn.functional.cross_entropy(
@@ -66,7 +67,8 @@ def head_is_plain(model: nn.Module) -> bool:
 
     Gemma 2 caps logits softly, Cohere and Granite scale them, some models scale what enters the head. Such changes may
     be lost in rounding at initialisation, so the trial puts large numbers in place of the head's output, and expects to
-    get exactly these back. Then the two losses must agree on a few tokens.
+    get exactly these back. Then the two losses must agree on a few tokens. A model on the meta device has no numbers:
+    there, head and decoder must hand on the same memory, unwritten.
     """
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     if not can_be_chunked(model):
@@ -74,11 +76,15 @@ def head_is_plain(model: nn.Module) -> bool:
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(min(8, head.weight.shape[0]), device=device).unsqueeze(0)
     batch = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=device).unsqueeze(0), "labels": ids}
+    if ids.is_meta:  # positions have no values there from which a mask could be made
+        batch["attention_mask"] = torch.ones(1, 1, *ids.shape[1:], *ids.shape[1:], dtype=torch.bool, device=device)
     was_training = model.training
     model.eval()
     try:
         if not _passes_unchanged(model, head, decoder, batch):
             return False
+        if ids.is_meta:
+            return True
         whole, blocks = float(summed_loss(model, batch)), float(chunked_loss(model, batch))
     except (TypeError, ValueError, AttributeError, KeyError):  # a decoder that wants other arguments, say
         return False
@@ -90,22 +96,42 @@ def head_is_plain(model: nn.Module) -> bool:
 def _passes_unchanged(model: nn.Module, head: nn.Module, decoder: nn.Module, batch: dict[str, Tensor]) -> bool:
     """Whether the head gets the decoder's output as it is, and ``model`` returns the head's output as it is."""
     seen: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+
+    def note(name: str, tensor: Tensor) -> Tensor:
+        seen[name], versions[name] = tensor, tensor._version
+        return tensor
 
     def swap(_, inputs: tuple, output: Tensor) -> Tensor:
-        seen["input"] = inputs[0]
-        seen["output"] = torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output)
-        return seen["output"]
+        note("input", inputs[0])
+        if output.is_meta:
+            return note("output", output)
+        values = torch.linspace(-100, 100, output.numel(), device=output.device)
+        return note("output", values.view_as(output).to(output))
 
-    hooks = [decoder.register_forward_hook(lambda _, inputs, output: seen.update(hidden=output[0]))]
+    def watch(_, inputs: tuple, output) -> None:
+        note("hidden", output[0])
+
+    hooks = [decoder.register_forward_hook(watch)]
     hooks.append(head.register_forward_hook(swap))
     try:
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        logits = model(**_inputs(batch)).logits
     finally:
         for hook in hooks:
             hook.remove()
     if seen.keys() != {"hidden", "input", "output"}:
         return False
-    return torch.equal(seen["input"], seen["hidden"]) and torch.equal(logits.float(), seen["output"].float())
+    if any(tensor._version != versions[name] for name, tensor in seen.items()):
+        return False
+    return _same(seen["input"], seen["hidden"]) and _same(logits, seen["output"])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal in value, or on the meta device in memory."""
+    if one.is_meta:
+        places = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()) for t in (one, other)]
+        return places[0] == places[1]
+    return torch.equal(one.float(), other.float())
 
 
 @torch.no_grad()

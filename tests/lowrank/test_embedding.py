@@ -204,6 +204,19 @@ def test_fused_and_deferred_stepping_agree_bit_for_bit(tiny_llama, device, tied)
         assert torch.equal(value, states[1][name]), name
 
 
+@pytest.mark.parametrize("proj_type", ["std", "left"])
+def test_gradients_have_their_shapes_on_the_meta_device(proj_type):
+    """A memory plan rehearses a step there."""
+    options = {"rank": 5, "proj_type": proj_type, "grad_dtype": torch.bfloat16}
+    layer = LowRankEmbedding(torch.empty(97, WIDTH, dtype=torch.bfloat16, device="meta"), **options)
+    layer.probe.requires_grad_(True)
+    ids = torch.zeros(3, 9, dtype=torch.int64, device="meta")
+    chunked_cross_entropy(layer(ids).flatten(0, 1), TiedHead(layer), ids.flatten(), limit=27 * 20).backward()
+    assert layer.delta.grad.shape == layer.delta.shape
+    assert layer.probe.grad.shape == (97, WIDTH)
+    assert layer.delta.grad.dtype == layer.probe.grad.dtype == torch.bfloat16
+
+
 class LargestFloat(TorchDispatchMode):
     """Notes the most elements of any fp32 tensor that an operation returns."""
 

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTCon
 
 import qgalore
 from qgalore.errors import ConfigError
+from qgalore.lowrank.embedding import LowRankEmbedding, TiedHead
 from qgalore.lowrank.linear import LowRankLinear
 from qgalore.models.convert import convert
 
@@ -138,3 +139,86 @@ def test_published_widths_fall_back_to_rows(width):
     assert report.converted[0].group_size == width
     assert f"group_size 128 does not divide in_features {width}; {width} is used" in str(report)
     assert model[0].weight_scale.shape == (16, 1)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_embeddings_and_head_become_int8_when_asked(tiny_llama, tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    report = convert(model, rank=8, embeddings="int8", weight_format="none")
+    lines = {layer.name: layer for layer in report.converted}
+    assert isinstance(model.model.embed_tokens, LowRankEmbedding)
+    assert model.model.embed_tokens.weight.dtype == torch.int8  # whatever weight_format is
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert lines["model.embed_tokens"].shape == (96, 64)
+    assert lines["model.embed_tokens"].group_size == 64
+    assert not report.skipped
+    assert not any("embed" in name or "head" in name for name in report.dense)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, LowRankLinear))
+    assert report.converted_elements == weights
+    if tied:
+        assert isinstance(model.lm_head, TiedHead)
+        assert "lm_head" not in lines
+        assert "lm_head is the same tensor, trained by both gradients" in str(report)
+    else:
+        assert type(model.lm_head) is LowRankLinear
+        assert lines["lm_head"].shape == (96, 64)
+
+
+def test_exclude_keeps_an_untied_head_and_refuses_a_tied_one(tiny_llama):
+    model = tiny_llama()
+    report = convert(model, rank=8, embeddings="int8", exclude=["lm_head"])
+    assert type(model.lm_head) is nn.Linear
+    assert "lm_head" in report.skipped
+    assert "lm_head.weight" in report.dense
+    with pytest.raises(ConfigError, match="lm_head, which is tied to"):
+        convert(tiny_llama(tie_word_embeddings=True), rank=8, embeddings="int8", exclude=["lm_head"])
+
+
+def test_a_frozen_embedding_stays(tiny_llama):
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    report = convert(model, rank=8, embeddings="int8")
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert report.skipped["model.embed_tokens"] == "its weight is frozen"
+    assert type(model.lm_head) is LowRankLinear
+    tied = tiny_llama(tie_word_embeddings=True)
+    tied.model.embed_tokens.requires_grad_(False)
+    convert(tied, rank=8, embeddings="int8")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert type(tied.lm_head) is nn.Linear
+
+
+def test_a_padding_row_is_handled_or_refused(tiny_llama):
+    model = tiny_llama(pad_token_id=3)
+    convert(model, rank=8, embeddings="int8")
+    assert model.model.embed_tokens.padding_idx == 3
+    with pytest.raises(ConfigError, match=r"model.embed_tokens cannot be converted: padding_idx 3"):
+        convert(tiny_llama(pad_token_id=3), rank=8, embeddings="int8", proj_type="left")
+
+
+def test_embeddings_that_do_something_else_are_refused(tiny_llama):
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    def scaled(model):
+        model.model.embed_tokens = Scaled(96, 64)
+
+    def clipped(model):
+        model.model.embed_tokens.max_norm = 1.0
+
+    def borrowed(model):
+        model.extra = nn.Embedding(96, 64)
+        model.extra.weight = model.model.embed_tokens.weight
+
+    def custom_head(model):
+        model.lm_head = type("OwnHead", (nn.Linear,), {})(64, 96)
+
+    for change, words in ((scaled, "a Scaled"), (clipped, "max_norm"), (borrowed, "shared"), (custom_head, "OwnHead")):
+        model = tiny_llama()
+        change(model)
+        with pytest.raises(ConfigError, match=words) as caught:
+            convert(model, rank=8, embeddings="int8")
+        assert "embeddings=full" in str(caught.value)
+    with pytest.raises(ConfigError, match="embeddings is 'int4'"):
+        convert(tiny_llama(), rank=8, embeddings="int4")

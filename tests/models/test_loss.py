@@ -93,6 +93,32 @@ def test_a_model_that_changes_its_logits_keeps_the_whole_path(name, dtype):
     assert choose_loss(model) is summed_loss
 
 
+@pytest.mark.parametrize("name", [*PLAIN, *CHANGED])
+def test_the_meta_device_gives_the_same_answer(name):
+    """What a plan made before anything is allocated needs to know."""
+    config = (PLAIN | CHANGED)[name]()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()
+    assert model.get_input_embeddings().weight.is_meta
+    assert head_is_plain(model) == (name in PLAIN)
+
+
+def test_a_head_scaled_in_place_is_seen_on_the_meta_device(tiny_llama):
+    for device in ("cpu", "meta"):
+        model = tiny_llama().to(device)
+        assert head_is_plain(model)
+        forward = model.forward
+
+        def scaled(*args, forward=forward, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits.mul_(2.0)
+            return output
+
+        model.forward = scaled
+        assert not head_is_plain(model), device
+
+
 def test_bf16_models_are_approved():
     for name in ("llama", "gpt2", "phi"):
         assert head_is_plain(build(PLAIN[name](), torch.bfloat16)), name
