@@ -160,22 +160,21 @@ def _fused_attention():
 
 
 def _model_bytes(model: nn.Module) -> Counter[str]:
-    """Bytes of a converted model's own tensors by category, shared ones once, leaves not at all."""
+    """Bytes of a converted model's own tensors by category, shared ones once."""
     sizes: Counter[str] = Counter()
     seen: set[int] = set()
     for module in model.modules():
-        low_rank = isinstance(module, LowRankLinear)
-        leaves = {id(leaf) for leaf in module.leaves().values()} if low_rank else set()
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or id(tensor) in leaves or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            sizes[_category(module, key, tensor)] += tensor.nbytes
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                sizes[_category(module, key, tensor)] += tensor.untyped_storage().nbytes()
     return sizes
 
 
 def _category(module: nn.Module, key: str, tensor: Tensor) -> str:
-    if isinstance(module, LowRankLinear) and key == "weight" and tensor.dtype == torch.int8:
+    if isinstance(module, LowRankLinear) and key in module.leaves():
+        return "step scratch"  # one zero each
+    if key == "weight" and tensor.dtype == torch.int8:
         return "int8 weights"
     if key == "weight_scale":
         return "weight scales"
@@ -194,6 +193,7 @@ class Step:
     sequence_length: int
     fused: bool
     masked: bool  # documents are isolated by a mask
+    staggered: bool = True  # refreshes fall into different steps
 
 
 class _Rehearsal:
@@ -216,11 +216,11 @@ class _Rehearsal:
             self._take(first)
 
     def _arm(self, first: bool) -> None:
-        """All probes in the first step; after it the largest one, as if its refresh were due."""
+        """All probes in the first step; after it the largest one, as if its refresh were due, or all again."""
         projected = [s for s in self.slots if isinstance(s, LowRankSlot) and s.projected]
         largest = max(projected, key=lambda s: s.module.probe.numel(), default=None)
         for slot in projected:
-            due = first or slot is largest
+            due = first or slot is largest or not self.step.staggered
             slot.module.probe.requires_grad_(due)
             slot.module.delta.requires_grad_(not due)
 
@@ -230,17 +230,18 @@ class _Rehearsal:
         batch = {
             n: torch.zeros(shape, dtype=torch.int64, device="meta") for n in ("input_ids", "position_ids", "labels")
         }
-        if step.masked:
-            square = (step.micro_batch_size, 1, step.sequence_length, step.sequence_length)
-            batch["attention_mask"] = torch.zeros(square, dtype=torch.bool, device="meta")
+        square = (step.micro_batch_size, 1, step.sequence_length, step.sequence_length)
+        mask = torch.zeros(square if step.masked else (), dtype=torch.bool, device="meta")
+        batch["attention_mask"] = mask.expand(square)  # given, so that transformers looks at no values
         self.first = first
         loss = step.loss(self.model, batch)
         self.meter.label = "temporaries"
         loss.backward()
-        del loss, batch
+        del loss, batch, mask
         for slot in self.slots:
             if isinstance(slot, LowRankSlot) and slot.module.probe.grad is not None:
                 self._refresh(slot)
+        for slot in self.slots:
             if slot.gradient() is not None:
                 self._update(slot)
 
@@ -347,7 +348,7 @@ def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int
     resident = _model_bytes(model)
     resident["moments"] = state_bytes(slots)
     resident["fp32 masters"] = sum(value.nbytes for slot in slots for value in slot.tensors().values())
-    resident["step scratch"] = max(part.leaf.nbytes for slot in slots for part in slot.parts)
+    resident["step scratch"] += max(part.leaf.nbytes for slot in slots for part in slot.parts)
     model.train()
     kept = [*model.parameters(), *model.buffers(), *(part.leaf for slot in slots for part in slot.parts)]
     kept += [value for slot in slots for value in slot.tensors().values()]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import config as configuration
+from .. import memory
 from ..config import Config
 from ..data.order import SampleOrder
 from ..data.packing import PackedSequences
@@ -39,6 +40,7 @@ class Run:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     valid: PackedSequences
+    planned: memory.Plan
     loop: dict[str, Any]
     position: dict[str, Any] = field(default_factory=dict)  # of the checkpoint resumed from
 
@@ -116,7 +118,7 @@ def build(config: Config, resume: str | None) -> Run:
         "plan": str(planned),
         **_loop_settings(config, len(packed)),
     }
-    run = Run(config, folder, model, tokenizer, valid, loop)
+    run = Run(config, folder, model, tokenizer, valid, planned, loop)
     run.position = restore(
         source,
         saved,
