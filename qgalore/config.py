@@ -110,7 +110,7 @@ class LowRankSection(Section):
     weight_format: Literal["int8", "none"] | None = None  # None: the method's
     group_size: Literal[128, 64, 32, "row"] = 128
     basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = None  # None: the method's
-    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    grad_dtype: Literal["float32", "bfloat16"] | None = None  # None: float32, but bfloat16 where nothing is added to it
     embeddings: Literal["full", "int8"] = "full"  # int8: the input embedding and the head are low-rank layers too
     include: list[str] = []
     exclude: list[str] = []
@@ -344,6 +344,9 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
                     "max_gap": lowrank.max_gap or 16 * lowrank.update_proj_gap,
+                    # a product of bf16 matrices arrives rounded to bf16; only a sum of several deserves fp32
+                    "grad_dtype": lowrank.grad_dtype
+                    or ("bfloat16" if dtype == "bfloat16" and train.grad_accumulation == 1 else "float32"),
                 }
             ),
         }

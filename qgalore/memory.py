@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .lowrank import projector
+from .lowrank import projector, sides
 from .lowrank.linear import LowRankLinear
 from .lowrank.slots import LowRankSlot, Slot
 
@@ -34,7 +34,8 @@ RESIDENT = (
     "step scratch",
     "buffers",
 )
-TRANSIENT = ("activations", "logits", "gradients", "full gradient", "refresh and step workspace", "temporaries")
+WORKSPACE = "refresh and step workspace"
+TRANSIENT = ("activations", "logits", "gradients", "full gradient", WORKSPACE, "temporaries")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class _Meter(TorchDispatchMode):
         if total > self.peak:
             self.peak = total
             self.at_peak = Counter(self.live)
-            self.at_peak["refresh and step workspace"] += extra
+            self.at_peak[WORKSPACE] += extra
 
     @contextmanager
     def labelled(self, label: str):
@@ -256,7 +257,7 @@ class _Rehearsal:
     def _workspace(self, key: tuple, work: Callable[[], None]) -> None:
         """Let ``work`` count once for all tensors of the same shapes."""
         if key not in self._workspaces:
-            with _Meter(self.meter.present | set(self.meter._known)) as inner:
+            with self.meter.labelled(WORKSPACE), _Meter(self.meter.present | set(self.meter._known)) as inner:
                 work()
             self._workspaces[key] = inner.peak
         self.meter.look(self._workspaces[key])
@@ -286,7 +287,6 @@ class _Rehearsal:
 
 def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:
     """The work of a refresh, with an old basis and moments that turn."""
-    gradient = gradient.to(torch.float32)
     bases = (slot.module.left, slot.module.right)
     columns = []
     for basis, matrix in zip(bases, (gradient.T, gradient), strict=True):
@@ -299,10 +299,10 @@ def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:
         else:
             columns.append(projector.randomized_basis(matrix, basis.rank, None, old, slot.options.power_iterations))
         del old
-        torch.matmul(matrix, columns[-1])
     for basis, new in zip(bases, columns, strict=True):
         if basis is not None:
             basis.assign(new)
+    sides.project(gradient, *columns, slot.module.delta.dtype)
     [torch.empty(part.leaf.shape, device="meta") for part in slot.parts[:1] for _ in range(3)]
 
 
@@ -338,25 +338,29 @@ def state_bytes(slots: list[Slot]) -> int:
     return sum(tensors.values())
 
 
+def resident(model: nn.Module, slots: list[Slot]) -> dict[str, int]:
+    """Bytes by category of all that is kept between steps, for a model (on the meta device, say) and attached slots."""
+    for part in (part for slot in slots for part in slot.parts):
+        part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
+    sizes = _model_bytes(model)
+    sizes["moments"] = state_bytes(slots)
+    sizes["fp32 masters"] = sum(value.nbytes for slot in slots for value in slot.tensors().values())
+    sizes["step scratch"] += max(part.leaf.nbytes for slot in slots for part in slot.parts)
+    return {name: sizes[name] for name in RESIDENT}
+
+
 def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int]) -> Plan:
     """The plan for training ``model`` (converted, all on the meta device) with ``slots`` attached to meta scratch.
 
     ``outside``: bytes beyond PyTorch's tensors, by name.
     """
-    for part in (part for slot in slots for part in slot.parts):
-        part.step(torch.zeros_like(part.leaf), 0.0)
-    resident = _model_bytes(model)
-    resident["moments"] = state_bytes(slots)
-    resident["fp32 masters"] = sum(value.nbytes for slot in slots for value in slot.tensors().values())
-    resident["step scratch"] += max(part.leaf.nbytes for slot in slots for part in slot.parts)
+    kept_bytes = resident(model, slots)
     model.train()
     kept = [*model.parameters(), *model.buffers(), *(part.leaf for slot in slots for part in slot.parts)]
     kept += [value for slot in slots for value in slot.tensors().values()]
-    kept += [
-        value for slot in slots for part in slot.parts for value in part.state().values() if torch.is_tensor(value)
-    ]
+    states = [value for slot in slots for part in slot.parts for value in part.state().values()]
+    kept += [value for value in states if torch.is_tensor(value)]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
     with _fused_attention(), meter:
         _Rehearsal(model, slots, step, meter).run()
-    transient = {name: meter.at_peak[name] for name in TRANSIENT}
-    return Plan({name: resident[name] for name in RESIDENT}, transient, outside)
+    return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside)

@@ -1,10 +1,16 @@
 """The memory plan against the memory that is taken."""
 
+import importlib
+
 import pytest
 import torch
 
-from qgalore import build, config
+from qgalore import build, config, memory
+from qgalore.build.model import Vocabulary
+from qgalore.errors import DoesNotFitError
 from qgalore.loop import Loop, Position
+
+planning = importlib.import_module("qgalore.build.plan")  # build.plan is the function
 
 GIB = 2**30
 WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_layers: 3, tie_word_embeddings: %s}"
@@ -67,3 +73,93 @@ def test_the_plan_is_what_is_taken(name, tiny_run):
 
     peak = resident + measured_rise(two_steps)
     assert run.planned.tensors == pytest.approx(peak, rel=0.05)
+
+
+LARGE = {
+    ("llama7b_16gb.yaml",): 10.7,
+    ("llama7b_16gb.yaml", "lowrank.proj_type=reverse_std"): 9.8,
+    ("llama7b_16gb.yaml", "lowrank.rank=256"): 8.1,
+    ("llama7b_16gb.yaml", "lowrank.rank=256", "lowrank.embeddings=int8"): 8.0,
+    ("llama7b_12gb.yaml",): 9.0,
+    ("llama13b_16gb.yaml",): 14.0,
+    ("llama3_8b_16gb.yaml",): 12.2,
+    ("qwen2.5_7b_16gb.yaml",): 11.9,
+    ("mistral7b_16gb.yaml",): 11.8,
+}
+
+
+def on_paper(*arguments: str, device="cuda"):
+    settings = config.resolve(config.load(arguments[0], list(arguments[1:])), device, True)
+    return settings, Vocabulary(settings.model.overrides.get("vocab_size", 1), None, None)
+
+
+@pytest.mark.parametrize("arguments", LARGE, ids=" ".join)
+def test_resident_bytes_of_the_large_configurations(arguments):
+    """Counted over tensors on the meta device. The limits are what the project promises."""
+    settings, vocabulary = on_paper(*arguments)
+    settings = planning._changed(settings, {"train.activation_checkpointing": True})
+    sizes = memory.resident(*planning.on_paper(settings, vocabulary))
+    assert sum(sizes.values()) <= LARGE[arguments] * GIB
+    layers = sizes["int8 weights"] / GIB
+    assert 5.5 < layers < 12.5  # none was forgotten
+
+
+def test_the_plan_needs_no_gpu_and_prints_every_category(capsys):
+    build.plan(config.load("llama7b_16gb.yaml", []))
+    out = capsys.readouterr().out
+    assert "planned for a CUDA device of 15.5GiB; there is none here" in out or torch.cuda.is_available()
+    for word in ("int8 weights", "weight scales", "bases", "moments", "activations", "CUDA context", "total"):
+        assert word in out
+    assert "auto → train.activation_checkpointing=true" in out
+
+
+def test_what_cannot_fit_is_refused_with_what_would(capsys):
+    """Each proposal, tried, does fit, and is the total that was promised."""
+    small = ("model.overrides.num_hidden_layers=4", "train.activation_checkpointing=offload")
+    arguments = ("llama7b_16gb.yaml", *small, "memory.budget=2.3GiB")
+    with pytest.raises(
+        DoesNotFitError, match=r"the plan needs .* GiB, and there are 2\.30 GiB \(memory\.budget\)"
+    ) as error:
+        build.plan(config.load(arguments[0], list(arguments[1:])))
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 3
+    for line in lines:
+        changes, promised = line.strip().split("  → ")
+        build.plan(config.load(arguments[0], [*arguments[1:], *changes.split()]))
+        assert f"planned peak {promised}" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_fit_does_not_start(tiny_run):
+    code, out, err = tiny_run("memory.budget=100MiB")
+    assert code == 3
+    assert "planned peak" in out
+    assert "the plan needs" in err
+    assert "loss" not in out
+
+
+@pytest.mark.parametrize("budget", ["much", "-3GiB", "16", "0GiB"])
+def test_a_budget_that_is_no_size_is_refused(tiny_run, budget):
+    code, _, err = tiny_run(f"memory.budget={budget}")
+    assert code == 2
+    assert "is not a size such as 15.5GiB" in err or "string" in err
+
+
+def test_auto_checkpointing_takes_the_fastest_that_fits(capsys):
+    """Each choice is the first whose plan is within the budget; offloading is for GPUs."""
+    settings, vocabulary = on_paper("llama7b_16gb.yaml", "model.overrides.num_hidden_layers=4")
+    totals = {}
+    for choice in planning.CHECKPOINTING:
+        chosen = planning._changed(settings, {"train.activation_checkpointing": choice})
+        totals[choice] = planning.plan_for(chosen, vocabulary, "cuda").total
+    assert totals[False] > totals[True] > totals["offload"]
+    for choice, total in totals.items():
+        within = planning._changed(settings, {"memory.budget": f"{total / GIB + 0.01:.2f}GiB"})
+        chosen, _ = planning.settle(within, vocabulary, torch.device("cuda"))
+        assert chosen.train.activation_checkpointing == choice
+
+
+def test_an_optimizer_that_cannot_step_on_paper_is_planned_as_adamw(tiny_run):
+    extra = ("train.optimizer=torch.optim.Adafactor", "train.optimizer_options={eps: [null, 1.0]}")
+    code, out, err = tiny_run(*extra, "lowrank.moments=keep", "train.max_steps=2")
+    assert code == 0, err
+    assert "planned peak" in out

@@ -61,21 +61,25 @@ def peak_of(command: list[str], log: Path) -> tuple[int, int]:
     return code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
 
 
-def changes(before: Path, after: Path) -> tuple[Counter, list[str]]:
-    """How many trained tensors of each kind changed between two checkpoints, and the names of those that did not."""
+def tensors_of(checkpoint: Path):
+    """(name, reader) of every trained tensor of a checkpoint; the fp32 master stands for a rounded vector."""
     from safetensors import safe_open
 
+    model = safe_open(checkpoint / "model.safetensors", "pt")
+    masters = safe_open(checkpoint / "optimizer.safetensors", "pt")
+    kept = {name.split("|")[0]: name for name in masters.keys() if name.endswith("|extra|master")}  # noqa: SIM118
+    for name in model.keys():  # noqa: SIM118 - safe_open is not a mapping
+        if name.endswith(("weight", "bias")):
+            yield name, masters.get_tensor(kept[name]) if name in kept else model.get_tensor(name)
+
+
+def changes(before: Path, after: Path) -> tuple[Counter, list[str]]:
+    """How many trained tensors of each kind changed between two checkpoints, and the names of those that did not."""
     kinds, same = Counter(), []
-    with (
-        safe_open(before / "model.safetensors", "pt") as old,
-        safe_open(after / "model.safetensors", "pt") as new,
-    ):
-        for name in old.keys():  # noqa: SIM118 - safe_open is not a mapping
-            if not name.endswith(("weight", "bias")):
-                continue
-            moved = bool((old.get_tensor(name) != new.get_tensor(name)).any())
-            kinds[name.split(".")[-2]] += moved
-            same += [] if moved else [name]
+    for (name, old), (_, new) in zip(tensors_of(before), tensors_of(after), strict=True):
+        moved = bool((old != new).any())
+        kinds[name.split(".")[-2]] += moved
+        same += [] if moved else [name]
     return kinds, same
 
 

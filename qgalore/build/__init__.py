@@ -18,6 +18,7 @@ from ..data.packing import PackedSequences
 from ..errors import ConfigError
 from ..lowrank import inner
 from ..lr import lr_at
+from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..quant.counter import derive_key
 from .data import build_data, build_tokenizer
@@ -70,7 +71,8 @@ def plan(config: Config) -> None:
     else:
         device = choose_device(config)
     section = config.model
-    stated = section.path is not None or "vocab_size" in section.overrides or Path(section.config).exists()
+    stated = section.path is not None or Path(section.config).exists()
+    stated = stated or "vocab_size" in {**section.overrides, **PRESETS.get(section.config, {})}
     rows = section.overrides.get("vocab_size", 1)  # a folder's config.json has its own
     vocabulary = Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config))
     config = _resolved(config, device)

@@ -39,19 +39,19 @@ def fp32_tiles(matrix: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         yield start, min(start + step, rows), matrix[start : start + step].to(torch.float32)
 
 
-def project(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R = Lᵀ G R̂, fp32, for a gradient (out, in) of any float dtype and fp32 bases."""
+def project(gradient: Tensor, left: Tensor | None, right: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """R = Lᵀ G R̂ in ``dtype``, computed in fp32, for a gradient (out, in) of any float dtype and fp32 bases."""
     if left is None and right is None:
-        return gradient.to(torch.float32)
+        return gradient.to(dtype)
     if left is None:
-        image = right.new_empty(gradient.shape[0], right.shape[1])
+        image = right.new_empty(gradient.shape[0], right.shape[1], dtype=dtype)
         for a, b, tile in fp32_tiles(gradient):
-            torch.mm(tile, right, out=image[a:b])
+            image[a:b] = tile @ right
         return image
     image = left.new_zeros(left.shape[1], gradient.shape[1])
     for a, b, tile in fp32_tiles(gradient):
         image.addmm_(left[a:b].T, tile)
-    return image if right is None else image @ right
+    return (image if right is None else image @ right).to(dtype)
 
 
 def update_rows(delta: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Callable[[int, int], Tensor]:

@@ -190,7 +190,7 @@ class LowRankSlot(Slot):
             self.schedule.record_failure(step)
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
-        self.module.delta.grad = sides.project(gradient, *self.module.columns()).to(self.module.delta.dtype)
+        self.module.delta.grad = sides.project(gradient, *self.module.columns(), self.module.delta.dtype)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         self._unfinished = row, health.lines_before(self.module, step)
         row |= {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}

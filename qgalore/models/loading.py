@@ -45,13 +45,13 @@ def model_config(
     """The architecture named by ``source``: a preset, a ``config.json`` or its folder, with ``overrides`` applied
     before transformers derives anything (such as head_dim) from its fields.
 
-    A preset gets a vocabulary of ``tokenizer_size`` rounded up to a multiple of 64 (reported). Raises
+    A preset without one gets a vocabulary of ``tokenizer_size`` rounded up to a multiple of 64 (reported). Raises
     :class:`ConfigError` for an unknown source and for an override that the config does not have or that contradicts it.
     """
     if source in PRESETS:
         vocab = -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        fields = {"model_type": "llama", **PRESETS[source], "vocab_size": vocab}
-        if "vocab_size" not in overrides:
+        fields = {"model_type": "llama", "vocab_size": vocab, **PRESETS[source]}
+        if "vocab_size" not in {**overrides, **PRESETS[source]}:
             report(f"model: {source}, vocabulary {vocab} (tokenizer: {tokenizer_size})")
     else:
         fields = _stated_fields(source)

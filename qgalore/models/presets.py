@@ -1,6 +1,7 @@
-"""LLaMA shapes by name: the papers' sizes (GaLore, arXiv 2403.03507, table 5 and code) and a small one.
+"""Model shapes by name: the papers' LLaMAs (GaLore, arXiv 2403.03507, table 5 and code), a small one, and the 7 to 13
+billion parameter models that people continue, as their published config.json files state them.
 
-``vocab_size`` is not here: a preset takes it from the tokenizer.
+A preset without ``vocab_size`` takes it from the tokenizer.
 """
 
 _COMMON = {
@@ -17,6 +18,13 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, **changes) -
     return {**_COMMON, **shape, "num_attention_heads": heads, **changes}
 
 
+def _named(model_type: str, vocab: int, kv_heads: int, positions: int, theta: float, shape: dict, **changes) -> dict:
+    """A published model: grouped-query attention, a vocabulary and positions of its own."""
+    rope = {"rope_type": "default", "rope_theta": theta}
+    own = {"vocab_size": vocab, "num_key_value_heads": kv_heads, "max_position_embeddings": positions}
+    return {**shape, "model_type": model_type, **own, "rope_parameters": rope, **changes}
+
+
 PRESETS = {
     "llama_quickstart": _llama(256, 704, 5, 4, tie_word_embeddings=True),
     "llama_60m": _llama(512, 1376, 8, 8),
@@ -24,4 +32,10 @@ PRESETS = {
     "llama_350m": _llama(1024, 2736, 24, 16),
     "llama_1b": _llama(2048, 5461, 24, 32),
     "llama_7b": _llama(4096, 11008, 32, 32),
+    "llama_13b": _llama(5120, 13824, 40, 40),
+    "llama3_8b": _named("llama", 128256, 8, 8192, 5e5, _llama(4096, 14336, 32, 32), rms_norm_eps=1e-5),
+    "mistral_7b": _named(
+        "mistral", 32768, 8, 32768, 1e6, _llama(4096, 14336, 32, 32), rms_norm_eps=1e-5, sliding_window=None
+    ),
+    "qwen2.5_7b": _named("qwen2", 152064, 4, 32768, 1e6, _llama(3584, 18944, 28, 28)),
 }

@@ -68,8 +68,8 @@ def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weight (out, in) in ``dtype``: q · scale, exact in fp32 (7 + 8 significant bits), rounded once to ``dtype``."""
     groups = scale.shape[1]
-    product = q.view(q.shape[0], groups, -1).to(dtype) * scale.to(dtype).unsqueeze(2)
-    return product.view(q.shape)
+    values = q.view(q.shape[0], groups, -1).to(dtype)
+    return values.mul_(scale.to(dtype).unsqueeze(2)).view(q.shape)
 
 
 def _sticky_scale(values: Tensor, scale: Tensor) -> Tensor:
