@@ -1,0 +1,14 @@
+"""The configuration: pydantic models, YAML, overrides. The only room that knows YAML.
+
+``load`` gives a validated :class:`Config` or one :class:`ConfigError` with every problem; ``resolve`` fills in what
+the method and the device decide. Nothing mutates a configuration afterwards, and none travels below ``build``.
+"""
+
+from .reading import PACKAGED, dump, find, load, parse
+from .resolving import RESUMABLE, differences, remarks, resolve
+from .sections import METHODS, Config, bytes_of
+
+__all__ = [
+    "METHODS", "PACKAGED", "RESUMABLE", "Config", "bytes_of", "differences", "dump", "find", "load", "parse",
+    "remarks", "resolve",
+]  # fmt: skip

@@ -1,0 +1,96 @@
+"""What the method and the device decide, what a configuration says in vain, and what a resumed run may change."""
+
+from typing import Any
+
+from .sections import METHODS, Config
+
+
+def resolve(config: Config, device: str, bf16: bool) -> Config:
+    """Fill in what ``method`` and ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) decide."""
+    _, weight_format, basis_format, optimizer = METHODS[config.method]
+    dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
+    train, lowrank = config.train, config.lowrank
+    stepping = train.stepping
+    if stepping == "auto":
+        stepping = "deferred" if train.grad_accumulation > 1 or train.clip_grad_norm > 0 else "fused"
+    return config.model_copy(
+        update={
+            "device": device,
+            "model": config.model.model_copy(update={"dtype": dtype}),
+            "train": train.model_copy(update={"stepping": stepping, "optimizer": train.optimizer or optimizer}),
+            "lowrank": lowrank.model_copy(
+                update={
+                    "weight_format": lowrank.weight_format or weight_format,
+                    "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
+                    "max_gap": lowrank.max_gap or 16 * lowrank.update_proj_gap,
+                    # a product of bf16 matrices arrives rounded to bf16; only a sum of several deserves fp32
+                    "grad_dtype": lowrank.grad_dtype
+                    or ("bfloat16" if dtype == "bfloat16" and train.grad_accumulation == 1 else "float32"),
+                }
+            ),
+        }
+    )
+
+
+def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
+    """(key, whether it was set though another key switches it off, why it has no effect)."""
+    low, data, train = config.lowrank, config.data, config.train
+    basis = low.model_fields_set & {"proj_type", "update_proj_gap", "cos_threshold", "projector", "basis_format"}
+    converted, weight_format = METHODS[config.method][:2]
+    dense = (low.weight_format or weight_format) == "none"
+    return [
+        (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
+        ("lowrank.group_size", dense and converted and "group_size" in low.model_fields_set, "without int8 weights"),
+        (
+            "train.min_lr_ratio",
+            train.lr_schedule == "constant" and "min_lr_ratio" in train.model_fields_set,
+            "with lr_schedule: constant",
+        ),
+        (
+            "data.vocab_size",
+            "vocab_size" in data.model_fields_set and data.tokenizer is not None,
+            "with data.tokenizer",
+        ),
+        (
+            "data.valid_fraction",
+            "valid_fraction" in data.model_fields_set and data.valid is not None,
+            "with data.valid",
+        ),
+    ]
+
+
+def remarks(config: Config) -> list[str]:
+    """What a configuration says that its user may not expect: keys without effect, a warm-up that never ends."""
+    found = []
+    if not METHODS[config.method][0] and (unused := sorted(config.lowrank.model_fields_set)):
+        found.append(f"method {config.method} ignores " + ", ".join(f"lowrank.{name}" for name in unused))
+    train = config.train
+    for key, given, why in _without_effect(config):
+        if given:
+            found.append(f"{key} has no effect {why}")
+    if train.warmup_steps >= train.max_steps:
+        found.append(f"train.warmup_steps ({train.warmup_steps}) ≥ train.max_steps: the full train.lr is never reached")
+    return found
+
+
+# Keys that a resumed run may change; everything else decides what the weights become.
+RESUMABLE = (
+    "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
+    "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
+    "export.formats", "sample.prompt", "sample.max_new_tokens",
+)  # fmt: skip
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        nested = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        flat |= nested
+    return flat
+
+
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """``key: saved value → value now`` for every key that differs and that a resumed run may not change."""
+    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted({*old, *new} - set(RESUMABLE)) if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]

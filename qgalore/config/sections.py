@@ -1,0 +1,181 @@
+"""The keys of a configuration, their types and defaults, and the rules between them."""
+
+import re
+import types
+import typing
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import model_validator as validator
+
+
+def _scalar_types(annotation: Any) -> set[type]:
+    args = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return set().union(*(_scalar_types(arg) for arg in args if isinstance(arg, type) or typing.get_origin(arg)))
+    return {annotation} if isinstance(annotation, type) else set()
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @validator(mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, data: Any) -> Any:
+        """pydantic would read ``rank: true`` as 1."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            info = cls.model_fields.get(name)
+            if isinstance(value, bool) and info is not None and bool not in _scalar_types(info.annotation):
+                raise ValueError(f"{name} is {value!r}, which is neither a number nor a name")
+        return data
+
+
+class RunSection(Section):
+    name: str = Field("run", pattern=r"^\w[\w.+-]*$", max_length=200)
+    dir: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class ModelSection(Section):
+    config: str | None = None  # preset name, or a Hugging Face config.json or its folder: trained from scratch
+    path: str | None = None  # pretrained folder or hub id: continued
+    overrides: dict[str, Any] = {}  # fields of the Hugging Face config to change, from scratch only
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class DataSection(Section):
+    train: str
+    valid: str | None = None  # None: the last valid_fraction of train
+    valid_fraction: float = Field(0.01, gt=0, lt=0.5)
+    tokenizer: str | None = None  # folder, tokenizer.json or hub id; None: byte-level BPE trained on data.train
+    vocab_size: PositiveInt = 8192  # of a tokenizer trained here
+    sequence_length: PositiveInt = 256
+    valid_split: str = "validation"  # of a data.valid that is a hub id; train reads the split "train"
+    text_key: str = "text"
+    document_attention: Literal["isolated", "joined"] = "isolated"
+    max_tokens: PositiveInt | None = None  # stop reading data.train there; None: all of a file, enough of a hub stream
+    cache_dir: str = "cache"
+
+
+class TrainSection(Section):
+    max_steps: int = Field(gt=0, lt=2**40)
+    micro_batch_size: int = Field(8, gt=0, lt=2**20)
+    grad_accumulation: int = Field(1, gt=0, lt=2**20)
+    lr: float = Field(gt=0)
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # lr at the last step, as a share of train.lr
+    clip_grad_norm: NonNegativeFloat = 0.0  # global norm; 0: off
+    optimizer: str | None = None  # adamw8bit | adamw | dotted path; None: the method's
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    optimizer_options: dict[str, Any] = {}
+    stepping: Literal["auto", "fused", "deferred"] = "auto"
+    activation_checkpointing: bool | Literal["auto", "offload"] = "auto"  # auto: the fastest that the plan has room for
+    eval_every: PositiveInt = 100
+    eval_batches: PositiveInt | None = None  # None: all of the held-out text
+    save_every: PositiveInt | None = None  # None: at the end only
+    keep_last: PositiveInt = 2  # checkpoints kept, the newest
+    keep_every: PositiveInt | None = None  # and those of steps that are multiples of this
+    max_skipped_in_a_row: PositiveInt = 5  # steps with a loss or gradient that is not finite are skipped, up to this
+    loss_spike: Literal["off", "warn", "skip", "rollback"] = "warn"
+    spike_threshold: float = Field(8.0, gt=0)  # standard deviations above the mean of the last 100 losses
+
+
+class LowRankSection(Section):
+    rank: PositiveInt | Literal["full"] = 128
+    scale: float = Field(0.25, gt=0)
+    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
+    update_proj_gap: PositiveInt = 200
+    cos_threshold: float = 0.4
+    gamma_proj: float = Field(2.0, ge=1)
+    queue_size: PositiveInt = 5
+    max_gap: PositiveInt | None = None
+    stagger: bool = True
+    projector: Literal["randomized", "exact"] = "randomized"
+    similarity: Literal["overlap", "first_vector"] = "overlap"
+    moments: Literal["rotate", "keep", "reset"] = "rotate"
+    weight_format: Literal["int8", "none"] | None = None  # None: the method's
+    group_size: Literal[128, 64, 32, "row"] = 128
+    basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = None  # None: the method's
+    grad_dtype: Literal["float32", "bfloat16"] | None = None  # None: float32, but bfloat16 where nothing is added to it
+    embeddings: Literal["full", "int8"] = "full"  # int8: the input embedding and the head are low-rank layers too
+    include: list[str] = []
+    exclude: list[str] = []
+
+
+def bytes_of(text: str) -> int:
+    """``"15.5GiB"`` → bytes; GB, MiB and MB too. Raises ``ValueError``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size such as 15.5GiB or 16GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
+
+
+class MemorySection(Section):
+    budget: str | None = None  # such as 15.5GiB; None: what the device has free
+
+    @validator(mode="after")
+    def _readable(self) -> "MemorySection":
+        if self.budget is not None:
+            bytes_of(self.budget)
+        return self
+
+
+class ExportSection(Section):
+    formats: list[Literal["hf", "int8", "gguf"]] = ["hf"]
+
+
+class SampleSection(Section):
+    prompt: str | None = None  # None: the beginning of a held-out document
+    max_new_tokens: NonNegativeInt = 60
+
+
+Method = Literal["qgalore", "galore", "galore8bit", "adamw", "adamw8bit"]
+
+
+class Config(Section):
+    method: Method = "qgalore"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    run: RunSection = RunSection()
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    lowrank: LowRankSection = LowRankSection()
+    memory: MemorySection = MemorySection()
+    export: ExportSection = ExportSection()
+    sample: SampleSection = SampleSection()
+
+    def problems(self) -> list[str]:
+        """Rules between keys. All that are broken, each with its remedy."""
+        train, found = self.train, []
+        if (self.model.config is None) == (self.model.path is None):
+            found.append("model: give exactly one of model.config (from scratch) and model.path (pretrained)")
+        if self.model.path is not None and self.model.overrides:
+            found.append("model.overrides: changes the shape of a pretrained model; it goes with model.config only")
+        if train.stepping == "fused" and train.grad_accumulation > 1:
+            found.append(
+                "train.stepping: fused takes one backward pass a step; use deferred with grad_accumulation > 1"
+            )
+        if train.stepping == "fused" and train.clip_grad_norm > 0:
+            found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
+        if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
+            found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
+        if not all(0 <= beta < 1 for beta in train.betas):
+            found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
+        fields = TrainSection.model_fields
+        plain = train.betas == fields["betas"].default and train.eps == fields["eps"].default
+        if train.optimizer not in (None, "adamw", "adamw8bit") and not plain:
+            found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
+        return found
+
+
+# What a method means: (converted?, weight format, basis format or None for the model's dtype, inner optimizer).
+METHODS: dict[str, tuple[bool, str, str | None, str]] = {
+    "qgalore": (True, "int8", "int4", "adamw8bit"),
+    "galore": (True, "none", None, "adamw"),
+    "galore8bit": (True, "none", None, "adamw8bit"),
+    "adamw": (False, "none", None, "adamw"),
+    "adamw8bit": (False, "none", None, "adamw8bit"),
+}
