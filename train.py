@@ -1,6 +1,7 @@
 """Train a language model in little memory: ``python train.py --config quickstart.yaml [key=value …]``."""
 
 import argparse
+import os
 import sys
 
 
@@ -35,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # against fragmentation: refreshes and blocks of the vocabulary ask for memory in many sizes
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         return run(options)
     except KeyboardInterrupt:

@@ -153,7 +153,11 @@ class Loop:
         try:
             return self._step()
         except torch.OutOfMemoryError as error:
-            raise DoesNotFitError(self._out_of_memory(error)) from error
+            raise DoesNotFitError(self._out_of_memory(str(error))) from error
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how a CPU says it
+                raise
+            raise DoesNotFitError(self._out_of_memory(str(error))) from error
         except NumericalError as error:
             if isinstance(error, Spike) and self.loss_spike == "rollback" and self._roll_back(error):
                 return None
@@ -161,12 +165,13 @@ class Loop:
                 return self._replay(error)
             return self._skip(error)
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    def _out_of_memory(self, error: str) -> str:
+        measured = f"{memory_bytes(self.device) / 2**30:.2f} GiB at most"
+        if self.device.type == "cuda":
+            measured += f", {torch.cuda.max_memory_reserved(self.device) / 2**30:.2f} GiB reserved"
         return (
-            f"out of memory in step {self.position.step + 1}: {str(error).splitlines()[0]}\nplanned:\n{self.plan}\n"
-            f"measured: {allocated / 2**30:.2f} GiB allocated and {reserved / 2**30:.2f} GiB reserved at most.\n"
-            "Lower train.micro_batch_size, data.sequence_length or lowrank.rank, or set "
+            f"out of memory in step {self.position.step + 1}: {error.splitlines()[0]}\nplanned:\n{self.plan}\n"
+            f"measured: {measured}.\nLower train.micro_batch_size, data.sequence_length or lowrank.rank, or set "
             "train.activation_checkpointing=offload; close what else uses the device"
         )
 

@@ -192,3 +192,21 @@ def test_a_loss_spike(tiny_run, monkeypatch, policy):
     assert said[policy] in out
     assert "is a spike in step 25" in out
     assert sum(row["loss"] is None for row in train) == (policy == "skip")
+
+
+def test_running_out_of_memory_shows_the_plan(tiny_run, monkeypatch):
+    """A step that asks the allocator for more than any machine has, as a micro-batch too large would."""
+
+    def wrap(real):
+        def greedy(model, batch):
+            torch.empty(1 << 50)
+            return real(model, batch)
+
+        return greedy
+
+    replace_loss(monkeypatch, wrap)
+    code, _, err = tiny_run()
+    assert code == 3
+    assert "out of memory in step 1" in err
+    for part in ("planned:", "int8 weights", "measured:", "train.micro_batch_size"):
+        assert part in err
