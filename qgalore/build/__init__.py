@@ -24,7 +24,7 @@ from ..quant.counter import derive_key
 from .data import build_data, build_tokenizer
 from .export import export, finish, restore_model
 from .model import Vocabulary, build_model, build_optimizer, stepping_line
-from .plan import limit_device, recheck, settle
+from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_run, checkpoint_to_resume, restore, run_folder
 from .say import say
 
@@ -97,8 +97,8 @@ def build(config: Config, resume: str | None) -> Run:
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length)
     vocabulary = Vocabulary.of(tokenizer)
-    limit_device(config, device)
     config, planned = settle(config, vocabulary, device)
+    prepare_allocator(config, device, planned)
     tokens, packed, valid = build_data(config, tokenizer)
     model, loss = build_model(config, vocabulary, tokens.vocab_high, device)
     planned = recheck(config, vocabulary, device, loss, planned)
