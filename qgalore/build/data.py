@@ -1,0 +1,85 @@
+"""The tokenizer and the data of a run."""
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Config
+from ..data.packing import PackedSequences
+from ..data.paths import looks_like_path
+from ..data.sources import ENDINGS, documents, fingerprint
+from ..data.tokenizer import load_tokenizer, train_tokenizer
+from ..data.tokens import TokenFile, tokenize_to_disk
+from ..errors import ConfigError
+from ..models import loading
+from .say import say
+
+HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer named in the configuration, or a byte-level BPE trained on the corpus and cached."""
+    data = config.data
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    if config.model.path is not None:
+        loading.check_folder(config.model.path)
+        say("tokenizer", f"the model's own, {config.model.path}")
+        return load_tokenizer(config.model.path)
+    if not looks_like_path(data.train, ENDINGS):
+        raise ConfigError(
+            f"data.train {data.train!r} is a hub dataset and data.tokenizer is not set; training one would read all of "
+            "it. Name a tokenizer (data.tokenizer)"
+        )
+    digest = hashlib.sha256(f"{fingerprint(data.train)}|{data.text_key}|{data.vocab_size}".encode()).hexdigest()[:16]
+    folder = Path(data.cache_dir) / f"tokenizer-{digest}"
+    if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        say("tokenizer", f"cached, {folder}")
+        return load_tokenizer(str(folder))
+    say("tokenizer", f"training byte-level BPE with {data.vocab_size} entries on {data.train}")
+    tokenizer = train_tokenizer(documents(data.train, text_key=data.text_key), vocab_size=data.vocab_size)
+    building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save_pretrained(building)
+        if not folder.exists():
+            building.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"the tokenizer cannot be cached in {folder}: {error}; set data.cache_dir") from error
+    return tokenizer
+
+
+def build_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenFile, PackedSequences, PackedSequences]:
+    """The training tokens, and the packed training and held-out samples."""
+    data, train = config.data, config.train
+    read = partial(tokenize_to_disk, tokenizer=tokenizer, cache_dir=data.cache_dir, text_key=data.text_key)
+    needed = train.max_steps * train.micro_batch_size * train.grad_accumulation * data.sequence_length + 1
+    limit = data.max_tokens or (None if Path(data.train).exists() else needed)
+    tokens = read(data.train, max_tokens=limit)
+    if data.valid is not None:
+        limit = None if Path(data.valid).exists() else HUB_VALIDATION_TOKENS
+        held_out = read(data.valid, split=data.valid_split, max_tokens=limit)
+    else:
+        tokens, held_out = tokens.split_tail(data.valid_fraction)
+        say("held out", f"the last {data.valid_fraction:.1%} of {data.train} (set data.valid to choose)")
+    pack = partial(PackedSequences, sequence_length=data.sequence_length, document_attention=data.document_attention)
+    packed, valid = (_labelled(pack, part, key) for part, key in ((tokens, "train"), (held_out, "valid")))
+    epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
+    say(
+        "data",
+        f"{len(tokens.tokens):,} tokens in {tokens.n_documents:,} documents, {len(packed):,} samples of "
+        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {len(valid):,} samples",
+    )
+    return tokens, packed, valid
+
+
+def _labelled(pack, tokens: TokenFile, key: str) -> PackedSequences:
+    """``pack(tokens)``, saying of which data a complaint is."""
+    try:
+        return pack(tokens)
+    except ConfigError as error:
+        raise ConfigError(f"data.{key}: {error}") from error

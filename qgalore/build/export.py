@@ -1,0 +1,56 @@
+"""What leaves a run: exports, a sample, and the model of a checkpoint."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from .. import checkpoint
+from .. import config as configuration
+from ..data.tokenizer import load_tokenizer
+from ..errors import ConfigError
+from ..export import gguf, huggingface, int8
+from ..models import loading, streaming
+from ..models.sample import continue_text, prompt_ids
+from .model import convert_as
+from .say import say
+
+EXPORTS = {"hf": huggingface.save, "int8": int8.save, "gguf": gguf.save}
+
+
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, target: Path) -> None:
+    """Write ``model`` to ``target`` in one of ``EXPORTS``. Raises :class:`ConfigError` if it cannot be."""
+    try:
+        EXPORTS[fmt](model, tokenizer, target)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"the export {target} could not be written: {error}; the checkpoints are intact") from error
+    say("export", str(target))
+
+
+def finish(run) -> None:
+    """What happens after the last step of a ``build.Run``: the exports and a sample."""
+    for fmt in run.config.export.formats:
+        export(run.model, run.tokenizer, fmt, run.folder / "export" / fmt)
+    section = run.config.sample
+    if section.max_new_tokens:
+        ids = run.valid.batch([0])["input_ids"][0, :16].tolist()
+        if section.prompt is not None:
+            ids = prompt_ids(run.tokenizer, section.prompt, run.config.data.sequence_length)
+        say("sample", continue_text(run.model, run.tokenizer, ids, section.max_new_tokens, run.config.run.seed))
+
+
+def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a checkpoint (RUN/checkpoints/step-…), on the CPU, without its data or optimizer.
+
+    Raises :class:`ConfigError` if the checkpoint is damaged or its run's tokenizer is gone.
+    """
+    state = checkpoint.read_state(source)
+    config = configuration.parse(state["config"], str(source))
+    shape = AutoConfig.for_model(**state["model_config"])
+    model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype))
+    convert_as(config, model)
+    streaming.allocate(model, torch.device("cpu"))
+    checkpoint.load_model(source, model)
+    return model.eval(), load_tokenizer(str(source.parent.parent / "tokenizer"))

@@ -1,0 +1,146 @@
+"""The model of a run, converted and on its device, and its optimizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..config import METHODS, Config
+from ..lowrank.linear import LowRankLinear
+from ..lowrank.optimizer import LowRankOptimizer, optimizer
+from ..models import loading, streaming
+from ..models.checkpointing import checkpoint_blocks
+from ..models.convert import ConversionReport, convert
+from ..models.loss import Loss, check_isolation, chunked_loss, choose_loss, uncalled_layers
+from .say import say
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer asks of a model: its entries, the ids of its special tokens."""
+
+    size: int
+    bos: int | None
+    eos: int | None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
+        return cls(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
+    """The unconverted model on the meta device. Raises :class:`ConfigError` if there is none, or one too small."""
+    section = config.model
+    dtype = getattr(torch, section.dtype)
+    if section.path is not None:
+        model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype)
+    else:
+        shape = loading.model_config(
+            section.config,
+            tokenizer_size=vocabulary.size,
+            overrides=section.overrides,
+            report=lambda line: report(line.removeprefix("model: ")),
+        )
+        loading.check_vocabulary(shape, 0, vocabulary.size)
+        shape.bos_token_id, shape.eos_token_id = vocabulary.bos, vocabulary.eos
+        shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding
+        model = loading.skeleton(shape, dtype=dtype)
+    loading.check_positions(model.config, config.data.sequence_length)
+    return model
+
+
+def source_of(config: Config, model: nn.Module) -> streaming.Source:
+    """Where the tensors of :func:`architecture`'s model come from."""
+    report = partial(say, "model")
+    if config.model.path is None:
+        return loading.fresh_source(model, seed=config.run.seed, report=report)
+    return loading.stored_source(loading.local_folder(config.model.path), model, report=report)
+
+
+def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
+    """Convert ``model`` in place as the method says; None for a method that trains every tensor in full."""
+    if not METHODS[config.method][0]:
+        return None
+    low = config.lowrank
+    return convert(
+        model,
+        rank=None if low.rank == "full" else low.rank,
+        proj_type=low.proj_type,
+        weight_format=low.weight_format,
+        group_size=low.group_size,
+        basis_format=low.basis_format,
+        grad_dtype=getattr(torch, low.grad_dtype),
+        include=low.include,
+        exclude=low.exclude,
+        embeddings=low.embeddings,
+    )
+
+
+def checkpoint_as(config: Config, model: nn.Module) -> None:
+    """Activation checkpointing as asked."""
+    asked = config.train.activation_checkpointing
+    if asked is not False:
+        checkpoint_blocks(model, "host" if asked == "offload" else "device")
+
+
+def build_model(config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device) -> tuple[nn.Module, Loss]:
+    """The model in its dtype, converted as the method says, on the device, made there tensor by tensor; and its loss."""
+    model = architecture(config, vocabulary, partial(say, "model"))
+    source = source_of(config, model)
+    loading.check_vocabulary(model.config, highest_id, vocabulary.size)
+    if (row := loading.untie_padding(model)) is not None:
+        say("note", f"the embedding row of the padding token, {row}, trains like any other here")
+    report = convert_as(config, model)
+    if report is None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        say("model", f"{sum(p.numel() for p in parameters):,} values in {len(parameters)} tensors, all trained in full")
+    else:
+        print(report, flush=True)
+    streaming.allocate(model, device)
+    streaming.fill(model, source, "model")
+    checkpoint_as(config, model)
+    model.eval()
+    if uncalled := uncalled_layers(model, LowRankLinear):
+        names = ", ".join(uncalled[:5])
+        say("note", f"{len(uncalled)} converted layers were not called in a trial forward pass: {names}")
+    if config.data.document_attention == "isolated":
+        check_isolation(model, config.data.sequence_length)
+    loss = choose_loss(model)
+    if loss is not chunked_loss:
+        say("note", f"{type(model).__name__} changes its head's output: the loss keeps all logits at once")
+    return model, loss
+
+
+def optimizer_options(config: Config) -> dict[str, Any]:
+    """Arguments of ``lowrank.optimizer.optimizer``."""
+    train, low = config.train, config.lowrank
+    options = {"betas": train.betas, "eps": train.eps} if train.optimizer in ("adamw", "adamw8bit") else {}
+    schedule = ("update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger")
+    return {
+        "lr": train.lr,
+        "weight_decay": train.weight_decay,
+        "inner": train.optimizer,
+        "inner_options": train.optimizer_options,
+        "stepping": train.stepping,
+        "seed": config.run.seed,
+        **options,
+        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "similarity", "moments")},
+    }
+
+
+def build_optimizer(config: Config, model: nn.Module) -> LowRankOptimizer:
+    """The optimizer over every trainable tensor of ``model``."""
+    return optimizer(model, **optimizer_options(config))
+
+
+def stepping_line(config: Config) -> str:
+    train = config.train
+    if train.stepping == "fused":
+        return "fused stepping: each tensor steps inside backward and its gradient is freed at once"
+    asked = [f"grad_accumulation {train.grad_accumulation}"] if train.grad_accumulation > 1 else []
+    asked += [f"clip_grad_norm {train.clip_grad_norm:g}"] if train.clip_grad_norm > 0 else []
+    return f"deferred stepping ({' and '.join(asked) or 'as asked'}): gradients are kept until the step"

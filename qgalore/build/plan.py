@@ -1,0 +1,238 @@
+"""The memory plan of a configuration, whether it fits, and what would make it fit."""
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import memory
+from ..config import METHODS, Config
+from ..config import bytes_of as budget_bytes
+from ..errors import ConfigError, DoesNotFitError
+from ..lowrank.inner import make_factory
+from ..lowrank.optimizer import RefreshOptions, attach, collect_slots, part_elements
+from ..lowrank.rules import RuleOptions
+from ..lowrank.slots import Slot
+from ..models import loading
+from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
+from .model import Vocabulary, architecture, checkpoint_as, convert_as
+from .say import say
+
+CHECKPOINTING = (False, True, "offload")  # from the fastest to the smallest
+PROPOSALS = 3
+LARGE_RUN = 2 << 30
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2 << 20  # glibc's name for: give larger blocks pages of their own
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that this process may have in all on ``device``, what it holds already included; None if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration, ValueError):
+        return None
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        free = min(free, limit - used)
+    return free + resident_set()
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def resident_set() -> int:
+    """Bytes of physical memory that this process holds now; 0 where that is unknown."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * memory.PAGE
+
+
+def _inner_factory(config: Config):
+    """The inner optimizer to plan with: one that cannot step without values is planned as AdamW."""
+    train = config.train
+    if train.optimizer == "adamw8bit":
+        return memory.Adam8bitShapes
+    factory = make_factory(train.optimizer, train.lr, train.optimizer_options)
+    leaf = torch.nn.Parameter(torch.zeros(16, 16, device="meta"))
+    leaf.grad = torch.zeros_like(leaf)
+    try:
+        factory([leaf]).step()
+    except Exception:  # whatever a foreign optimizer does with values that are not there
+        return partial(torch.optim.AdamW, lr=train.lr)
+    return factory
+
+
+def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, list[Slot]]:
+    """The converted model of a resolved configuration and its slots, all on the meta device."""
+    model = architecture(config, vocabulary, lambda line: None)
+    loading.untie_padding(model)
+    convert_as(config, model)
+    checkpoint_as(config, model)
+    low = config.lowrank
+    lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
+    find = RefreshOptions(method=low.projector, moments=low.moments)
+    schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
+    low_rank, dense = collect_slots(model, **schedule, rule="galore", of_rule=RuleOptions())
+    slots = [*low_rank, *dense]
+    attach(slots, _inner_factory(config), part_elements(config.train.optimizer))
+    return model, slots
+
+
+def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None) -> memory.Plan:
+    """The plan of a resolved configuration. ``loss``: the one it will use, where that is known already."""
+    model, slots = on_paper(config, vocabulary)
+    if loss is None:
+        loss = chunked_loss if can_be_chunked(model) else summed_loss
+    step = memory.Step(
+        loss=loss,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        fused=config.train.stepping == "fused",
+        masked=config.data.document_attention == "isolated",
+        staggered=config.lowrank.stagger,
+    )
+    outside = {"CUDA context (assumed)": memory.CUDA_CONTEXT}
+    if device == "cpu":
+        outside = {"this process so far": resident_set()}
+    return memory.plan(model, slots, step, outside)
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    for key, value in changes.items():
+        section, name = key.split(".")
+        part = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: part})
+    return config
+
+
+def _candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, the least harmful first; then several of them together."""
+    train, low, data = config.train, config.lowrank, config.data
+    free: dict[str, Any] = {}
+    smallest = "offload" if device == "cuda" else True
+    if train.activation_checkpointing not in (smallest, "offload", "auto"):
+        free["train.activation_checkpointing"] = smallest
+    singles = [free.copy()] if free else []
+    if METHODS[config.method][0] and low.embeddings == "full":
+        singles.append({"lowrank.embeddings": "int8"})
+    if train.micro_batch_size > 1:
+        singles.append({"train.micro_batch_size": train.micro_batch_size // 2})
+    if data.sequence_length > 1:
+        singles.append({"data.sequence_length": data.sequence_length // 2})
+    if METHODS[config.method][0] and low.rank != "full":
+        singles += [{"lowrank.rank": low.rank // part} for part in (2, 4) if low.rank >= part]
+        singles += [{"lowrank.proj_type": "reverse_std"}] if low.proj_type == "std" else []
+    yield from singles
+    together: dict[str, Any] = {}
+    for change in singles:
+        together = together | change
+        if len(together) > 1:
+            yield together
+    size, length, rank = train.micro_batch_size, data.sequence_length, low.rank
+    while size > 1 or length > 128 or (rank != "full" and rank > 64):
+        size, length = max(1, size // 4), max(min(128, length), length // 4)
+        rank = rank if rank == "full" else max(min(64, rank), rank // 4)
+        smaller = {"train.micro_batch_size": size, "data.sequence_length": length, "lowrank.rank": rank}
+        now = {"train.micro_batch_size": train.micro_batch_size, "data.sequence_length": data.sequence_length}
+        together = together | {k: v for k, v in smaller.items() if v != now.get(k, low.rank)}
+        yield together
+
+
+def decide(
+    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None = None
+) -> tuple[Config, memory.Plan]:
+    """``config`` with activation checkpointing chosen, if it is left to us: the fastest whose plan is within
+    ``budget``, else the smallest; and that plan."""
+    if config.train.activation_checkpointing != "auto":
+        return config, plan_for(config, vocabulary, device, loss)
+    for choice in CHECKPOINTING if device == "cuda" else CHECKPOINTING[:2]:
+        chosen = _changed(config, {"train.activation_checkpointing": choice})
+        found = plan_for(chosen, vocabulary, device, loss)
+        if budget is None or found.total <= budget:
+            break
+    return chosen, found
+
+
+def proposals(config: Config, vocabulary: Vocabulary, device: str, budget: int) -> list[tuple[dict[str, Any], int]]:
+    """Up to three changes that make ``config`` fit into ``budget``, the least harmful first, with their totals."""
+    found = []
+    for changes in _candidates(config, device):
+        _, planned = decide(_changed(config, changes), vocabulary, device, budget)
+        if planned.total <= budget:
+            found.append((changes, planned.total))
+        if len(found) == PROPOSALS:
+            break
+    return found
+
+
+def describe(changes: dict[str, Any]) -> str:
+    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items())
+
+
+def settle(config: Config, vocabulary: Vocabulary, device: torch.device) -> tuple[Config, memory.Plan]:
+    """``config`` with activation checkpointing decided, and its plan, printed.
+
+    Raises :class:`DoesNotFitError`, with proposals, if it is larger than the budget: ``memory.budget``, or what the
+    device has.
+    """
+    asked = config.memory.budget
+    budget = budget_bytes(asked) if asked is not None else available(device)
+    chosen, found = decide(config, vocabulary, device.type, budget)
+    if chosen is not config:
+        choice = {"train.activation_checkpointing": chosen.train.activation_checkpointing}
+        say("memory", f"auto → {describe(choice)}")
+    whose = "memory.budget" if asked is not None else f"free on {device.type}"
+    say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
+    print(found, flush=True)
+    if budget is not None and found.total > budget:
+        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose))
+    return chosen, found
+
+
+def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budget: int, whose: str) -> str:
+    print("looking for what would fit …", file=sys.stderr, flush=True)
+    options = proposals(config, vocabulary, device.type, budget)
+    lines = [f"  {describe(changes)}  → {memory.human(total)}" for changes, total in options]
+    advice = "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"
+    return f"the plan needs {memory.human(found.total)}, and there are {memory.human(budget)} ({whose}). {advice}"
+
+
+def recheck(config: Config, vocabulary: Vocabulary, device: torch.device, loss: Loss, before: memory.Plan) -> memory.Plan:
+    """The plan again, for a model whose loss turned out to keep all logits."""
+    if loss is chunked_loss:
+        return before
+    found = plan_for(config, vocabulary, device.type, loss)
+    budget = budget_bytes(config.memory.budget) if config.memory.budget is not None else available(device)
+    say("memory", f"planned peak {memory.human(found.total)}, whole logits included")
+    if budget is not None and found.total > budget:
+        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, "with whole logits"))
+    return found
+
+
+def prepare_allocator(config: Config, device: torch.device, planned: memory.Plan) -> None:
+    """Hold a GPU's allocator to ``memory.budget``, so that a run that would not fit the card it is meant for stops. On
+    Linux keep the C allocator of a large CPU run from holding back what was freed between what was not."""
+    if device.type == "cpu":
+        if planned.tensors > LARGE_RUN and sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+                ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    elif config.memory.budget is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (budget_bytes(config.memory.budget) - memory.CUDA_CONTEXT) / total
+        if share <= 0:
+            raise ConfigError(f"memory.budget is {config.memory.budget}, less than a CUDA context takes")
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
