@@ -15,7 +15,7 @@ from ..lowrank.optimizer import LowRankOptimizer, optimizer
 from ..models import loading, streaming
 from ..models.checkpointing import checkpoint_blocks
 from ..models.convert import ConversionReport, convert
-from ..models.loss import Loss, check_isolation, chunked_loss, choose_loss, uncalled_layers
+from ..models.loss import Loss, check_isolation, choose_loss, chunked_loss, uncalled_layers
 from .say import say
 
 
@@ -87,7 +87,9 @@ def checkpoint_as(config: Config, model: nn.Module) -> None:
         checkpoint_blocks(model, "host" if asked == "offload" else "device")
 
 
-def build_model(config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device) -> tuple[nn.Module, Loss]:
+def build_model(
+    config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device
+) -> tuple[nn.Module, Loss]:
     """The model in its dtype, converted as the method says, on the device, made there tensor by tensor; and its loss."""
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)

@@ -171,6 +171,9 @@ def proposals(config: Config, vocabulary: Vocabulary, device: str, budget: int) 
     """Up to three changes that make ``config`` fit into ``budget``, the least harmful first, with their totals."""
     found = []
     for changes in _candidates(config, device):
+        quick = _changed(config, {**changes, "train.activation_checkpointing": True})
+        if sum(memory.resident(*on_paper(quick, vocabulary)).values()) > budget:
+            continue  # without a rehearsal
         _, planned = decide(_changed(config, changes), vocabulary, device, budget)
         if planned.total <= budget:
             found.append((changes, planned.total))
@@ -180,7 +183,9 @@ def proposals(config: Config, vocabulary: Vocabulary, device: str, budget: int) 
 
 
 def describe(changes: dict[str, Any]) -> str:
-    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items())
+    return " ".join(
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()
+    )
 
 
 def settle(config: Config, vocabulary: Vocabulary, device: torch.device) -> tuple[Config, memory.Plan]:
@@ -191,6 +196,9 @@ def settle(config: Config, vocabulary: Vocabulary, device: torch.device) -> tupl
     """
     asked = config.memory.budget
     budget = budget_bytes(asked) if asked is not None else available(device)
+    if device.type == "cpu" and config.train.activation_checkpointing == "offload":
+        say("note", "train.activation_checkpointing: offload has nowhere to go from a CPU; taken as true")
+        config = _changed(config, {"train.activation_checkpointing": True})
     chosen, found = decide(config, vocabulary, device.type, budget)
     if chosen is not config:
         choice = {"train.activation_checkpointing": chosen.train.activation_checkpointing}
@@ -207,11 +215,15 @@ def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budge
     print("looking for what would fit …", file=sys.stderr, flush=True)
     options = proposals(config, vocabulary, device.type, budget)
     lines = [f"  {describe(changes)}  → {memory.human(total)}" for changes, total in options]
-    advice = "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"
+    advice = (
+        "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"
+    )
     return f"the plan needs {memory.human(found.total)}, and there are {memory.human(budget)} ({whose}). {advice}"
 
 
-def recheck(config: Config, vocabulary: Vocabulary, device: torch.device, loss: Loss, before: memory.Plan) -> memory.Plan:
+def recheck(
+    config: Config, vocabulary: Vocabulary, device: torch.device, loss: Loss, before: memory.Plan
+) -> memory.Plan:
     """The plan again, for a model whose loss turned out to keep all logits."""
     if loss is chunked_loss:
         return before

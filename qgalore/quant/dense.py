@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .counter import random_bits
-from .int8 import row_tiles
+from .int8 import write_back_tiles
 from .rounding import to_bfloat16_stochastic
 
 
@@ -23,8 +23,8 @@ def write_back(
 
     ``weight`` (rows, width) fp32 or bf16; ``update_rows(a, b)`` gives fp32 rows a … b−1; see ``int8.write_back``.
     """
-    rows, width = weight.shape
-    for a, b in row_tiles(rows, width):
+    width = weight.shape[1]
+    for a, b in write_back_tiles(weight):
         tile = weight[a:b].float() * (1.0 - shrink) + update_rows(a, b)
         if weight.dtype == torch.bfloat16:
             bits = random_bits(key, (first_row + a) * width, (b - a) * width, weight.device).view(tile.shape)

@@ -37,8 +37,15 @@ def scale_for(absmax: Tensor) -> Tensor:
 
 
 def row_tiles(rows: int, width: int) -> list[tuple[int, int]]:
+    """Row ranges (a, b) of about ``TILE_ELEMENTS`` values."""
     step = max(1, TILE_ELEMENTS // width)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def write_back_tiles(weight: Tensor) -> list[tuple[int, int]]:
+    """The row tiles of a write-back; on the meta device, where only memory counts, two that stand for all."""
+    tiles = row_tiles(*weight.shape)
+    return tiles[:2] if weight.is_meta else tiles
 
 
 @torch.no_grad()
@@ -99,9 +106,9 @@ def write_back(
     element of the whole tensor, in which ``q``'s first row has the number ``first_row``. The sum is formed as (integer,
     small change) wherever the scale stays, so that updates far below fp32's resolution at 127 still count.
     """
-    rows, width = q.shape
+    width = q.shape[1]
     groups = scale.shape[1]
-    for a, b in row_tiles(rows, width):
+    for a, b in write_back_tiles(q):
         old = scale[a:b].float()
         base = q[a:b].float().view(b - a, groups, -1)
         change = update_rows(a, b).view(base.shape) / old.unsqueeze(2)
