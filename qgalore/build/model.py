@@ -90,7 +90,7 @@ def checkpoint_as(config: Config, model: nn.Module) -> None:
 def build_model(
     config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device
 ) -> tuple[nn.Module, Loss]:
-    """The model in its dtype, converted as the method says, on the device, made there tensor by tensor; and its loss."""
+    """The model in its dtype, converted as the method says, on the device, made tensor by tensor; and its loss."""
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)
     loading.check_vocabulary(model.config, highest_id, vocabulary.size)
