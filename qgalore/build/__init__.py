@@ -20,6 +20,7 @@ from ..lowrank import inner
 from ..lr import lr_at
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
+from ..quant import dispatch
 from ..quant.counter import derive_key
 from .data import build_data, build_tokenizer
 from .export import export, finish, restore_model
@@ -93,6 +94,7 @@ def build(config: Config, resume: str | None) -> Run:
     say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
+    dispatch.use(config.kernels, device)
     tokenizer = build_tokenizer(config)
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length)

@@ -138,6 +138,7 @@ Method = Literal["qgalore", "galore", "galore8bit", "adamw", "adamw8bit"]
 class Config(Section):
     method: Method = "qgalore"
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: Triton on a GPU where a self-check passes
     run: RunSection = RunSection()
     model: ModelSection
     data: DataSection

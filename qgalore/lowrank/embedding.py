@@ -7,7 +7,7 @@ over the tokens of each id of dX R̂, r wide. The (V, d) gradient is formed only
 import torch
 from torch import Tensor, nn
 
-from ..quant import basis as formats
+from ..quant import dispatch
 from .linear import LowRankLinear, delta_linear, stored_weight
 from .sides import TILE_ELEMENTS
 
@@ -52,11 +52,11 @@ class _DeltaEmbedding(torch.autograd.Function):
             grad_probe = _sum_by_id(columns, ids, rows, ctx.padding, ctx.leaf_dtype)
         if ctx.needs_input_grad[10]:
             if right is not None:
-                columns = columns @ formats.decode(right, right_scale, width, ctx.fmt, columns.dtype).T
+                columns = columns @ dispatch.decode(right, right_scale, width, ctx.fmt, columns.dtype).T
             if left is None:
                 grad_delta = _sum_by_id(columns, ids, rows, ctx.padding, ctx.leaf_dtype)
             else:
-                picked = formats.decode(left, left_scale, rows, ctx.fmt, columns.dtype).index_select(1, ids)
+                picked = dispatch.decode(left, left_scale, rows, ctx.fmt, columns.dtype).index_select(1, ids)
                 grad_delta = (picked @ columns).to(ctx.leaf_dtype)
         return *[None] * 10, grad_delta, grad_probe, None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quant import basis as formats
+from ..quant import dispatch
 from .embedding import TiedHead
 from .linear import LowRankLinear, stored_weight
 
@@ -121,9 +121,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for_hidden, for_weight, for_bias, for_delta, for_probe = (ctx.needs_input_grad[i] for i in (0, 4, 6, 11, 12))
         columns = hidden
         if for_delta and left is not None:
-            left = formats.decode(left, left_scale, weight.shape[0], ctx.fmt, hidden.dtype).T
+            left = dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, hidden.dtype).T
         if for_delta and right is not None:
-            columns = hidden @ formats.decode(right, right_scale, weight.shape[1], ctx.fmt, hidden.dtype).T
+            columns = hidden @ dispatch.decode(right, right_scale, weight.shape[1], ctx.fmt, hidden.dtype).T
         projected_rows = for_delta and left is not None
 
         full_dtype = weight.dtype if for_weight else ctx.leaf_dtype

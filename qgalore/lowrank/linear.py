@@ -12,8 +12,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..quant import basis as formats
-from ..quant.int8 import dequantize, quantize
+from ..quant import basis, dispatch
+from ..quant.int8 import quantize
 from . import sides
 
 
@@ -23,20 +23,24 @@ class Basis(nn.Module):
     def __init__(self, dim: int, rank: int, fmt: str, device: torch.device | None = None) -> None:
         super().__init__()
         self.dim, self.rank, self.fmt = dim, rank, fmt
-        codes, scale = formats.empty(rank, dim, fmt, device)
+        codes, scale = basis.empty(rank, dim, fmt, device)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
 
     def assign(self, columns: Tensor) -> None:
         """Store ``columns`` fp32 (dim, rank)."""
-        codes, scale = formats.encode(columns.T.contiguous(), self.fmt)
+        codes, scale = dispatch.encode(columns.T.contiguous(), self.fmt)
         self.codes.copy_(codes)
         if scale is not None:
             self.scale.copy_(scale)
 
+    def stored(self) -> tuple[Tensor, Tensor | None, str]:
+        """Codes, scale and format, as ``quant.dispatch`` takes them."""
+        return self.codes, self.scale, self.fmt
+
     def columns(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored basis (dim, rank), as the forward and the merge use it; a copy, which outlives :meth:`assign`."""
-        columns = formats.decode(self.codes, self.scale, self.dim, self.fmt, dtype)
+        columns = dispatch.decode(self.codes, self.scale, self.dim, self.fmt, dtype)
         return (columns.clone() if columns.data_ptr() == self.codes.data_ptr() else columns).T
 
 
@@ -46,7 +50,7 @@ def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_g
 
 def stored_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A stored weight, or some rows of it, in ``dtype``; ``scale`` is None for one that is not int8."""
-    return weight.to(dtype) if scale is None else dequantize(weight, scale, dtype)
+    return weight.to(dtype) if scale is None else dispatch.dequantize(weight, scale, dtype)
 
 
 class _DeltaLinear(torch.autograd.Function):
@@ -77,9 +81,9 @@ class _DeltaLinear(torch.autograd.Function):
             grad_probe = (rows.T @ columns).to(ctx.delta_dtype)
         if ctx.needs_input_grad[8]:
             if left is not None:
-                rows = rows @ formats.decode(left, left_scale, weight.shape[0], ctx.fmt, x.dtype).T
+                rows = rows @ dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, x.dtype).T
             if right is not None:
-                columns = columns @ formats.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
+                columns = columns @ dispatch.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
             grad_delta = (rows.T @ columns).to(ctx.delta_dtype)
         return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..quant import dense as dense_grid
+from ..quant import dispatch
 from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
 from . import health, moments, projector, sides
@@ -281,14 +282,16 @@ class LowRankSlot(Slot):
     @torch.no_grad()
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Add ``scale · L Δ R̂ᵀ`` to the weight's rows from ``first`` on (all of them where L is not the identity)."""
-        update = sides.update_rows(delta, *self.module.columns(), scale)
+        module = self.module
         part = slice(first, None if not self.by_rows else first + delta.shape[0])
-        weight = self.module.weight.detach()[part]
+        weight = module.weight.detach()[part]
+        stored = (weight,) if module.weight_scale is None else (weight, module.weight_scale[part])
         where = {"shrink": shrink, "key": key, "first_row": first}
-        if self.module.weight_scale is None:
-            dense_grid.write_back(weight, update, **where)
-        else:
-            int8_grid.write_back(weight, self.module.weight_scale[part], update, **where)
+        bases = [None if side is None else side.stored() for side in (module.left, module.right)]
+        if len(stored) == 2 and dispatch.fused_merge(*stored, delta, *bases, s=scale, **where):
+            return
+        grid = dense_grid if len(stored) == 1 else int8_grid
+        grid.write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)
 
     def tensors(self) -> dict[str, Tensor]:
         """Bases and weights are the model's own tensors."""

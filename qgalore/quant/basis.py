@@ -56,7 +56,8 @@ def encode(vectors: Tensor, fmt: str) -> tuple[Tensor, Tensor | None]:
     size = group_size_for(dim)
     grouped = vectors.float().view(rank, -1, size)
     top = INT4_MAX if fmt == "int4" else 1
-    scale = (grouped.abs().amax(dim=2) / top).to(torch.bfloat16)
+    # top as a tensor: CUDA divides by a Python number through its reciprocal, which rounds otherwise than a CPU
+    scale = (grouped.abs().amax(dim=2) / grouped.new_full((), top)).to(torch.bfloat16)
     unit = grouped / scale.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
     if fmt == "int4":
         codes = unit.round_().clamp_(-INT4_MAX, INT4_MAX).add_(8)

@@ -1,7 +1,8 @@
 """Which code works on a format: the plain PyTorch reference, or the Triton kernels where they apply.
 
-``kernels`` is ``reference``, ``triton`` (raises where a kernel cannot run) or ``auto``: kernels for tensors on a GPU if
-Triton is installed, the reference otherwise. What ``auto`` cannot give to a kernel on a GPU is printed once.
+The choice is one for the process, made by :func:`use`: ``reference``; ``auto``, kernels for tensors on a GPU if Triton
+is installed and every kernel passes ``self_check`` there, else the reference and a printed line; or ``triton``, which
+raises where a kernel cannot run. Code that ``torch.compile`` traces always takes the reference, which it fuses itself.
 """
 
 import os
@@ -14,60 +15,87 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import basis, int8
+from .self_check import first_failure
 
 CHOICES = ("auto", "reference", "triton")
+_choice = "auto"
+
+
+def use(kernels: str, device: torch.device) -> None:
+    """Choose the code for this process and, where it is kernels, check them on ``device``.
+
+    Raises :class:`ConfigError` for a name that is not in ``CHOICES``, and under ``triton`` if kernels cannot run on
+    ``device`` or one of them is wrong there.
+    """
+    global _choice
+    if kernels not in CHOICES:
+        raise ConfigError(f"kernels is {kernels!r}; it must be one of {CHOICES}")
+    before, _choice = _choice, kernels
+    try:
+        kernels_for(device)
+    except ConfigError:
+        _choice = before
+        raise
 
 
 @cache
 def _say_once(text: str) -> None:
-    print(f"kernels    {text}", flush=True)
+    print(f"{'kernels:':<11}{text}", flush=True)
 
 
-def kernels_for(device: torch.device, kernels: str, obstacle: str | None = None) -> ModuleType | None:
+@cache
+def _obstacle_on(device: torch.device) -> str | None:
+    """Why no kernel can be used on ``device``, found once for each: nothing for a CPU under ``TRITON_INTERPRET``."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton does not run on {device.type}"
+    from . import kernels as module
+
+    return first_failure(module, device)
+
+
+def kernels_for(device: torch.device, obstacle: str | None = None) -> ModuleType | None:
     """The module of kernels to use for tensors on ``device``, or None for the reference.
 
-    ``obstacle`` says why this case has no kernel. Raises :class:`ConfigError` for an unknown ``kernels``, and under
-    ``triton`` for whatever keeps a kernel from running.
+    ``obstacle`` says why this case has no kernel. Under ``triton`` whatever keeps a kernel from running raises
+    :class:`ConfigError`; under ``auto`` it is printed, once.
     """
-    if kernels not in CHOICES:
-        raise ConfigError(f"kernels is {kernels!r}; it must be one of {CHOICES}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
+    if _choice == "reference" or device.type == "meta" or torch.compiler.is_compiling():
         return None
-    if find_spec("triton") is None:
-        obstacle = "Triton is not installed (pip install triton)"
-    elif device.type != "cuda" and not interpreted:
-        obstacle = f"Triton does not run on {device.type}"
+    if _choice == "auto" and device.type != "cuda":
+        return None
+    obstacle = _obstacle_on(device) or obstacle
     if obstacle is None:
         from . import kernels as module
 
         return module
-    if kernels == "triton":
+    if _choice == "triton":
         raise ConfigError(f"kernels is 'triton', but {obstacle}; set kernels to auto or reference")
     _say_once(f"{obstacle}: plain PyTorch is used there")
     return None
 
 
-def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """See ``int8.dequantize``."""
-    module = kernels_for(q.device, kernels)
-    return int8.dequantize(q, scale, dtype) if module is None else module.dequantize(q, scale, dtype)
+    module = kernels_for(q.device)
+    if module is None:
+        return int8.dequantize(q, scale, dtype)
+    return module.dequantize(q.contiguous(), scale.contiguous(), dtype)
 
 
-def encode(vectors: Tensor, fmt: str, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:
+def encode(vectors: Tensor, fmt: str) -> tuple[Tensor, Tensor | None]:
     """See ``basis.encode``; int4 in groups of 128, 64 or 32 has a kernel."""
     group = int8.group_size_for(vectors.shape[1])
     module = None
     if fmt == "int4":
-        module = kernels_for(vectors.device, kernels, _group_obstacle("basis", group))
+        module = kernels_for(vectors.device, _group_obstacle("basis", group))
     return basis.encode(vectors, fmt) if module is None else module.encode_int4(vectors.float().contiguous(), group)
 
 
-def decode(
-    codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch.dtype = torch.float32, kernels: str = "auto"
-) -> Tensor:
+def decode(codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """See ``basis.decode``; int4 has a kernel."""
-    module = kernels_for(codes.device, kernels) if fmt == "int4" else None
+    module = kernels_for(codes.device) if fmt == "int4" else None
     if module is None:
         return basis.decode(codes, scale, dim, fmt, dtype)
     return module.decode_int4(codes, scale, dim, dtype)
@@ -87,7 +115,7 @@ def fused_merge(
     s: float,
     shrink: float,
     key: tuple[int, int],
-    kernels: str = "auto",
+    first_row: int = 0,
 ) -> bool:
     """``W ← SR(W · (1 − shrink) + s · L Δ R̂ᵀ)`` in place by a kernel; False, with nothing done, if there is none.
 
@@ -100,10 +128,10 @@ def fused_merge(
     codes, basis_scale, fmt = left or right or (None, None, "")
     if obstacle is None and fmt != "int4":
         obstacle = f"a merge with a basis in {fmt} has no kernel"
-    module = kernels_for(q.device, kernels, obstacle)
+    module = kernels_for(q.device, obstacle)
     if module is None:
         return False
     side, dim = ("right", q.shape[1]) if left is None else ("left", q.shape[0])
-    delta = delta.float().contiguous()
-    module.merge(q, scale, delta, codes, basis_scale, dim, side, s=s, shrink=shrink, key=key)
+    delta, where = delta.float().contiguous(), {"key": key, "first_row": first_row}
+    module.merge(q, scale, delta, codes, basis_scale, dim, side, s=s, shrink=shrink, **where)
     return True

@@ -114,9 +114,9 @@ def _round_back(base, change, old, at, key0, key1, rows: tl.constexpr, columns: 
     return tl.minimum(tl.maximum(base + whole, -_QMAX), _QMAX), new
 
 
-@triton.jit(do_not_specialize=["s", "shrink", "key0", "key1"])
+@triton.jit(do_not_specialize=["s", "shrink", "key0", "key1", "first_row"])
 def _merge_kernel(
-    q, scale, delta, codes, basis_scale, s, shrink, key0, key1,
+    q, scale, delta, codes, basis_scale, s, shrink, key0, key1, first_row,
     height, width, rank, packed, basis_group, basis_groups,
     on_left: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, depth: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,8 @@ def _merge_kernel(
     change = tl.div_rn(product * s, spread)
     if shrink != 0:
         change -= base * shrink
-    integer, new = _round_back(base, change, old, at, key0, key1, rows, columns, group)
+    number = at + first_row.to(tl.int64) * width
+    integer, new = _round_back(base, change, old, number, key0, key1, rows, columns, group)
     tl.store(q + at, integer.to(tl.int8), mask=inside)
     tl.store(scale + scale_at, new.to(tl.bfloat16), mask=has_scale)
 
@@ -190,19 +191,20 @@ def encode_int4(vectors: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def merge(
     q: Tensor, scale: Tensor, delta: Tensor, codes: Tensor, basis_scale: Tensor, dim: int, side: str,
-    *, s: float, shrink: float, key: tuple[int, int],
+    *, s: float, shrink: float, key: tuple[int, int], first_row: int = 0,
 ) -> None:  # fmt: skip
     """``W ← SR(W · (1 − shrink) + s · Δ Pᵀ)`` in place (``side`` left: s · P Δ), as ``int8.write_back`` defines it.
 
     ``q`` int8 (out, in), ``scale`` bf16 (out, in / group) with a group of 128, 64 or 32; ``delta`` fp32 (out, r) or
-    (r, in); ``codes`` uint8 (r, ⌈dim/2⌉) and ``basis_scale`` bf16 (r, groups): P as int4. Neither the product nor a
-    float W nor P is ever stored. All contiguous, on one device.
+    (r, in); ``codes`` uint8 (r, ⌈dim/2⌉) and ``basis_scale`` bf16 (r, groups): P as int4. ``first_row``: the number
+    of q's first row in its whole tensor, by which random bits are chosen. Neither the product nor a float W nor P is
+    ever stored. All contiguous, on one device.
     """
     height, width = q.shape
     grid = (triton.cdiv(height, _ROWS), triton.cdiv(width, _COLUMNS))
     basis_groups = basis_scale.shape[1]
     _merge_kernel[grid](
-        q, scale, delta, codes, basis_scale, s, shrink, *key, height, width, codes.shape[0],
+        q, scale, delta, codes, basis_scale, s, shrink, *key, first_row, height, width, codes.shape[0],
         codes.shape[1], dim // basis_groups, basis_groups, side == "left", width // scale.shape[1],
         _ROWS, _COLUMNS, _DEPTH, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,0 +1,104 @@
+"""The choice between kernels and reference, and the self-check that it rests on, without a GPU."""
+
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qgalore.errors import ConfigError
+from qgalore.quant import basis, dispatch, int8
+from qgalore.quant.self_check import CHECKS, first_failure
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    dispatch.use("auto", CPU)
+    dispatch._say_once.cache_clear()
+    dispatch._obstacle_on.cache_clear()
+
+
+def merge(q, scale, delta, codes, basis_scale, dim, side, *, s, shrink, key, first_row):
+    """The reference in the shape of a kernel."""
+    vectors = basis.decode(codes, basis_scale, dim, "int4")
+    update = (vectors.T @ delta if side == "left" else delta @ vectors).mul_(s)
+    int8.write_back(q, scale, lambda a, b: update[a:b], shrink=shrink, key=key, first_row=first_row)
+
+
+RIGHT = {
+    "dequantize": int8.dequantize,
+    "encode_int4": lambda vectors, group: basis.encode(vectors, "int4"),
+    "decode_int4": lambda codes, scale, dim, dtype: basis.decode(codes, scale, dim, "int4", dtype),
+    "merge": merge,
+}
+WRONG = [
+    ("dequantize", lambda q, scale, dtype: int8.dequantize(q, scale, torch.bfloat16).to(dtype)),
+    ("encode_int4", lambda vectors, group: basis.encode(vectors * (1 + 2**-20), "int4")),
+    ("decode_int4", lambda codes, scale, dim, dtype: RIGHT["decode_int4"](codes ^ 0x10, scale, dim, dtype)),
+    ("merge", lambda *args, first_row, **options: merge(*args, first_row=0, **options)),
+    ("merge", lambda *args, shrink, **options: merge(*args, shrink=0.0, **options)),
+    ("merge", lambda *args, key, **options: merge(*args, key=(key[0], key[1] + 1), **options)),
+]
+
+
+def test_the_reference_passes_its_own_check():
+    assert set(RIGHT) == set(CHECKS)
+    assert first_failure(SimpleNamespace(**RIGHT), CPU) is None
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG)
+def test_a_wrong_kernel_is_named(name, wrong):
+    message = first_failure(SimpleNamespace(**{**RIGHT, name: wrong}), CPU)
+    assert f"the kernel {name} differs from the reference on cpu" in message
+
+
+def test_a_kernel_that_raises_is_named():
+    message = first_failure(SimpleNamespace(**{**RIGHT, "decode_int4": lambda *_: 1 / 0}), CPU)
+    assert message == "the kernel decode_int4 fails on cpu with ZeroDivisionError: division by zero"
+
+
+def test_a_cpu_takes_the_reference_silently(capsys):
+    dispatch.use("auto", CPU)
+    assert dispatch.kernels_for(CPU) is None
+    assert dispatch.kernels_for(torch.device("meta")) is None
+    assert capsys.readouterr().out == ""
+
+
+@WITHOUT_GPU
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_auto_falls_back_where_kernels_do_not_run_and_says_so_once(capsys):
+    """A CUDA device that is not there: whatever fails in its first kernel must not stop a run."""
+    dispatch.use("auto", CUDA)
+    assert dispatch.kernels_for(CUDA) is None
+    printed = capsys.readouterr().out
+    assert printed.count("the kernel dequantize fails on cuda") == 1
+    assert "plain PyTorch is used there" in printed
+    with pytest.raises(ConfigError, match="the kernel dequantize fails on cuda"):
+        dispatch.use("triton", CUDA)
+    assert dispatch.kernels_for(CUDA) is None, "a refused choice must leave the one before"
+
+
+def test_what_cannot_be_is_refused(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="one of"):
+        dispatch.use("cuda", CPU)
+    with pytest.raises(ConfigError, match="Triton"):
+        dispatch.use("triton", CPU)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install triton"):
+        dispatch.use("triton", CUDA)
+    dispatch._obstacle_on.cache_clear()
+    dispatch.use("auto", CUDA)
+    assert "Triton is not installed" in capsys.readouterr().out
+
+
+def test_a_case_without_a_kernel_is_refused_or_the_reference():
+    q, scale = int8.quantize(torch.randn(4, 33), 33)
+    before = q.clone()
+    stored = (*basis.encode(torch.randn(2, 33), "int4"), "int4")
+    assert not dispatch.fused_merge(q, scale, torch.ones(4, 2), None, stored, s=1.0, shrink=0.0, key=(1, 2))
+    assert torch.equal(q, before)
