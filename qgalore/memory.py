@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .lowrank import projector, sides
 from .lowrank.linear import LowRankLinear
+from .lowrank.rule_slot import RuleSlot
 from .lowrank.slots import LowRankSlot, Slot
 
 PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
@@ -195,6 +196,7 @@ class Step:
     fused: bool
     masked: bool  # documents are isolated by a mask
     staggered: bool = True  # refreshes fall into different steps
+    micro_batches: int = 1  # in a step; gradients wait while the second and later ones run
 
 
 class _Rehearsal:
@@ -220,10 +222,11 @@ class _Rehearsal:
         """All probes in the first step; after it the largest one, as if its refresh were due, or all again."""
         projected = [s for s in self.slots if isinstance(s, LowRankSlot) and s.projected]
         largest = max(projected, key=lambda s: s.module.probe.numel(), default=None)
+        self.due = {id(slot) for slot in projected if first or slot is largest or not self.step.staggered}
         for slot in projected:
-            due = first or slot is largest or not self.step.staggered
-            slot.module.probe.requires_grad_(due)
-            slot.module.delta.requires_grad_(not due)
+            if not isinstance(slot, RuleSlot):  # whose probe receives the full gradient in every step
+                slot.module.probe.requires_grad_(id(slot) in self.due)
+                slot.module.delta.requires_grad_(id(slot) not in self.due)
 
     def _take(self, first: bool) -> None:
         step = self.step
@@ -235,12 +238,14 @@ class _Rehearsal:
         mask = torch.zeros(square if step.masked else (), dtype=torch.bool, device="meta")
         batch["attention_mask"] = mask.expand(square)  # given, so that transformers looks at no values
         self.first = first
-        loss = step.loss(self.model, batch)
-        self.meter.label = "temporaries"
-        loss.backward()
-        del loss, batch, mask
+        for _ in range(min(2, step.micro_batches)):
+            loss = step.loss(self.model, batch)
+            self.meter.label = "temporaries"
+            loss.backward()
+            del loss
+        del batch, mask
         for slot in self.slots:
-            if isinstance(slot, LowRankSlot) and slot.module.probe.grad is not None:
+            if id(slot) in self.due:
                 self._refresh(slot)
         for slot in self.slots:
             if slot.gradient() is not None:
@@ -249,7 +254,7 @@ class _Rehearsal:
     def _arrived(self, slot: Slot, leaf: Tensor) -> None:
         probe = isinstance(slot, LowRankSlot) and leaf is slot.module.probe
         self.meter.count(leaf.grad, "full gradient" if probe else "gradients")
-        if probe and (self.step.fused or self.first):
+        if id(slot) in self.due and (self.step.fused or (self.first and not isinstance(slot, RuleSlot))):
             self._refresh(slot)
         if self.step.fused:
             self._update(slot)
@@ -266,7 +271,11 @@ class _Rehearsal:
         module = slot.module
         gradient = module.probe.grad
         self._workspace(("refresh", slot.shape, gradient.shape), lambda: _find_bases(slot, gradient))
+        self.due.discard(id(slot))
+        if isinstance(slot, RuleSlot):  # the rule still needs it
+            return
         module.probe.grad = None
+        module.probe.requires_grad_(False)
         delta = torch.empty(module.delta.shape, dtype=module.delta.dtype, device="meta")
         module.delta.requires_grad_(True)
         module.delta.grad = delta
@@ -277,6 +286,9 @@ class _Rehearsal:
         key = ("step", slot.shape, stored.shape, stored.dtype)
 
         def work() -> None:
+            if isinstance(slot, RuleSlot):
+                slot.step(1.0, 1.0, 0.0, (0, 0))
+                return
             for part in slot.parts[:1]:
                 rows = slot.gradient()[: part.leaf.shape[0]] if len(slot.parts) > 1 else slot.gradient()
                 slot.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
@@ -303,7 +315,7 @@ def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:
         if basis is not None:
             basis.assign(new)
     sides.project(gradient, *columns, slot.module.delta.dtype)
-    [torch.empty(part.leaf.shape, device="meta") for part in slot.parts[:1] for _ in range(3)]
+    [torch.empty(slot.module.delta.shape, device="meta") for _ in range(3)]
 
 
 class Adam8bitShapes(Optimizer):
@@ -338,13 +350,20 @@ def state_bytes(slots: list[Slot]) -> int:
     return sum(tensors.values())
 
 
+def _extra_bytes(slots: list[Slot]) -> int:
+    """Bytes of what ``slots`` keep beside the model's tensors and the inner optimizers'."""
+    return sum(value.untyped_storage().nbytes() for slot in slots for value in slot.tensors().values())
+
+
 def resident(model: nn.Module, slots: list[Slot]) -> dict[str, int]:
     """Bytes by category of all that is kept between steps, for a model (on the meta device, say) and attached slots."""
     for part in (part for slot in slots for part in slot.parts):
-        part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
+        if part.leaf.numel():  # a rule without moments never steps its own
+            part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
     sizes = _model_bytes(model)
-    sizes["moments"] = state_bytes(slots)
-    sizes["fp32 masters"] = sum(value.nbytes for slot in slots for value in slot.tensors().values())
+    of_rules = [slot for slot in slots if isinstance(slot, RuleSlot)]
+    sizes["moments"] = state_bytes(slots) + _extra_bytes(of_rules)
+    sizes["fp32 masters"] = _extra_bytes([slot for slot in slots if slot not in of_rules])
     sizes["step scratch"] += max(part.leaf.nbytes for slot in slots for part in slot.parts)
     return {name: sizes[name] for name in RESIDENT}
 

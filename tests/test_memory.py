@@ -14,6 +14,8 @@ planning = importlib.import_module("qgalore.build.plan")  # build.plan is the fu
 
 GIB = 2**30
 WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_layers: 3, tie_word_embeddings: %s}"
+KEPT = ("train.stepping=deferred", "train.full_gradients=keep")
+INT8 = "lowrank.embeddings=int8"
 SHAPES = {
     "plain": (WIDE % "true", "train.activation_checkpointing=false"),
     "checkpointed": (WIDE % "true", "train.activation_checkpointing=true"),
@@ -25,6 +27,12 @@ SHAPES = {
     "left bases": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.proj_type=left"),
     "bf16": (WIDE % "true", "train.activation_checkpointing=true", "model.dtype=bfloat16"),
     "AdamW": (WIDE % "true", "method=adamw"),
+    "apollo": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=apollo"),
+    "scale, int8 embeddings": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=scale", INT8),
+    "fira, deferred": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=fira", *KEPT),
+    "accumulating": (WIDE % "true", "train.activation_checkpointing=false", "train.grad_accumulation=2"),
+    "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
+    "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
 }
 COMMON = ("train.max_steps=9", "train.micro_batch_size=8", "data.sequence_length=64", "lowrank.rank=64")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config import METHODS, Config
+from ..config import METHODS, RULES, Config
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer, optimizer
 from ..models import loading, streaming
@@ -66,9 +66,10 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
     if not METHODS[config.method][0]:
         return None
     low = config.lowrank
+    stored = low.rank != "full" and RULES[low.rule][1]
     return convert(
         model,
-        rank=None if low.rank == "full" else low.rank,
+        rank=low.rank if stored else None,
         proj_type=low.proj_type,
         weight_format=low.weight_format,
         group_size=low.group_size,
@@ -117,6 +118,16 @@ def build_model(
     return model, loss
 
 
+def rule_of(config: Config) -> str:
+    """The rule of the low-rank layers; ``galore`` where there are none."""
+    return config.lowrank.rule if METHODS[config.method][0] else "galore"
+
+
+def rule_rank(config: Config) -> int | None:
+    """The rank that the rule itself works with, if it does not take that of stored bases."""
+    return config.lowrank.rank if rule_of(config) == "apollo" else None
+
+
 def optimizer_options(config: Config) -> dict[str, Any]:
     """Arguments of ``lowrank.optimizer.optimizer``."""
     train, low = config.train, config.lowrank
@@ -128,6 +139,9 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "inner": train.optimizer,
         "inner_options": train.optimizer_options,
         "stepping": train.stepping,
+        "rule": rule_of(config),
+        "rank": rule_rank(config),
+        "full_gradients": train.full_gradients,
         "seed": config.run.seed,
         **options,
         **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "similarity", "moments")},

@@ -20,7 +20,7 @@ from ..lowrank.rules import RuleOptions
 from ..lowrank.slots import Slot
 from ..models import loading
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
-from .model import Vocabulary, architecture, checkpoint_as, convert_as
+from .model import Vocabulary, architecture, checkpoint_as, convert_as, rule_of, rule_rank
 from .say import say
 
 CHECKPOINTING = (False, True, "offload")  # from the fastest to the smallest
@@ -86,7 +86,12 @@ def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, l
     lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
     find = RefreshOptions(method=low.projector, moments=low.moments)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
-    low_rank, dense = collect_slots(model, **schedule, rule="galore", of_rule=RuleOptions())
+    of_rule = RuleOptions(
+        rule_rank(config),
+        low.update_proj_gap,
+        moment_format="8bit" if config.train.optimizer == "adamw8bit" else "fp32",
+    )
+    low_rank, dense = collect_slots(model, **schedule, rule=rule_of(config), of_rule=of_rule)
     slots = [*low_rank, *dense]
     attach(slots, _inner_factory(config), part_elements(config.train.optimizer))
     return model, slots
@@ -104,6 +109,7 @@ def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | N
         fused=config.train.stepping == "fused",
         masked=config.data.document_attention == "isolated",
         staggered=config.lowrank.stagger,
+        micro_batches=config.train.grad_accumulation,
     )
     outside = {"CUDA context (assumed)": memory.CUDA_CONTEXT}
     if device == "cpu":

@@ -6,9 +6,9 @@ the method and the device decide. Nothing mutates a configuration afterwards, an
 
 from .reading import PACKAGED, dump, find, load, parse
 from .resolving import RESUMABLE, differences, remarks, resolve
-from .sections import METHODS, Config, bytes_of
+from .sections import METHODS, RULES, Config, bytes_of
 
 __all__ = [
-    "METHODS", "PACKAGED", "RESUMABLE", "Config", "bytes_of", "differences", "dump", "find", "load", "parse",
+    "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "bytes_of", "differences", "dump", "find", "load", "parse",
     "remarks", "resolve",
 ]  # fmt: skip

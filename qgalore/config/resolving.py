@@ -1,8 +1,11 @@
 """What the method and the device decide, what a configuration says in vain, and what a resumed run may change."""
 
+from contextlib import suppress
 from typing import Any
 
-from .sections import METHODS, Config
+from pydantic import ValidationError
+
+from .sections import METHODS, RULES, Config
 
 
 def resolve(config: Config, device: str, bf16: bool) -> Config:
@@ -20,6 +23,7 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
             "train": train.model_copy(update={"stepping": stepping, "optimizer": train.optimizer or optimizer}),
             "lowrank": lowrank.model_copy(
                 update={
+                    "scale": lowrank.scale or RULES[lowrank.rule][0],
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
                     "max_gap": lowrank.max_gap or 16 * lowrank.update_proj_gap,
@@ -32,13 +36,31 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
     )
 
 
+# Keys that only stored bases give a meaning.
+_OF_BASES = (
+    "rank", "proj_type", "update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger",
+    "projector", "similarity", "moments", "basis_format",
+)  # fmt: skip
+
+
+def _idle_keys(config: Config) -> str:
+    """The given low-rank keys that the rule does not read."""
+    _, with_bases, read = RULES[config.lowrank.rule]
+    idle = set() if with_bases else set(_OF_BASES) - set(read)
+    return ", ".join(f"lowrank.{name}" for name in _OF_BASES if name in idle & config.lowrank.model_fields_set)
+
+
 def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     """(key, whether it was set though another key switches it off, why it has no effect)."""
     low, data, train = config.lowrank, config.data, config.train
     basis = low.model_fields_set & {"proj_type", "update_proj_gap", "cos_threshold", "projector", "basis_format"}
     converted, weight_format = METHODS[config.method][:2]
     dense = (low.weight_format or weight_format) == "none"
+    idle = _idle_keys(config) if converted else ""
+    full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
     return [
+        (idle, bool(idle), f"with rule: {low.rule}"),
+        ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),
         (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
         ("lowrank.group_size", dense and converted and "group_size" in low.model_fields_set, "without int8 weights"),
         (
@@ -91,6 +113,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """``key: saved value → value now`` for every key that differs and that a resumed run may not change."""
+    with suppress(ValidationError):  # a key that is younger than the run has its default
+        saved = Config.model_validate(saved).model_dump(mode="json")
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
     changed = [key for key in sorted({*old, *new} - set(RESUMABLE)) if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]

@@ -72,6 +72,7 @@ class TrainSection(Section):
     eps: float = Field(1e-8, gt=0)
     optimizer_options: dict[str, Any] = {}
     stepping: Literal["auto", "fused", "deferred"] = "auto"
+    full_gradients: Literal["free", "keep"] = "free"  # keep: a rule that needs them whole may step deferred
     activation_checkpointing: bool | Literal["auto", "offload"] = "auto"  # auto: the fastest that the plan has room for
     eval_every: PositiveInt = 100
     eval_batches: PositiveInt | None = None  # None: all of the held-out text
@@ -83,9 +84,13 @@ class TrainSection(Section):
     spike_threshold: float = Field(8.0, gt=0)  # standard deviations above the mean of the last 100 losses
 
 
+Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
+
+
 class LowRankSection(Section):
     rank: PositiveInt | Literal["full"] = 128
-    scale: float = Field(0.25, gt=0)
+    rule: Rule = "galore"  # how a matrix's gradient becomes its update: docs/method.md
+    scale: float | None = Field(None, gt=0)  # None: the rule's own
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     update_proj_gap: PositiveInt = 200
     cos_threshold: float = 0.4
@@ -161,6 +166,7 @@ class Config(Section):
             )
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
+        found += self._rule_problems()
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
             found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
         if not all(0 <= beta < 1 for beta in train.betas):
@@ -171,6 +177,28 @@ class Config(Section):
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
         return found
 
+    def _rule_problems(self) -> list[str]:
+        """What a rule that needs full gradients cannot work with."""
+        train, rule = self.train, self.lowrank.rule
+        if rule == "galore" or not METHODS[self.method][0]:
+            return []
+        found = []
+        if rule == "apollo" and self.lowrank.rank == "full":
+            found.append("lowrank.rank: rule apollo needs the rank of its random projection; give a number")
+        asked = {
+            f"train.grad_accumulation: {train.grad_accumulation}": train.grad_accumulation > 1,
+            f"train.clip_grad_norm: {train.clip_grad_norm:g}": train.clip_grad_norm > 0,
+            "train.stepping: deferred": train.stepping == "deferred",
+        }
+        if train.full_gradients == "free" and any(asked.values()):
+            found.append(
+                f"{' and '.join(key for key, given in asked.items() if given)}: rule {rule} needs full gradients, and "
+                "would keep those of all layers at once until the step: 4 bytes (lowrank.grad_dtype: bfloat16: 2) for "
+                "each of their weights, 24 GiB for a 7B model; accept that with train.full_gradients: keep, or use "
+                "grad_accumulation 1 without clipping"
+            )
+        return found
+
 
 # What a method means: (converted?, weight format, basis format or None for the model's dtype, inner optimizer).
 METHODS: dict[str, tuple[bool, str, str | None, str]] = {
@@ -179,4 +207,14 @@ METHODS: dict[str, tuple[bool, str, str | None, str]] = {
     "galore8bit": (True, "none", None, "adamw8bit"),
     "adamw": (False, "none", None, "adamw"),
     "adamw8bit": (False, "none", None, "adamw8bit"),
+}
+
+# What a rule means: (its scale, whether it uses stored bases, the other low-rank keys that it reads).
+RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {
+    "galore": (0.25, True, ()),
+    "apollo": (1.0, False, ("rank", "update_proj_gap")),
+    "apollo_mini": (128.0**0.5, False, ("update_proj_gap",)),
+    "scale": (1.0, False, ()),
+    "fira": (1.0, True, ()),
+    "momentum": (1.0, True, ()),
 }

@@ -215,7 +215,7 @@ class LowRankSlot(Slot):
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
         delta = self.module.delta
-        delta.grad = torch.zeros(self.shape, dtype=delta.dtype, device=delta.device)
+        delta.grad = torch.zeros(delta.shape, dtype=delta.dtype, device=delta.device)
         row = self._record(step, first, "the gradient is zero")
         row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}

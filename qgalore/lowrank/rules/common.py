@@ -42,7 +42,7 @@ class Rule:
 
     def leaf_shape(self) -> torch.Size:
         """The shape of what the inner optimizer would step: Δ's in a subspace, nothing for a rule without moments."""
-        return self.module.delta.shape if self.uses_basis else torch.Size([0])
+        return self.module.delta.shape if self.uses_basis and self.uses_inner else torch.Size([0])
 
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
         """N for the gradient G, fp32 (out, in), of optimizer step ``step``, by rows. G is used up: it may be

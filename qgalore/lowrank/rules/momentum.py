@@ -16,9 +16,9 @@ else in fp32; a step uses it before it is rounded, as 8-bit Adam does.
 import torch
 from torch import Tensor
 
+from ...quant.blockwise import BLOCK, dequantize, dynamic_map, quantize
 from .. import sides
 from ..linear import LowRankLinear
-from ..moments import BLOCK
 from .common import Adam, Rows, Rule, RuleOptions, unit_rms_rows
 
 BETA = 0.9
@@ -36,6 +36,10 @@ class StoredMoment:
         """fp32, a fresh tensor."""
         if self.fmt == "fp32":
             return self.values.clone()
+        if self.values.is_meta:  # the memory plan's
+            return torch.empty(self.shape, device="meta")
+        if self.values.device.type == "cpu":
+            return dequantize(self.values, self.absmax, dynamic_map(True))
         import bitsandbytes.functional as bnb
 
         return bnb.dequantize_blockwise(self.values.view(-1), absmax=self.absmax, blocksize=BLOCK).view(self.shape)
@@ -43,6 +47,13 @@ class StoredMoment:
     def write(self, moment: Tensor) -> None:
         if self.fmt == "fp32":
             self.values.copy_(moment)
+            return
+        if self.values.is_meta:
+            return
+        if self.values.device.type == "cpu":
+            codes, peaks = quantize(moment, dynamic_map(True))
+            self.values.copy_(codes)
+            self.absmax.copy_(peaks)
             return
         import bitsandbytes.functional as bnb
 

@@ -1,0 +1,122 @@
+"""Rules chosen in a configuration: training, resuming, exporting, and what a rule does not read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qgalore import build, config
+from qgalore.config import RULES
+from qgalore.errors import ConfigError
+from qgalore.lowrank import rule_slot
+
+ROOT = Path(__file__).resolve().parent.parent
+# A rate at which two steps of warm-up and four of training lower the loss; wide enough for 8-bit moments.
+RATES = {"apollo": 0.01, "apollo_mini": 0.003, "scale": 0.003, "fira": 0.01, "momentum": 0.003}
+WIDE = ("model.overrides={hidden_size: 128, intermediate_size: 160, num_hidden_layers: 1}", "lowrank.rank=40")
+
+
+def arguments(rule, *more):
+    return ("lowrank.scale=null", f"lowrank.rule={rule}", f"train.lr={RATES[rule]}", *WIDE, *more)
+
+
+def final_state(run, step=6):
+    folder = Path(run) / "checkpoints" / f"step-{step:08d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def test_the_configuration_and_the_package_agree_on_every_rule():
+    assert set(RULES) == set(rule_slot.NAMES)
+    for name, (scale, with_bases, _) in RULES.items():
+        assert scale == rule_slot.default_scale(name)
+        assert with_bases == (name == "galore" or rule_slot.RULES[name].uses_basis)
+
+
+@pytest.mark.parametrize("rule", RATES)
+def test_a_rule_trains_and_goes_on_to_the_same_bits(tiny_run, rule):
+    """Through train.py: the loss falls, a run that lost its last checkpoints ends like one that did not, and the
+    int8 export is the trained integers."""
+    extra = arguments(rule, "train.keep_last=9", "export.formats=[hf, int8]")
+    code, out, err = tiny_run("run.name=whole", *extra, "train.eval_every=1")
+    assert code == 0, err
+    assert "fused stepping" in out
+    rows = [json.loads(line) for line in Path("runs/whole/metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+    assert tiny_run("run.name=cut", *extra, "train.max_steps=6")[0] == 0
+    for step in (4, 6):
+        shutil.rmtree(f"runs/cut/checkpoints/step-{step:08d}")
+    code, out, err = tiny_run("run.name=cut", "--resume", "auto", *extra)
+    assert (code, "after step 2" in out) == (0, True), err
+    whole, cut = final_state("runs/whole"), final_state("runs/cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    exported = load_file("runs/whole/export/hf/model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    q, scale = whole[name].float(), whole[f"{name}_scale"].float()
+    dense = (q.view(q.shape[0], scale.shape[1], -1) * scale.unsqueeze(2)).view(q.shape)
+    assert torch.equal(exported[name], dense.bfloat16())
+
+
+def test_a_scale_of_null_is_the_rules_own():
+    for rule, (scale, *_) in RULES.items():
+        loaded = config.load("quickstart.yaml", ["lowrank.scale=null", f"lowrank.rule={rule}"])
+        assert config.resolve(loaded, "cpu", False).lowrank.scale == scale
+
+
+@pytest.mark.parametrize("asked", ["train.grad_accumulation=2", "train.clip_grad_norm=1", "train.stepping=deferred"])
+def test_keeping_full_gradients_is_refused_unless_asked_for(asked):
+    load = ["lowrank.rule=scale", asked]
+    with pytest.raises(ConfigError) as error:
+        config.load("quickstart.yaml", load)
+    for words in (asked.split("=")[0], "24 GiB for a 7B model", "train.full_gradients: keep"):
+        assert words in str(error.value)
+    kept = config.load("quickstart.yaml", [*load, "train.full_gradients=keep"])
+    assert config.resolve(kept, "cpu", False).train.stepping == "deferred"
+    assert config.load("quickstart.yaml", [*load, "method=adamw"])  # no low-rank layers, no rule
+    with pytest.raises(ConfigError, match=r"lowrank\.rank: rule apollo needs the rank"):
+        config.load("quickstart.yaml", ["lowrank.rule=apollo", "lowrank.rank=full"])
+
+
+def test_accumulation_with_kept_gradients_is_planned_and_trains(tiny_run):
+    kept = ("train.grad_accumulation=2", "train.full_gradients=keep", "train.micro_batch_size=2")
+    code, out, err = tiny_run(*arguments("scale"), *kept)
+    assert code == 0, err
+    weights = 128 * (4 * 128 + 3 * 160)  # q, k, v, o; gate, up, down
+    line = next(line for line in out.splitlines() if "full gradient" in line)
+    assert "KiB" in line
+    planned = float(line.split()[-2])
+    assert planned == pytest.approx(4 * weights / 1024, abs=0.1)
+
+
+def test_keys_that_a_rule_does_not_read_are_named():
+    loaded = config.load("quickstart.yaml", ["lowrank.rule=scale", "train.full_gradients=keep"])
+    text = "\n".join(config.remarks(loaded))
+    assert "lowrank.rank, lowrank.update_proj_gap, lowrank.queue_size has no effect with rule: scale" in text
+    apollo = "\n".join(config.remarks(config.load("quickstart.yaml", ["lowrank.rule=apollo"])))
+    assert "lowrank.queue_size has no effect with rule: apollo" in apollo
+    assert "lowrank.rank" not in apollo
+    galore = config.remarks(config.load("quickstart.yaml", ["train.full_gradients=keep"]))
+    assert galore == ["train.full_gradients has no effect with rule: galore, which needs none"]
+
+
+def test_a_run_from_before_a_key_existed_can_go_on():
+    now = config.resolve(config.load("quickstart.yaml", []), "cpu", False)
+    saved = now.model_dump(mode="json")
+    del saved["lowrank"]["rule"], saved["train"]["full_gradients"]
+    assert config.differences(saved, now) == []
+    assert config.differences({**saved, "method": "galore"}, now) == ["method: 'galore' → 'qgalore'"]
+
+
+def test_the_plan_names_the_bytes_of_rules(tiny_run):
+    """No basis and no moments of the layers for ``scale``; half a moment's bytes of GaLore's for ``momentum``."""
+    sizes = {}
+    for rule in ("galore", "scale", "momentum"):
+        run = build.build(config.load("tiny.yaml", [*WIDE, f"lowrank.rule={rule}", f"run.name={rule}"]), None)
+        sizes[rule] = run.planned.resident
+    assert sizes["scale"]["bases"] == 0 < sizes["momentum"]["bases"] == sizes["galore"]["bases"]
+    of_layers = {rule: one["moments"] - sizes["scale"]["moments"] for rule, one in sizes.items()}
+    assert 0.4 < of_layers["momentum"] / of_layers["galore"] < 0.5  # GaLore's has two, and two maps for each
