@@ -12,7 +12,7 @@ FLOORS = (
     {"quant", "storage"},
     {"lowrank", "data"},
     {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr", "faults", "convergence"},
-    {"build", "loop"},
+    {"build", "loop", "comparison"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

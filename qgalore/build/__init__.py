@@ -134,6 +134,7 @@ def build(config: Config, resume: str | None) -> Run:
     )
     try:
         (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        (folder / "plan.json").write_text(json.dumps(vars(planned), indent=1), encoding="utf-8")
         tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error

@@ -1,0 +1,99 @@
+"""A comparison as text, Markdown, CSV and one self-contained page."""
+
+import csv
+import io
+import math
+from html import escape
+
+from ..convergence import plot, report
+from .outcome import Result, Summary, front
+from .runner import Failure
+
+HEAD = ("variant", "best lr", "held-out loss", "seeds", "perplexity", "weights + optimizer", "planned peak", "tokens/s")
+MIB = 1 << 20
+
+
+def _size(value: int | None) -> str:
+    return "-" if value is None else f"{value / MIB:,.2f} MiB"
+
+
+def cells(summary: Summary) -> list[str]:
+    """A line of the table, as texts in the order of ``HEAD``."""
+    spread = f" ± {summary.spread / 2:.4f}" if len(summary.losses) > 1 else ""
+    return [
+        summary.variant.name,
+        summary.rate or "as configured",
+        f"{summary.loss:.4f}{spread}",
+        str(len(summary.losses)),
+        f"{math.exp(summary.loss):.2f}",
+        _size(summary.kept),
+        _size(summary.peak),
+        f"{summary.speed:,.0f}",
+    ]
+
+
+def _notes(summaries: list[Summary], failures: list[Failure]) -> list[str]:
+    lines = [f"{s.variant.name}: {note}" for s in summaries for note in s.notes]
+    for summary in summaries:
+        if len(summary.tried) > 1:
+            tried = ", ".join(
+                f"{rate} → {'failed' if math.isnan(loss) else f'{loss:.4f}'}" for rate, loss in summary.tried.items()
+            )
+            lines.append(f"{summary.variant.name}: held-out loss by rate, first seed: {tried}")
+    return lines + [f"failed: {one.job.name} (exit code {one.code}): {one.line}" for one in failures]
+
+
+def text(summaries: list[Summary], failures: list[Failure]) -> str:
+    """For a terminal. ``±``: half the distance between the lowest and the highest seed."""
+    rows = [list(HEAD), *map(cells, summaries)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, "", *_notes(summaries, failures)]).rstrip()
+
+
+def markdown(summaries: list[Summary], failures: list[Failure]) -> str:
+    rows = [HEAD, ["---"] * len(HEAD), *map(cells, summaries)]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return table + "\n\n" + "".join(f"- {line}\n" for line in _notes(summaries, failures))
+
+
+def csv_rows(results: list[Result]) -> str:
+    """Every finished run as a line."""
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    head = ("variant", "overrides", "lr", "seed", "eval_loss", "eval_perplexity", "steps", "tokens")
+    writer.writerow([*head, "tokens_per_second", "weights_and_optimizer_bytes", "planned_peak_bytes"])
+    for one in results:
+        job = one.job
+        named = (job.variant.name, " ".join(job.variant.overrides), job.rate, job.seed)
+        ended = (one.loss, math.exp(one.loss), one.steps, one.tokens, one.speed, one.kept, one.peak)
+        writer.writerow([*named, *ended])
+    return sheet.getvalue()
+
+
+def _figure(summaries: list[Summary], title: str, of) -> str:
+    known = [summary for summary in summaries if of(summary) is not None]
+    series = [
+        plot.Series(summary.variant.name, [(of(summary) / MIB, summary.loss)], number, "dots")
+        for number, summary in enumerate(known)
+    ]
+    best = front(known, of)
+    line = [plot.Series("not beaten in both", [(of(s) / MIB, s.loss) for s in best], 7, "dashed")] if best else []
+    return plot.lines(title, line + series, "MiB", "held-out loss, nats")
+
+
+def page(summaries: list[Summary], failures: list[Failure], title: str) -> str:
+    """The table and the plots of loss against memory, as one HTML file that needs no other."""
+    drawn = [
+        _figure(summaries, "Held-out loss against weights and optimizer", lambda s: s.kept),
+        _figure(summaries, "Held-out loss against the planned peak", lambda s: s.peak),
+    ]
+    head = (
+        f'<head><meta charset="utf-8"/><title>{escape(title)}</title><style>{plot.STYLE}{report.STYLE}</style></head>'
+    )
+    body = f"<h1>{escape(title)}</h1><pre>{escape(text(summaries, failures))}</pre>{''.join(drawn)}"
+    return f'<!DOCTYPE html>\n<html lang="en">{head}<body>{body}</body></html>\n'
