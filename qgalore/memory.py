@@ -196,7 +196,13 @@ class Step:
     fused: bool
     masked: bool  # documents are isolated by a mask
     staggered: bool = True  # refreshes fall into different steps
+    due_together: int = 1  # layers whose full gradients an ordinary step may ask for
     micro_batches: int = 1  # in a step; gradients wait while the second and later ones run
+
+
+def is_projected(slot: Slot) -> bool:
+    """Whether ``slot`` has bases that are refreshed."""
+    return isinstance(slot, LowRankSlot) and slot.projected
 
 
 class _Rehearsal:
@@ -219,10 +225,11 @@ class _Rehearsal:
             self._take(first)
 
     def _arm(self, first: bool) -> None:
-        """All probes in the first step; after it the largest one, as if its refresh were due, or all again."""
-        projected = [s for s in self.slots if isinstance(s, LowRankSlot) and s.projected]
-        largest = max(projected, key=lambda s: s.module.probe.numel(), default=None)
-        self.due = {id(slot) for slot in projected if first or slot is largest or not self.step.staggered}
+        """All probes in the first step; after it the largest ones, as if their refresh were due, or all again."""
+        projected = [slot for slot in self.slots if is_projected(slot)]
+        projected.sort(key=lambda slot: slot.module.probe.numel(), reverse=True)
+        every = first or not self.step.staggered
+        self.due = {id(slot) for slot in (projected if every else projected[: self.step.due_together])}
         for slot in projected:
             if not isinstance(slot, RuleSlot):  # whose probe receives the full gradient in every step
                 slot.module.probe.requires_grad_(id(slot) in self.due)

@@ -144,7 +144,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "full_gradients": train.full_gradients,
         "seed": config.run.seed,
         **options,
-        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "similarity", "moments")},
+        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "policy", "moments")},
     }
 
 

@@ -16,6 +16,7 @@ from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
 from ..lowrank.inner import make_factory
 from ..lowrank.optimizer import RefreshOptions, attach, collect_slots, part_elements
+from ..lowrank.policies import layers_at_once
 from ..lowrank.rules import RuleOptions
 from ..lowrank.slots import Slot
 from ..models import loading
@@ -84,7 +85,7 @@ def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, l
     checkpoint_as(config, model)
     low = config.lowrank
     lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
-    find = RefreshOptions(method=low.projector, moments=low.moments)
+    find = RefreshOptions(method=low.projector, policy=low.policy, moments=low.moments)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
     of_rule = RuleOptions(
         rule_rank(config),
@@ -102,13 +103,17 @@ def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | N
     model, slots = on_paper(config, vocabulary)
     if loss is None:
         loss = chunked_loss if can_be_chunked(model) else summed_loss
+    low = config.lowrank
     step = memory.Step(
         loss=loss,
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.data.sequence_length,
         fused=config.train.stepping == "fused",
         masked=config.data.document_attention == "isolated",
-        staggered=config.lowrank.stagger,
+        staggered=low.stagger,
+        due_together=layers_at_once(
+            config.lowrank.policy, sum(map(memory.is_projected, slots)), config.lowrank.update_proj_gap
+        ),
         micro_batches=config.train.grad_accumulation,
     )
     outside = {"CUDA context (assumed)": memory.CUDA_CONTEXT}

@@ -23,6 +23,8 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
             "train": train.model_copy(update={"stepping": stepping, "optimizer": train.optimizer or optimizer}),
             "lowrank": lowrank.model_copy(
                 update={
+                    "policy": lowrank.similarity or lowrank.policy,
+                    "similarity": None,
                     "scale": lowrank.scale or RULES[lowrank.rule][0],
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
@@ -39,8 +41,15 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
 # Keys that only stored bases give a meaning.
 _OF_BASES = (
     "rank", "proj_type", "update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger",
-    "projector", "similarity", "moments", "basis_format",
+    "projector", "policy", "similarity", "moments", "basis_format",
 )  # fmt: skip
+
+
+# What a refresh policy does not read.
+_UNREAD = {
+    "energy": ("cos_threshold", "gamma_proj", "queue_size"),
+    "fixed": ("cos_threshold", "gamma_proj", "queue_size", "max_gap"),
+}
 
 
 def _idle_keys(config: Config) -> str:
@@ -58,7 +67,9 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     dense = (low.weight_format or weight_format) == "none"
     idle = _idle_keys(config) if converted else ""
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
+    read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
     return [
+        (", ".join(f"lowrank.{n}" for n in read_by_none), bool(read_by_none), f"with policy: {low.policy}"),
         (idle, bool(idle), f"with rule: {low.rule}"),
         ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),
         (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
@@ -86,6 +97,8 @@ def remarks(config: Config) -> list[str]:
     found = []
     if not METHODS[config.method][0] and (unused := sorted(config.lowrank.model_fields_set)):
         found.append(f"method {config.method} ignores " + ", ".join(f"lowrank.{name}" for name in unused))
+    if (old := config.lowrank.similarity) is not None:
+        found.append(f"lowrank.similarity is deprecated; say lowrank.policy: {old}")
     train = config.train
     for key, given, why in _without_effect(config):
         if given:
@@ -113,8 +126,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """``key: saved value → value now`` for every key that differs and that a resumed run may not change."""
-    with suppress(ValidationError):  # a key that is younger than the run has its default
+    with suppress(ValidationError):  # a key that is younger than the run has its default, one renamed its new name
+        old_name = saved.get("lowrank", {}).get("similarity")
         saved = Config.model_validate(saved).model_dump(mode="json")
+        if old_name is not None:
+            saved["lowrank"] |= {"policy": old_name, "similarity": None}
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
     changed = [key for key in sorted({*old, *new} - set(RESUMABLE)) if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]

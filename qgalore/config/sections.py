@@ -99,7 +99,8 @@ class LowRankSection(Section):
     max_gap: PositiveInt | None = None
     stagger: bool = True
     projector: Literal["randomized", "exact"] = "randomized"
-    similarity: Literal["overlap", "first_vector"] = "overlap"
+    policy: Literal["overlap", "first_vector", "signed_cosine", "energy", "fixed"] = "overlap"  # when to refresh
+    similarity: Literal["overlap", "first_vector"] | None = None  # deprecated: policy
     moments: Literal["rotate", "keep", "reset"] = "rotate"
     weight_format: Literal["int8", "none"] | None = None  # None: the method's
     group_size: Literal[128, 64, 32, "row"] = 128
@@ -167,6 +168,8 @@ class Config(Section):
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
         found += self._rule_problems()
+        if self.lowrank.similarity is not None and "policy" in self.lowrank.model_fields_set:
+            found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
             found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
         if not all(0 <= beta < 1 for beta in train.betas):

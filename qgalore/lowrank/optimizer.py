@@ -18,15 +18,14 @@ from ..quant.counter import derive_key
 from . import inner as inner_optimizers
 from . import rule_slot
 from .linear import LowRankLinear
-from .moments import POLICIES
+from .moments import POLICIES as MOMENTS
+from .policies import POLICIES, make_schedules
 from .projector import METHODS
 from .rules import RuleOptions
-from .schedule import LazySchedule, staggered_first_gaps
 from .slots import DenseSlot, LowRankSlot, RefreshOptions, Slot
 
 STEPPING = ("deferred", "fused")
 PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
-SIMILARITIES = ("overlap", "first_vector")
 
 
 class LowRankOptimizer(Optimizer):
@@ -114,7 +113,8 @@ class LowRankOptimizer(Optimizer):
             return
         if not torch.isfinite(torch.linalg.vector_norm(slot.module.probe.grad)):
             self._complain(slot)
-        self.events.append(slot.refresh(self.step_count))
+        if (record := slot.refresh(self.step_count)) is not None:
+            self.events.append(record)
 
     def _complain(self, slot: Slot) -> None:
         partial = f"; {len(self._stepped)} of {len(self.slots)} tensors were already stepped" if self._stepped else ""
@@ -246,8 +246,7 @@ def collect_slots(
 ) -> tuple[list[LowRankSlot], list[DenseSlot]]:
     """A slot for every trainable tensor of a converted model, low-rank layers first."""
     modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    gaps = staggered_first_gaps(len(modules), update_proj_gap) if stagger else [update_proj_gap] * len(modules)
-    schedules = [LazySchedule(update_proj_gap, gap, **lazy) for gap in gaps]
+    schedules = make_schedules(find.policy, len(modules), update_proj_gap, stagger, lazy)
     low_rank = rule_slot.make(rule, modules, schedules, find, of_rule)
     owned = {id(leaf) for module in modules.values() for leaf in module.leaves().values()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
@@ -283,7 +282,7 @@ def _load_slot_state(slot: Slot, state: dict[str, Any]) -> None:
     for name, value in slot.tensors().items():
         value.copy_(state["extra"][name])
     if isinstance(slot, LowRankSlot):
-        slot.schedule = LazySchedule(**state["schedule"])
+        slot.schedule = type(slot.schedule)(**state["schedule"])
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
@@ -312,7 +311,8 @@ def optimizer(
     max_gap: int | None = None,
     stagger: bool = True,
     projector: str = "randomized",
-    similarity: str = "overlap",
+    policy: str = "overlap",
+    similarity: str | None = None,
     moments: str = "rotate",
     seed: int = 0,
 ) -> LowRankOptimizer:
@@ -330,15 +330,19 @@ def optimizer(
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
-    similarity: ``overlap`` (chance removed) | ``first_vector``; moments: ``rotate`` | ``keep`` | ``reset``.
+    policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
+      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
     _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
     _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
     _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
-    _require(similarity in SIMILARITIES, "similarity", similarity, f"one of {SIMILARITIES}")
-    _require(moments in POLICIES, "moments", moments, f"one of {POLICIES}")
+    if similarity is not None:
+        print(f"note: similarity={similarity!r} is deprecated; say policy={similarity!r}", flush=True)
+        policy = similarity
+    _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
+    _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
     _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
@@ -346,7 +350,7 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    find = RefreshOptions(method=projector, similarity=similarity, moments=moments, seed=seed)
+    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}

@@ -80,9 +80,9 @@ def above_chance(overlap: float, rank: int, dim: int) -> float:
 
 
 def first_vector_cosine(old: Tensor, new: Tensor) -> float:
-    """|cos| of the angle between the first columns: Q-GaLore's published test (arXiv 2407.08296, §3.2) without its
-    dependence on the sign that the SVD happens to return."""
-    return float(torch.nn.functional.cosine_similarity(old[:, 0], new[:, 0], dim=0).abs())
+    """Cosine of the angle between the first columns: Q-GaLore's published test (arXiv 2407.08296, §3.2). Its sign is
+    the one that the decomposition happens to return."""
+    return float(torch.nn.functional.cosine_similarity(old[:, 0], new[:, 0], dim=0))
 
 
 def captured_energy(gradient: Tensor, basis: Tensor) -> float:

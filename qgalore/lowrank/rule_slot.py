@@ -13,7 +13,7 @@ from .linear import LowRankLinear
 from .rules import RULES, Rule, RuleOptions
 from .rules.apollo import Apollo
 from .rules.common import Rows
-from .schedule import LazySchedule
+from .schedule import Schedule
 from .slots import LowRankSlot, RefreshOptions, Slot
 
 GALORE = "galore"  # not one of the rules here: it needs Δ's gradient alone
@@ -33,7 +33,7 @@ class RuleSlot(LowRankSlot):
         name: str,
         index: int,
         module: LowRankLinear,
-        schedule: LazySchedule,
+        schedule: Schedule,
         options: RefreshOptions,
         rule: Rule,
     ) -> None:
@@ -63,7 +63,7 @@ class RuleSlot(LowRankSlot):
         return self.projected and self.gradient() is not None and self.schedule.due(self.current_step)
 
     @torch.no_grad()
-    def refresh(self, step: int) -> dict[str, Any]:
+    def refresh(self, step: int) -> dict[str, Any] | None:
         """As for GaLore, but the full gradient stays, for the rule."""
         gradient = self.gradient()
         row = super().refresh(step)
@@ -152,7 +152,7 @@ def check(rule: str, rank: int | None, stepping: str, full_gradients: str, modul
 
 
 def make(
-    rule: str, modules: dict[str, LowRankLinear], schedules: list[LazySchedule], find: RefreshOptions, of: RuleOptions
+    rule: str, modules: dict[str, LowRankLinear], schedules: list[Schedule], find: RefreshOptions, of: RuleOptions
 ) -> list[LowRankSlot]:
     """A slot for each layer under ``rule``. Prints a line where a rank had to be clamped."""
     if rule == GALORE:

@@ -15,15 +15,18 @@ from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
 from . import health, moments, projector, sides
 from .linear import LowRankLinear
-from .schedule import LazySchedule
+from .policies import DECIDING
+from .schedule import Schedule
+
+COSINES = ("first_vector", "signed_cosine")
 
 
 @dataclass(frozen=True)
 class RefreshOptions:
-    """How a basis is found and compared (``projector``) and what the moments do (``moments``)."""
+    """How a basis is found (``projector``), when (``policies``) and what the moments do (``moments``)."""
 
     method: str = "randomized"
-    similarity: str = "overlap"
+    policy: str = "overlap"
     moments: str = "rotate"
     power_iterations: int = 2
     seed: int = 0
@@ -139,7 +142,7 @@ class LowRankSlot(Slot):
     """A :class:`LowRankLinear`'s weight, with its refresh schedule."""
 
     def __init__(
-        self, name: str, index: int, module: LowRankLinear, schedule: LazySchedule, options: RefreshOptions
+        self, name: str, index: int, module: LowRankLinear, schedule: Schedule, options: RefreshOptions
     ) -> None:
         super().__init__(name, index, module.delta.shape)
         self.module, self.schedule, self.options = module, schedule, options
@@ -165,8 +168,9 @@ class LowRankSlot(Slot):
         self.module.probe.grad = None
 
     @torch.no_grad()
-    def refresh(self, step: int) -> dict[str, Any]:
-        """Turn the probe's full gradient into a new basis and Δ's gradient G P_new; returns the record of the decision.
+    def refresh(self, step: int) -> dict[str, Any] | None:
+        """Turn the probe's full gradient into a new basis and Δ's gradient G P_new; returns the record of the decision,
+        None if the schedule has only looked at the gradient and keeps the basis.
 
         Afterwards Δ receives any further micro-batch of this step. If no basis can be found the old one stays.
         """
@@ -179,6 +183,9 @@ class LowRankSlot(Slot):
         generator = torch.Generator(gradient.device)
         generator.manual_seed(derive_key(self.options.seed, step, self.index)[0] & 0x7FFFFFFF)
         stored = self.module.columns()
+        if not self.schedule.wants(step, lambda: self._energy(gradient, stored)):
+            self._receive(gradient)
+            return None
         old = [None if first or columns is None else projector.orthonormal(columns) for columns in stored]
         found, failure = self._find(gradient, old, generator)
         row = self._record(step, first, failure) | health.moments(part.state() for part in self.parts)
@@ -189,13 +196,24 @@ class LowRankSlot(Slot):
         else:
             row["similarity"] = None
             self.schedule.record_failure(step)
-        self.module.probe.requires_grad_(False)
-        self.module.delta.requires_grad_(True)
-        self.module.delta.grad = sides.project(gradient, *self.module.columns(), self.module.delta.dtype)
+        self._receive(gradient)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         self._unfinished = row, health.lines_before(self.module, step)
         row |= {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
         return row
+
+    def _receive(self, gradient: Tensor) -> None:
+        """Give Δ the projection of a full gradient, and the micro-batches to come."""
+        self.module.probe.requires_grad_(False)
+        self.module.delta.requires_grad_(True)
+        self.module.delta.grad = sides.project(gradient, *self.module.columns(), self.module.delta.dtype)
+
+    def _energy(self, gradient: Tensor, stored: tuple[Tensor | None, Tensor | None]) -> float:
+        """The share of the gradient that the stored bases capture, the mean of the sides. Their rounding, the same at
+        every look, is not taken out."""
+        pairs = zip(stored, (gradient.T, gradient), strict=True)
+        found = [projector.captured_energy(matrix, basis) for basis, matrix in pairs if basis is not None]
+        return sum(found) / len(found)
 
     def _record(self, step: int, first: bool, failure: str | None) -> dict[str, Any]:
         row: dict[str, Any] = {"version": health.VERSION, "step": step, "layer": self.name, "first": first}
@@ -250,18 +268,18 @@ class LowRankSlot(Slot):
             new = found[position]
             if new is None:
                 continue
-            row = dict.fromkeys(("energy_before", "overlap", "overlap_above_chance", "first_vector", "angle_cosines"))
+            row = dict.fromkeys(("energy_before", "overlap", "overlap_above_chance", *COSINES, "angle_cosines"))
             row["energy"], row["spectrum"] = health.captured(matrix, new)
             if old[position] is not None:
                 row["energy_before"] = projector.captured_energy(matrix, old[position])
                 row["overlap"] = projector.overlap(old[position], new)
                 row["overlap_above_chance"] = projector.above_chance(row["overlap"], new.shape[1], new.shape[0])
-                row["first_vector"] = projector.first_vector_cosine(old[position], new)
+                row["signed_cosine"] = projector.first_vector_cosine(old[position], new)
+                row["first_vector"] = abs(row["signed_cosine"])
                 row["angle_cosines"] = health.angle_cosines(old[position], new)
             rows.append(row)
         mean = health.mean_of_sides(rows)
-        deciding = "overlap_above_chance" if self.options.similarity == "overlap" else "first_vector"
-        return mean | {"similarity": mean[deciding]}
+        return mean | {"similarity": mean[DECIDING[self.options.policy]]}
 
     def _adopt(self, found, old, first: bool) -> None:
         """Store the new bases and bring the moments along, in the coordinates of what was stored."""

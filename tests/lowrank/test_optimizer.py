@@ -371,7 +371,7 @@ def test_bf16_vectors_keep_an_fp32_master(tiny_llama, token_batches):
         {"lr": 0},
         {"lr": -1e-3},
         {"stepping": "soon"},
-        {"similarity": "cosine"},
+        {"policy": "cosine"},
         {"update_proj_gap": 0},
         {"moments": "lose"},
     ],
