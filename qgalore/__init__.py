@@ -2,22 +2,26 @@
 
 report = qgalore.convert(model, rank=128)          # int8 weights, int4 projections, in place
 optimizer = qgalore.optimizer(model, lr=1e-3)      # an ordinary torch.optim.Optimizer
+qgalore.save(model, folder)                        # for transformers' from_pretrained
+qgalore.load(model, folder)                        # a converted model's own tensors, from a checkpoint
 """
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["convert", "optimizer"]
+_PLACES = {
+    "convert": "models.convert",
+    "load": "library",
+    "optimizer": "lowrank.optimizer",
+    "save": "library",
+    "TrainerGuard": "trainer_guard",
+}
+__all__ = ["TrainerGuard", "convert", "load", "optimizer", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the two entry points on first use: they bring torch and transformers with them."""
-    if name == "convert":
-        from .models.convert import convert
-
-        return convert
-    if name == "optimizer":
-        from .lowrank.optimizer import optimizer
-
-        return optimizer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import an entry point on first use: they bring torch and transformers with them."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)

@@ -227,11 +227,15 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Fill ``model`` alone. Raises :class:`ConfigError` if the tensors are those of another model."""
-    own = _unshared(model.state_dict())
+    """Fill ``model`` alone from ``model.safetensors`` or its shards; of tied tensors one name is enough. Raises
+    :class:`ConfigError` if the tensors are those of another model."""
+    own = model.state_dict()
     try:
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise OSError("it has no model.safetensors")
         loaded = set()
-        for name, value in _tensors(folder / "model.safetensors"):
+        for name, value in (item for path in files for item in _tensors(path)):
             if name not in own:
                 raise ValueError(f"the model has no tensor {name}")
             if own[name].shape != value.shape or own[name].dtype != value.dtype:
@@ -241,8 +245,8 @@ def load_model(folder: Path, model: nn.Module) -> None:
                 )
             with torch.no_grad():
                 own[name].copy_(value)
-            loaded.add(name)
-        if absent := set(own) - loaded:
+            loaded.add(own[name].data_ptr())
+        if absent := [name for name, value in own.items() if value.numel() and value.data_ptr() not in loaded]:
             raise ValueError(f"the checkpoint has no tensor {min(absent)}")
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error

@@ -11,8 +11,8 @@ FLOORS = (
     {"config"},
     {"quant", "storage"},
     {"lowrank", "data"},
-    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr", "faults", "convergence"},
-    {"build", "loop", "comparison"},
+    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr", "faults", "convergence", "trainer_guard"},
+    {"build", "loop", "comparison", "library"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..lowrank.linear import LowRankLinear
 
@@ -37,13 +37,18 @@ def dense_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[s
 
 
 def save(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype = torch.bfloat16
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write ``folder`` so that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it."""
+    """Write ``folder`` so that ``model``'s own class, its ``AutoModelFor…`` and ``AutoTokenizer`` load it."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+        skeleton = type(model)._from_config(model.config, dtype=dtype)
     skeleton.tie_weights()
-    skeleton.generation_config = model.generation_config
+    if skeleton.can_generate():
+        skeleton.generation_config = model.generation_config
     folder.mkdir(parents=True, exist_ok=True)
     skeleton.save_pretrained(folder, state_dict=dense_state(model, dtype))
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

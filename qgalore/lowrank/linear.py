@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..quant import basis, dispatch
 from ..quant.int8 import quantize
 from . import sides
@@ -202,8 +203,22 @@ class LowRankLinear(nn.Module):
             del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        found = state_dict.get(prefix + "weight")
+        if found is not None and (found.dtype == torch.int8) != (self.weight.dtype == torch.int8):
+            # copying would round floats to integers, or take integers for weights, without a word
+            errors.append(
+                f"{prefix}weight is {found.dtype} in the file and {self.weight.dtype} in the model: load floating-point "
+                "weights before qgalore.convert, and a converted model's after a qgalore.convert with the same options"
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         missing[:] = [key for key in missing if key not in {prefix + name for name in self.leaves()}]
+
+    def _replicate_for_data_parallel(self):
+        raise ConfigError(
+            "nn.DataParallel copies Δ and the full-gradient probe to every device and adds gradients up behind the "
+            "optimizer's back; train on one device (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def extra_repr(self) -> str:
         kind = "int8" if self.weight_scale is not None else str(self.weight.dtype).removeprefix("torch.")

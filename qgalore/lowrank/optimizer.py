@@ -84,6 +84,14 @@ class LowRankOptimizer(Optimizer):
         return float(torch.stack(self._squares).sum().sqrt()) if self._squares else 0.0
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by ``torch.amp.GradScaler``, which is thereby refused: bases would be sought in scaled gradients that may
+        overflow, and fused stepping would not undo the scale."""
+        raise ConfigError(
+            "fp16 with a GradScaler is not supported; use bfloat16, which needs none (Trainer: bf16=True)"
+        )
+
+    @property
     def inside_step(self) -> bool:
         """Whether some tensors have taken a step that ``step()`` has not closed yet (fused stepping only)."""
         return bool(self._stepped)
@@ -216,6 +224,17 @@ class LowRankOptimizer(Optimizer):
             group.update(saved)
 
 
+def _refuse_several_processes() -> None:
+    """Raise :class:`ConfigError` in a job of several processes: DistributedDataParallel notes which parameters train
+    when it is built and would leave out each Δ whose probe is on at that time, so the copies would part silently."""
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise ConfigError(
+            f"torch.distributed has {group.get_world_size()} processes; the low-rank optimizer trains in one: start "
+            "the program without torchrun or accelerate launch"
+        )
+
+
 def attach(slots: list[Slot], factory: inner_optimizers.Factory, part_elements: int) -> None:
     """Give every slot its leaves and inner optimizers. One scratch buffer for each device, as large as the largest
     leaf: only one leaf is real at a time."""
@@ -335,6 +354,7 @@ def optimizer(
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
+    _refuse_several_processes()
     _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
     _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
     _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
