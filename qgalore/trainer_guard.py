@@ -44,7 +44,7 @@ class TrainerGuard(TrainerCallback):
             problems.append("fp16=True scales the loss, and a basis would be sought in scaled gradients: set bf16=True")
         if args.world_size > 1 or args.n_gpu > 1:
             problems.append(
-                f"{args.world_size} processes and {args.n_gpu} devices: one of each (CUDA_VISIBLE_DEVICES=0) is supported"
+                f"{args.world_size} processes, {args.n_gpu} devices: use one of each (CUDA_VISIBLE_DEVICES=0)"
             )
         if problems:
             raise ConfigError("Trainer cannot train this model as it is set up: " + "; ".join(problems))

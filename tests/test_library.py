@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
 
 
 def test_trainer_resumes_to_the_same_bits(finished, tmp_path):
-    """Weights, scales and bases after 20 steps, against those of a run that is started anew from step 10; dropout is on,
+    """Weights, scales and bases after 20 steps, against those of a run that goes on from step 10; dropout is on,
     and a basis is refreshed in every fourth step."""
     folder, weights = finished
     shutil.copytree(folder / "trainer", tmp_path / "trainer")

@@ -207,7 +207,7 @@ class LowRankLinear(nn.Module):
         if found is not None and (found.dtype == torch.int8) != (self.weight.dtype == torch.int8):
             # copying would round floats to integers, or take integers for weights, without a word
             errors.append(
-                f"{prefix}weight is {found.dtype} in the file and {self.weight.dtype} in the model: load floating-point "
+                f"{prefix}weight is {found.dtype} in the file, {self.weight.dtype} in the model: load floating-point "
                 "weights before qgalore.convert, and a converted model's after a qgalore.convert with the same options"
             )
             return
