@@ -87,6 +87,38 @@ def _matches_any(names: list[str], pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
+def _heads(model: nn.Module) -> dict[nn.Module, str]:
+    """The linear layers that a task adds to the pretrained body, each with why it is left: a language model's output
+    head, or everything beside the body of a classifier."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is not None:
+        return {output: "the output head, trained in full"}
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
+        return {}
+    beside = (m for n, m in model.named_modules() if not f"{n}.".startswith(f"{prefix}."))
+    return dict.fromkeys(beside, "in the task's head, trained in full")
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    """Raise :class:`ConfigError` if weights of several experts lie in one trainable 3-D tensor, which no rule here
+    converts: most of such a model would silently train in full."""
+    convolutions = (nn.modules.conv._ConvNd,)
+    stacked = {
+        f"{name}.{key}": parameter.numel()
+        for name, module in model.named_modules()
+        if not isinstance(module, convolutions)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 2 and parameter.requires_grad and min(parameter.shape) > 1
+    }
+    if stacked:
+        raise ConfigError(
+            f"{type(model).__name__} keeps {sum(stacked.values()):,} values in {len(stacked)} tensors of more than "
+            f"two dimensions, for example {next(iter(stacked))} (a mixture of experts): they would be trained in full, "
+            "with Adam's moments beside them. Take a dense model, or freeze them first with requires_grad_(False)"
+        )
+
+
 def _candidates(model: nn.Module, include: list[str], exclude: list[str], report: ConversionReport):
     """(name, module) of every linear layer to convert; the others go to ``report.skipped`` with the reason."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
@@ -94,10 +126,10 @@ def _candidates(model: nn.Module, include: list[str], exclude: list[str], report
     _check_patterns(names, include, "include")
     _check_patterns(names, exclude, "exclude")
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = _heads(model)
     for name, module in layers:
-        if module is head and not _matches(name, include):
-            report.skipped[name] = "the output head, trained in full"
+        if module in heads and not _matches(name, include):
+            report.skipped[name] = heads[module]
         elif include and not _matches(name, include):
             report.skipped[name] = "not in include"
         elif _matches(name, exclude):
@@ -222,7 +254,8 @@ def convert(
     exclude: list[str] | None = None,
     embeddings: str = "full",
 ) -> ConversionReport:
-    """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its output head by a low-rank layer.
+    """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer. The
+    head is a language model's output layer, or what a classifier has beside the pretrained body.
 
     rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected.
     weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
@@ -231,11 +264,12 @@ def convert(
     embeddings: ``full`` (dense), or ``int8``: the input embedding and the head become low-rank too, in int8 whatever
     ``weight_format`` is; where the two are tied they stay one tensor.
 
-    Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, and a model in
-    which no layer is left to convert.
+    Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model whose
+    experts lie in stacked 3-D tensors, and one in which no layer is left to convert.
     """
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
     _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings})
+    _refuse_experts(model)
     report = ConversionReport()
     for name, module in list(_candidates(model, include or [], exclude or [], report)):
         layer, line = _replacement(name, module, rank=rank, **given, group_size=group_size, grad_dtype=grad_dtype)
