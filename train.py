@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     except QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
         return error.exit_code
-    print(f"done: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}; everything is in {made.folder}")
+    print(f"done: {result}; everything is in {made.folder}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,13 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def row(self) -> dict[str, Any]:
+        """For metrics.jsonl."""
+        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
+
+    def __str__(self) -> str:
+        return f"held-out loss {self.loss:.4f} | perplexity {self.perplexity:.2f} ({self.tokens:,} tokens)"
 
 
 @torch.no_grad()

@@ -8,19 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
 from .data.order import SampleOrder
-from .data.packing import PackedSequences
 from .errors import DoesNotFitError, Interrupted, NumericalError
-from .evaluate import Evaluation, evaluate
 from .faults import WINDOW, is_spike
 from .lowrank.optimizer import LowRankOptimizer
-from .models.loss import Loss, target_tokens
+from .models.loss import Loss
 from .quant.counter import derive_key
 from .stats import ProgressLine, Records, memory_bytes
 
@@ -39,6 +37,24 @@ class Position:
     skipped_in_a_row: int = 0
     skip: list[int] = field(default_factory=list)
     order: int = 0
+
+
+class Samples(Protocol):
+    """Training or held-out data."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Any) -> dict[str, Tensor]:
+        """The samples at ``indices``, on the CPU, as ``loss`` takes them."""
+
+
+class Evaluation(Protocol):
+    """The result of an evaluation; ``str()`` is for the user."""
+
+    loss: float
+
+    def row(self) -> dict[str, Any]:
+        """For metrics.jsonl."""
 
 
 class Spike(NumericalError):
@@ -77,6 +93,9 @@ class StopSignal:
 class Loop:
     """Trains ``model`` to ``max_steps``; see :meth:`run`. ``lr_at(step)`` gives the learning rate of a step (from 0).
 
+    ``loss`` is a sum over the targets of a batch, ``targets(batch)`` their number, ``unit`` what the progress line
+    calls them; ``evaluate(model, batches, device)`` looks at the held-out data.
+
     ``order_for(n)`` gives the data order after n rollbacks; ``run_state`` goes into every checkpoint beside the
     position; ``folder`` is the run's own.
     """
@@ -84,8 +103,8 @@ class Loop:
     model: nn.Module
     loss: Loss
     optimizer: LowRankOptimizer
-    train: PackedSequences
-    valid: PackedSequences
+    train: Samples
+    valid: Samples
     order_for: Callable[[int], SampleOrder]
     device: torch.device
     folder: Path
@@ -106,6 +125,9 @@ class Loop:
     loss_spike: str
     spike_threshold: float
     plan: str  # of memory, printed if that runs out all the same
+    targets: Callable[[dict[str, Tensor]], int]
+    evaluate: Callable[[nn.Module, list[Callable[[], dict[str, Tensor]]], torch.device], Evaluation]
+    unit: str = "tok"
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
@@ -118,7 +140,7 @@ class Loop:
         A step whose loss or gradient is not finite is skipped; after ``max_skipped_in_a_row`` of them the state is
         saved and :class:`NumericalError` raised. After a signal the state is saved and :class:`Interrupted` raised.
         """
-        progress = ProgressLine(self.max_steps)
+        progress = ProgressLine(self.max_steps, unit=self.unit)
         self.model.train()
         latest = None
         if self.position.step == 0 and self.optimizer.stepping == "fused":
@@ -249,7 +271,7 @@ class Loop:
         batches = [
             self.train.batch(indices[i : i + self.micro_batch_size]) for i in range(0, count, self.micro_batch_size)
         ]
-        tokens = sum(target_tokens(batch) for batch in batches)
+        tokens = sum(map(self.targets, batches))
         loss = 0.0
         for number, batch in enumerate(batches, start=1):
             loss += self._backward(batch, tokens, loss, whole=number == len(batches))
@@ -319,14 +341,9 @@ class Loop:
         size = self.micro_batch_size
         starts = range(0, len(self.valid), size)[: self.eval_batches]
         batches = [partial(self.valid.batch, range(s, min(s + size, len(self.valid)))) for s in starts]
-        result = evaluate(self.model, batches, self.loss, target_tokens, self.device)
-        row = {"step": self.position.step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
-        self.metrics.append([row])
-        print(
-            f"step {self.position.step}/{self.max_steps} | held-out loss {result.loss:.4f} | "
-            f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens)",
-            flush=True,
-        )
+        result = self.evaluate(self.model, batches, device=self.device)
+        self.metrics.append([{"step": self.position.step, **result.row()}])
+        print(f"step {self.position.step}/{self.max_steps} | {result}", flush=True)
         return result
 
     def _save_beginning(self) -> None:

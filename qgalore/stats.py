@@ -76,8 +76,8 @@ def human_time(seconds: float) -> str:
 class ProgressLine:
     """Prints a line at most every ``interval`` seconds, and always for the first and last step."""
 
-    def __init__(self, max_steps: int, interval: float = 5.0) -> None:
-        self.max_steps, self.interval = max_steps, interval
+    def __init__(self, max_steps: int, interval: float = 5.0, unit: str = "tok") -> None:
+        self.max_steps, self.interval, self.unit = max_steps, interval, unit
         self._last = 0.0
         self._started = time.monotonic()
         self._steps = 0
@@ -97,7 +97,7 @@ class ProgressLine:
         done = f" | refreshes {refreshes[0]} (skipped {refreshes[1]}), {share:.1%} of the time" if refreshes[0] else ""
         print(
             f"step {row['step']}/{self.max_steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | "
-            f"grad norm {row['grad_norm']:.3g} | {row['tokens_per_second']:,.0f} tok/s | "
+            f"grad norm {row['grad_norm']:.3g} | {row['tokens_per_second']:,.0f} {self.unit}/s | "
             f"{row['memory_bytes'] / 2**30:.2f} GiB{done} | ETA {human_time(left)}",
             flush=True,
         )

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors"},
     {"config"},
-    {"quant", "storage"},
+    {"quant", "storage", "metrics"},
     {"lowrank", "data"},
     {"models", "memory", "checkpoint", "export", "stats", "evaluate", "lr", "faults", "convergence", "trainer_guard"},
     {"build", "loop", "comparison", "library"},

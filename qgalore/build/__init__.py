@@ -1,7 +1,7 @@
 """From a configuration to objects that run: the only room that knows everyone."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from ..config import Config
 from ..data.order import SampleOrder
 from ..data.packing import PackedSequences
 from ..errors import ConfigError
+from ..evaluate import evaluate
 from ..lowrank import inner
 from ..lr import lr_at
+from ..models.loss import Loss, target_tokens
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..quant import dispatch
 from ..quant.counter import derive_key
+from . import labelled
 from .data import build_data, build_tokenizer
 from .export import export, finish, restore_model
 from .model import Vocabulary, build_model, build_optimizer, stepping_line
@@ -76,6 +79,8 @@ def plan(config: Config) -> None:
     stated = stated or "vocab_size" in {**section.overrides, **PRESETS.get(section.config, {})}
     rows = section.overrides.get("vocab_size", 1)  # a folder's config.json has its own
     vocabulary = Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config))
+    if config.data.task == "classify":
+        vocabulary = replace(vocabulary, labels=labelled.PLANNED)
     config = _resolved(config, device)
     say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     settle(config, vocabulary, device)
@@ -99,14 +104,26 @@ def build(config: Config, resume: str | None) -> Run:
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length)
     vocabulary = Vocabulary.of(tokenizer)
+    classifying = config.data.task == "classify"
+    if classifying:
+        examples = labelled.read(config, tokenizer)
+        packed, valid, highest, described = (
+            examples.train,
+            examples.valid,
+            examples.train.highest_id,
+            examples.description,
+        )
+        vocabulary = examples.vocabulary(vocabulary)
     config, planned = settle(config, vocabulary, device)
     prepare_allocator(config, device, planned)
-    tokens, packed, valid = build_data(config, tokenizer)
-    model, loss = build_model(config, vocabulary, tokens.vocab_high, device)
+    if not classifying:
+        tokens, packed, valid = build_data(config, tokenizer)
+        highest, described = tokens.vocab_high, f"{len(packed)} samples of {tokens.digest()}"
+    model, loss = build_model(config, vocabulary, highest, device)
     planned = recheck(config, vocabulary, device, loss, planned)
     run_state = {
         "config": config.model_dump(mode="json"),
-        "data": f"{len(packed)} samples of {tokens.digest()}",
+        "data": described,
         "model_config": json.loads(model.config.to_json_string(use_diff=False)),
         "torch": torch.__version__,
     }
@@ -121,6 +138,7 @@ def build(config: Config, resume: str | None) -> Run:
         "run_state": run_state,
         "plan": str(planned),
         **_loop_settings(config, len(packed)),
+        **(labelled.loop_settings(config, examples.labels) if classifying else _token_settings(loss)),
     }
     run = Run(config, folder, model, tokenizer, valid, planned, loop)
     run.position = restore(
@@ -139,6 +157,11 @@ def build(config: Config, resume: str | None) -> Run:
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
     return run
+
+
+def _token_settings(loss: Loss) -> dict[str, Any]:
+    """What ``loop.Loop`` is told about text: how to count and to evaluate."""
+    return {"targets": target_tokens, "evaluate": partial(evaluate, summed_loss=loss, target_tokens=target_tokens)}
 
 
 def _loop_settings(config: Config, samples: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .. import config as configuration
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
 from ..export import gguf, huggingface, int8
-from ..models import loading, streaming
+from ..models import classify, loading, streaming
 from ..models.sample import continue_text, prompt_ids
 from .model import convert_as
 from .say import say
@@ -34,7 +34,7 @@ def finish(run) -> None:
     for fmt in run.config.export.formats:
         export(run.model, run.tokenizer, fmt, run.folder / "export" / fmt)
     section = run.config.sample
-    if section.max_new_tokens:
+    if section.max_new_tokens and run.config.data.task != "classify":
         ids = run.valid.batch([0])["input_ids"][0, :16].tolist()
         if section.prompt is not None:
             ids = prompt_ids(run.tokenizer, section.prompt, run.config.data.sequence_length)
@@ -49,7 +49,8 @@ def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     state = checkpoint.read_state(source)
     config = configuration.parse(state["config"], str(source))
     shape = AutoConfig.for_model(**state["model_config"])
-    model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype))
+    auto = {"auto": classify.AUTO} if config.data.task == "classify" else {}
+    model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype), **auto)
     convert_as(config, model)
     streaming.allocate(model, torch.device("cpu"))
     checkpoint.load_model(source, model)

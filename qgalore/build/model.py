@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import METHODS, RULES, Config
+from ..data.labelled import Labels
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer, optimizer
-from ..models import loading, streaming
+from ..models import classify, loading, streaming
 from ..models.checkpointing import checkpoint_blocks
 from ..models.convert import ConversionReport, convert
 from ..models.loss import Loss, check_isolation, choose_loss, chunked_loss, uncalled_layers
@@ -26,6 +27,8 @@ class Vocabulary:
     size: int
     bos: int | None
     eos: int | None
+    labels: Labels | None = None  # of a classifier
+    padding: int | None = None  # the token that fills its batches
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
@@ -36,7 +39,9 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
     """The unconverted model on the meta device. Raises :class:`ConfigError` if there is none, or one too small."""
     section = config.model
     dtype = getattr(torch, section.dtype)
-    if section.path is not None:
+    if vocabulary.labels is not None:
+        model = _classifier(config, vocabulary)
+    elif section.path is not None:
         model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype)
     else:
         shape = loading.model_config(
@@ -53,11 +58,27 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
     return model
 
 
+def _classifier(config: Config, vocabulary: Vocabulary) -> nn.Module:
+    section = config.model
+    if section.path is not None:
+        shape = loading.stored_config(loading.local_folder(section.path))
+    else:
+        given = {"tokenizer_size": vocabulary.size, "overrides": section.overrides}
+        shape = loading.model_config(section.config, **given, report=lambda line: None)
+    loading.check_vocabulary(shape, 0, vocabulary.size)
+    classify.configure(shape, vocabulary.labels.names, vocabulary.padding)
+    return loading.skeleton(shape, dtype=getattr(torch, section.dtype), auto=classify.AUTO)
+
+
 def source_of(config: Config, model: nn.Module) -> streaming.Source:
     """Where the tensors of :func:`architecture`'s model come from."""
     report = partial(say, "model")
+    seed, classifier = config.run.seed, config.data.task == "classify"
     if config.model.path is None:
-        return loading.fresh_source(model, seed=config.run.seed, report=report)
+        auto = {"auto": classify.AUTO} if classifier else {}
+        return loading.fresh_source(model, seed=seed, report=report, **auto)
+    if classifier:
+        return classify.stored_source(loading.local_folder(config.model.path), model, seed=seed, report=report)
     return loading.stored_source(loading.local_folder(config.model.path), model, report=report)
 
 
@@ -95,7 +116,7 @@ def build_model(
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)
     loading.check_vocabulary(model.config, highest_id, vocabulary.size)
-    if (row := loading.untie_padding(model)) is not None:
+    if config.data.task != "classify" and (row := loading.untie_padding(model)) is not None:
         say("note", f"the embedding row of the padding token, {row}, trains like any other here")
     report = convert_as(config, model)
     if report is None:
@@ -110,6 +131,8 @@ def build_model(
     if uncalled := uncalled_layers(model, LowRankLinear):
         names = ", ".join(uncalled[:5])
         say("note", f"{len(uncalled)} converted layers were not called in a trial forward pass: {names}")
+    if config.data.task == "classify":
+        return model, classify.classification_loss
     if config.data.document_attention == "isolated":
         check_isolation(model, config.data.sequence_length)
     loss = choose_loss(model)

@@ -19,7 +19,7 @@ from ..lowrank.optimizer import RefreshOptions, attach, collect_slots, part_elem
 from ..lowrank.policies import layers_at_once
 from ..lowrank.rules import RuleOptions
 from ..lowrank.slots import Slot
-from ..models import loading
+from ..models import classify, loading
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from .model import Vocabulary, architecture, checkpoint_as, convert_as, rule_of, rule_rank
 from .say import say
@@ -80,7 +80,8 @@ def _inner_factory(config: Config):
 def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, list[Slot]]:
     """The converted model of a resolved configuration and its slots, all on the meta device."""
     model = architecture(config, vocabulary, lambda line: None)
-    loading.untie_padding(model)
+    if vocabulary.labels is None:
+        loading.untie_padding(model)
     convert_as(config, model)
     checkpoint_as(config, model)
     low = config.lowrank
@@ -101,7 +102,9 @@ def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, l
 def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None) -> memory.Plan:
     """The plan of a resolved configuration. ``loss``: the one it will use, where that is known already."""
     model, slots = on_paper(config, vocabulary)
-    if loss is None:
+    if vocabulary.labels is not None:
+        loss = classify.rehearsal_loss(vocabulary.labels.outputs)
+    elif loss is None:
         loss = chunked_loss if can_be_chunked(model) else summed_loss
     low = config.lowrank
     step = memory.Step(
@@ -109,7 +112,7 @@ def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | N
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.data.sequence_length,
         fused=config.train.stepping == "fused",
-        masked=config.data.document_attention == "isolated",
+        masked=vocabulary.labels is not None or config.data.document_attention == "isolated",
         staggered=low.stagger,
         due_together=layers_at_once(
             config.lowrank.policy, sum(map(memory.is_projected, slots)), config.lowrank.update_proj_gap
@@ -236,7 +239,7 @@ def recheck(
     config: Config, vocabulary: Vocabulary, device: torch.device, loss: Loss, before: memory.Plan
 ) -> memory.Plan:
     """The plan again, for a model whose loss turned out to keep all logits."""
-    if loss is chunked_loss:
+    if loss is chunked_loss or vocabulary.labels is not None:
         return before
     found = plan_for(config, vocabulary, device.type, loss)
     budget = budget_bytes(config.memory.budget) if config.memory.budget is not None else available(device)

@@ -44,6 +44,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
+    task: Literal["text", "classify"] = "text"
     train: str
     valid: str | None = None  # None: the last valid_fraction of train
     valid_fraction: float = Field(0.01, gt=0, lt=0.5)
@@ -55,6 +56,12 @@ class DataSection(Section):
     document_attention: Literal["isolated", "joined"] = "isolated"
     max_tokens: PositiveInt | None = None  # stop reading data.train there; None: all of a file, enough of a hub stream
     cache_dir: str = "cache"
+    # of task: classify, whose data are local tables (.tsv, .csv, .jsonl, .parquet)
+    text_keys: list[str] = Field(["sentence"], min_length=1, max_length=2)  # one text or a pair
+    label_key: str = "label"
+    label_type: Literal["class", "number"] = "class"  # number: regression on one value
+    header: bool = True  # false: columns are called "0", "1", …
+    metric: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] = []  # empty: all that suit the labels
 
 
 class TrainSection(Section):
@@ -172,6 +179,7 @@ class Config(Section):
             found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
             found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
+        found += self._problems_of_task()
         if not all(0 <= beta < 1 for beta in train.betas):
             found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
         fields = TrainSection.model_fields
@@ -199,6 +207,29 @@ class Config(Section):
                 "would keep those of all layers at once until the step: 4 bytes (lowrank.grad_dtype: bfloat16: 2) for "
                 "each of their weights, 24 GiB for a 7B model; accept that with train.full_gradients: keep, or use "
                 "grad_accumulation 1 without clipping"
+            )
+        return found
+
+    def _problems_of_task(self) -> list[str]:
+        """Rules for ``data.task: classify``, and keys that mean nothing without it."""
+        if self.data.task != "classify":
+            own = {
+                name: DataSection.model_fields[name].default for name in ("label_key", "label_type", "header", "metric")
+            }
+            given = sorted(name for name, default in own.items() if getattr(self.data, name) != default)
+            return [f"data.{name}: goes with data.task: classify only" for name in given]
+        found = []
+        if self.data.valid is None:
+            found.append("data.valid: data.task: classify needs held-out data")
+        if self.model.path is None and self.data.tokenizer is None:
+            found.append("data.tokenizer: data.task: classify needs one, or a model.path that has one")
+        if set(self.export.formats) - {"hf"}:
+            found.append("export.formats: a classifier is exported as hf only")
+        suits = {"pearson", "spearman"} if self.data.label_type == "number" else {"accuracy", "f1", "matthews"}
+        if wrong := sorted(set(self.data.metric) - suits):
+            found.append(
+                f"data.metric: {wrong[0]} does not suit data.label_type: {self.data.label_type}; "
+                f"use {', '.join(sorted(suits))}"
             )
         return found
 

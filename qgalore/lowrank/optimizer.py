@@ -87,9 +87,7 @@ class LowRankOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Read by ``torch.amp.GradScaler``, which is thereby refused: bases would be sought in scaled gradients, which
         may overflow, and fused stepping would not undo the scale."""
-        raise ConfigError(
-            "fp16 with a GradScaler is refused; use bfloat16, which needs none (Trainer: bf16=True)"
-        )
+        raise ConfigError("fp16 with a GradScaler is refused; use bfloat16, which needs none (Trainer: bf16=True)")
 
     @property
     def inside_step(self) -> bool:

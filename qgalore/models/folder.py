@@ -2,7 +2,7 @@
 count as memory of this process page by page."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,10 +85,13 @@ def _entries(folder: Path) -> dict[str, _Entry]:
     return found
 
 
-def stored(folder: Path, model: nn.Module, report: Callable[[str], None]) -> Iterator[tuple[str, Rows]]:
+def stored(
+    folder: Path, model: nn.Module, report: Callable[[str], None], optional: Collection[str] = ()
+) -> Iterator[tuple[str, Rows]]:
     """A source of ``model``'s parameters (see :mod:`.streaming`) from the files in ``folder``.
 
-    Names may differ by the base model's prefix; tensors without use are reported. Raises :class:`ConfigError` for
+    Names may differ by the base model's prefix; tensors without use are reported. Parameters in ``optional`` are left
+    out where the files have none that fits. Raises :class:`ConfigError` for
     damaged files and mismatched shapes, and :class:`CannotStreamError` if some parameter has no tensor under its own
     name: transformers may know another.
     """
@@ -101,6 +104,8 @@ def stored(folder: Path, model: nn.Module, report: Callable[[str], None]) -> Ite
     for name, parameter in model.named_parameters():
         tries = [t for n in aliases[id(parameter)] for t in (n, n.removeprefix(prefix), prefix + n)]
         entry = next((entries[t] for t in tries if t in entries), None)
+        if name in optional and (entry is None or entry.shape != tuple(parameter.shape)):
+            continue
         if entry is None:
             raise CannotStreamError(f"{folder} has no tensor named {name}")
         if entry.shape != tuple(parameter.shape):

@@ -100,37 +100,41 @@ def untie_padding(model: nn.Module) -> int | None:
     return frozen
 
 
-def from_scratch(config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A freshly initialised causal LM in ``dtype``, a function of ``seed`` alone. Raises :class:`ConfigError` if the
-    architecture has no causal LM or its fields contradict each other."""
+def from_scratch(
+    config: PretrainedConfig, *, dtype: torch.dtype, seed: int, auto: type = AutoModelForCausalLM
+) -> nn.Module:
+    """A freshly initialised model in ``dtype``, a function of ``seed`` alone, of one of transformers' ``AutoModelFor…``
+    classes. Raises :class:`ConfigError` if the architecture has no such model or its fields contradict each other."""
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto.from_config(config, dtype=dtype)
     except (*_CONFIG_ERRORS, TypeError, RuntimeError) as error:
-        raise ConfigError(f"a causal LM cannot be built from {type(config).__name__}: {error}") from error
+        kind = auto.__name__.removeprefix("AutoModelFor")
+        raise ConfigError(f"a {kind} model cannot be built from {type(config).__name__}: {error}") from error
 
 
-def skeleton(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module:
-    """The causal LM of ``config`` on the meta device: shapes without memory. Raises as :func:`from_scratch`."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (*_CONFIG_ERRORS, TypeError, RuntimeError) as error:
-        raise ConfigError(f"a causal LM cannot be built from {type(config).__name__}: {error}") from error
+def skeleton(config: PretrainedConfig, *, dtype: torch.dtype, auto: type = AutoModelForCausalLM) -> nn.Module:
+    """The model of ``config`` on the meta device: shapes without memory. Raises as :func:`from_scratch`."""
+    with torch.device("meta"):
+        return from_scratch(config, dtype=dtype, seed=0, auto=auto)
 
 
-def skeleton_with_buffers(config: PretrainedConfig, *, dtype: torch.dtype) -> nn.Module:
+def skeleton_with_buffers(
+    config: PretrainedConfig, *, dtype: torch.dtype, auto: type = AutoModelForCausalLM
+) -> nn.Module:
     """:func:`skeleton` whose buffers have their values, for parameters that come from elsewhere; an architecture that
     does not make them in its initialisation is built whole."""
-    model = skeleton(config, dtype=dtype)
+    model = skeleton(config, dtype=dtype, auto=auto)
     try:
         streaming.compute_buffers(model)
     except streaming.CannotStreamError:
-        return from_scratch(config, dtype=dtype, seed=0)
+        return from_scratch(config, dtype=dtype, seed=0, auto=auto)
     return model
 
 
-def fresh_source(model: nn.Module, *, seed: int, report: Callable[[str], None]) -> streaming.Source:
+def fresh_source(
+    model: nn.Module, *, seed: int, report: Callable[[str], None], auto: type = AutoModelForCausalLM
+) -> streaming.Source:
     """The tensors that :func:`skeleton`'s ``model`` starts from. An architecture whose initialisation cannot be
     streamed is built whole first, and that is reported."""
     try:
@@ -138,7 +142,7 @@ def fresh_source(model: nn.Module, *, seed: int, report: Callable[[str], None]) 
     except streaming.CannotStreamError as reason:
         dtype = next(model.parameters()).dtype
         report(_whole(model, reason))
-        return streaming.copied(from_scratch(model.config, dtype=dtype, seed=seed), model)
+        return streaming.copied(from_scratch(model.config, dtype=dtype, seed=seed, auto=auto), model)
 
 
 def _whole(model: nn.Module, reason: Exception) -> str:
@@ -158,13 +162,17 @@ def local_folder(source: str) -> Path:
         raise ConfigError(f"model.path {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def pretrained_skeleton(folder: Path, *, dtype: torch.dtype) -> nn.Module:
-    """The causal LM that ``folder`` holds, on the meta device. Raises :class:`ConfigError` if it describes none."""
+def stored_config(folder: Path) -> PretrainedConfig:
+    """``folder``'s ``config.json``. Raises :class:`ConfigError` if it describes no model."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (*_CONFIG_ERRORS, TypeError) as error:
         raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    model = skeleton(config, dtype=dtype)
+
+
+def pretrained_skeleton(folder: Path, *, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that ``folder`` holds, on the meta device. Raises :class:`ConfigError` if it describes none."""
+    model = skeleton(stored_config(folder), dtype=dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -144,14 +144,22 @@ def _initialise(model: nn.Module, recipes: dict[int, _Recipe] | None) -> None:
         module.__dict__.pop("_is_hf_initialized", None)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[key] = torch.full(buffer.shape, float("nan")).to(buffer.dtype)
+                module._buffers[key] = torch.full(buffer.shape, _unset(buffer.dtype), dtype=buffer.dtype)
                 unset.append((f"{name}.{key}", module, key))
     with _Recorder(recipes):
         model.initialize_weights()
     for name, module, key in unset:
         buffer = module._buffers[key]
-        if not buffer.is_floating_point() or buffer.isnan().any():
+        mark = _unset(buffer.dtype)
+        if buffer.dtype == torch.bool or (buffer.isnan() if mark != mark else buffer == mark).any():
             raise CannotStreamError(f"the values of its buffer {name} are not made by its initialisation")
+
+
+def _unset(dtype: torch.dtype) -> float | int | bool:
+    """A value that no initialisation gives a buffer, if its type has one (bool has not)."""
+    if dtype == torch.bool:
+        return False
+    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
 
 
 def copied(whole: nn.Module, model: nn.Module) -> Source:
