@@ -1,0 +1,209 @@
+"""Compare ways to fine-tune a pretrained encoder or decoder on GLUE tasks: methods × rates × seeds, in one table.
+
+    python tools/glue.py --model FOLDER --data GLUE --out runs/glue.jsonl --tasks MRPC --methods adamw qgalore \\
+        --rates 5e-5 1e-4 --seeds 0 1 --epochs 3
+
+GLUE holds a folder for each task with train.tsv and dev.tsv. A run that the file already has is not repeated, so the
+command goes on where it was stopped; ``--table`` only prints. A method's rate is the best one by its mean over seeds
+on the very set that is reported, for all methods alike.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import get_linear_schedule_with_warmup as linear_schedule
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import qgalore
+from qgalore.data.labelled import LabelledTexts, Labels, read_examples
+from qgalore.data.order import SampleOrder
+from qgalore.errors import QGaloreError
+from qgalore.models import classify
+
+METHODS = ("adamw", "lora", "galore", "qgalore")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's columns are, and the metric that GLUE compares by."""
+
+    text_keys: tuple[str, ...]
+    label_key: str
+    metric: str
+    header: bool = True
+    label_type: str = "class"
+
+
+TASKS = {
+    "CoLA": Task(("3",), "1", "matthews", header=False),
+    "MRPC": Task(("#1 String", "#2 String"), "Quality", "accuracy"),
+    "RTE": Task(("sentence1", "sentence2"), "label", "accuracy"),
+    "SST-2": Task(("sentence",), "label", "accuracy"),
+    "STS-B": Task(("sentence1", "sentence2"), "score", "spearman", label_type="number"),
+}
+
+
+class Lora(nn.Module):
+    """``Y = X Wᵀ + b + (α/r) · X Aᵀ Bᵀ`` with W and b frozen: A (r, in) random, B (out, r) zero, never merged
+    (Hu et al., arXiv 2106.09685)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), alpha / rank
+        self.a = nn.Parameter(torch.empty(rank, base.in_features))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scale * (x @ self.a.T) @ self.b.T
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Factors beside every linear layer of the body; the head trains in full, all else is frozen."""
+    head = classify.head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and f"{name}.weight" not in head:
+            model.set_submodule(name, Lora(module, rank, alpha=2 * rank))
+
+
+def optimizer_for(method: str, model: nn.Module, rate: float, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """Prepare ``model`` in place as ``method`` asks, and give its optimizer."""
+    if method == "lora":
+        add_lora(model, options.rank)
+    if method in ("adamw", "lora"):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    formats = {} if method == "qgalore" else {"weight_format": "none", "basis_format": "fp32"}
+    qgalore.convert(model, rank=options.rank, **formats)
+    inner = "adamw8bit" if method == "qgalore" else "adamw"
+    return qgalore.optimizer(model, lr=rate, scale=options.scale, inner=inner, update_proj_gap=options.gap)
+
+
+def model_for(options: argparse.Namespace, labels: Labels, pad_id: int, seed: int) -> nn.Module:
+    """The pretrained body with a new head that is the same for every method."""
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(options.model)
+    classify.configure(config, labels.names, pad_id)
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, config=config, dtype=torch.float32)
+    return model.to(options.device)
+
+
+def data_for(name: str, options: argparse.Namespace) -> tuple[LabelledTexts, LabelledTexts, Labels]:
+    """Training and held-out examples of a task, tokenized."""
+    task, tokenizer = TASKS[name], AutoTokenizer.from_pretrained(options.model)
+    keys = {"text_keys": task.text_keys, "label_key": task.label_key, "header": task.header}
+    train, dev = (read_examples(str(options.data / name / f"{part}.tsv"), **keys) for part in ("train", "dev"))
+    labels = Labels.of(train, task.label_type)
+    tokenized = (LabelledTexts(rows, labels.encode(rows, name), tokenizer, options.length) for rows in (train, dev))
+    return (*tokenized, labels)
+
+
+def train(name: str, method: str, rate: float, seed: int, options: argparse.Namespace) -> dict:
+    """One run, and its record."""
+    data, held_out, labels = data_for(name, options)
+    model = model_for(options, labels, data.pad_id, seed)
+    optimizer = optimizer_for(method, model, rate, options)
+    steps = options.steps or max(1, round(options.epochs * len(data) / options.batch))
+    schedule = linear_schedule(optimizer, steps // 10, steps)
+    order, position = SampleOrder(len(data), seed), (0, 0)
+    started = time.perf_counter()
+    model.train()
+    for step in range(steps):
+        torch.manual_seed(seed * 1_000_003 + step)  # the same dropout for every method
+        indices, position = order.take(position, options.batch)
+        batch = {key: value.to(options.device) for key, value in data.batch(indices).items()}
+        loss = classify.classification_loss(model, batch) / len(indices)
+        loss.backward()
+        if method in ("galore", "qgalore"):
+            optimizer.refresh()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"  step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+    seconds = time.perf_counter() - started
+    starts = range(0, len(held_out), options.batch)
+    batches = [partial(held_out.batch, range(s, min(s + options.batch, len(held_out)))) for s in starts]
+    known = ("pearson", "spearman") if labels.names is None else ("accuracy", "f1", "matthews")
+    found = classify.evaluate(model, batches, known, torch.device(options.device))
+    record = {"task": name, "method": method, "rate": rate, "seed": seed, "steps": steps, "batch": options.batch}
+    settings = {"rank": options.rank, "scale": options.scale, "gap": options.gap, "length": options.length}
+    return {**record, **settings, "seconds": round(seconds, 1), **found.row()}
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: for every task and method the best rate by its mean over seeds, with the lowest and highest seed."""
+    lines = ["| task | metric | method | rate | mean | lowest – highest | seeds |", "|---|---|---|---|---|---|---|"]
+    for name, method in itertools.product(TASKS, METHODS):
+        scores: dict[float, list[float]] = {}
+        for record in records:
+            if (record["task"], record["method"]) == (name, method):
+                scores.setdefault(record["rate"], []).append(record[f"eval_{TASKS[name].metric}"] or 0.0)
+        if scores:
+            rate, best = max(scores.items(), key=lambda item: statistics.fmean(item[1]))
+            spread = f"{min(best):.4f} – {max(best):.4f}"
+            cells = [name, TASKS[name].metric, method, f"{rate:g}", f"{statistics.fmean(best):.4f}", spread]
+            lines.append("| " + " | ".join([*cells, str(len(best))]) + " |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a pretrained folder or hub id")
+    parser.add_argument("--data", type=Path, help="the folder of the tasks' folders")
+    parser.add_argument("--out", type=Path, required=True, help="records, one JSON line a run")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["MRPC"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-5, 1e-4, 2e-4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="instead of epochs")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128, help="tokens; longer examples are cut")
+    parser.add_argument("--rank", type=int, default=8, help="of lora, galore and qgalore")
+    parser.add_argument("--scale", type=float, default=1.0, help="of galore and qgalore")
+    parser.add_argument("--gap", type=int, default=100, help="steps between refreshes of a subspace")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--table", action="store_true", help="print the table of --out and stop")
+    options = parser.parse_args(arguments)
+    if not options.table and (options.model is None or options.data is None):
+        parser.error("--model and --data are needed, unless with --table")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    records = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {(r["task"], r["method"], r["rate"], r["seed"]) for r in records}
+    runs = itertools.product(options.tasks, options.seeds, options.rates, options.methods)
+    for name, seed, rate, method in runs if not options.table else ():
+        if (name, method, rate, seed) in done:
+            continue
+        print(f"{name} {method} rate {rate:g} seed {seed}", flush=True)
+        try:
+            records.append(train(name, method, rate, seed, options))
+        except QGaloreError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+    print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
