@@ -102,7 +102,7 @@ def build(config: Config, resume: str | None) -> Run:
     dispatch.use(config.kernels, device)
     tokenizer = build_tokenizer(config)
     if config.sample.prompt is not None:
-        prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length)
+        prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)
     vocabulary = Vocabulary.of(tokenizer)
     classifying = config.data.task == "classify"
     if classifying:

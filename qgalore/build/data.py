@@ -2,12 +2,16 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
+from ..data.chat import PLAIN_TEMPLATE, has_template
+from ..data.conversations import conversations
+from ..data.instruct import conversations_to_disk
 from ..data.packing import PackedSequences
 from ..data.paths import looks_like_path
 from ..data.sources import ENDINGS, documents, fingerprint
@@ -21,7 +25,24 @@ HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer named in the configuration, or a byte-level BPE trained on the corpus and cached."""
+    """The tokenizer named in the configuration, or a byte-level BPE trained on the corpus and cached; for conversations
+    with a chat template, the plain one if it has none."""
+    tokenizer = _find_tokenizer(config)
+    if config.data.task == "instruct" and not has_template(tokenizer):
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        say("note", "the tokenizer has no chat template; it gets a plain one: ### User: … ### Assistant: … end of text")
+    return tokenizer
+
+
+def _texts(config: Config) -> Iterator[str]:
+    """The text of the training data, for a tokenizer."""
+    data = config.data
+    if data.task == "instruct":
+        return (message["content"] for messages, _ in conversations(data.train) for message in messages)
+    return documents(data.train, text_key=data.text_key)
+
+
+def _find_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     data = config.data
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
@@ -34,13 +55,14 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             f"data.train {data.train!r} is a hub dataset and data.tokenizer is not set; training one would read all of "
             "it. Name a tokenizer (data.tokenizer)"
         )
-    digest = hashlib.sha256(f"{fingerprint(data.train)}|{data.text_key}|{data.vocab_size}".encode()).hexdigest()[:16]
+    key = data.text_key if data.task == "text" else f"({data.task})"
+    digest = hashlib.sha256(f"{fingerprint(data.train)}|{key}|{data.vocab_size}".encode()).hexdigest()[:16]
     folder = Path(data.cache_dir) / f"tokenizer-{digest}"
     if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
         say("tokenizer", f"cached, {folder}")
         return load_tokenizer(str(folder))
     say("tokenizer", f"training byte-level BPE with {data.vocab_size} entries on {data.train}")
-    tokenizer = train_tokenizer(documents(data.train, text_key=data.text_key), vocab_size=data.vocab_size)
+    tokenizer = train_tokenizer(_texts(config), vocab_size=data.vocab_size)
     building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         tokenizer.save_pretrained(building)
@@ -56,7 +78,10 @@ def build_data(
 ) -> tuple[TokenFile, PackedSequences, PackedSequences]:
     """The training tokens, and the packed training and held-out samples."""
     data, train = config.data, config.train
-    read = partial(tokenize_to_disk, tokenizer=tokenizer, cache_dir=data.cache_dir, text_key=data.text_key)
+    read = partial(tokenize_to_disk, text_key=data.text_key)
+    if data.task == "instruct":
+        read = partial(conversations_to_disk, sequence_length=data.sequence_length)
+    read = partial(read, tokenizer=tokenizer, cache_dir=data.cache_dir)
     needed = train.max_steps * train.micro_batch_size * train.grad_accumulation * data.sequence_length + 1
     limit = data.max_tokens or (None if Path(data.train).exists() else needed)
     tokens = read(data.train, max_tokens=limit)

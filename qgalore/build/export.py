@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .. import checkpoint
 from .. import config as configuration
+from ..data.packing import IGNORED
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
 from ..export import gguf, huggingface, int8
@@ -35,9 +36,14 @@ def finish(run) -> None:
         export(run.model, run.tokenizer, fmt, run.folder / "export" / fmt)
     section = run.config.sample
     if section.max_new_tokens and run.config.data.task != "classify":
-        ids = run.valid.batch([0])["input_ids"][0, :16].tolist()
+        data = run.config.data
+        row = run.valid.batch([0])
+        length = 16
+        if data.task == "instruct":  # up to the first answer
+            length = int((row["labels"][0] != IGNORED).nonzero()[0]) + 1
+        ids = row["input_ids"][0, :length].tolist()
         if section.prompt is not None:
-            ids = prompt_ids(run.tokenizer, section.prompt, run.config.data.sequence_length)
+            ids = prompt_ids(run.tokenizer, section.prompt, data.sequence_length, data.task)
         say("sample", continue_text(run.model, run.tokenizer, ids, section.max_new_tokens, run.config.run.seed))
 
 

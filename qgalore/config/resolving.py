@@ -89,6 +89,7 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
             "valid_fraction" in data.model_fields_set and data.valid is not None,
             "with data.valid",
         ),
+        ("data.text_key", "text_key" in data.model_fields_set and data.task != "text", f"with data.task: {data.task}"),
     ]
 
 

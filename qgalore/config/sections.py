@@ -44,7 +44,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    task: Literal["text", "classify"] = "text"
+    task: Literal["text", "instruct", "classify"] = "text"  # instruct: conversations, with the loss on answers only
     train: str
     valid: str | None = None  # None: the last valid_fraction of train
     valid_fraction: float = Field(0.01, gt=0, lt=0.5)

@@ -12,17 +12,21 @@ IGNORED = -100  # the label that torch's cross entropy and transformers leave ou
 
 
 class TokenStream(Protocol):
-    """What packing needs of a token file: tokens (n,) of any integer dtype, offsets (documents + 1,) int64."""
+    """What packing needs of a token file: tokens (n,) of any integer dtype, offsets (documents + 1,) int64; for
+    conversations answers (n,) bool, the only targets, and row_length, of the rows they are laid out in."""
 
     tokens: np.ndarray
     offsets: np.ndarray
+    answers: np.ndarray | None
+    row_length: int | None
 
 
 class PackedSequences:
     """Rows of ``sequence_length`` (L) tokens with their targets, documents following each other without padding.
 
     Sample i covers tokens i*L .. i*L + L: its first L are the inputs, its last L the targets. ``len()`` is the number
-    of samples; ``dropped_tokens`` the tokens after the last whole window.
+    of samples; ``dropped_tokens`` the tokens after the last whole window. Conversations come laid out in rows of L:
+    there sample i is row i, and only tokens of answers are targets.
 
     document_attention: ``"isolated"``: positions restart at 0 where a document starts (a document cut by the row's
         start begins at 0 there), and the target of a document's last token, which is another document's first, is
@@ -47,7 +51,14 @@ class PackedSequences:
         if document_attention not in ("isolated", "joined"):
             raise ConfigError(f"document_attention is {document_attention!r}; it must be 'isolated' or 'joined'.")
         total = len(tokens.tokens)
-        self._n_samples = max(total - 1, 0) // sequence_length
+        self._answers = tokens.answers
+        if tokens.row_length not in (None, sequence_length):
+            raise ConfigError(
+                f"sequence_length is {sequence_length}, but the conversations are laid out in rows of "
+                f"{tokens.row_length}; the two must be equal."
+            )
+        seen_after = 1 if tokens.row_length is None else 0  # tokens a sample needs beside its inputs
+        self._n_samples = max(total - seen_after, 0) // sequence_length
         if self._n_samples == 0:
             raise ConfigError(
                 f"the data has {total} tokens, and one sample of sequence_length {sequence_length} needs "
@@ -55,7 +66,7 @@ class PackedSequences:
             )
         self.sequence_length = sequence_length
         self.document_attention = document_attention
-        self.dropped_tokens = total - (self._n_samples * sequence_length + 1)
+        self.dropped_tokens = total - (self._n_samples * sequence_length + seen_after)
         self._tokens = tokens.tokens
         self._offsets = np.asarray(tokens.offsets)
 
@@ -74,11 +85,15 @@ class PackedSequences:
             raise IndexError(f"sample indices {rows.min()} .. {rows.max()} go outside 0 .. {self._n_samples - 1}")
         starts = rows[:, None] * self.sequence_length
         where = starts + np.arange(self.sequence_length + 1, dtype=np.int64)
+        where = np.minimum(where, len(self._tokens) - 1)  # the last row of conversations has no token after it
         window = np.asarray(self._tokens[where]).astype(np.int64)
         labels, positions = window[:, 1:].copy(), where[:, :-1] - starts
         if self.document_attention == "isolated":
             document = np.searchsorted(self._offsets, where, side="right") - 1
             positions = where[:, :-1] - np.maximum(self._offsets[document[:, :-1]], starts)
             labels[document[:, 1:] != document[:, :-1]] = IGNORED
+        if self._answers is not None:
+            labels[~self._answers[where[:, 1:]]] = IGNORED
+            labels[:, -1] = IGNORED  # what follows a row is another conversation
         arrays = {"input_ids": window[:, :-1].copy(), "labels": labels, "position_ids": positions}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -59,6 +59,26 @@ def documents(source: str, *, text_key: str = "text", split: str = "train") -> D
     return DocumentStream(source, _dataset_texts(dataset_id, config or None, split, text_key))
 
 
+def rows(source: str, *, split: str = "train") -> Iterator[tuple[dict, str]]:
+    """Stream the rows of ``source`` as they are, each with a description of its place (file and line, or row).
+
+    source: a file (.jsonl, .jsonl.gz), a folder of such files in sorted order, or a Hugging Face dataset id with an
+        optional config, as for ``documents``. split: only for Hugging Face datasets.
+
+    Raises ConfigError as ``documents`` does, and for a file that is not JSON lines.
+    """
+    if not looks_like_path(source, ENDINGS):
+        dataset_id, _, config = source.partition(":")
+        for number, row in enumerate(_dataset_rows(dataset_id, config or None, split), start=1):
+            yield row, f"dataset {dataset_id!r} row {number}"
+        return
+    for path in _local_files(source):
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+            raise ConfigError(f"{str(path)!r} has no rows with several keys; give .jsonl or .jsonl.gz files only.")
+        for row, where in _jsonl_rows(path):
+            yield _object(row, where), where
+
+
 def fingerprint(source: str) -> str:
     """What ``source`` holds now, for cache keys: a digest of its files' names, sizes and times, or the dataset id.
 
@@ -143,6 +163,11 @@ def _txt_text(path: Path) -> Iterator[str]:
 
 
 def _jsonl_texts(path: Path, text_key: str) -> Iterator[str | None]:
+    for row, where in _jsonl_rows(path):
+        yield _row_text(row, text_key, where)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
     for number, raw in enumerate(_byte_lines(path), start=1):
         where = f"{str(path)!r} line {number}"
         line = _decode(raw, where)
@@ -152,12 +177,17 @@ def _jsonl_texts(path: Path, text_key: str) -> Iterator[str | None]:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{where} is not valid JSON ({error}); every line must be one JSON object.") from error
-        yield _row_text(row, text_key, where)
+        yield row, where
+
+
+def _object(row: Any, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where} is a JSON {type(row).__name__}, not an object; every line must be one JSON object.")
+    return row
 
 
 def _row_text(row: Any, text_key: str, where: str) -> str | None:
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where} is a JSON {type(row).__name__}, not an object; every line must be one JSON object.")
+    row = _object(row, where)
     if text_key not in row:
         raise _no_text_key(text_key, list(row), where)
     text = row[text_key]

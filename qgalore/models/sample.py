@@ -7,8 +7,14 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, longest: int) -> list[int]:
-    """The ids of ``prompt``. Raises :class:`ConfigError` if there are none, or more than ``longest``."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, longest: int, task: str = "text") -> list[int]:
+    """The ids of ``prompt``, with task ``instruct`` as a user's message that waits for its answer.
+
+    Raises :class:`ConfigError` if there are none, or more than ``longest``.
+    """
+    if task == "instruct":
+        turns = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not 0 < len(ids) <= longest:
         raise ConfigError(f"sample.prompt has {len(ids)} tokens; it must have 1 to {longest} (data.sequence_length)")
