@@ -25,8 +25,9 @@ def run(options: argparse.Namespace) -> int:
             build.plan(settings)
             return 0
         made = build.build(settings, options.resume)
-        result = loop.Loop(**made.loop, position=loop.Position(**made.position)).run()
-        build.finish(made)
+        training = loop.Loop(**made.loop, position=loop.Position(**made.position))
+        result = training.run()
+        build.finish(made, training.position.best_step)
     except QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
         return error.exit_code

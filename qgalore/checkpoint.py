@@ -159,11 +159,12 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     return moved
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all checkpoints under ``folder`` but the newest ``keep_last`` and those of steps that are multiples of
-    ``keep_every``. Raises :class:`ConfigError` if it cannot."""
+def prune(folder: Path, keep_last: int, keep_every: int | None = None, keep_step: int | None = None) -> None:
+    """Delete all checkpoints under ``folder`` but the newest ``keep_last``, those of steps that are multiples of
+    ``keep_every`` and that of ``keep_step``. Raises :class:`ConfigError` if it cannot."""
     for old in steps_in(folder)[:-keep_last]:
-        if keep_every and int(old.name.removeprefix(PREFIX)) % keep_every == 0:
+        step = int(old.name.removeprefix(PREFIX))
+        if step == keep_step or (keep_every and step % keep_every == 0):
             continue
         try:
             _remove(old)

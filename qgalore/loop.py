@@ -27,7 +27,8 @@ from .stats import ProgressLine, Records, memory_bytes
 class Position:
     """Where a run is: optimizer steps done (skipped ones included), (epoch, index) of the next sample, target tokens
     seen, and what decides about faults: the last losses, steps skipped in all and in a row, ``skip``, the steps (from
-    0) that a replay passes over, and ``order``, how often the run was rolled back to go on in another data order."""
+    0) that a replay passes over, and ``order``, how often the run was rolled back to go on in another data order.
+    Of the evaluations: the lowest loss, its step, and how many were made since."""
 
     step: int = 0
     sample: tuple[int, int] = (0, 0)
@@ -37,6 +38,15 @@ class Position:
     skipped_in_a_row: int = 0
     skip: list[int] = field(default_factory=list)
     order: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    since_best: int = 0
+
+    def evaluated(self, loss: float) -> "Position":
+        """After an evaluation. A loss that is equal, or not finite, is no better."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(self, best_loss=loss, best_step=self.step, since_best=0)
+        return replace(self, since_best=self.since_best + 1)
 
 
 class Samples(Protocol):
@@ -129,13 +139,16 @@ class Loop:
     evaluate: Callable[[nn.Module, list[Callable[[], dict[str, Tensor]]], torch.device], Evaluation]
     unit: str = "tok"
     max_rollbacks: int = 3
+    keep_best: bool = False
+    early_stopping: int | None = None
 
     def __post_init__(self) -> None:
         self.metrics = Records(self.folder / "metrics.jsonl")
         self.subspace = Records(self.folder / "subspace.jsonl")
 
     def run(self) -> Evaluation:
-        """Train, evaluate, record, save. Returns the last evaluation.
+        """Train, evaluate, record, save, to ``max_steps`` or until ``early_stopping`` evaluations in a row brought no
+        lower loss. Returns the last evaluation.
 
         A step whose loss or gradient is not finite is skipped; after ``max_skipped_in_a_row`` of them the state is
         saved and :class:`NumericalError` raised. After a signal the state is saved and :class:`Interrupted` raised.
@@ -145,8 +158,9 @@ class Loop:
         latest = None
         if self.position.step == 0 and self.optimizer.stepping == "fused":
             self._save_beginning()
+        self._look_for_best()
         with StopSignal() as stop:
-            while self.position.step < self.max_steps:
+            while self.position.step < self.max_steps and not self._stops_early():
                 row = self._guarded_step()
                 if row is None:
                     continue
@@ -157,16 +171,43 @@ class Loop:
                 if row["loss"] is not None:  # a skipped step has printed its own line
                     progress.show(row, self.optimizer.refresh_counts())
                 step = self.position.step
-                last = step == self.max_steps
+                last = save = step == self.max_steps
                 if last or step % self.eval_every == 0:
                     latest = self._evaluate()
-                if last or (self.save_every and step % self.save_every == 0) or stop.number is not None:
+                    self.position = self.position.evaluated(latest.loss)
+                    last = last or self._stops_early()
+                    save = last or (self.keep_best and self.position.best_step == step)
+                if save or (self.save_every and step % self.save_every == 0) or stop.number is not None:
                     self._save()
                 if stop.number is not None and not last:
                     raise Interrupted(
                         f"stopped by a signal; step {step} is saved, go on with --resume auto", stop.number
                     )
+        if self._stops_early():
+            where = self.position
+            print(
+                f"stopped early after step {where.step}: {where.since_best} evaluations brought no lower held-out loss "
+                f"than step {where.best_step} (train.early_stopping {self.early_stopping}); the "
+                "state is saved, a larger number goes on with --resume auto",
+                flush=True,
+            )
         return latest or self._evaluate()
+
+    def _stops_early(self) -> bool:
+        return self.early_stopping is not None and self.position.since_best >= self.early_stopping
+
+    def _look_for_best(self) -> None:
+        """A resumed run whose best checkpoint is gone, pruned on another course or never kept, cannot export it."""
+        step = self.position.best_step
+        if self.keep_best and step is not None and not self._checkpoint(step).exists():
+            print(
+                f"note: the best checkpoint so far, of step {step}, is gone; the best is sought from here on",
+                flush=True,
+            )
+            self.position = replace(self.position, best_loss=None, best_step=None)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / checkpoint.name_for(step)
 
     def _guarded_step(self) -> dict[str, Any] | None:
         """One step and its record. A step that fails numerically is skipped; None if the run went back instead."""
@@ -356,10 +397,8 @@ class Loop:
         print(f"the beginning is saved in {path} ({time.perf_counter() - started:.1f} s)", flush=True)
 
     def _save(self) -> Path:
-        folder = self.folder / "checkpoints"
         state = {**self.run_state, "position": vars(self.position)}
-        path = checkpoint.save(
-            folder / checkpoint.name_for(self.position.step), self.model, self.optimizer.state_dict(), state
-        )
-        checkpoint.prune(folder, self.keep_last, self.keep_every)
+        path = checkpoint.save(self._checkpoint(self.position.step), self.model, self.optimizer.state_dict(), state)
+        best = self.position.best_step if self.keep_best else None
+        checkpoint.prune(self.folder / "checkpoints", self.keep_last, self.keep_every, best)
         return path

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"Say {w} twice."}, {"role": "assistant", "content": f"{w} {w}"}]}
-    for w in "red green blue black white brown pink grey gold plum teal rust sand lime rose navy".split()
-] * 4
+    for w in ("red", "green", "blue", "black", "white", "brown", "pink", "grey", "gold", "plum", "teal", "rust", "sand")
+] * 5
 INSTRUCT = ("data.task=instruct", "data.train=rows.jsonl", "data.vocab_size=300", "data.sequence_length=64")
 
 

@@ -169,7 +169,7 @@ def _loop_settings(config: Config, samples: int) -> dict[str, Any]:
     train = config.train
     schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
     shared = ("max_steps", "micro_batch_size", "grad_accumulation", "clip_grad_norm", "eval_every", "eval_batches")
-    saving = ("save_every", "keep_last", "keep_every")
+    saving = ("save_every", "keep_last", "keep_every", "keep_best", "early_stopping")
     faults = ("max_skipped_in_a_row", "loss_spike", "spike_threshold")
     return {
         "order_for": cache(

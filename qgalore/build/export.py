@@ -30,8 +30,16 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, targe
     say("export", str(target))
 
 
-def finish(run) -> None:
-    """What happens after the last step of a ``build.Run``: the exports and a sample."""
+def finish(run, best_step: int | None) -> None:
+    """What happens after the last step of a ``build.Run``: the exports and a sample, of the weights after
+    ``best_step``, the best evaluation's, if ``export.which`` says so."""
+    if run.config.export.which == "best" and best_step is None:
+        say("note", "no evaluation is known to be the best, so the last weights are exported")
+    elif run.config.export.which == "best":
+        source = run.folder / "checkpoints" / checkpoint.name_for(best_step)
+        checkpoint.read_state(source)  # raises for a damaged one
+        checkpoint.load_model(source, run.model)
+        say("export", f"the best held-out loss's weights, {source}")
     for fmt in run.config.export.formats:
         export(run.model, run.tokenizer, fmt, run.folder / "export" / fmt)
     section = run.config.sample

@@ -113,7 +113,7 @@ def remarks(config: Config) -> list[str]:
 RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
     "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
-    "export.formats", "sample.prompt", "sample.max_new_tokens",
+    "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt", "sample.max_new_tokens",
 )  # fmt: skip
 
 

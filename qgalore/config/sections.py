@@ -86,6 +86,8 @@ class TrainSection(Section):
     save_every: PositiveInt | None = None  # None: at the end only
     keep_last: PositiveInt = 2  # checkpoints kept, the newest
     keep_every: PositiveInt | None = None  # and those of steps that are multiples of this
+    keep_best: bool = False  # and the one with the lowest held-out loss, saved when it is evaluated
+    early_stopping: PositiveInt | None = None  # stop after so many evaluations without a lower held-out loss
     max_skipped_in_a_row: PositiveInt = 5  # steps with a loss or gradient that is not finite are skipped, up to this
     loss_spike: Literal["off", "warn", "skip", "rollback"] = "warn"
     spike_threshold: float = Field(8.0, gt=0)  # standard deviations above the mean of the last 100 losses
@@ -138,6 +140,7 @@ class MemorySection(Section):
 
 class ExportSection(Section):
     formats: list[Literal["hf", "int8", "gguf"]] = ["hf"]
+    which: Literal["last", "best"] = "last"  # best: the weights that train.keep_best kept
 
 
 class SampleSection(Section):
@@ -180,6 +183,8 @@ class Config(Section):
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
             found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
         found += self._problems_of_task()
+        if self.export.which == "best" and not train.keep_best:
+            found.append("export.which: best needs the best checkpoint kept; set train.keep_best: true")
         if not all(0 <= beta < 1 for beta in train.betas):
             found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
         fields = TrainSection.model_fields
