@@ -1,0 +1,49 @@
+"""The configurations for fine-tuning: their plans with a model folder's config.json, and the sample conversations."""
+
+import importlib
+import json
+
+import pytest
+
+from qgalore import config, memory
+from qgalore.build.model import Vocabulary
+from qgalore.data.conversations import conversations
+from qgalore.errors import ConfigError
+from qgalore.models.presets import PRESETS
+
+planning = importlib.import_module("qgalore.build.plan")
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "limit"), [("llama3_8b", "llama3_8b", 10.0), ("qwen2.5_7b", "qwen2.5_7b", 9.7)]
+)
+def test_resident_bytes_from_a_config_json_alone(tmp_path, name, preset, limit):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS[preset]}))
+    made = config.load(f"finetune_{name}_16gb", [f"model.path={tmp_path}", "train.activation_checkpointing=true"])
+    sizes = memory.resident(*planning.on_paper(config.resolve(made, "cuda", True), Vocabulary(1, None, None)))
+    assert sizes["int8 weights"] > 7 * GIB
+    assert sum(sizes.values()) < limit * GIB
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "qwen2.5_7b"])
+def test_a_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = config.load(f"finetune_{name}_16gb")
+    assert made.data.task == "instruct"
+    with pytest.raises(ConfigError, match=r"model\.path .* has no config\.json"):
+        planning.plan_for(config.resolve(made, "cuda", True), Vocabulary(1, None, None), "cuda")
+
+
+def test_the_sample_conversations():
+    folder = config.PACKAGED / "instruct_data"
+    train, valid = ([rows for rows, _ in conversations(str(folder / f"{n}.jsonl"))] for n in ("train", "valid"))
+    assert (len(train), len(valid)) == (80, 12)
+    for rows in (*train, *valid):
+        roles = [turn["role"] for turn in rows]
+        start = int(roles[0] == "system")
+        assert roles[start:] == ["user", "assistant"] * ((len(roles) - start) // 2)
+        assert all(turn["content"].strip() == turn["content"] != "" for turn in rows)
+    assert len({json.dumps(rows) for rows in train}) == len(train)
+    asked = {rows[-2]["content"] for rows in train}
+    assert not [rows for rows in valid if rows[-2]["content"] in asked]
