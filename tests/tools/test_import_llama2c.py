@@ -25,7 +25,7 @@ def convert(tmp_path, monkeypatch):
 
 
 def pieces():
-    """A SentencePiece-like vocabulary: specials, bytes, the pairs of CORPUS met most, merged in turn, and characters."""
+    """A SentencePiece-like vocabulary: specials, bytes, the pairs of CORPUS met most, merged in turn, characters."""
     merged = list(CORPUS)
     learnt = []
     for _ in range(24):
