@@ -11,7 +11,19 @@ FLOORS = (
     {"config"},
     {"quant", "storage", "metrics"},
     {"lowrank", "data"},
-    {"models", "memory", "checkpoint", "export", "stats", "evaluate", "choices", "lr", "faults", "convergence", "trainer_guard"},
+    {
+        "models",
+        "memory",
+        "checkpoint",
+        "export",
+        "stats",
+        "evaluate",
+        "choices",
+        "lr",
+        "faults",
+        "convergence",
+        "trainer_guard",
+    },
     {"build", "loop", "comparison", "library"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -113,7 +113,8 @@ def remarks(config: Config) -> list[str]:
 RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
     "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
-    "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt", "sample.max_new_tokens",
+    "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt",
+    "sample.max_new_tokens",
 )  # fmt: skip
 
 
