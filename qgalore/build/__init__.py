@@ -104,26 +104,17 @@ def build(config: Config, resume: str | None) -> Run:
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)
     vocabulary = Vocabulary.of(tokenizer)
-    classifying = config.data.task == "classify"
-    if classifying:
-        examples = labelled.read(config, tokenizer)
-        packed, valid, highest, described = (
-            examples.train,
-            examples.valid,
-            examples.train.highest_id,
-            examples.description,
-        )
+    examples = labelled.read(config, tokenizer) if config.data.task == "classify" else None
+    if examples is not None:  # the labels shape the model
         vocabulary = examples.vocabulary(vocabulary)
     config, planned = settle(config, vocabulary, device)
     prepare_allocator(config, device, planned)
-    if not classifying:
-        tokens, packed, valid = build_data(config, tokenizer)
-        highest, described = tokens.vocab_high, f"{len(packed)} samples of {tokens.digest()}"
-    model, loss = build_model(config, vocabulary, highest, device)
+    data = build_data(config, tokenizer) if examples is None else examples.data()
+    model, loss = build_model(config, vocabulary, data.highest_id, device)
     planned = recheck(config, vocabulary, device, loss, planned)
     run_state = {
         "config": config.model_dump(mode="json"),
-        "data": described,
+        "data": data.description,
         "model_config": json.loads(model.config.to_json_string(use_diff=False)),
         "torch": torch.__version__,
     }
@@ -131,16 +122,16 @@ def build(config: Config, resume: str | None) -> Run:
         "model": model,
         "loss": loss,
         "optimizer": build_optimizer(config, model),
-        "train": packed,
-        "valid": valid,
+        "train": data.train,
+        "valid": data.valid,
         "device": device,
         "folder": folder,
         "run_state": run_state,
         "plan": str(planned),
-        **_loop_settings(config, len(packed)),
-        **(labelled.loop_settings(config, examples.labels) if classifying else _token_settings(loss)),
+        **_loop_settings(config, len(data.train)),
+        **(_token_settings(loss) if examples is None else labelled.loop_settings(config, examples.labels)),
     }
-    run = Run(config, folder, model, tokenizer, valid, planned, loop)
+    run = Run(config, folder, model, tokenizer, data.valid, planned, loop)
     run.position = restore(
         source,
         saved,

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..config import Config
 from ..data.chat import PLAIN_TEMPLATE, has_template
 from ..data.conversations import conversations
 from ..data.instruct import conversations_to_disk
+from ..data.labelled import LabelledTexts
 from ..data.packing import PackedSequences
 from ..data.paths import looks_like_path
 from ..data.sources import ENDINGS, documents, fingerprint
@@ -73,10 +75,18 @@ def _find_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TokenFile, PackedSequences, PackedSequences]:
-    """The training tokens, and the packed training and held-out samples."""
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out samples, the highest token id among them, and what a resumed run knows its data by."""
+
+    train: PackedSequences | LabelledTexts
+    valid: PackedSequences | LabelledTexts
+    highest_id: int
+    description: str
+
+
+def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Text or conversations, tokenized and packed."""
     data, train = config.data, config.train
     read = partial(tokenize_to_disk, text_key=data.text_key)
     if data.task == "instruct":
@@ -99,7 +109,7 @@ def build_data(
         f"{len(tokens.tokens):,} tokens in {tokens.n_documents:,} documents, {len(packed):,} samples of "
         f"{data.sequence_length} ({epochs:.2f} epochs); held out: {len(valid):,} samples",
     )
-    return tokens, packed, valid
+    return Data(packed, valid, tokens.vocab_high, f"{len(packed)} samples of {tokens.digest()}")
 
 
 def _labelled(pack, tokens: TokenFile, key: str) -> PackedSequences:

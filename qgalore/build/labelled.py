@@ -10,6 +10,7 @@ from ..config import Config
 from ..data.labelled import LabelledTexts, Labels, read_examples
 from ..metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
+from .data import Data
 from .model import Vocabulary
 from .say import say
 
@@ -24,10 +25,9 @@ class LabelledData:
     valid: LabelledTexts
     labels: Labels
 
-    @property
-    def description(self) -> str:
-        """For a resumed run to recognise its data."""
-        return f"{len(self.train)} examples {self.train.digest()}"
+    def data(self) -> Data:
+        described = f"{len(self.train)} examples {self.train.digest()}"
+        return Data(self.train, self.valid, self.train.highest_id, described)
 
     def vocabulary(self, before: Vocabulary) -> Vocabulary:
         return replace(before, labels=self.labels, padding=self.train.pad_id)
