@@ -22,6 +22,7 @@ from .lowrank import projector, sides
 from .lowrank.linear import LowRankLinear
 from .lowrank.rule_slot import RuleSlot
 from .lowrank.slots import LowRankSlot, Slot
+from .quant.int8 import planned_for
 
 PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
@@ -188,7 +189,7 @@ def _category(module: nn.Module, key: str, tensor: Tensor) -> str:
 @dataclass
 class Step:
     """What :func:`plan` needs to know of a step: the loss (model, batch) → scalar, micro-batch and sequence, how often
-    a micro-batch runs, and whether tensors step inside backward."""
+    a micro-batch runs, whether tensors step inside backward, and on which kind of ``device``."""
 
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     micro_batch_size: int
@@ -198,6 +199,7 @@ class Step:
     staggered: bool = True  # refreshes fall into different steps
     due_together: int = 1  # layers whose full gradients an ordinary step may ask for
     micro_batches: int = 1  # in a step; gradients wait while the second and later ones run
+    device: str = "cuda"
 
 
 def is_projected(slot: Slot) -> bool:
@@ -387,6 +389,6 @@ def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int
     states = [value for slot in slots for part in slot.parts for value in part.state().values()]
     kept += [value for value in states if torch.is_tensor(value)]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
-    with _fused_attention(), meter:
+    with planned_for(step.device), _fused_attention(), meter:
         _Rehearsal(model, slots, step, meter).run()
     return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside)

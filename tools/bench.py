@@ -386,10 +386,8 @@ def main(arguments: list[str] | None = None) -> int:
     light = Light(wanted, dtype, device)
     found = rounds(methods, light, batch, options.rounds)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(
-        f"{options.model}, {options.batch} tokens in rows of {options.sequence}, rank {options.rank}, T {GAP}, "
-        f"{str(dtype).removeprefix('torch.')}, {where}, torch {torch.__version__}, {options.rounds} rounds"
-    )
+    print(f"{options.model}, {options.batch} tokens in sequences of {options.sequence}, rank {options.rank}, T {GAP}")
+    print(f"{str(dtype).removeprefix('torch.')}, {where}, torch {torch.__version__}, {options.rounds} rounds")
     print(table(found, light, config, options.rank, options.batch))
     return 0
 

@@ -118,6 +118,7 @@ def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | N
             config.lowrank.policy, sum(map(memory.is_projected, slots)), config.lowrank.update_proj_gap
         ),
         micro_batches=config.train.grad_accumulation,
+        device=device,
     )
     outside = {"CUDA context (assumed)": memory.CUDA_CONTEXT}
     if device == "cpu":

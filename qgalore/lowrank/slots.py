@@ -129,7 +129,8 @@ class DenseSlot(Slot):
         rows = target.view(target.shape[0], -1) if target.ndim > 1 else target.view(1, -1)
         flat = delta.view(-1, rows.shape[1])
         rows = rows[first : first + flat.shape[0]]
-        dense_grid.write_back(rows, lambda a, b: flat[a:b] * scale, shrink=shrink, key=key, first_row=first)
+        update = flat if scale == 1.0 else flat * scale
+        dense_grid.write_back(rows, lambda a, b: update[a:b], shrink=shrink, key=key, first_row=first)
         if self.master is not None:
             self.parameter.copy_(self.master)
 

@@ -10,8 +10,13 @@ import hashlib
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # as signed 32-bit
 MAX_ELEMENTS = 1 << 32
+# Numbers as tensors of the right type: Python's would be converted in every call.
+_MULTIPLIERS = [torch.tensor(value, dtype=torch.int32) for value in (0x7FEB352D, 0x846CA68B - (1 << 32))]
+_SHIFTS = [
+    (torch.tensor(by, dtype=torch.int32), torch.tensor((1 << 32 - by) - 1, dtype=torch.int32)) for by in (16, 15)
+]
+_NINE, _MANTISSA, _ONE = (torch.tensor(value, dtype=torch.int32) for value in (9, 0x7FFFFF, 0x3F800000))
 
 
 def derive_key(*parts: int) -> tuple[int, int]:
@@ -21,23 +26,49 @@ def derive_key(*parts: int) -> tuple[int, int]:
     return int.from_bytes(raw[:4], "little", signed=True), int.from_bytes(raw[4:], "little", signed=True)
 
 
-def _mix_(x: Tensor) -> Tensor:
-    """Scramble int32 values in place. ``>>`` is arithmetic on int32, so each shift is masked to a logical one."""
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_MULTIPLIERS[0])
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_MULTIPLIERS[1])
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+def _mix_(x: Tensor, scratch: Tensor) -> Tensor:
+    """Scramble int32 values in place. The shift is arithmetic on int32, so each is masked to a logical one."""
+    for (by, mask), multiplier in zip((*_SHIFTS, _SHIFTS[0]), (*_MULTIPLIERS, None), strict=True):
+        x.bitwise_xor_(torch.bitwise_right_shift(x, by, out=scratch).bitwise_and_(mask))
+        if multiplier is not None:
+            x.mul_(multiplier)
+    return x
+
+
+def ramp(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """0, 1, … count − 1 as int32, which :func:`fill_random_bits` starts from."""
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+def fill_random_bits(key: tuple[int, int], start: int, first: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+    """``out`` ← random int32 values for the elements ``start …`` of the stream ``key``; returns it.
+
+    ``first`` is a :func:`ramp`; it, ``out`` and ``scratch`` are int32 of one shape. Raises ``ValueError`` past the
+    stream's end.
+    """
+    if start + out.numel() > MAX_ELEMENTS:
+        raise ValueError(
+            f"element {start + out.numel()} of a stream was asked for; a stream has {MAX_ELEMENTS} elements"
+        )
+    signed = start if start < 1 << 31 else start - (1 << 32)
+    torch.add(first, signed, out=out)  # wraps, as the element's lower 32 bits do
+    _mix_(out.bitwise_xor_(key[0]), scratch)
+    return _mix_(out.add_(key[1]), scratch)
 
 
 def random_bits(key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Random int32 values (count,) for the elements ``start … start + count − 1`` of the stream ``key``."""
-    if start + count > MAX_ELEMENTS:
-        raise ValueError(f"element {start + count} of a stream was asked for; a stream has {MAX_ELEMENTS} elements")
-    x = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
-    _mix_(x.bitwise_xor_(key[0]))
-    return _mix_(x.add_(key[1]))
+    first = ramp(min(count, MAX_ELEMENTS - 1), device)
+    return fill_random_bits(key, start, first, torch.empty_like(first), torch.empty_like(first))
 
 
 def uniform(bits: Tensor) -> Tensor:
     """Map int32 bits to fp32 in (0, 1): the midpoints of 2²³ equal cells, all exact, so that comparing with a
     probability is right to 2⁻²⁴, and a probability of exactly 0 or 1 never or always wins."""
-    return (bits >> 9).bitwise_and_(0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
+    return uniform_(bits.clone())
+
+
+def uniform_(bits: Tensor) -> Tensor:
+    """:func:`uniform` in the memory of ``bits``: the upper 23 bits k as the mantissa of 1 + k · 2⁻²³, less 1 − 2⁻²⁴."""
+    mantissa = bits.bitwise_right_shift_(_NINE).bitwise_and_(_MANTISSA).bitwise_or_(_ONE)
+    return mantissa.view(torch.float32).sub_(1.0 - 2.0**-24)

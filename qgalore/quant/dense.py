@@ -25,7 +25,11 @@ def write_back(
     """
     width = weight.shape[1]
     for a, b in write_back_tiles(weight):
-        tile = weight[a:b].float() * (1.0 - shrink) + update_rows(a, b)
+        update = update_rows(a, b)
+        if weight.dtype == torch.float32:
+            (weight[a:b].mul_(1.0 - shrink) if shrink else weight[a:b]).add_(update)
+            continue
+        tile = weight[a:b].float() * (1.0 - shrink) + update
         if weight.dtype == torch.bfloat16:
             bits = random_bits(key, (first_row + a) * width, (b - a) * width, weight.device).view(tile.shape)
             tile = to_bfloat16_stochastic(tile, bits)

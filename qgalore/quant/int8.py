@@ -5,20 +5,22 @@ shrunk below half its range. A weight without an update therefore keeps its inte
 [2⁻¹⁷, 65280], where every bf16 value is exact in fp16 too, so that one scale serves every inference engine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .counter import random_bits
-from .rounding import to_integer_stochastic
+from .counter import fill_random_bits, ramp
+from .rounding import add_rounded_
 
 QMAX = 127
 HEADROOM = 1.1
 MIN_SCALE = 2.0**-17
 MAX_SCALE = 65280.0
 GROUP_SIZES = (128, 64, 32)
-TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32: the working set of a write-back, whatever the weight's size
+TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32: what a write-back works on at a time, whatever the weight's size
+CACHE_ELEMENTS = 1 << 16  # on a CPU: its six buffers of these stay in a core's second cache
 
 
 def group_size_for(width: int, wanted: int | str = 128) -> int:
@@ -79,14 +81,35 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return values.mul_(scale.to(dtype).unsqueeze(2)).view(q.shape)
 
 
-def _sticky_scale(values: Tensor, scale: Tensor) -> Tensor:
-    """New fp32 scales (rows, groups) for ``values`` (rows, groups, size) given in units of the old ones.
+def _sticky_scale(values: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
+    """New fp32 scales (rows, groups) for ``values`` (rows, groups, size) given in units of the old ones; ``scratch``
+    is memory of their shape.
 
     The lower bound is the integer 63, so that a group kept once is kept again after its values were rounded.
     """
-    peak = values.abs().amax(dim=2)
+    peak = torch.abs(values, out=scratch).amax(dim=2)
     outgrown = (peak > QMAX) | (peak < QMAX // 2)
     return torch.where(outgrown, scale_for(peak * scale).float(), scale)
+
+
+_planned = "cpu"  # what kind of device tensors on the meta device stand for
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Let :func:`write_back` on the meta device take the memory that it takes on a device of this kind."""
+    global _planned
+    before, _planned = _planned, kind
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def _tile_elements(device: torch.device) -> int:
+    """How much is worked on at a time: what a CPU's caches hold; on a GPU enough for its launches to cost little."""
+    kind = _planned if device.type == "meta" else device.type
+    return min(TILE_ELEMENTS, CACHE_ELEMENTS * torch.get_num_threads()) if kind == "cpu" else TILE_ELEMENTS
 
 
 @torch.no_grad()
@@ -106,20 +129,41 @@ def write_back(
     element of the whole tensor, in which ``q``'s first row has the number ``first_row``. The sum is formed as (integer,
     small change) wherever the scale stays, so that updates far below fp32's resolution at 127 still count.
     """
-    width = q.shape[1]
-    groups = scale.shape[1]
+    rows, width = q.shape
+    step = min(rows, max(1, _tile_elements(q.device) // width))
+    shape = (step, scale.shape[1], width // scale.shape[1])
+    first = ramp(step * width, q.device).view(shape)
+    buffers = [torch.empty(shape, dtype=kind, device=q.device) for kind in [torch.float32] * 3 + [torch.int32] * 2]
     for a, b in write_back_tiles(q):
-        old = scale[a:b].float()
-        base = q[a:b].float().view(b - a, groups, -1)
-        change = update_rows(a, b).view(base.shape) / old.unsqueeze(2)
-        if shrink:
-            change.sub_(base * shrink)
-        values = base + change
-        new = _sticky_scale(values, old)
-        moved = (new != old).unsqueeze(2)
-        if q.device.type != "cpu" or moved.any():  # asking a GPU would wait for it, in every tile
-            change = torch.where(moved, values * (old / new).unsqueeze(2), change)
-            base = torch.where(moved, 0.0, base)
-            scale[a:b] = new.to(torch.bfloat16)
-        bits = random_bits(key, (first_row + a) * width, (b - a) * width, q.device).view(base.shape)
-        q[a:b] = base.add_(to_integer_stochastic(change, bits)).clamp_(-QMAX, QMAX).view(b - a, width)
+        update = update_rows(a, b).view(b - a, *shape[1:])
+        for c in range(a, b, step):
+            d = min(c + step, b)
+            tile = [buffer[: d - c] for buffer in (first, *buffers)]
+            start = (first_row + c) * width
+            _write_tile(q[c:d].view(tile[0].shape), scale[c:d], update[c - a : d - a], tile, shrink, key, start)
+
+
+def _write_tile(
+    q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], shrink: float, key: tuple[int, int], start: int
+) -> None:
+    """:func:`write_back` of whole rows, (rows, groups, size); ``start`` is the number of their first element."""
+    first, base, change, work, bits, scratch = tile
+    old = scale.float()
+    base.copy_(q)
+    torch.div(update, old.unsqueeze(2), out=change)
+    if shrink:
+        change.sub_(torch.mul(base, shrink, out=work))
+    values = torch.add(base, change, out=work)
+    new = _sticky_scale(values, old, scratch.view(torch.float32))
+    moved = new != old
+    if q.device.type == "cpu":
+        if moved.any():  # few groups: a GPU would rather do the work for all than wait for the answer
+            change[moved] = values[moved] * (old / new)[moved].unsqueeze(1)
+            base[moved] = 0.0
+            scale.copy_(new)
+    else:
+        change = torch.where(moved.unsqueeze(2), values * (old / new).unsqueeze(2), change)
+        base.masked_fill_(moved.unsqueeze(2), 0.0)
+        scale.copy_(new)
+    fill_random_bits(key, start, first, bits, scratch)
+    q.copy_(add_rounded_(base, change, bits, work).clamp_(-QMAX, QMAX))

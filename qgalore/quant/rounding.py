@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
-from .counter import uniform
+from .counter import uniform_
 
 
-def to_integer_stochastic(x: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 ``x`` to an integer (as fp32): up with probability equal to the fractional part.
+def add_rounded_(whole: Tensor, x: Tensor, bits: Tensor, work: Tensor) -> Tensor:
+    """``whole`` (integers) += fp32 ``x`` rounded to an integer: up with probability equal to the fractional part.
 
-    ``bits``: int32 random bits of the same shape. Integers come back unchanged.
+    ``bits``: int32 random bits of the same shape; ``work``: fp32 memory of it. Both and ``x`` are destroyed; returns
+    ``whole``, exact below 2²⁴. An ``x`` that is an integer is added as it is.
     """
-    floor = torch.floor(x)
-    return floor + (uniform(bits) < x - floor)
+    torch.floor(x, out=work)
+    whole.add_(work)
+    return whole.add_(uniform_(bits).lt_(x.sub_(work)))
 
 
 def to_bfloat16_stochastic(x: Tensor, bits: Tensor) -> Tensor:
