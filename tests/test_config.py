@@ -48,7 +48,10 @@ def test_all_problems_come_at_once_with_suggestions():
     ("data", "expected"),
     [
         ({**LEAST, "metod": "galore"}, "metod: unknown key; did you mean method?"),
-        ({**LEAST, "method": "lora"}, "'qgalore', 'galore'"),
+        ({**LEAST, "method": "loha"}, "'qgalore', 'galore'"),
+        ({**change(lowrank={"rank": "full"}), "method": "lora"}, "needs the rank of its factors"),
+        ({**change(export={"formats": ["gguf"]}), "method": "lora"}, "merged weights are not int8"),
+        ({**change(lowrank={"embeddings": "int8"}), "method": "lora"}, "method lora freezes"),
         ({"model": {"config": "llama_60m"}, "data": {"train": "x"}}, "train: missing"),
         (change(model={"path": "somewhere"}), "exactly one of model.config"),
         (change(train={"stepping": "fused", "grad_accumulation": 2}), "use deferred"),

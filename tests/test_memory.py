@@ -32,6 +32,7 @@ SHAPES = {
     "fira, deferred": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=fira", *KEPT),
     "accumulating": (WIDE % "true", "train.activation_checkpointing=false", "train.grad_accumulation=2"),
     "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
+    "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
 }

@@ -13,9 +13,10 @@ from ..data.packing import IGNORED
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
 from ..export import gguf, huggingface, int8
+from ..lowrank.lora import LoraLinear
 from ..models import classify, loading, streaming
 from ..models.sample import continue_text, prompt_ids
-from .model import convert_as
+from .model import adapt_as, convert_as
 from .say import say
 
 EXPORTS = {"hf": huggingface.save, "int8": int8.save, "gguf": gguf.save}
@@ -23,6 +24,10 @@ EXPORTS = {"hf": huggingface.save, "int8": int8.save, "gguf": gguf.save}
 
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, target: Path) -> None:
     """Write ``model`` to ``target`` in one of ``EXPORTS``. Raises :class:`ConfigError` if it cannot be."""
+    if fmt != "hf" and any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise ConfigError(
+            f"LoRA's merged weights are not int8, as the format {fmt} needs them; export with --format hf"
+        )
     try:
         EXPORTS[fmt](model, tokenizer, target)
     except (OSError, SafetensorError) as error:
@@ -67,5 +72,6 @@ def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype), **auto)
     convert_as(config, model)
     streaming.allocate(model, torch.device("cpu"))
+    adapt_as(config, model)
     checkpoint.load_model(source, model)
     return model.eval(), load_tokenizer(str(source.parent.parent / "tokenizer"))

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import METHODS, RULES, Config
 from ..data.labelled import Labels
+from ..lowrank import lora
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer, optimizer
 from ..models import classify, loading, streaming
@@ -87,7 +88,7 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
     if not METHODS[config.method][0]:
         return None
     low = config.lowrank
-    stored = low.rank != "full" and RULES[low.rule][1]
+    stored = low.rank != "full" and RULES[low.rule][1] and config.method != "lora"
     return convert(
         model,
         rank=low.rank if stored else None,
@@ -100,6 +101,15 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
         exclude=low.exclude,
         embeddings=low.embeddings,
     )
+
+
+def adapt_as(config: Config, model: nn.Module) -> None:
+    """Give a converted model LoRA's factors, if the method asks for them. Its weights are in place by then, or meta."""
+    if config.method == "lora":
+        low = config.lowrank
+        lora.attach(
+            model, rank=low.rank, alpha=low.alpha, dtype=getattr(torch, config.model.dtype), seed=config.run.seed
+        )
 
 
 def checkpoint_as(config: Config, model: nn.Module) -> None:
@@ -124,8 +134,14 @@ def build_model(
         say("model", f"{sum(p.numel() for p in parameters):,} values in {len(parameters)} tensors, all trained in full")
     else:
         print(report, flush=True)
+        if config.method == "lora":
+            say(
+                "model",
+                f"LoRA: {len(report.converted)} weights are frozen; factors of rank {config.lowrank.rank} train",
+            )
     streaming.allocate(model, device)
     streaming.fill(model, source, "model")
+    adapt_as(config, model)
     checkpoint_as(config, model)
     model.eval()
     if uncalled := uncalled_layers(model, LowRankLinear):
@@ -143,7 +159,7 @@ def build_model(
 
 def rule_of(config: Config) -> str:
     """The rule of the low-rank layers; ``galore`` where there are none."""
-    return config.lowrank.rule if METHODS[config.method][0] else "galore"
+    return config.lowrank.rule if METHODS[config.method][0] and config.method != "lora" else "galore"
 
 
 def rule_rank(config: Config) -> int | None:

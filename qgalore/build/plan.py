@@ -21,7 +21,7 @@ from ..lowrank.rules import RuleOptions
 from ..lowrank.slots import Slot
 from ..models import classify, loading
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
-from .model import Vocabulary, architecture, checkpoint_as, convert_as, rule_of, rule_rank
+from .model import Vocabulary, adapt_as, architecture, checkpoint_as, convert_as, rule_of, rule_rank
 from .say import say
 
 CHECKPOINTING = (False, True, "offload")  # from the fastest to the smallest
@@ -83,6 +83,7 @@ def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, l
     if vocabulary.labels is None:
         loading.untie_padding(model)
     convert_as(config, model)
+    adapt_as(config, model)
     checkpoint_as(config, model)
     low = config.lowrank
     lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}

@@ -55,6 +55,8 @@ _UNREAD = {
 def _idle_keys(config: Config) -> str:
     """The given low-rank keys that the rule does not read."""
     _, with_bases, read = RULES[config.lowrank.rule]
+    if config.method == "lora":
+        with_bases, read = False, ("rank",)
     idle = set() if with_bases else set(_OF_BASES) - set(read)
     return ", ".join(f"lowrank.{name}" for name in _OF_BASES if name in idle & config.lowrank.model_fields_set)
 
@@ -66,11 +68,14 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     converted, weight_format = METHODS[config.method][:2]
     dense = (low.weight_format or weight_format) == "none"
     idle = _idle_keys(config) if converted else ""
+    of_rules = low.model_fields_set & {"rule", "scale"}
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
     read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
     return [
         (", ".join(f"lowrank.{n}" for n in read_by_none), bool(read_by_none), f"with policy: {low.policy}"),
-        (idle, bool(idle), f"with rule: {low.rule}"),
+        (idle, bool(idle), "with method: lora" if config.method == "lora" else f"with rule: {low.rule}"),
+        ("lowrank.rule, lowrank.scale", config.method == "lora" and bool(of_rules), "with method: lora"),
+        ("lowrank.alpha", config.method != "lora" and "alpha" in low.model_fields_set, "without method: lora"),
         ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),
         (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
         ("lowrank.group_size", dense and converted and "group_size" in low.model_fields_set, "without int8 weights"),

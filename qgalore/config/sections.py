@@ -99,6 +99,7 @@ Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
 class LowRankSection(Section):
     rank: PositiveInt | Literal["full"] = 128
     rule: Rule = "galore"  # how a matrix's gradient becomes its update: docs/method.md
+    alpha: float | None = Field(None, gt=0)  # of method lora, whose update is alpha / rank · B A; None: rank
     scale: float | None = Field(None, gt=0)  # None: the rule's own
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     update_proj_gap: PositiveInt = 200
@@ -148,7 +149,7 @@ class SampleSection(Section):
     max_new_tokens: NonNegativeInt = 60
 
 
-Method = Literal["qgalore", "galore", "galore8bit", "adamw", "adamw8bit"]
+Method = Literal["qgalore", "galore", "galore8bit", "lora", "adamw", "adamw8bit"]
 
 
 class Config(Section):
@@ -177,7 +178,7 @@ class Config(Section):
             )
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
-        found += self._rule_problems()
+        found += self._rule_problems() if self.method != "lora" else self._lora_problems()
         if self.lowrank.similarity is not None and "policy" in self.lowrank.model_fields_set:
             found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
@@ -191,6 +192,16 @@ class Config(Section):
         plain = train.betas == fields["betas"].default and train.eps == fields["eps"].default
         if train.optimizer not in (None, "adamw", "adamw8bit") and not plain:
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
+        return found
+
+    def _lora_problems(self) -> list[str]:
+        found = []
+        if self.lowrank.rank == "full":
+            found.append("lowrank.rank: method lora needs the rank of its factors; give a number")
+        if self.lowrank.embeddings == "int8":
+            found.append("lowrank.embeddings: int8 ones are low-rank layers, which method lora freezes; use full")
+        if other := [name for name in self.export.formats if name != "hf"]:
+            found.append(f"export.formats: method lora's merged weights are not int8, as {other[0]} needs them; use hf")
         return found
 
     def _rule_problems(self) -> list[str]:
@@ -244,6 +255,7 @@ METHODS: dict[str, tuple[bool, str, str | None, str]] = {
     "qgalore": (True, "int8", "int4", "adamw8bit"),
     "galore": (True, "none", None, "adamw"),
     "galore8bit": (True, "none", None, "adamw8bit"),
+    "lora": (True, "int8", None, "adamw8bit"),
     "adamw": (False, "none", None, "adamw"),
     "adamw8bit": (False, "none", None, "adamw8bit"),
 }

@@ -18,6 +18,7 @@ from ..quant.counter import derive_key
 from . import inner as inner_optimizers
 from . import rule_slot
 from .linear import LowRankLinear
+from .lora import LoraLinear
 from .moments import POLICIES as MOMENTS
 from .policies import POLICIES, make_schedules
 from .projector import METHODS
@@ -251,6 +252,12 @@ def part_elements(inner: str | type[Optimizer]) -> int:
     return PART_ELEMENTS if inner in inner_optimizers.BUILTIN else sys.maxsize
 
 
+def stepped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers whose weights are stepped: not those of LoRA, whose factors are ordinary parameters."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, LowRankLinear))
+    return {name: module for name, module in found if not isinstance(module, LoraLinear)}
+
+
 def collect_slots(
     model: nn.Module,
     *,
@@ -262,7 +269,7 @@ def collect_slots(
     of_rule: RuleOptions,
 ) -> tuple[list[LowRankSlot], list[DenseSlot]]:
     """A slot for every trainable tensor of a converted model, low-rank layers first."""
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    modules = stepped_layers(model)
     schedules = make_schedules(find.policy, len(modules), update_proj_gap, stagger, lazy)
     low_rank = rule_slot.make(rule, modules, schedules, find, of_rule)
     owned = {id(leaf) for module in modules.values() for leaf in module.leaves().values()}
@@ -371,7 +378,7 @@ def optimizer(
     find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    modules = stepped_layers(model)
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
     of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner == "adamw8bit" else "fp32")
     low_rank, dense = collect_slots(
