@@ -33,7 +33,7 @@ def test_gradients_do_not_change(tiny_llama, device, where):
 def test_blocks_run_again_in_backward(tiny_llama, where):
     model = tiny_llama()
     calls = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     checkpoint_blocks(model, where)
     gradients(model, torch.arange(24).view(1, 24))
     assert len(calls) == 2
