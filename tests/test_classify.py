@@ -147,7 +147,8 @@ def test_a_decoder_and_other_methods(classify_run, method):
 def test_regression(classify_run, tmp_path):
     write_table(tmp_path / "train.tsv", 200, 1, number=True)
     write_table(tmp_path / "dev.tsv", 40, 2, number=True)
-    code, out, err = classify_run("data.label_type=number", "train.max_steps=60", "train.eval_every=60")
+    options = ("train.max_steps=60", "train.eval_every=60", "train.lr=0.006", "train.lr_schedule=constant")
+    code, out, err = classify_run("data.label_type=number", *options)
     assert code == 0, err
     assert "labels: numbers" in out
     evaluation = rows()[-1]
