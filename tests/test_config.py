@@ -177,3 +177,7 @@ def test_differences_ignore_what_may_change():
         "lowrank.rank: 128 → 4",
         "train.lr: 0.01 → 0.02",
     ]
+
+
+def test_off_is_a_word_though_yaml_reads_it_as_false():
+    assert config.load("quickstart.yaml", ["train.loss_spike=off"]).train.loss_spike == "off"

@@ -92,6 +92,12 @@ class TrainSection(Section):
     loss_spike: Literal["off", "warn", "skip", "rollback"] = "warn"
     spike_threshold: float = Field(8.0, gt=0)  # standard deviations above the mean of the last 100 losses
 
+    @validator(mode="before")
+    @classmethod
+    def _off_is_a_word(cls, data: Any) -> Any:
+        """YAML reads an unquoted ``off`` as false."""
+        return {**data, "loss_spike": "off"} if isinstance(data, dict) and data.get("loss_spike") is False else data
+
 
 Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
 
