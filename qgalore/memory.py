@@ -324,7 +324,8 @@ def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:
         if basis is not None:
             basis.assign(new)
     sides.project(gradient, *columns, slot.module.delta.dtype)
-    [torch.empty(slot.module.delta.shape, device="meta") for _ in range(3)]
+    turned = slot.module.delta if isinstance(slot, RuleSlot) else slot.parts[0].leaf  # moments turn part by part
+    [torch.empty(turned.shape, device="meta") for _ in range(3)]
 
 
 class Adam8bitShapes(Optimizer):
