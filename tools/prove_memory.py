@@ -1,7 +1,7 @@
 """Train a large configuration for a few true steps on the CPU and hold what happened against its plan:
 
-    python tools/prove_memory.py --out /tmp/proof                           # LLaMA 7B, two steps: 25 GB of disk
-    python tools/prove_memory.py --out /tmp/proof --layers 2 --steps 2      # the same path with two layers
+    python tools/prove_memory.py --out DIR                           # LLaMA 7B, two steps: 25 GB of disk
+    python tools/prove_memory.py --out DIR --layers 2 --steps 2      # the same path with two layers
 
 The text is the quickstart's. Prints the planned and the measured peak resident set, the losses, and how many tensors
 of every kind changed between the checkpoint of the beginning and the last one; exits with 1 if one did not.
