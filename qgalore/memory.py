@@ -5,7 +5,6 @@ two steps there, one that finds all first bases and an ordinary one, while every
 What cannot run without values (attention kernels, 8-bit moments, decisions on data) is replaced by its shapes.
 """
 
-import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from .lowrank.rule_slot import RuleSlot
 from .lowrank.slots import LowRankSlot, Slot
 from .quant.int8 import planned_for
 
-PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
 RESIDENT = (
     "int8 weights",

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -59,7 +60,7 @@ def resident_set() -> int:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
         return 0
-    return pages * memory.PAGE
+    return pages * os.sysconf("SC_PAGESIZE")
 
 
 def _inner_factory(config: Config):

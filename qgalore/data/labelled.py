@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qgalore.data.paths import close_names
-from qgalore.data.sources import _byte_lines, _decode, _unreadable
-from qgalore.errors import ConfigError
+from ..errors import ConfigError
+from .paths import close_names
+from .sources import _byte_lines, _decode, _unreadable, jsonl_rows
 
 ENDINGS = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
@@ -128,15 +127,7 @@ def _table_rows(path: Path, header: bool, tabs: bool) -> Iterator[tuple[dict[str
 
 
 def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, raw in enumerate(_byte_lines(path), start=1):
-        where = f"{str(path)!r} line {number}"
-        line = _decode(raw, where)
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{where} is not valid JSON ({error}); every line must be one JSON object") from error
+    for row, where in jsonl_rows(path):
         if not isinstance(row, dict):
             raise ConfigError(f"{where} is a JSON {type(row).__name__}; every line must be one JSON object")
         yield row, where

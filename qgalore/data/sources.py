@@ -75,7 +75,7 @@ def rows(source: str, *, split: str = "train") -> Iterator[tuple[dict, str]]:
     for path in _local_files(source):
         if not path.name.endswith((".jsonl", ".jsonl.gz")):
             raise ConfigError(f"{str(path)!r} has no rows with several keys; give .jsonl or .jsonl.gz files only.")
-        for row, where in _jsonl_rows(path):
+        for row, where in jsonl_rows(path):
             yield _object(row, where), where
 
 
@@ -163,11 +163,12 @@ def _txt_text(path: Path) -> Iterator[str]:
 
 
 def _jsonl_texts(path: Path, text_key: str) -> Iterator[str | None]:
-    for row, where in _jsonl_rows(path):
+    for row, where in jsonl_rows(path):
         yield _row_text(row, text_key, where)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """(value, where it stands) of every line of JSON that is not blank. Raises :class:`ConfigError` for other lines."""
     for number, raw in enumerate(_byte_lines(path), start=1):
         where = f"{str(path)!r} line {number}"
         line = _decode(raw, where)
