@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "convert": "models.convert",
     "load": "library",
-    "optimizer": "lowrank.optimizer",
+    "optimizer": "lowrank.factory",
     "save": "library",
     "TrainerGuard": "trainer_guard",
 }

@@ -31,11 +31,11 @@ RESIDENT = (
     "trained in full",
     "moments",
     "fp32 masters",
-    "step scratch",
     "buffers",
 )
 WORKSPACE = "refresh and step workspace"
-TRANSIENT = ("activations", "logits", "gradients", "full gradient", WORKSPACE, "temporaries")
+SCRATCH = "step scratch"
+TRANSIENT = ("activations", "logits", "gradients", "full gradient", SCRATCH, WORKSPACE, "temporaries")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _model_bytes(model: nn.Module) -> Counter[str]:
 
 def _category(module: nn.Module, key: str, tensor: Tensor) -> str:
     if isinstance(module, LowRankLinear) and key in module.leaves():
-        return "step scratch"  # one zero each
+        return "buffers"  # one zero each
     if key == "weight" and tensor.dtype == torch.int8:
         return "int8 weights"
     if key == "weight_scale":
@@ -211,6 +211,7 @@ class _Rehearsal:
     def __init__(self, model: nn.Module, slots: list[Slot], step: Step, meter: _Meter) -> None:
         self.model, self.slots, self.step, self.meter = model, slots, step, meter
         self._workspaces: dict[tuple, int] = {}
+        self._scratch: Tensor | None = None  # stands for the leaves of all parts, while a step is taken
 
     def run(self) -> None:
         for slot in self.slots:
@@ -257,6 +258,7 @@ class _Rehearsal:
         for slot in self.slots:
             if slot.gradient() is not None:
                 self._update(slot)
+        self._scratch = None
 
     def _arrived(self, slot: Slot, leaf: Tensor) -> None:
         probe = isinstance(slot, LowRankSlot) and leaf is slot.module.probe
@@ -291,6 +293,9 @@ class _Rehearsal:
     def _update(self, slot: Slot) -> None:
         stored = slot.module.weight if isinstance(slot, LowRankSlot) else slot.parameter
         key = ("step", slot.shape, stored.shape, stored.dtype)
+        if self._scratch is None:
+            with self.meter.labelled(SCRATCH):
+                self._scratch = torch.empty(slot.parts[0].scratch.nbytes, dtype=torch.uint8, device="meta")
 
         def work() -> None:
             if isinstance(slot, RuleSlot):
@@ -372,7 +377,6 @@ def resident(model: nn.Module, slots: list[Slot]) -> dict[str, int]:
     of_rules = [slot for slot in slots if isinstance(slot, RuleSlot)]
     sizes["moments"] = state_bytes(slots) + _extra_bytes(of_rules)
     sizes["fp32 masters"] = _extra_bytes([slot for slot in slots if slot not in of_rules])
-    sizes["step scratch"] += max(part.leaf.nbytes for slot in slots for part in slot.parts)
     return {name: sizes[name] for name in RESIDENT}
 
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from ..config import METHODS, RULES, Config
 from ..data.labelled import Labels
 from ..lowrank import lora
+from ..lowrank.factory import optimizer
 from ..lowrank.linear import LowRankLinear
-from ..lowrank.optimizer import LowRankOptimizer, optimizer
+from ..lowrank.optimizer import LowRankOptimizer
 from ..models import classify, loading, streaming
 from ..models.checkpointing import checkpoint_blocks
 from ..models.convert import ConversionReport, convert
@@ -168,7 +169,7 @@ def rule_rank(config: Config) -> int | None:
 
 
 def optimizer_options(config: Config) -> dict[str, Any]:
-    """Arguments of ``lowrank.optimizer.optimizer``."""
+    """Arguments of ``lowrank.factory.optimizer``."""
     train, low = config.train, config.lowrank
     options = {"betas": train.betas, "eps": train.eps} if train.optimizer in ("adamw", "adamw8bit") else {}
     schedule = ("update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger")

@@ -15,11 +15,12 @@ from .. import memory
 from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
+from ..lowrank.factory import collect_slots, part_elements
 from ..lowrank.inner import make_factory
-from ..lowrank.optimizer import RefreshOptions, attach, collect_slots, part_elements
+from ..lowrank.optimizer import attach
 from ..lowrank.policies import layers_at_once
 from ..lowrank.rules import RuleOptions
-from ..lowrank.slots import Slot
+from ..lowrank.slots import RefreshOptions, Slot
 from ..models import classify, loading
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from .model import Vocabulary, adapt_as, architecture, checkpoint_as, convert_as, rule_of, rule_rank

@@ -32,21 +32,40 @@ class RefreshOptions:
     seed: int = 0
 
 
+class Scratch:
+    """fp32 memory that the leaves of all parts on a device share, there only while a step is taken."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.flat = torch.zeros(elements, device=device)
+        self.nbytes = self.flat.untyped_storage().nbytes()
+
+    def hold(self) -> None:
+        """Make the memory real, with any content, if it is not."""
+        if self.flat.untyped_storage().nbytes() < self.nbytes:
+            self.flat.untyped_storage().resize_(self.nbytes)
+
+    def release(self) -> None:
+        """Give the memory back; views of it stay valid objects, to be used after the next :meth:`hold`."""
+        self.flat.untyped_storage().resize_(0)
+
+
 @dataclass
 class Part:
-    """Rows of a slot that step together: ``leaf`` is an fp32 view into scratch memory that all parts share, real only
+    """Rows of a slot that step together: ``leaf`` is an fp32 view into ``scratch``, which all parts share, real only
     while ``inner`` steps it from zero; ``first`` is its first row."""
 
     first: int
     leaf: nn.Parameter
     inner: Optimizer
+    scratch: Scratch
 
     def state(self) -> dict[str, Any]:
         """What the inner optimizer keeps for the leaf; empty before the first step."""
         return dict(self.inner.state.get(self.leaf, {}))
 
     def step(self, gradient: Tensor, lr: float) -> Tensor:
-        """The inner optimizer's step from zero: Δ, fp32, valid until another part steps."""
+        """The inner optimizer's step from zero: Δ, fp32, valid until another part steps or the scratch is released."""
+        self.scratch.hold()
         with torch.no_grad():
             self.leaf.zero_()
         self.leaf.grad = gradient.to(torch.float32).contiguous()
@@ -81,12 +100,12 @@ class Slot:
         a, b = self.row_ranges(limit)[0]
         return self.shape.numel() if len(self.shape) < 2 else (b - a) * (self.shape.numel() // self.shape[0])
 
-    def attach(self, scratch: Tensor, factory, limit: int) -> None:
-        """Place the leaves in ``scratch`` (fp32, flat, large enough) and give each its inner optimizer."""
+    def attach(self, scratch: Scratch, factory, limit: int) -> None:
+        """Place the leaves in ``scratch`` (held, large enough) and give each its inner optimizer."""
         for a, b in self.row_ranges(limit):
             shape = (b - a, *self.shape[1:]) if len(self.shape) else ()
-            leaf = nn.Parameter(scratch[: torch.Size(shape).numel()].view(shape))
-            self.parts.append(Part(a, leaf, factory([leaf])))
+            leaf = nn.Parameter(scratch.flat[: torch.Size(shape).numel()].view(shape))
+            self.parts.append(Part(a, leaf, factory([leaf]), scratch))
 
     def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Step every part and merge it: ``W ← W(1 − shrink) + scale · update``, then drop the gradient."""

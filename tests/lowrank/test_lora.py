@@ -11,7 +11,7 @@ from test_optimizer import loss_of, train
 from qgalore import config
 from qgalore.errors import ConfigError
 from qgalore.lowrank import lora
-from qgalore.lowrank.optimizer import optimizer
+from qgalore.lowrank.factory import optimizer
 from qgalore.models.convert import convert
 
 SETTINGS = {"rank": 4, "alpha": 8.0, "dtype": torch.float32, "seed": 3}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError, NumericalError
+from qgalore.lowrank.factory import optimizer
 from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.optimizer import optimizer
 from qgalore.lowrank.slots import LowRankSlot
 from qgalore.models.convert import convert
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qgalore.lowrank import optimizer as module
+from qgalore.lowrank import factory as module
 from qgalore.models.convert import convert
 
 LIMIT = 16384

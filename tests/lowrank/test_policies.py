@@ -11,7 +11,7 @@ from test_optimizer import QUICK, assert_same, loss_of, stored, train
 from qgalore import checkpoint, config
 from qgalore.errors import ConfigError
 from qgalore.lowrank import projector
-from qgalore.lowrank.optimizer import optimizer
+from qgalore.lowrank.factory import optimizer
 from qgalore.lowrank.policies import POLICIES, layers_at_once, make_schedules
 from qgalore.lowrank.schedule import EnergySchedule
 from qgalore.models.convert import convert

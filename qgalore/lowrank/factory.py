@@ -1,0 +1,164 @@
+"""Making the optimizer of a converted model: its options checked, its tensors found."""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigError
+from . import inner as inner_optimizers
+from . import rule_slot
+from .linear import LowRankLinear
+from .lora import LoraLinear
+from .moments import POLICIES as MOMENTS
+from .optimizer import LowRankOptimizer
+from .policies import POLICIES, make_schedules
+from .projector import METHODS
+from .rules import RuleOptions
+from .slots import DenseSlot, LowRankSlot, RefreshOptions
+
+STEPPING = ("deferred", "fused")
+PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
+
+
+def _refuse_several_processes() -> None:
+    """Raise :class:`ConfigError` in a job of several processes: DistributedDataParallel notes which parameters train
+    when it is built and would leave out each Δ whose probe is on at that time, so the copies would part silently."""
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise ConfigError(
+            f"torch.distributed has {group.get_world_size()} processes; the low-rank optimizer trains in one: start "
+            "the program without torchrun or accelerate launch"
+        )
+
+
+def part_elements(inner: str | type[Optimizer]) -> int:
+    """The size above which a tensor steps in parts: an optimizer that looks at a matrix as one (Adafactor) must see it
+    whole."""
+    return PART_ELEMENTS if inner in inner_optimizers.BUILTIN else sys.maxsize
+
+
+def stepped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers whose weights are stepped: not those of LoRA, whose factors are ordinary parameters."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, LowRankLinear))
+    return {name: module for name, module in found if not isinstance(module, LoraLinear)}
+
+
+def collect_slots(
+    model: nn.Module,
+    *,
+    update_proj_gap: int,
+    stagger: bool,
+    lazy: dict[str, Any],
+    find: RefreshOptions,
+    rule: str,
+    of_rule: RuleOptions,
+) -> tuple[list[LowRankSlot], list[DenseSlot]]:
+    """A slot for every trainable tensor of a converted model, low-rank layers first."""
+    modules = stepped_layers(model)
+    schedules = make_schedules(find.policy, len(modules), update_proj_gap, stagger, lazy)
+    low_rank = rule_slot.make(rule, modules, schedules, find, of_rule)
+    owned = {id(leaf) for module in modules.values() for leaf in module.leaves().values()}
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
+    for name, parameter in trainable:
+        allowed = (torch.float32, torch.bfloat16)
+        _require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
+    return low_rank, [DenseSlot(name, len(low_rank) + i, p) for i, (name, p) in enumerate(trainable)]
+
+
+def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; it must be {rule}")
+
+
+def optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    rule: str = "galore",
+    rank: int | None = None,
+    weight_decay: float = 0.0,
+    scale: float | None = None,
+    inner: str | type[Optimizer] = "adamw8bit",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    inner_options: dict[str, Any] | None = None,
+    stepping: str = "deferred",
+    full_gradients: str = "free",
+    update_proj_gap: int = 200,
+    cos_threshold: float = 0.4,
+    gamma_proj: float = 2.0,
+    queue_size: int = 5,
+    max_gap: int | None = None,
+    stagger: bool = True,
+    projector: str = "randomized",
+    policy: str = "overlap",
+    similarity: str | None = None,
+    moments: str = "rotate",
+    seed: int = 0,
+) -> LowRankOptimizer:
+    """The Q-GaLore optimizer for a model prepared by ``qgalore.convert`` (unconverted tensors train dense).
+
+    Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
+
+    rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
+      projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
+    full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
+    inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted
+      path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named
+      ones, others take ``inner_options``.
+    stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
+    update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
+      defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
+    stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
+    policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
+      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
+
+    Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
+    """
+    _refuse_several_processes()
+    _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
+    _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
+    _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
+    if similarity is not None:
+        print(f"note: similarity={similarity!r} is deprecated; say policy={similarity!r}", flush=True)
+        policy = similarity
+    _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
+    _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
+    _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
+    _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
+    _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
+    options = dict(inner_options or {})
+    if inner in inner_optimizers.BUILTIN:
+        options = {"betas": tuple(betas), "eps": eps, **options}
+    factory = inner_optimizers.make_factory(inner, lr, options)
+    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed)
+    lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
+    lazy["max_gap"] = max_gap or 16 * update_proj_gap
+    modules = stepped_layers(model)
+    rule_slot.check(rule, rank, stepping, full_gradients, modules)
+    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner == "adamw8bit" else "fp32")
+    low_rank, dense = collect_slots(
+        model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
+    )
+    _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
+    for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
+        inner_optimizers.check_ignores_value(factory, device)
+        if moments == "rotate" and any(rule_slot.turns_moments(slot) for slot in low_rank):
+            inner_optimizers.check_rotates(factory, device)
+        if inner == "adamw8bit":
+            inner_optimizers.check_adamw8bit(factory, options["betas"], options["eps"], device)
+    return LowRankOptimizer(
+        low_rank,
+        dense,
+        lr=lr,
+        weight_decay=weight_decay,
+        scale=rule_slot.default_scale(rule) if scale is None else scale,
+        factory=factory,
+        stepping=stepping,
+        seed=seed,
+        part_elements=part_elements(inner),
+    )
