@@ -65,7 +65,21 @@ def measured_rise(work) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name", SHAPES)
+QUICK = (
+    "checkpointed",
+    "untied int8 embeddings",
+    "deferred",
+    "left bases",
+    "bf16",
+    "apollo",
+    "scale, accumulating",
+    "LoRA",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+)
 def test_the_plan_is_what_is_taken(name, tiny_run):
     """Resident bytes exactly, the peak of steps with refreshes within 5 %."""
     overrides = [*COMMON, *REFRESHES, "run.name=planned", *SHAPES[name]]

@@ -35,7 +35,9 @@ def test_the_configuration_and_the_package_agree_on_every_rule():
         assert with_bases == (name == "galore" or rule_slot.RULES[name].uses_basis)
 
 
-@pytest.mark.parametrize("rule", RATES)
+@pytest.mark.parametrize(
+    "rule", [r if r in ("apollo", "fira") else pytest.param(r, marks=pytest.mark.slow) for r in RATES]
+)
 def test_a_rule_trains_and_goes_on_to_the_same_bits(tiny_run, rule):
     """Through train.py: the loss falls, a run that lost its last checkpoints ends like one that did not, and the
     int8 export is the trained integers."""

@@ -81,8 +81,12 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
 
 @pytest.mark.parametrize(
     ("extra", "available"),
-    [((), (2, 4, 6)), (DEFERRED, (2, 4, 6)), (("model.dtype=bfloat16",), (2, 4, 6)), ((), (0, 2, 4, 6))],
-    ids=["fused", "deferred", "bf16", "from-nothing"],
+    [
+        pytest.param((), (2, 4, 6), id="fused"),
+        pytest.param(DEFERRED, (2, 4, 6), id="deferred"),
+        pytest.param(("model.dtype=bfloat16",), (2, 4, 6), id="bf16", marks=pytest.mark.slow),
+        pytest.param((), (0, 2, 4, 6), id="from-nothing", marks=pytest.mark.slow),
+    ],
 )
 def test_resume_equals_not_having_stopped(tiny_run, extra, available):
     """Invariant 5. A run loses its later checkpoints and goes on from the first, or from the beginning."""
@@ -282,7 +286,9 @@ def test_odd_widths_train(tiny_run):
     assert "in_features 101; 101 is used" in out
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_goes_on(tiny_run, number, code):
     assert tiny_run("run.name=whole", "train.max_steps=15", "train.eval_every=15", "train.save_every=null")[0] == 0
     arguments = ["run.name=cut", "train.max_steps=15", "train.eval_every=15", "train.save_every=null"]

@@ -29,6 +29,7 @@ SCALE = ("--variant", "scale: lowrank.rule=scale lowrank.scale=null")
 NONE = ("--variant", "none: lowrank.exclude=['*'] train.lr=1")
 
 
+@pytest.mark.slow
 def test_one_variant_that_fails_does_not_stop_the_others(tiny_run, tool, capfd):
     """And a folder is not taken for a result of other settings."""
     arguments = ["--config", "tiny.yaml", *NONE, *SCALE, "--out", "cmp", *SHORT]
