@@ -16,6 +16,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots, one self-contained file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every refresh of every layer as a table")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write scalars for TensorBoard under DIR")
+    for package in ("trackio", "wandb"):
+        parser.add_argument(
+            f"--{package}", metavar="PROJECT", help=f"send the scalars to {package}, if it is installed"
+        )
     parser.add_argument("--kinds", action="store_true", help="a line for each kind of layer, not for each layer")
     parser.add_argument("--follow", action="store_true", help="go on until the runs end or Ctrl-C")
     return parser.parse_args(arguments)
@@ -47,10 +51,15 @@ def look(options: argparse.Namespace) -> bool:
 
 
 def mirror(options: argparse.Namespace) -> None:
-    from qgalore.convergence import records, tensorboard
+    from qgalore.convergence import records, tensorboard, trackers
 
     for run in records.distinct([records.read_run(folder) for folder in options.runs]):
-        print(f"{tensorboard.write(run, options.tensorboard):,} scalars of {run.name} are in {options.tensorboard}")
+        if options.tensorboard:
+            count = tensorboard.write(run, options.tensorboard)
+            print(f"{count:,} scalars of {run.name} are in {options.tensorboard}")
+        for package in trackers.PACKAGES:
+            if project := getattr(options, package):
+                print(f"{trackers.send(run, package, project):,} scalars of {run.name} went to {package}: {project}")
 
 
 def main(arguments: list[str]) -> int:
@@ -60,8 +69,7 @@ def main(arguments: list[str]) -> int:
     try:
         while not look(options) and options.follow:
             time.sleep(INTERVAL)
-        if options.tensorboard:
-            mirror(options)
+        mirror(options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

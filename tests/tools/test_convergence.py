@@ -45,7 +45,8 @@ def test_errors_are_one_line_and_code_2(recorded, tool, tmp_path, capfd, monkeyp
     (tmp_path / "empty").mkdir()
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "metrics.jsonl").write_text("")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for package in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
     for arguments, message in (
         (["nowhere"], "nowhere does not exist"),
         (["tiny.yaml"], "is a file"),
@@ -54,6 +55,7 @@ def test_errors_are_one_line_and_code_2(recorded, tool, tmp_path, capfd, monkeyp
         ([str(folder), "nowhere"], "nowhere does not exist"),
         ([str(folder), "--html", "no/such/folder/a.html"], "cannot be written"),
         ([str(folder), "--tensorboard", "board"], "pip install 'qgalore[tracking]'"),
+        ([str(folder), "--wandb", "project"], "pip install wandb"),
     ):
         assert tool.main(arguments) == 2
         err = capfd.readouterr().err
