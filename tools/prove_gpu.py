@@ -1,0 +1,139 @@
+"""Train large configurations for a few steps on a GPU, each held to its budget, and set what happened beside its plan:
+
+    python tools/prove_gpu.py --out DIR [--only 7b 7b-12gb …] [--steps 20]
+
+The text is the quickstart's; a case starts from random weights and saves only what fused stepping needs. Columns, in
+GiB: ``plan`` the planned peak, ``allocated`` and ``reserved`` what PyTorch measured (without the CUDA context, which
+the plan assumes). tokens/s and ms are medians over the steps of the second half. ``useful`` counts the matrix products
+that the method cannot do without (tools/bench.py), as a share of what a large bf16 product reaches here.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+GIB = 2**30
+
+CASES = {
+    "7b": ("llama7b_16gb.yaml",),
+    "7b-4-sequences": ("llama7b_16gb.yaml", "train.micro_batch_size=4"),
+    "7b-rank-256": ("llama7b_16gb.yaml", "lowrank.rank=256"),
+    "7b-12gb": ("llama7b_12gb.yaml",),
+    "13b": ("llama13b_16gb.yaml",),
+    "llama3-8b": ("llama3_8b_16gb.yaml",),
+}
+
+
+def settings(folder: Path, name: str, steps: int, device: str) -> list[str]:
+    text = ROOT / "configs" / "quickstart_data"
+    changes = {
+        "device": device,
+        "run.dir": folder,
+        "run.name": name,
+        "data.train": text / "train.jsonl.gz",
+        "data.valid": text / "valid.jsonl.gz",
+        "data.tokenizer": "null",
+        "data.vocab_size": 4096,
+        "data.cache_dir": folder / "cache",
+        "train.max_steps": steps,
+        "train.warmup_steps": 2,
+        "train.eval_every": steps,
+        "train.eval_batches": 1,
+        "train.save_every": "null",
+        "train.keep_last": 1,
+        "export.formats": "[]",
+        "sample.max_new_tokens": 0,
+    }
+    return [f"{key}={value}" for key, value in changes.items()]
+
+
+def matmul_limit(device: str, size: int) -> float:
+    """FLOP per second of one large bf16 product: the best of ten after two to warm up."""
+    import torch
+
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for attempt in range(12):
+        started = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if attempt > 1:
+            best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def useful_flop(run: Path) -> float:
+    """FLOP a token of the matrix products that the run's method needs."""
+    import bench
+    import yaml
+    from transformers import LlamaConfig
+
+    state = json.loads(next((run / "checkpoints").glob("step-*/state.json")).read_text(encoding="utf-8"))
+    shape = LlamaConfig(**{k: v for k, v in state["model_config"].items() if k != "model_type"})
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    method = "qgalore+" if settings["lowrank"]["embeddings"] == "int8" else "qgalore"
+    tokens = settings["train"]["micro_batch_size"] * settings["data"]["sequence_length"]
+    found = bench.products(shape, method, settings["lowrank"]["rank"], tokens)
+    return sum(2 * m * k * n * count for (m, k, n), count in found.items()) / tokens
+
+
+def row_of(run: Path, limit: float) -> tuple[str, ...]:
+    """Cells of the table for a finished run."""
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row.get("loss") is not None]
+    late = steps[len(steps) // 2 :]
+    speed = statistics.median(row["tokens_per_second"] for row in late)
+    memory = [max(row.get(key, 0) for row in steps) for key in ("memory_bytes", "reserved_bytes")]
+    planned = sum(sum(plan[part].values()) for part in ("resident", "transient", "outside"))
+    return (
+        *(f"{size / GIB:.2f}" for size in (planned, *memory)),
+        f"{speed:,.0f}",
+        f"{statistics.median(row['step_seconds'] for row in late) * 1e3:,.0f}",
+        f"{speed * useful_flop(run) / limit:.0%}",
+        f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}",
+    )
+
+
+def table(rows: dict[str, tuple[str, ...]]) -> str:
+    head = ("case", "plan", "allocated", "reserved", "tokens/s", "ms", "useful", "loss")
+    lines = [head, *((name, *cells) for name, cells in rows.items())]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="a folder for the runs; it must not hold them yet")
+    parser.add_argument("--only", nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--config", help="one configuration of yours instead of the cases")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all cases")
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    cases = {"own": (options.config,)} if options.config else {name: CASES[name] for name in options.only}
+    limit = matmul_limit(options.device, 8192 if options.device == "cuda" else 512)
+    print(f"bf16 products reach {limit / 1e12:.3g} TFLOP/s here", flush=True)
+    rows = {}
+    for name, (config, *changes) in cases.items():
+        given = settings(out, name, options.steps, options.device)
+        command = [sys.executable, str(ROOT / "train.py"), "--config", config, *given, *changes, *options.overrides]
+        if code := subprocess.run(command, check=False).returncode:
+            print(f"error: {name} ended with {code}", file=sys.stderr)
+            continue
+        rows[name] = row_of(out / name, limit)
+    print(f"\n{table(rows)}")
+    return 0 if len(rows) == len(cases) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
