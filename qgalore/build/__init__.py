@@ -22,7 +22,7 @@ from ..lr import lr_at
 from ..models.loss import Loss, target_tokens
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
-from ..quant import dispatch
+from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
 from . import labelled
 from .data import build_data, build_tokenizer
@@ -100,6 +100,8 @@ def build(config: Config, resume: str | None) -> Run:
     for remark in remarks:
         say("note", remark)
     dispatch.use(config.kernels, device)
+    if config.model.compute == "int8":
+        int8_products.check(device)
     tokenizer = build_tokenizer(config)
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)

@@ -100,6 +100,7 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
         include=low.include,
         exclude=low.exclude,
         embeddings=low.embeddings,
+        compute=config.model.compute,
     )
 
 
