@@ -50,14 +50,19 @@ def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_g
     return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(*shape), requires_grad=requires_grad)
 
 
-def stored_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A stored weight, or some rows of it, in ``dtype``; ``scale`` is None for one that is not int8."""
-    return weight.to(dtype) if scale is None else dispatch.dequantize(weight, scale, dtype)
+def stored_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """A stored weight, or some rows of it, in ``dtype``; ``scale`` is None for one that is not int8. ``after``: see
+    ``dispatch.dequantize_after``."""
+    if scale is None:
+        return weight.to(dtype)
+    if after is None:
+        return dispatch.dequantize(weight, scale, dtype)
+    return dispatch.dequantize_after(weight, scale, dtype, after)
 
 
 def _output(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """Y = X Wᵀ + b in x's dtype."""
-    return nn.functional.linear(x, stored_weight(weight, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+    return nn.functional.linear(x, stored_weight(weight, scale, x.dtype, x), None if bias is None else bias.to(x.dtype))
 
 
 def _input_gradient(
@@ -65,7 +70,7 @@ def _input_gradient(
 ) -> Tensor:
     """dX = dY W in ``dtype``; ``int8``: whether on integers, or how to find that out."""
     ways = (
-        lambda: grad_output @ stored_weight(weight, scale, dtype),
+        lambda: grad_output @ stored_weight(weight, scale, dtype, grad_output),
         lambda: int8_products.input_gradient(grad_output, weight, scale, dtype),
     )
     if isinstance(int8, Choice):
