@@ -42,6 +42,7 @@ class ModelSection(Section):
     overrides: dict[str, Any] = {}  # fields of the Hugging Face config to change, from scratch only
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compute: Literal["bf16", "int8"] = "bf16"  # int8: low-rank layers multiply integers; bf16: in model.dtype
+    compile: Literal["none", "blocks"] = "none"  # blocks: torch.compile of each transformer block
 
 
 class DataSection(Section):
@@ -179,6 +180,10 @@ class Config(Section):
             found.append("model: give exactly one of model.config (from scratch) and model.path (pretrained)")
         if self.model.path is not None and self.model.overrides:
             found.append("model.overrides: changes the shape of a pretrained model; it goes with model.config only")
+        if self.model.compile == "blocks" and train.activation_checkpointing == "offload":
+            found.append(
+                "model.compile: blocks keep activations on the device; set train.activation_checkpointing: true"
+            )
         if train.stepping == "fused" and train.grad_accumulation > 1:
             found.append(
                 "train.stepping: fused takes one backward pass a step; use deferred with grad_accumulation > 1"
