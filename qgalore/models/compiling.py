@@ -28,17 +28,19 @@ LEAVES = ("delta", "probe", None)
 
 def check_compiler(device: torch.device) -> None:
     """Compile something small. Raises :class:`ConfigError` where that fails, for want of a C++ compiler, say."""
-    try:
-        with fresh_cache():  # what was compiled here before would need no compiler now
+    failure = None
+    with fresh_cache():  # what was compiled here before would need no compiler now
+        try:
             torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.zeros(64, device=device))
-    except Exception as error:  # whatever a compiler or its driver raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # whatever a compiler or its driver raises
+            failure = error
+    torch.compiler.reset()
+    if failure is not None:
+        reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
         raise ConfigError(
             f"model.compile is 'blocks', but torch.compile fails on {device.type}: {reason}. It needs a C++ compiler, "
             "and on a GPU Triton; install them or set model.compile to none"
-        ) from error
-    finally:
-        torch.compiler.reset()
+        ) from failure
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
