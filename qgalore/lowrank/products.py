@@ -57,6 +57,11 @@ class Products:
         self.output, self.gradient = Choice(f"{self.name} (output)"), Choice(f"{self.name} (input gradient)")
 
     @property
+    def taken(self) -> tuple[bool, bool]:
+        """Whether the output, and whether the input's gradient, is computed in int8."""
+        return bool(self.output.int8), bool(self.gradient.int8)
+
+    @property
     def due(self) -> bool:
         return self.output.due or self.gradient.due
 
@@ -66,7 +71,7 @@ class Products:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {name: vars(choice) for name, choice in (("output", self.output), ("gradient", self.gradient))}
+        return {"output": dict(vars(self.output)), "gradient": dict(vars(self.gradient))}
 
     def load(self, state: dict[str, Any]) -> None:
         self.output, self.gradient = Choice(**state["output"]), Choice(**state["gradient"])

@@ -24,6 +24,7 @@ from ..errors import ConfigError
 from ..lowrank.linear import LowRankLinear
 
 LEAVES = ("delta", "probe", None)
+KINDS = 4  # of blocks that differ in which products are int8; dynamo keeps 8 graphs, some of them for other lengths
 
 
 def check_compiler(device: torch.device) -> None:
@@ -60,8 +61,9 @@ def compile_blocks(model: nn.Module, leaf: str | None, backend: str | Callable =
         raise ConfigError(
             f"{type(model).__name__} has no blocks that transformers marks as such; set model.compile=none"
         )
+    kinds: dict[tuple, bool] = {}
     for block in blocks:
-        block.forward = _switch(block, leaf, backend)
+        block.forward = _switch(block, leaf, backend, kinds)
     return len(blocks)
 
 
@@ -71,14 +73,25 @@ def _is_ordinary(layer: LowRankLinear, leaf: str | None) -> bool:
     return all(value.requires_grad == (name == leaf) for name, value in layer.leaves().items())
 
 
-def _switch(block: nn.Module, leaf: str | None, backend: str | Callable) -> Callable:
+def _is_known(layers: list[LowRankLinear], kinds: dict[tuple, bool]) -> bool:
+    """Whether a block of these layers is compiled: those of the first ``KINDS`` kinds are."""
+    kind = tuple(layer.products and layer.products.taken for layer in layers)
+    if kind not in kinds:
+        kinds[kind] = len(kinds) < KINDS
+        if not kinds[kind]:
+            print(f"{'compile:':<11}{KINDS} kinds of blocks, by their int8 products, are compiled; one more is not")
+    return kinds[kind]
+
+
+def _switch(block: nn.Module, leaf: str | None, backend: str | Callable, kinds: dict[tuple, bool]) -> Callable:
     written = block.forward
     compiled = torch.compile(written, backend=backend, fullgraph=True)
     layers = [module for module in block.modules() if isinstance(module, LowRankLinear)]
 
     @wraps(written)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled() and all(_is_ordinary(layer, leaf) for layer in layers)):
+        ordinary = block.training and torch.is_grad_enabled() and all(_is_ordinary(layer, leaf) for layer in layers)
+        if not ordinary or not _is_known(layers, kinds):
             return written(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)

@@ -156,6 +156,19 @@ def test_fused_deferred_and_checkpointed_training_give_the_same_bits(tiny_llama,
             assert torch.equal(value, first[name]), name
 
 
+def test_a_rule_without_refreshes_tries_its_layers_again(tiny_llama, token_batches):
+    model = tiny_llama().train()
+    convert(model, rank=None, group_size="row", compute="int8")
+    stepper = optimizer(model, lr=0.01, stepping="fused", rule="scale", update_proj_gap=2)
+    layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    due = []
+    for batch in token_batches(steps=4):
+        due.append({layer.products.due for layer in layers})
+        model(input_ids=batch, labels=batch).loss.backward()
+        stepper.step()
+    assert due == [{True}, {False}, {True}, {False}]
+
+
 def test_int8_embeddings_and_a_tied_head_train_beside_them(tiny_llama, token_batches, device):
     _, losses = trained(tiny_llama, token_batches(device) * 3, device, embeddings="int8", tied=True)
     assert losses[-1] < losses[0] - 0.3

@@ -111,6 +111,21 @@ def test_more_graphs_than_dynamo_keeps_are_an_error(tiny_llama):
             in_steps(model, [10])
 
 
+def test_only_so_many_kinds_of_blocks_are_compiled(tiny_llama, capsys):
+    """Which products of a block are int8 is part of its graph."""
+    layers = compiling.KINDS + 2
+    model = tiny_llama(num_hidden_layers=layers)
+    convert(model, rank=8, compute="int8", group_size="row")
+    compiling.compile_blocks(model, "delta", "eager")
+    for number, block in enumerate(model.model.layers):
+        for place, module in enumerate(m for m in block.modules() if hasattr(m, "products")):
+            module.products.output.int8, module.products.gradient.int8 = place != number, True
+            module.products.output.due = module.products.gradient.due = False
+    in_steps(model, [9, 9])
+    assert counters["stats"]["unique_graphs"] == compiling.KINDS
+    assert capsys.readouterr().out.count("one more is not") == 2
+
+
 def test_a_block_that_cannot_be_traced_whole_is_an_error(tiny_llama):
     model = tiny_llama(num_hidden_layers=1)
     convert(model, rank=8)
