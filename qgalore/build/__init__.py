@@ -19,15 +19,16 @@ from ..errors import ConfigError
 from ..evaluate import evaluate
 from ..lowrank import inner
 from ..lr import lr_at
+from ..models.compiling import check_compiler
 from ..models.loss import Loss, target_tokens
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
-from ..quant import dispatch
+from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
 from . import labelled
 from .data import build_data, build_tokenizer
 from .export import export, finish, restore_model
-from .model import Vocabulary, build_model, build_optimizer, stepping_line
+from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_run, checkpoint_to_resume, restore, run_folder
 from .say import say
@@ -100,6 +101,10 @@ def build(config: Config, resume: str | None) -> Run:
     for remark in remarks:
         say("note", remark)
     dispatch.use(config.kernels, device)
+    if config.model.compute == "int8":
+        int8_products.check(device)
+    if config.model.compile == "blocks":
+        check_compiler(device)
     tokenizer = build_tokenizer(config)
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)
@@ -111,6 +116,7 @@ def build(config: Config, resume: str | None) -> Run:
     prepare_allocator(config, device, planned)
     data = build_data(config, tokenizer) if examples is None else examples.data()
     model, loss = build_model(config, vocabulary, data.highest_id, device)
+    compile_as(config, model)
     planned = recheck(config, vocabulary, device, loss, planned)
     run_state = {
         "config": config.model_dump(mode="json"),

@@ -17,6 +17,7 @@ from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
 from ..models import classify, loading, streaming
 from ..models.checkpointing import checkpoint_blocks
+from ..models.compiling import compile_blocks
 from ..models.convert import ConversionReport, convert
 from ..models.loss import Loss, check_isolation, choose_loss, chunked_loss, uncalled_layers
 from .say import say
@@ -101,6 +102,7 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
         include=low.include,
         exclude=low.exclude,
         embeddings=low.embeddings,
+        compute=config.model.compute,
     )
 
 
@@ -118,6 +120,20 @@ def checkpoint_as(config: Config, model: nn.Module) -> None:
     asked = config.train.activation_checkpointing
     if asked is not False:
         checkpoint_blocks(model, "host" if asked == "offload" else "device")
+
+
+def ordinary_leaf(config: Config) -> str | None:
+    """The leaf of low-rank layers that wants a gradient in a step without a refresh."""
+    if config.method == "lora":
+        return None
+    return "delta" if rule_of(config) == "galore" else "probe"
+
+
+def compile_as(config: Config, model: nn.Module) -> None:
+    """Compile the blocks of a built model, if that is asked for."""
+    if config.model.compile == "blocks":
+        count = compile_blocks(model, ordinary_leaf(config))
+        say("compile", f"{count} blocks, at the first step without a refresh in them; evaluation is not compiled")
 
 
 def build_model(

@@ -17,13 +17,24 @@ from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
 from ..lowrank.factory import collect_slots, part_elements
 from ..lowrank.inner import make_factory
+from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import attach
 from ..lowrank.policies import layers_at_once
 from ..lowrank.rules import RuleOptions
 from ..lowrank.slots import RefreshOptions, Slot
 from ..models import classify, loading
+from ..models.compiling import blocks_of
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
-from .model import Vocabulary, adapt_as, architecture, checkpoint_as, convert_as, rule_of, rule_rank
+from .model import (
+    Vocabulary,
+    adapt_as,
+    architecture,
+    checkpoint_as,
+    convert_as,
+    ordinary_leaf,
+    rule_of,
+    rule_rank,
+)
 from .say import say
 
 CHECKPOINTING = (False, True, "offload")  # from the fastest to the smallest
@@ -126,7 +137,20 @@ def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | N
     outside = {"CUDA context (assumed)": memory.CUDA_CONTEXT}
     if device == "cpu":
         outside = {"this process so far": resident_set()}
+    if config.model.compile == "blocks":
+        outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
     return memory.plan(model, slots, step, outside)
+
+
+def compiled_gradients(model: torch.nn.Module, leaf: str | None) -> int:
+    """Bytes of all gradients of the largest block: a compiled one hands them out together."""
+    sizes = [0]
+    for block in blocks_of(model):
+        leaves = [value for m in block.modules() if isinstance(m, LowRankLinear) for value in m.leaves().items()]
+        other = {id(value) for name, value in leaves if name != leaf}
+        wanted = [p for p in block.parameters() if p.is_floating_point() and id(p) not in other]
+        sizes.append(sum(p.numel() * p.element_size() for p in wanted))
+    return max(sizes)
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -141,7 +165,7 @@ def _candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
     """Changes that save memory, the least harmful first; then several of them together."""
     train, low, data = config.train, config.lowrank, config.data
     free: dict[str, Any] = {}
-    smallest = "offload" if device == "cuda" else True
+    smallest = "offload" if device == "cuda" and config.model.compile == "none" else True
     if train.activation_checkpointing not in (smallest, "offload", "auto"):
         free["train.activation_checkpointing"] = smallest
     singles = [free.copy()] if free else []
@@ -177,7 +201,8 @@ def decide(
     ``budget``, else the smallest; and that plan."""
     if config.train.activation_checkpointing != "auto":
         return config, plan_for(config, vocabulary, device, loss)
-    for choice in CHECKPOINTING if device == "cuda" else CHECKPOINTING[:2]:
+    can_offload = device == "cuda" and config.model.compile == "none"
+    for choice in CHECKPOINTING if can_offload else CHECKPOINTING[:2]:
         chosen = _changed(config, {"train.activation_checkpointing": choice})
         found = plan_for(chosen, vocabulary, device, loss)
         if budget is None or found.total <= budget:

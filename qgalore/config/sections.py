@@ -41,6 +41,8 @@ class ModelSection(Section):
     path: str | None = None  # pretrained folder or hub id: continued
     overrides: dict[str, Any] = {}  # fields of the Hugging Face config to change, from scratch only
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["bf16", "int8"] = "bf16"  # int8: low-rank layers multiply integers; bf16: in model.dtype
+    compile: Literal["none", "blocks"] = "none"  # blocks: torch.compile of each transformer block
 
 
 class DataSection(Section):
@@ -178,12 +180,17 @@ class Config(Section):
             found.append("model: give exactly one of model.config (from scratch) and model.path (pretrained)")
         if self.model.path is not None and self.model.overrides:
             found.append("model.overrides: changes the shape of a pretrained model; it goes with model.config only")
+        if self.model.compile == "blocks" and train.activation_checkpointing == "offload":
+            found.append(
+                "model.compile: blocks keep activations on the device; set train.activation_checkpointing: true"
+            )
         if train.stepping == "fused" and train.grad_accumulation > 1:
             found.append(
                 "train.stepping: fused takes one backward pass a step; use deferred with grad_accumulation > 1"
             )
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
+        found += self._compute_problems()
         found += self._rule_problems() if self.method != "lora" else self._lora_problems()
         if self.lowrank.similarity is not None and "policy" in self.lowrank.model_fields_set:
             found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
@@ -199,6 +206,16 @@ class Config(Section):
         if train.optimizer not in (None, "adamw", "adamw8bit") and not plain:
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
         return found
+
+    def _compute_problems(self) -> list[str]:
+        low, (converted, weight_format, *_) = self.lowrank, METHODS[self.method]
+        if self.model.compute == "bf16":
+            return []
+        if self.method == "lora" or not converted or (low.weight_format or weight_format) != "int8":
+            return [f"model.compute: int8 is for trained int8 weights, which method {self.method} has not; use bf16"]
+        if low.group_size != "row":
+            return ["model.compute: int8 needs one scale for a row of weights; set lowrank.group_size: row"]
+        return []
 
     def _lora_problems(self) -> list[str]:
         found = []

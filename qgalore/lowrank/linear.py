@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..quant import basis, dispatch
+from ..quant import basis, dispatch, int8_products
 from ..quant.int8 import quantize
 from . import sides
+from .products import Choice, Products
 
 
 class Basis(nn.Module):
@@ -49,31 +50,54 @@ def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_g
     return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(*shape), requires_grad=requires_grad)
 
 
-def stored_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A stored weight, or some rows of it, in ``dtype``; ``scale`` is None for one that is not int8."""
-    return weight.to(dtype) if scale is None else dispatch.dequantize(weight, scale, dtype)
+def stored_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """A stored weight, or some rows of it, in ``dtype``; ``scale`` is None for one that is not int8. ``after``: see
+    ``dispatch.dequantize_after``."""
+    if scale is None:
+        return weight.to(dtype)
+    if after is None:
+        return dispatch.dequantize(weight, scale, dtype)
+    return dispatch.dequantize_after(weight, scale, dtype, after)
+
+
+def _output(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Y = X Wᵀ + b in x's dtype."""
+    return nn.functional.linear(x, stored_weight(weight, scale, x.dtype, x), None if bias is None else bias.to(x.dtype))
+
+
+def _input_gradient(
+    grad_output: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool | Choice
+) -> Tensor:
+    """dX = dY W in ``dtype``; ``int8``: whether on integers, or how to find that out."""
+    ways = (
+        lambda: grad_output @ stored_weight(weight, scale, dtype, grad_output),
+        lambda: int8_products.input_gradient(grad_output, weight, scale, dtype),
+    )
+    if isinstance(int8, Choice):
+        int8.settle(*ways)
+        int8 = int8.int8
+    return ways[bool(int8)]()
 
 
 class _DeltaLinear(torch.autograd.Function):
-    """Y = X Wᵀ + b; backward gives dX, db and whichever of dΔ, dprobe is asked for. The float W lives only inside each
-    call."""
+    """Y = X Wᵀ + b; backward gives dX, db and whichever of dΔ, dprobe is asked for. A float W lives only inside each
+    call. ``int8``: whether the output is a product of integers, and the same, or a trial, for dX."""
 
     @staticmethod
-    def forward(ctx, x, weight, weight_scale, bias, left, left_scale, right, right_scale, delta, probe, fmt):
+    def forward(ctx, x, weight, weight_scale, bias, left, left_scale, right, right_scale, delta, probe, fmt, int8):
         ctx.save_for_backward(x, weight, weight_scale, left, left_scale, right, right_scale)
         ctx.fmt = fmt
         ctx.delta_dtype = delta.dtype
-        dense = stored_weight(weight, weight_scale, x.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        ctx.int8_gradient = int8[1]
+        return (int8_products.output if int8[0] else _output)(x, weight, weight_scale, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, weight_scale, left, left_scale, right, right_scale = ctx.saved_tensors
         grad_x = grad_bias = grad_delta = grad_probe = None
-        dense = stored_weight(weight, weight_scale, x.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ dense
+            grad_x = _input_gradient(grad_output, weight, weight_scale, x.dtype, ctx.int8_gradient)
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         columns = x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[3]:
@@ -86,14 +110,23 @@ class _DeltaLinear(torch.autograd.Function):
             if right is not None:
                 columns = columns @ dispatch.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
             grad_delta = (rows.T @ columns).to(ctx.delta_dtype)
-        return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None
+        return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None, None
 
 
-def delta_linear(x: Tensor, operands: tuple) -> Tensor:
-    """Y = X Wᵀ + b for :meth:`LowRankLinear.operands`, in x's dtype, or autocast's."""
+def delta_linear(x: Tensor, operands: tuple, products: Products | None = None) -> Tensor:
+    """Y = X Wᵀ + b for :meth:`LowRankLinear.operands`, in x's dtype, or autocast's. ``products``: which of the products
+    with W run on integers; None for neither. A trial of them that is due is made if gradients are wanted."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _DeltaLinear.apply(x, *operands)
+    if products is None:
+        return _DeltaLinear.apply(x, *operands, (False, False))
+    output, gradient = products.output, products.gradient
+    if products.due and torch.is_grad_enabled():
+        if output.due:
+            stored = operands[:3]
+            output.settle(lambda: _output(x, *stored), lambda: int8_products.output(x, *stored))
+        gradient.due &= x.requires_grad  # nobody will ask for it
+    return _DeltaLinear.apply(x, *operands, (bool(output.int8), gradient if gradient.due else bool(gradient.int8)))
 
 
 class LowRankLinear(nn.Module):
@@ -101,7 +134,8 @@ class LowRankLinear(nn.Module):
 
     ``weight``: (out, in), int8 with ``weight_scale`` bf16 (out, in / group_size), or floating point with
     ``weight_scale`` None; it never requires grad. ``left`` / ``right``: :class:`Basis` or None (identity).
-    ``delta``: (r or out, r or in) and ``probe``: (out, in), zero leaves of dtype ``grad_dtype``. Computes in x's dtype.
+    ``delta``: (r or out, r or in) and ``probe``: (out, in), zero leaves of dtype ``grad_dtype``. Computes in x's dtype;
+    with ``products``, on integers while training proves that close enough.
     """
 
     def __init__(
@@ -134,6 +168,7 @@ class LowRankLinear(nn.Module):
         self.left = Basis(self.out_features, rank, basis_format, device) if with_left else None
         self.right = Basis(self.in_features, rank, basis_format, device) if with_right else None
         self.basis_format = basis_format
+        self.products: Products | None = None
         shape = (rank if with_left else self.out_features, rank if with_right else self.in_features)
         self.delta = _zero_leaf(*shape, dtype=grad_dtype, device=device, requires_grad=True)
         self.probe = _zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
@@ -170,7 +205,7 @@ class LowRankLinear(nn.Module):
         return (*constant, self.delta, self.probe, self.basis_format)
 
     def forward(self, x: Tensor) -> Tensor:
-        return delta_linear(x, self.operands())
+        return delta_linear(x, self.operands(), self.products)
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """The zero leaves by name: memoryless, neither stored nor counted as weights."""

@@ -238,6 +238,8 @@ def _slot_state(slot: Slot) -> dict[str, Any]:
     state = {"inner": inner, "extra": slot.tensors()}
     if isinstance(slot, LowRankSlot):
         state["schedule"] = slot.schedule.state()
+        if slot.module.products is not None:
+            state["products"] = slot.module.products.state()
     return state
 
 
@@ -256,3 +258,5 @@ def _load_slot_state(slot: Slot, state: dict[str, Any]) -> None:
         value.copy_(state["extra"][name])
     if isinstance(slot, LowRankSlot):
         slot.schedule = type(slot.schedule)(**state["schedule"])
+        if slot.module.products is not None:
+            slot.module.products.load(state["products"])

@@ -50,6 +50,8 @@ class RuleSlot(LowRankSlot):
         self._finish_record()
         self.current_step = step
         self._listen()
+        if self.module.products is not None and step % self.schedule.gap == 0:  # not every rule has refreshes
+            self.module.products.retry()
 
     def _listen(self) -> None:
         self.module.probe.requires_grad_(True)

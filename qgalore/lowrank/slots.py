@@ -179,6 +179,8 @@ class LowRankSlot(Slot):
         due = self.projected and self.schedule.due(step)
         self.module.probe.requires_grad_(due)
         self.module.delta.requires_grad_(not due)
+        if due and self.module.products is not None:
+            self.module.products.retry()
 
     def gradient(self) -> Tensor | None:
         return self.module.delta.grad

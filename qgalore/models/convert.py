@@ -12,11 +12,14 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError
 from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.linear import LowRankLinear
+from ..lowrank.products import Products
 from ..lowrank.sides import PROJ_TYPES
 from ..quant.basis import FORMATS
 from ..quant.int8 import GROUP_SIZES, group_size_for
+from ..quant.int8_products import obstacle
 
 WEIGHT_FORMATS = ("int8", "none")
+COMPUTE = ("bf16", "int8")
 EMBEDDINGS = ("full", "int8")
 
 
@@ -230,13 +233,24 @@ def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: lis
         report.converted_elements += module.weight.numel() if isinstance(module, LowRankLinear) else 0
 
 
+def _with_integer_products(layer: LowRankLinear, line: ConvertedLayer) -> ConvertedLayer:
+    """Let ``layer`` multiply integers, if its shape can; its line in the report says where it cannot."""
+    why = obstacle(*line.shape)
+    if why is None:
+        layer.products = Products(line.name)
+        return line
+    return replace(line, notes=(*line.notes, f"{line.shape[0]} × {line.shape[1]} stays in floating point: {why}"))
+
+
 def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
-    """Raise :class:`ConfigError` for a value that :func:`convert` does not know."""
+    """Raise :class:`ConfigError` for a value that :func:`convert` does not know, or two that do not go together."""
     allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
-    allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS}
+    allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS, "compute": COMPUTE}
     for key, value in given.items():
         if value not in allowed[key]:
             raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
+    if given["compute"] == "int8" and (given["weight_format"], given["group_size"]) != ("int8", "row"):
+        raise ConfigError("compute is 'int8': it needs weight_format='int8' and group_size='row', one scale a row")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for full rank")
 
@@ -253,6 +267,7 @@ def convert(
     include: list[str] | None = None,
     exclude: list[str] | None = None,
     embeddings: str = "full",
+    compute: str = "bf16",
 ) -> ConversionReport:
     """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer. The
     head is a language model's output layer, or what a classifier has beside the pretrained body.
@@ -263,18 +278,22 @@ def convert(
     include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``); include names may name the head too.
     embeddings: ``full`` (dense), or ``int8``: the input embedding and the head become low-rank too, in int8 whatever
     ``weight_format`` is; where the two are tied they stay one tensor.
+    compute: ``bf16``, products in the activations' dtype with the weight dequantized, or ``int8``: with its integers,
+    except in the head (see ``quant.int8_products``). That needs int8 weights with group_size ``row``.
 
     Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model whose
     experts lie in stacked 3-D tensors, and one in which no layer is left to convert.
     """
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
-    _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings})
+    _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings, "compute": compute})
     _refuse_experts(model)
-    report = ConversionReport()
+    report, heads = ConversionReport(), _heads(model)
     for name, module in list(_candidates(model, include or [], exclude or [], report)):
         layer, line = _replacement(name, module, rank=rank, **given, group_size=group_size, grad_dtype=grad_dtype)
         layer.train(module.training)
         model.set_submodule(name, layer)
+        if compute == "int8" and module not in heads:
+            line = _with_integer_products(layer, line)
         report.converted.append(line)
         report.converted_elements += layer.weight.numel()
     if embeddings == "int8":

@@ -84,6 +84,24 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return module.dequantize(q.contiguous(), scale.contiguous(), dtype)
 
 
+@torch.library.custom_op("qgalore::dequantize", mutates_args=())
+def _dequantize_opaque(q: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    return dequantize(q, scale, dtype)
+
+
+@_dequantize_opaque.register_fake
+def _(q: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    return torch.empty_like(q, dtype=dtype)
+
+
+def dequantize_after(q: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    """:func:`dequantize`, in compiled code not before ``after`` is there. There forward and backward are one graph, in
+    which equal calls become one: the float weight would be kept from the one to the other."""
+    if not torch.compiler.is_compiling():
+        return dequantize(q, scale, dtype)
+    return _dequantize_opaque(q, scale, dtype, after)
+
+
 def encode(vectors: Tensor, fmt: str) -> tuple[Tensor, Tensor | None]:
     """See ``basis.encode``; int4 in groups of 128, 64 or 32 has a kernel."""
     group = int8.group_size_for(vectors.shape[1])

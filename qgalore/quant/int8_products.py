@@ -1,0 +1,87 @@
+"""Products with a stored int8 weight as integers: int8 × int8 → int32, scaled afterwards; no float copy of W is made.
+
+The other operand is rounded to the nearest of 127 symmetric steps for each token, as large as its largest value asks.
+A scale can be taken out of the sum only where it is one for the whole sum, so W must have one scale a row. Then
+
+    Y = X Wᵀ:    X ≈ σ ∘ Q, σ one a token      Y[t, o]  = σ[t] · s[o] · Σ_k Q[t, k] q[o, k]
+    dX = dY W:   s ∘ dY ≈ σ ∘ Q                 dX[t, k] = σ[t] · Σ_o Q[t, o] q[o, k]
+
+The second sum runs over the rows of W, whose scales go into dY before that is rounded. With scales for groups of a row
+the first would be one product for each group, its int32 result read and added in fp32: measured in docs/results.md.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import ConfigError
+from .int8 import QMAX
+
+MULTIPLE = 8  # cuBLAS wants both sides of W in multiples of this
+MIN_TOKENS = 32  # and more than 16 tokens
+MAX_LENGTH = (2**31 - 1) // QMAX**2  # of a sum that cannot leave int32
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def obstacle(rows: int, width: int) -> str | None:
+    """Why a weight (rows, width) cannot be multiplied as integers, or None."""
+    if rows % MULTIPLE or width % MULTIPLE:
+        return f"int8 products need sides that are multiples of {MULTIPLE}"
+    if max(rows, width) > MAX_LENGTH:
+        return f"sums of more than {MAX_LENGTH:,} int8 products may leave int32"
+    return None
+
+
+def round_tokens(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``values`` (T, K) as int8 in [−127, 127] and the step of each token, fp32 (T, 1): the largest magnitude / 127.
+
+    Where a token holds inf or nan its step is not finite, so that what is computed from it is not finite either.
+    """
+    values = values.to(torch.float32)
+    step = (values.abs().amax(dim=1, keepdim=True) / QMAX).clamp_(min=_SMALLEST)
+    return (values / step).round_().to(torch.int8), step
+
+
+def _integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """(T, K) · (K, N), int8 → int32 and exact, with rows of zeros where a GPU wants more tokens."""
+    tokens = a.shape[0]
+    if tokens >= MIN_TOKENS:
+        return torch._int_mm(a, b)
+    return torch._int_mm(pad(a, (0, 0, 0, MIN_TOKENS - tokens)), b)[:tokens]
+
+
+def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = X Wᵀ + b (…, out) in x's dtype, for x (…, in) and a weight of int8 ``q`` (out, in), bf16 ``scale`` (out, 1).
+
+    Scaled and summed up with the bias in fp32, rounded once: the first formula above.
+    """
+    rounded, step = round_tokens(x.reshape(-1, x.shape[-1]))
+    y = _integer_product(rounded, q.T) * step  # int32 · fp32 → fp32
+    scale = scale.view(-1).to(torch.float32)
+    y = y.mul_(scale) if bias is None else torch.addcmul(bias.to(torch.float32), y, scale)
+    return y.to(x.dtype).view(*x.shape[:-1], q.shape[0])
+
+
+def input_gradient(grad_output: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dX = dY W (…, in) in ``dtype``, for dY (…, out), a weight as in :func:`output`: the second formula above."""
+    rows = grad_output.reshape(-1, grad_output.shape[-1])
+    rounded, step = round_tokens(rows * scale.view(-1).to(torch.float32))
+    return (_integer_product(rounded, q) * step).to(dtype).view(*grad_output.shape[:-1], q.shape[1])
+
+
+def check(device: torch.device) -> None:
+    """Compare the device's integer products, in both layouts, with exact ones. Raises :class:`ConfigError`."""
+    generator = torch.Generator().manual_seed(8)
+    problem = None
+    for tokens, length, width in ((5, 24, 40), (33, 136, 8), (64, 256, 128)):
+        a, b = (torch.randint(-QMAX, QMAX + 1, s, generator=generator) for s in ((tokens, length), (length, width)))
+        here, there = (value.to(device, torch.int8) for value in (a, b))
+        try:
+            found = [_integer_product(here, layout).cpu() for layout in (there, there.T.contiguous().T)]
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0]
+            break
+        if any(not torch.equal(product.long(), a @ b) for product in found):
+            problem = f"a product of {tokens} × {length} × {width} is wrong"
+    if problem:
+        raise ConfigError(f"model.compute is 'int8', but torch._int_mm fails on {device}: {problem}; set it to bf16")
