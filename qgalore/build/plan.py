@@ -206,13 +206,16 @@ def describe(changes: dict[str, Any]) -> str:
     )
 
 
-def settle(config: Config, vocabulary: Vocabulary, device: torch.device) -> tuple[Config, memory.Plan]:
-    """``config`` with activation checkpointing decided, and its plan, printed.
+def settle(
+    config: Config, vocabulary: Vocabulary, device: torch.device, processes: int = 1
+) -> tuple[Config, memory.Plan]:
+    """``config`` with activation checkpointing decided, and its plan for one of ``processes``, printed.
 
     Raises :class:`DoesNotFitError`, with proposals, if it is larger than the budget: ``memory.budget``, or what the
     device has.
     """
-    asked = config.memory.budget
+    asked, whole = config.memory.budget, config.train.grad_accumulation
+    config = _changed(config, {"train.grad_accumulation": whole // processes})
     budget = budget_bytes(asked) if asked is not None else available(device)
     if device.type == "cpu" and config.train.activation_checkpointing == "offload":
         say("note", "train.activation_checkpointing: offload has nowhere to go from a CPU; taken as true")
@@ -226,7 +229,7 @@ def settle(config: Config, vocabulary: Vocabulary, device: torch.device) -> tupl
     print(found, flush=True)
     if budget is not None and found.total > budget:
         raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose))
-    return chosen, found
+    return _changed(chosen, {"train.grad_accumulation": whole}), found
 
 
 def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budget: int, whose: str) -> str:
@@ -240,11 +243,17 @@ def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budge
 
 
 def recheck(
-    config: Config, vocabulary: Vocabulary, device: torch.device, loss: Loss, before: memory.Plan
+    config: Config,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    loss: Loss,
+    before: memory.Plan,
+    processes: int = 1,
 ) -> memory.Plan:
     """The plan again, for a model whose loss turned out to keep all logits."""
     if loss is chunked_loss or vocabulary.labels is not None:
         return before
+    config = _changed(config, {"train.grad_accumulation": config.train.grad_accumulation // processes})
     found = plan_for(config, vocabulary, device.type, loss)
     budget = budget_bytes(config.memory.budget) if config.memory.budget is not None else available(device)
     say("memory", f"planned peak {memory.human(found.total)}, whole logits included")

@@ -162,6 +162,7 @@ class Config(Section):
     method: Method = "qgalore"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: Triton on a GPU where a self-check passes
+    parallel: Literal["replicate"] = "replicate"  # of a job that torchrun starts: every process holds the model
     run: RunSection = RunSection()
     model: ModelSection
     data: DataSection
@@ -178,10 +179,6 @@ class Config(Section):
             found.append("model: give exactly one of model.config (from scratch) and model.path (pretrained)")
         if self.model.path is not None and self.model.overrides:
             found.append("model.overrides: changes the shape of a pretrained model; it goes with model.config only")
-        if train.stepping == "fused" and train.grad_accumulation > 1:
-            found.append(
-                "train.stepping: fused takes one backward pass a step; use deferred with grad_accumulation > 1"
-            )
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
         found += self._rule_problems() if self.method != "lora" else self._lora_problems()
