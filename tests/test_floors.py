@@ -24,6 +24,7 @@ FLOORS = (
         "convergence",
         "trainer_guard",
         "stopping",
+        "wire",
     },
     {"build", "loop", "comparison", "library"},
 )

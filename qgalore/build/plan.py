@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import memory
+from .. import memory, wire
 from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
@@ -227,6 +227,13 @@ def settle(
     whose = "memory.budget" if asked is not None else f"free on {device.type}"
     say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
+    if processes > 1:
+        _, slots = on_paper(config, vocabulary)
+        sizes = wire.payload(slots, config.lowrank.update_proj_gap)
+        sent = {name: wire.ring(size, processes, name) for name, size in sizes.items()}
+        say("wire", f"{memory.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
+        for name, size in sent.items():
+            print(f"  {name:<40}{memory.human(round(size)):>10}", flush=True)
     if budget is not None and found.total > budget:
         raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose))
     return _changed(chosen, {"train.grad_accumulation": whole}), found

@@ -9,8 +9,15 @@ from torch import nn
 import qgalore
 from qgalore.lowrank.linear import LowRankLinear
 from qgalore.parallel import job
+from qgalore.wire import payload
 
 MICRO_BATCHES, WIDTH, RANK = 4, 64, 8
+ORDER = (
+    "all-reduce Δ gradients",
+    "all-reduce dense gradients",
+    "all-reduce full gradients of refreshes",
+    "broadcast bases",
+)
 
 
 class Layers(nn.Module):
@@ -64,3 +71,40 @@ def test_where_sums_are_exact_weights_are_identical(size):
             assert found.keys() == wanted.keys()
             for name, value in wanted.items():
                 assert np.array_equal(found[name], value), (mode, name)
+
+
+def count_bytes(steps):
+    """Bytes of the tensors reduced and broadcast in each step, as the communication library is handed them."""
+    sizes = {}
+    reduce, broadcast = torch.distributed.all_reduce, torch.distributed.broadcast
+
+    def counting(call):
+        def counted(tensor, *arguments, **options):
+            sizes[-1] += tensor.nbytes if tensor.is_floating_point() else 0  # flags and words are no payload
+            return call(tensor, *arguments, **options)
+
+        return counted
+
+    torch.distributed.all_reduce, torch.distributed.broadcast = counting(reduce), counting(broadcast)
+    with job("cpu") as team:
+        model = Layers()
+        optimizer = qgalore.optimizer(model, lr=0.02, stepping="fused", team=team, policy="fixed", update_proj_gap=3)
+        found = []
+        for step in range(steps):
+            sizes[-1] = 0
+            model.loss(step, team.rank).backward()
+            optimizer.step()
+            found.append(sizes[-1])
+        return found, payload(optimizer.slots, 1), payload(optimizer.slots, float("inf"))
+
+
+def test_bytes_sent_are_those_planned_and_a_share_of_full_gradients():
+    (found, refreshing, ordinary), _ = run_in(2, count_bytes, 9)
+    delta, dense, full, bases = (refreshing[name] for name in sorted(refreshing, key=ORDER.index))
+    assert delta == 4 * RANK * 96 * 2  # Δ of both layers, fp32
+    assert found[0] == delta + dense + bases  # the first bases cost no full gradient
+    assert min(found) == sum(ordinary.values()) == delta + dense
+    # two layers, each every third step, where the full gradient stands for Δ's
+    assert sum(found[1:]) == pytest.approx(8 * (delta + dense) + 8 / 3 * (full + bases - delta), rel=0.15)
+    # what DistributedDataParallel would send of the two weights in fp32, times r / min(out, in)
+    assert delta <= 1.1 * (2 * 96 * WIDTH * 4) * RANK / WIDTH
