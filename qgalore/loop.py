@@ -174,7 +174,9 @@ class Loop:
     def _look_for_best(self) -> None:
         """A resumed run whose best checkpoint is gone, pruned on another course or never kept, cannot export it."""
         step = self.position.best_step
-        if self.keep_best and step is not None and not self._checkpoint(step).exists():
+        if not self.keep_best or step is None:
+            return
+        if not self.team.of_first("the best checkpoint", self._checkpoint(step).exists):
             print(
                 f"note: the best checkpoint so far, of step {step}, is gone; the best is sought from here on",
                 flush=True,
@@ -183,6 +185,11 @@ class Loop:
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / checkpoint.name_for(step)
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+        """The last usable checkpoint, its state and complaints about later ones, as the process that leads finds it."""
+        folder = self.folder / "checkpoints"
+        return self.team.of_first("the newest", lambda: checkpoint.newest_of(checkpoint.steps_in(folder)))
 
     def _guarded_step(self) -> dict[str, Any] | None:
         """One step and its record. A step that fails numerically is skipped; None if the run went back instead."""
@@ -239,7 +246,7 @@ class Loop:
 
     def _roll_back(self, error: Spike) -> bool:
         """Return to the newest checkpoint and go on from it in another data order; False if that cannot be done."""
-        found, state, _ = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
+        found, state, _ = self._newest()
         if found is None or self.position.order >= self.max_rollbacks:
             why = "there is no checkpoint yet" if found is None else f"{self.max_rollbacks} rollbacks were made"
             print(f"no rollback: {why}; the step is skipped instead", flush=True)
@@ -254,7 +261,7 @@ class Loop:
 
         Raises :class:`NumericalError` if every checkpoint was damaged or deleted from outside.
         """
-        found, state, complaints = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
+        found, state, complaints = self._newest()
         if found is None:
             raise NumericalError(
                 f"{error}. No usable checkpoint is left in {self.folder / 'checkpoints'} to replay from "

@@ -33,7 +33,8 @@ M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2 << 20  # glibc's name for: give larger bl
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that this process may have in all on ``device``, what it holds already included; None if unknown."""
+    """Bytes that this process may have in all on ``device``, what it holds already included; None if unknown. On a CPU
+    the processes of a job share what is free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -45,7 +46,7 @@ def available(device: torch.device) -> int | None:
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
         free = min(free, limit - used)
-    return free + resident_set()
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + resident_set()
 
 
 def _number(path: Path) -> int | None:

@@ -162,7 +162,7 @@ class Config(Section):
     method: Method = "qgalore"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: Triton on a GPU where a self-check passes
-    parallel: Literal["replicate"] = "replicate"  # of a job that torchrun starts: every process holds the model
+    parallel: Literal["replicate", "shard"] = "replicate"  # of a job that torchrun starts; shard: not yet
     run: RunSection = RunSection()
     model: ModelSection
     data: DataSection
@@ -179,6 +179,11 @@ class Config(Section):
             found.append("model: give exactly one of model.config (from scratch) and model.path (pretrained)")
         if self.model.path is not None and self.model.overrides:
             found.append("model.overrides: changes the shape of a pretrained model; it goes with model.config only")
+        if self.parallel == "shard":
+            found.append(
+                "parallel: shard, which gives each process a part of every weight, is not here yet (docs/scaling.md); "
+                "use replicate, for a model that fits on each card"
+            )
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
         found += self._rule_problems() if self.method != "lora" else self._lora_problems()

@@ -58,7 +58,8 @@ class Team:
             self._raise_the_first(None)
         if len({row[0] for row in rows}) > 1:
             places: list[Any] = [None] * self.size
-            dist.all_gather_object(places, place)
+            with _reaching():
+                dist.all_gather_object(places, place)
             other = next(rank for rank, row in enumerate(rows) if row[0] != rows[0][0])
             raise _told(
                 RankError(
@@ -80,7 +81,8 @@ class Team:
     def _rows(self, mine: list[int]) -> list[list[int]]:
         row = torch.tensor(mine, dtype=torch.int64)
         rows = [torch.empty_like(row) for _ in range(self.size)]
-        dist.all_gather(rows, row)
+        with _reaching():
+            dist.all_gather(rows, row)
         return [part.tolist() for part in rows]
 
     def tell(self, error: Exception) -> None:
@@ -89,13 +91,17 @@ class Team:
         An error of ours keeps its class there, so that all decide alike; any other becomes :class:`RankError`.
         """
         if self.size > 1 and not _is_told(error):
-            self._rows([FAILED, 0, 0])
+            try:
+                self._rows([FAILED, 0, 0])
+            except RankError:  # nobody is left to be told
+                raise _told(error) from None
             self._raise_the_first(error)
         raise error
 
     def _raise_the_first(self, own: Exception | None) -> None:
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, None if own is None else (type(own).__name__, _kind(own), str(own)))
+        with _reaching():
+            dist.all_gather_object(said, None if own is None else (type(own).__name__, _kind(own), str(own)))
         rank = next(number for number, words in enumerate(said) if words is not None)
         name, kind, message = said[rank]
         if own is not None and (rank == self.rank or type(own).__name__ == name):
@@ -119,7 +125,8 @@ class Team:
             return make()
         value = [make() if self.leads else None]
         self.meet(place)
-        dist.broadcast_object_list(value, src=0)
+        with _reaching():
+            dist.broadcast_object_list(value, src=0)
         return value[0]
 
     def after_first(self, place: str, work: Callable[[], T]) -> T:
@@ -136,7 +143,8 @@ class Team:
         self.meet(place)
         mine = torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        with _reaching():
+            dist.all_gather(parts, mine)
         return sum(part.item() for part in parts)
 
     def any(self, place: str, flags: list[bool]) -> list[bool]:
@@ -145,7 +153,8 @@ class Team:
             return flags
         self.meet(place)
         found = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        with _reaching():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.bool().tolist()
 
     def sum_(self, place: str, tensors: list[Tensor]) -> None:
@@ -159,12 +168,14 @@ class Team:
                 small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
                 continue
             whole = tensor.contiguous()
-            dist.all_reduce(whole)
+            with _reaching():
+                dist.all_reduce(whole)
             if whole is not tensor:
                 tensor.copy_(whole)
         for group in small.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            dist.all_reduce(flat)
+            with _reaching():
+                dist.all_reduce(flat)
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
@@ -174,10 +185,25 @@ class Team:
             return
         self.meet(place)
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            with _reaching():
+                dist.broadcast(tensor, src=0)
 
 
 ALONE = Team()
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """A collective. One that fails has lost a process, which nobody need be told of."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's errors are of this class
+        raise _told(
+            RankError(
+                f"another process of the job has ended or does not answer ({str(error).splitlines()[0]}). What it said "
+                "is above, if it could; go on with --resume auto, which torchrun --max-restarts does by itself"
+            )
+        ) from error
 
 
 def _kind(error: Exception) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +47,14 @@ def live(folder, arguments, fault=None):
             loss = forward(self, batch, tokens)
             if self.position.step == step and what == "bug":
                 raise KeyError("a bug")
+            if what == "signal":
+                if self.position.step == step and not self.folder.with_suffix(".sent").exists():
+                    self.folder.with_suffix(".sent").touch()  # a second one would stop at once
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return loss
             return loss * torch.nan if self.position.step == step else loss
 
-        loop.Loop._forward = failing if what == "bug" else _checked(failing)
+        loop.Loop._forward = _checked(failing) if what == "nan" else failing
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
         code = main(["--config", "tiny.yaml", *arguments])
     return code, errors.getvalue()
@@ -128,6 +134,17 @@ def test_the_same_run_in_one_two_and_four_processes(folder, clip):
         for a, b in zip(one, other, strict=True):
             assert abs(a["loss"] - b["loss"]) <= (1e-6 if a["step"] <= 3 else 1e-4) * a["loss"], (size, a["step"])
             assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-2 * a["grad_norm"], (size, a["step"])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(folder):
+    """Such as a cluster sends to one machine: all save and leave, and a resumed run ends like an unbroken one."""
+    short = ["train.max_steps=6", "train.save_every=10"]
+    assert codes(run_in(2, live, str(folder), [*short, "run.name=cut"], (1, 3, "signal"))) == {143}
+    assert [path.name for path in sorted((folder / "runs/cut/checkpoints").glob("step-*"))] == ["step-00000004"]
+    assert codes(run_in(2, live, str(folder), [*short, "run.name=cut", "--resume", "auto"])) == {0}
+    assert codes(run_in(2, live, str(folder), [*short, "run.name=whole"])) == {0}
+    assert_same(state(folder / "runs/whole", 6), state(folder / "runs/cut", 6))
 
 
 KILLED = """

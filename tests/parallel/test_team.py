@@ -73,6 +73,22 @@ def test_an_error_of_one_is_the_error_of_all(how, kinds, words):
     assert words in found[0][1]
 
 
+def lose():
+    with job("cpu") as team:
+        if team.rank == 1:
+            return None
+        try:
+            with team.together("the end"):
+                team.sum_("the gradient", [torch.ones(2)])
+        except RankError as error:
+            return str(error)
+
+
+def test_a_process_that_is_gone_is_noticed():
+    found = run_in(2, lose)
+    assert "another process of the job has ended" in found[0]
+
+
 def test_alone_nothing_is_sent():
     tensor = torch.ones(2)
     ALONE.sum_("a", [tensor])
