@@ -1,4 +1,5 @@
-"""Train a language model in little memory: ``python train.py --config quickstart.yaml [key=value …]``."""
+"""Train a language model in little memory: ``python train.py --config quickstart.yaml [key=value …]``, on several
+cards or machines ``torchrun --nproc_per_node N train.py …``."""
 
 import argparse
 import os
@@ -9,6 +10,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a language model in little memory.")
     parser.add_argument("--config", required=True, metavar="NAME|PATH", help="a YAML file, here or in configs/")
     parser.add_argument("--plan", action="store_true", help="print what the run will need in memory, and stop")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes that --plan plans for")
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001 run.name=second")
     return parser.parse_intermixed_args(arguments)
@@ -18,16 +20,20 @@ def run(options: argparse.Namespace) -> int:
     # Imported here so that --help and a misspelt option answer at once.
     from qgalore import build, config, loop
     from qgalore.errors import QGaloreError
+    from qgalore.parallel import job
 
     try:
         settings = config.load(options.config, options.overrides)
         if options.plan:
-            build.plan(settings)
+            build.plan(settings, options.world_size)
             return 0
-        made = build.build(settings, options.resume)
-        training = loop.Loop(**made.loop, position=loop.Position(**made.position))
-        result = training.run()
-        build.finish(made, training.position.best_step)
+        with job(settings.device) as team:
+            with team.together("the end of training"):
+                made = build.build(settings, options.resume, team)
+                training = loop.Loop(**made.loop, position=loop.Position(**made.position))
+                result = training.run()
+            if team.leads:
+                build.finish(made, training.position.best_step)
     except QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
         return error.exit_code

@@ -29,6 +29,10 @@ class NumericalError(QGaloreError):
     exit_code = 4
 
 
+class RankError(QGaloreError):
+    """Another process of the job failed, or the processes no longer do the same."""
+
+
 class Interrupted(QGaloreError):
     """A signal ended the run after its state was saved; the code is the shell's 128 + signal number."""
 

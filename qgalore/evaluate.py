@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .parallel import ALONE, Team
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -35,16 +37,19 @@ def evaluate(
     summed_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
     target_tokens: Callable[[dict[str, Tensor]], int],
     device: torch.device,
+    team: Team = ALONE,
 ) -> Evaluation:
-    """Token-weighted mean loss over ``batches`` (each a function that makes one), in evaluation mode."""
+    """Token-weighted mean loss over ``batches`` (each a function that makes one), in evaluation mode; each process of
+    ``team`` takes its share of them."""
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for make in batches:
+    for make in team.deal(batches):
         batch = make()
         count = target_tokens(batch)
         if count:
             total += float(summed_loss(model, {name: value.to(device) for name, value in batch.items()}))
             tokens += count
     model.train(was_training)
+    total, tokens = team.total("the held-out loss", total), team.total("held-out tokens", tokens)
     return Evaluation(total / max(tokens, 1), tokens)

@@ -1,8 +1,6 @@
 """The training loop. It receives built objects and knows neither configuration nor formats."""
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,8 +17,10 @@ from .errors import DoesNotFitError, Interrupted, NumericalError
 from .faults import WINDOW, is_spike
 from .lowrank.optimizer import LowRankOptimizer
 from .models.loss import Loss
+from .parallel import ALONE, Team
 from .quant.counter import derive_key
-from .stats import ProgressLine, Records, memory_bytes
+from .stats import ProgressLine, Records, Silence, memory_bytes
+from .stopping import StopSignal
 
 
 @dataclass
@@ -71,34 +71,6 @@ class Spike(NumericalError):
     """A loss far above the ones before it."""
 
 
-class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request that the loop sees after its step; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.number = number
-        print(
-            f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)", flush=True
-        )
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-
 @dataclass
 class Loop:
     """Trains ``model`` to ``max_steps``; see :meth:`run`. ``lr_at(step)`` gives the learning rate of a step (from 0).
@@ -107,7 +79,8 @@ class Loop:
     calls them; ``evaluate(model, batches, device)`` looks at the held-out data.
 
     ``order_for(n)`` gives the data order after n rollbacks; ``run_state`` goes into every checkpoint beside the
-    position; ``folder`` is the run's own.
+    position; ``folder`` is the run's own. The processes of a ``team`` share the micro-batches of a step, decide alike,
+    and leave writing to one.
     """
 
     model: nn.Module
@@ -141,10 +114,12 @@ class Loop:
     max_rollbacks: int = 3
     keep_best: bool = False
     early_stopping: int | None = None
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
-        self.metrics = Records(self.folder / "metrics.jsonl")
-        self.subspace = Records(self.folder / "subspace.jsonl")
+        kind = Records if self.team.leads else Silence
+        self.metrics = kind(self.folder / "metrics.jsonl")
+        self.subspace = kind(self.folder / "subspace.jsonl")
 
     def run(self) -> Evaluation:
         """Train, evaluate, record, save, to ``max_steps`` or until ``early_stopping`` evaluations in a row brought no
@@ -171,18 +146,18 @@ class Loop:
                 if row["loss"] is not None:  # a skipped step has printed its own line
                     progress.show(row, self.optimizer.refresh_counts())
                 step = self.position.step
+                # what all must agree on: the gradients' norm, whose bits tell of any difference, and whether to stop
+                signalled = self.team.meet(f"step {step}", digest=row["grad_norm"] or 0.0, note=stop.number or 0)
                 last = save = step == self.max_steps
                 if last or step % self.eval_every == 0:
                     latest = self._evaluate()
                     self.position = self.position.evaluated(latest.loss)
                     last = last or self._stops_early()
                     save = last or (self.keep_best and self.position.best_step == step)
-                if save or (self.save_every and step % self.save_every == 0) or stop.number is not None:
+                if save or (self.save_every and step % self.save_every == 0) or signalled:
                     self._save()
-                if stop.number is not None and not last:
-                    raise Interrupted(
-                        f"stopped by a signal; step {step} is saved, go on with --resume auto", stop.number
-                    )
+                if signalled and not last:
+                    raise Interrupted(f"stopped by a signal; step {step} is saved, go on with --resume auto", signalled)
         if self._stops_early():
             where = self.position
             print(
@@ -199,7 +174,9 @@ class Loop:
     def _look_for_best(self) -> None:
         """A resumed run whose best checkpoint is gone, pruned on another course or never kept, cannot export it."""
         step = self.position.best_step
-        if self.keep_best and step is not None and not self._checkpoint(step).exists():
+        if not self.keep_best or step is None:
+            return
+        if not self.team.of_first("the best checkpoint", self._checkpoint(step).exists):
             print(
                 f"note: the best checkpoint so far, of step {step}, is gone; the best is sought from here on",
                 flush=True,
@@ -209,12 +186,18 @@ class Loop:
     def _checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / checkpoint.name_for(step)
 
+    def _newest(self) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+        """The last usable checkpoint, its state and complaints about later ones, as the process that leads finds it."""
+        folder = self.folder / "checkpoints"
+        return self.team.of_first("the newest", lambda: checkpoint.newest_of(checkpoint.steps_in(folder)))
+
     def _guarded_step(self) -> dict[str, Any] | None:
         """One step and its record. A step that fails numerically is skipped; None if the run went back instead."""
         if self.position.step in self.position.skip:
             return self._skip(NumericalError("its gradient was not finite when it was first taken"))
         try:
-            return self._step()
+            with self.team.together("the end of a step"):
+                return self._step()
         except torch.OutOfMemoryError as error:
             raise DoesNotFitError(self._out_of_memory(str(error))) from error
         except RuntimeError as error:
@@ -263,7 +246,7 @@ class Loop:
 
     def _roll_back(self, error: Spike) -> bool:
         """Return to the newest checkpoint and go on from it in another data order; False if that cannot be done."""
-        found, state, _ = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
+        found, state, _ = self._newest()
         if found is None or self.position.order >= self.max_rollbacks:
             why = "there is no checkpoint yet" if found is None else f"{self.max_rollbacks} rollbacks were made"
             print(f"no rollback: {why}; the step is skipped instead", flush=True)
@@ -278,7 +261,7 @@ class Loop:
 
         Raises :class:`NumericalError` if every checkpoint was damaged or deleted from outside.
         """
-        found, state, complaints = checkpoint.newest_of(checkpoint.steps_in(self.folder / "checkpoints"))
+        found, state, complaints = self._newest()
         if found is None:
             raise NumericalError(
                 f"{error}. No usable checkpoint is left in {self.folder / 'checkpoints'} to replay from "
@@ -306,16 +289,23 @@ class Loop:
         step = self.position.step
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(step)
-        torch.manual_seed(derive_key(self.seed, step)[0] & 0x7FFFFFFF)  # dropout is a function of the step alone
+        torch.manual_seed(derive_key(self.seed, step)[0] & 0x7FFFFFFF)
         count = self.micro_batch_size * self.grad_accumulation
         indices, after = self._order().take(self.position.sample, count)
-        batches = [
-            self.train.batch(indices[i : i + self.micro_batch_size]) for i in range(0, count, self.micro_batch_size)
-        ]
-        tokens = sum(map(self.targets, batches))
+        numbers = self.team.deal(range(self.grad_accumulation))
+        size = self.micro_batch_size
+        batches = [self.train.batch(indices[n * size : (n + 1) * size]) for n in numbers]
+        tokens = self.team.total("the targets of a step", sum(map(self.targets, batches)))
         loss = 0.0
-        for number, batch in enumerate(batches, start=1):
-            loss += self._backward(batch, tokens, loss, whole=number == len(batches))
+        for number, batch in zip(numbers, batches, strict=True):
+            if number:  # dropout is a function of step and micro-batch, whoever takes it
+                torch.manual_seed(derive_key(self.seed, step, number)[0] & 0x7FFFFFFF)
+            part = self._forward(batch, tokens)
+            loss += float(part.detach())
+            if number == numbers[-1]:  # before the last backward pass: fused stepping updates in it
+                loss = self.team.total("the loss of a step", loss)
+                self._check_spike(loss)
+            part.backward()
         norm = self._take_step()
         self.position = replace(
             self.position,
@@ -342,21 +332,17 @@ class Loop:
             "memory_bytes": memory_bytes(self.device),
         }
 
-    def _backward(self, batch: dict[str, Tensor], tokens: int, before: float, whole: bool) -> float:
-        """Forward and backward of one micro-batch; returns its share of the step's mean loss, of which ``before`` is
-        known. The check for a spike comes before the last backward pass (``whole``): fused stepping updates in it."""
+    def _forward(self, batch: dict[str, Tensor], tokens: int) -> Tensor:
+        """One micro-batch's share of the mean loss over a step's ``tokens`` targets."""
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         loss = self.loss(self.model, batch) / max(tokens, 1)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NumericalError(f"the loss is {value} in step {self.position.step + 1}")
-        if whole and self.loss_spike != "off":
-            self._check_spike(before + value)
-        loss.backward()
-        return value
+        return loss
 
     def _check_spike(self, loss: float) -> None:
-        if is_spike(self.position.losses, loss, self.spike_threshold):
+        if self.loss_spike != "off" and is_spike(self.position.losses, loss, self.spike_threshold):
             spike = Spike(f"the loss {loss:.4f} is a spike in step {self.position.step + 1}")
             if self.loss_spike != "warn":
                 raise spike
@@ -383,6 +369,7 @@ class Loop:
         starts = range(0, len(self.valid), size)[: self.eval_batches]
         batches = [partial(self.valid.batch, range(s, min(s + size, len(self.valid)))) for s in starts]
         result = self.evaluate(self.model, batches, device=self.device)
+        result = self.team.of_first("an evaluation", lambda: result)
         self.metrics.append([{"step": self.position.step, **result.row()}])
         print(f"step {self.position.step}/{self.max_steps} | {result}", flush=True)
         return result
@@ -390,13 +377,18 @@ class Loop:
     def _save_beginning(self) -> None:
         """A checkpoint before the first step, so that fused stepping can always undo one (see :meth:`_replay`). It
         also shows at once whether the disk takes a checkpoint at all."""
-        for path in checkpoint.set_aside(self.folder / "checkpoints", self.position.step):
-            print(f"a later checkpoint of the course left is kept as {path}", flush=True)
+        if self.team.leads:
+            for path in checkpoint.set_aside(self.folder / "checkpoints", self.position.step):
+                print(f"a later checkpoint of the course left is kept as {path}", flush=True)
         started = time.perf_counter()
         path = self._save()
         print(f"the beginning is saved in {path} ({time.perf_counter() - started:.1f} s)", flush=True)
 
     def _save(self) -> Path:
+        """Write the state, by the process that leads, while the others wait."""
+        return self.team.of_first("a checkpoint", self._write)
+
+    def _write(self) -> Path:
         state = {**self.run_state, "position": vars(self.position)}
         path = checkpoint.save(self._checkpoint(self.position.step), self.model, self.optimizer.state_dict(), state)
         best = self.position.best_step if self.keep_best else None

@@ -51,6 +51,16 @@ class Records:
             ) from error
 
 
+class Silence(Records):
+    """The records of a process that leaves writing to another."""
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Write nothing."""
+
+    def cut_back(self, step: int) -> None:
+        """Write nothing."""
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak bytes so far: allocated by PyTorch on a GPU, the process's resident set on a CPU (0 where unknown)."""
     if device.type == "cuda":

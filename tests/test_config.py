@@ -54,8 +54,8 @@ def test_all_problems_come_at_once_with_suggestions():
         ({**change(lowrank={"embeddings": "int8"}), "method": "lora"}, "method lora freezes"),
         ({"model": {"config": "llama_60m"}, "data": {"train": "x"}}, "train: missing"),
         (change(model={"path": "somewhere"}), "exactly one of model.config"),
-        (change(train={"stepping": "fused", "grad_accumulation": 2}), "use deferred"),
         (change(train={"stepping": "fused", "clip_grad_norm": 1}), "cannot clip"),
+        ({**LEAST, "parallel": "shard"}, "use replicate"),
         ({**change(export={"formats": ["int8"]}), "method": "galore"}, "int8 needs int8 weights"),
         (change(train={"betas": [0.9, 1.0]}), "[0, 1)"),
         (change(train={"lr": float("inf")}), "train.lr"),
@@ -145,6 +145,18 @@ def test_stepping_follows_accumulation_and_clipping():
     assert stepping(grad_accumulation=2) == "deferred"
     assert stepping(clip_grad_norm=1.0) == "deferred"
     assert stepping(stepping="deferred") == "deferred"
+    with pytest.raises(ConfigError, match="use deferred"):
+        stepping(stepping="fused", grad_accumulation=2)
+
+
+def test_processes_share_the_micro_batches_of_a_step():
+    def stepping(processes, **train):
+        return config.resolve(config.parse(change(train=train), "t"), "cpu", False, processes).train.stepping
+
+    assert stepping(4, grad_accumulation=4) == "fused"
+    assert stepping(2, grad_accumulation=4) == "deferred"
+    with pytest.raises(ConfigError, match="set a multiple of 4"):
+        stepping(4, grad_accumulation=6)
 
 
 def test_remarks_name_what_has_no_effect():

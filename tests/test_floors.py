@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors"},
     {"config"},
-    {"quant", "storage", "metrics"},
+    {"quant", "storage", "metrics", "parallel"},
     {"lowrank", "data"},
     {
         "models",
@@ -23,6 +23,8 @@ FLOORS = (
         "faults",
         "convergence",
         "trainer_guard",
+        "stopping",
+        "wire",
     },
     {"build", "loop", "comparison", "library"},
 )

@@ -23,6 +23,7 @@ from ..models.compiling import check_compiler
 from ..models.loss import Loss, target_tokens
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
+from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
 from . import labelled
@@ -59,13 +60,14 @@ def choose_device(config: Config) -> torch.device:
     return torch.device(name)
 
 
-def _resolved(config: Config, device: torch.device) -> Config:
+def _resolved(config: Config, device: torch.device, processes: int) -> Config:
     bf16 = device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
-    return configuration.resolve(config, device.type, bf16)
+    return configuration.resolve(config, device.type, bf16, processes)
 
 
-def plan(config: Config) -> None:
-    """Print the memory plan of ``config`` without allocating anything. Raises :class:`DoesNotFitError`.
+def plan(config: Config, processes: int = 1) -> None:
+    """Print the memory plan of ``config`` for each of ``processes`` without allocating anything. Raises
+    :class:`DoesNotFitError`.
 
     Without a GPU here, a configuration that states its ``memory.budget`` is planned for one, unless device is cpu.
     """
@@ -82,21 +84,25 @@ def plan(config: Config) -> None:
     vocabulary = Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config))
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=labelled.PLANNED)
-    config = _resolved(config, device)
+    config = _resolved(config, device, processes)
     say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
-    settle(config, vocabulary, device)
+    settle(config, vocabulary, device, processes)
 
 
-def build(config: Config, resume: str | None) -> Run:
-    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint."""
+def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
+    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
+    ``team``."""
     device = choose_device(config)
     remarks = configuration.remarks(config)
-    config = _resolved(config, device)
-    folder = run_folder(config, resume)
-    source, saved = checkpoint_to_resume(folder, resume)
+    config = _resolved(config, device, team.size)
+    folder = team.of_first("the run's folder", lambda: run_folder(config, resume))
+    source, saved = team.of_first("the checkpoint to go on from", lambda: checkpoint_to_resume(folder, resume))
     if source is not None:
         check_same_run(source, saved, config)
     say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
+    if team.size > 1:
+        shared = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
+        say("parallel", f"{team.size} processes, {config.parallel}: each holds the model and takes {shared} in a step")
     say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
@@ -105,19 +111,19 @@ def build(config: Config, resume: str | None) -> Run:
         int8_products.check(device)
     if config.model.compile == "blocks":
         check_compiler(device)
-    tokenizer = build_tokenizer(config)
+    tokenizer = team.after_first("the tokenizer", lambda: build_tokenizer(config))
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)
     vocabulary = Vocabulary.of(tokenizer)
     examples = labelled.read(config, tokenizer) if config.data.task == "classify" else None
     if examples is not None:  # the labels shape the model
         vocabulary = examples.vocabulary(vocabulary)
-    config, planned = settle(config, vocabulary, device)
+    config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
-    data = build_data(config, tokenizer) if examples is None else examples.data()
+    data = team.after_first("the data", lambda: build_data(config, tokenizer) if examples is None else examples.data())
     model, loss = build_model(config, vocabulary, data.highest_id, device)
     compile_as(config, model)
-    planned = recheck(config, vocabulary, device, loss, planned)
+    planned = recheck(config, vocabulary, device, loss, planned, team.size)
     run_state = {
         "config": config.model_dump(mode="json"),
         "data": data.description,
@@ -127,15 +133,16 @@ def build(config: Config, resume: str | None) -> Run:
     loop = {
         "model": model,
         "loss": loss,
-        "optimizer": build_optimizer(config, model),
+        "optimizer": build_optimizer(config, model, team),
         "train": data.train,
         "valid": data.valid,
         "device": device,
         "folder": folder,
         "run_state": run_state,
         "plan": str(planned),
+        "team": team,
         **_loop_settings(config, len(data.train)),
-        **(_token_settings(loss) if examples is None else labelled.loop_settings(config, examples.labels)),
+        **(_token_settings(loss, team) if examples is None else labelled.loop_settings(config, examples.labels)),
     }
     run = Run(config, folder, model, tokenizer, data.valid, planned, loop)
     run.position = restore(
@@ -146,19 +153,28 @@ def build(config: Config, resume: str | None) -> Run:
         max_steps=config.train.max_steps,
         model=model,
         optimizer=loop["optimizer"],
+        team=team,
     )
-    try:
-        (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-        (folder / "plan.json").write_text(json.dumps(vars(planned), indent=1), encoding="utf-8")
-        tokenizer.save_pretrained(folder / "tokenizer")
-    except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
+    if team.leads:
+        _describe(run)
     return run
 
 
-def _token_settings(loss: Loss) -> dict[str, Any]:
+def _describe(run: Run) -> None:
+    """Write what the run was made of into its folder."""
+    folder, config, tokenizer = run.folder, run.config, run.tokenizer
+    try:
+        (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        (folder / "plan.json").write_text(json.dumps(vars(run.planned), indent=1), encoding="utf-8")
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
+
+
+def _token_settings(loss: Loss, team: Team) -> dict[str, Any]:
     """What ``loop.Loop`` is told about text: how to count and to evaluate."""
-    return {"targets": target_tokens, "evaluate": partial(evaluate, summed_loss=loss, target_tokens=target_tokens)}
+    looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team)
+    return {"targets": target_tokens, "evaluate": looking}
 
 
 def _loop_settings(config: Config, samples: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..models.checkpointing import checkpoint_blocks
 from ..models.compiling import compile_blocks
 from ..models.convert import ConversionReport, convert
 from ..models.loss import Loss, check_isolation, choose_loss, chunked_loss, uncalled_layers
+from ..parallel import ALONE, Team
 from .say import say
 
 
@@ -204,9 +205,9 @@ def optimizer_options(config: Config) -> dict[str, Any]:
     }
 
 
-def build_optimizer(config: Config, model: nn.Module) -> LowRankOptimizer:
+def build_optimizer(config: Config, model: nn.Module, team: Team = ALONE) -> LowRankOptimizer:
     """The optimizer over every trainable tensor of ``model``."""
-    return optimizer(model, **optimizer_options(config))
+    return optimizer(model, **optimizer_options(config), team=team)
 
 
 def stepping_line(config: Config) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import memory
+from .. import memory, wire
 from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
@@ -44,7 +44,8 @@ M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2 << 20  # glibc's name for: give larger bl
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that this process may have in all on ``device``, what it holds already included; None if unknown."""
+    """Bytes that this process may have in all on ``device``, what it holds already included; None if unknown. On a CPU
+    the processes of a job share what is free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -56,7 +57,7 @@ def available(device: torch.device) -> int | None:
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
         free = min(free, limit - used)
-    return free + resident_set()
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + resident_set()
 
 
 def _number(path: Path) -> int | None:
@@ -231,13 +232,16 @@ def describe(changes: dict[str, Any]) -> str:
     )
 
 
-def settle(config: Config, vocabulary: Vocabulary, device: torch.device) -> tuple[Config, memory.Plan]:
-    """``config`` with activation checkpointing decided, and its plan, printed.
+def settle(
+    config: Config, vocabulary: Vocabulary, device: torch.device, processes: int = 1
+) -> tuple[Config, memory.Plan]:
+    """``config`` with activation checkpointing decided, and its plan for one of ``processes``, printed.
 
     Raises :class:`DoesNotFitError`, with proposals, if it is larger than the budget: ``memory.budget``, or what the
     device has.
     """
-    asked = config.memory.budget
+    asked, whole = config.memory.budget, config.train.grad_accumulation
+    config = _changed(config, {"train.grad_accumulation": whole // processes})
     budget = budget_bytes(asked) if asked is not None else available(device)
     if device.type == "cpu" and config.train.activation_checkpointing == "offload":
         say("note", "train.activation_checkpointing: offload has nowhere to go from a CPU; taken as true")
@@ -249,9 +253,16 @@ def settle(config: Config, vocabulary: Vocabulary, device: torch.device) -> tupl
     whose = "memory.budget" if asked is not None else f"free on {device.type}"
     say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
+    if processes > 1:
+        _, slots = on_paper(config, vocabulary)
+        sizes = wire.payload(slots, config.lowrank.update_proj_gap)
+        sent = {name: wire.ring(size, processes, name) for name, size in sizes.items()}
+        say("wire", f"{memory.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
+        for name, size in sent.items():
+            print(f"  {name:<40}{memory.human(round(size)):>10}", flush=True)
     if budget is not None and found.total > budget:
         raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose))
-    return chosen, found
+    return _changed(chosen, {"train.grad_accumulation": whole}), found
 
 
 def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budget: int, whose: str) -> str:
@@ -265,11 +276,17 @@ def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budge
 
 
 def recheck(
-    config: Config, vocabulary: Vocabulary, device: torch.device, loss: Loss, before: memory.Plan
+    config: Config,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    loss: Loss,
+    before: memory.Plan,
+    processes: int = 1,
 ) -> memory.Plan:
     """The plan again, for a model whose loss turned out to keep all logits."""
     if loss is chunked_loss or vocabulary.labels is not None:
         return before
+    config = _changed(config, {"train.grad_accumulation": config.train.grad_accumulation // processes})
     found = plan_for(config, vocabulary, device.type, loss)
     budget = budget_bytes(config.memory.budget) if config.memory.budget is not None else available(device)
     say("memory", f"planned peak {memory.human(found.total)}, whole logits included")

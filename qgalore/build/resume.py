@@ -10,6 +10,7 @@ from .. import config as configuration
 from ..config import Config
 from ..errors import ConfigError
 from ..lowrank.optimizer import LowRankOptimizer
+from ..parallel import ALONE, Team
 from ..stats import Records
 from .say import say
 
@@ -63,8 +64,10 @@ def restore(
     max_steps: int,
     model: nn.Module,
     optimizer: LowRankOptimizer,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Bring a built run to the state of a checkpoint, its records too, and return its position; None is the beginning.
+    In every process of ``team``; the one that leads changes files, when all have read theirs.
 
     Raises :class:`ConfigError` if it was made with other ``data`` (a description) or lies beyond ``max_steps``.
     """
@@ -79,10 +82,13 @@ def restore(
         if step > max_steps:
             raise ConfigError(f"{source} is after step {step}, beyond train.max_steps ({max_steps})")
         checkpoint.load_into(source, saved, model, optimizer)
-        for path in checkpoint.set_aside(folder / "checkpoints", step):
-            say("resume", f"a later checkpoint of the course left is kept as {path}")
         position = {**saved["position"], "sample": tuple(saved["position"]["sample"])}
         say("resume", f"{source}, after step {step}")
+    team.meet("the state of the checkpoint")
+    if not team.leads:
+        return position
+    for path in checkpoint.set_aside(folder / "checkpoints", step) if source is not None else ():
+        say("resume", f"a later checkpoint of the course left is kept as {path}")
     for name in ("metrics.jsonl", "subspace.jsonl"):
         Records(folder / name).cut_back(step)
     return position

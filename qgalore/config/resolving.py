@@ -5,17 +5,36 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..errors import ConfigError
 from .sections import METHODS, RULES, Config
 
 
-def resolve(config: Config, device: str, bf16: bool) -> Config:
-    """Fill in what ``method`` and ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) decide."""
+def _micro_batches(config: Config, processes: int) -> int:
+    """Micro-batches of a step in each of ``processes``: ``train.grad_accumulation`` counts those of all together."""
+    train = config.train
+    if train.grad_accumulation % processes:
+        raise ConfigError(
+            f"train.grad_accumulation is {train.grad_accumulation}, the micro-batches of a step, which {processes} "
+            f"processes cannot share equally; set a multiple of {processes} (and train.micro_batch_size accordingly)"
+        )
+    mine = train.grad_accumulation // processes
+    if train.stepping == "fused" and mine > 1:
+        raise ConfigError(
+            "train.stepping: fused takes one backward pass a step in each process; use deferred with "
+            f"grad_accumulation {train.grad_accumulation} in {processes}"
+        )
+    return mine
+
+
+def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Config:
+    """Fill in what ``method``, ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) and the number of
+    processes decide. Raises :class:`ConfigError` for micro-batches that these cannot share."""
     _, weight_format, basis_format, optimizer = METHODS[config.method]
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank
-    stepping = train.stepping
+    stepping, mine = train.stepping, _micro_batches(config, processes)
     if stepping == "auto":
-        stepping = "deferred" if train.grad_accumulation > 1 or train.clip_grad_norm > 0 else "fused"
+        stepping = "deferred" if mine > 1 or train.clip_grad_norm > 0 else "fused"
     return config.model_copy(
         update={
             "device": device,
@@ -119,7 +138,7 @@ RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
     "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
     "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt",
-    "sample.max_new_tokens",
+    "sample.max_new_tokens", "parallel", "train.stepping",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from ..parallel import ALONE, Team
 from . import inner as inner_optimizers
 from . import rule_slot
 from .linear import LowRankLinear
@@ -24,14 +25,15 @@ STEPPING = ("deferred", "fused")
 PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
 
 
-def _refuse_several_processes() -> None:
-    """Raise :class:`ConfigError` in a job of several processes: DistributedDataParallel notes which parameters train
+def _refuse_several_processes(team: Team) -> None:
+    """Raise :class:`ConfigError` in a job that is not ``team``: DistributedDataParallel notes which parameters train
     when it is built and would leave out each Δ whose probe is on at that time, so the copies would part silently."""
     group = torch.distributed
-    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+    if group.is_available() and group.is_initialized() and group.get_world_size() != team.size:
         raise ConfigError(
-            f"torch.distributed has {group.get_world_size()} processes; the low-rank optimizer trains in one: start "
-            "the program without torchrun or accelerate launch"
+            f"torch.distributed has {group.get_world_size()} processes, and the low-rank optimizer was made for "
+            f"{team.size}: start the program without torchrun or accelerate launch, or pass team=qgalore.parallel.Team("
+            "rank, size) and let every process take its share of the micro-batches (train.py does)"
         )
 
 
@@ -99,6 +101,7 @@ def optimizer(
     similarity: str | None = None,
     moments: str = "rotate",
     seed: int = 0,
+    team: Team = ALONE,
 ) -> LowRankOptimizer:
     """The Q-GaLore optimizer for a model prepared by ``qgalore.convert`` (unconverted tensors train dense).
 
@@ -114,12 +117,14 @@ def optimizer(
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
+    team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;
+      the loss of each must be its share of the whole batch's.
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
       ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
-    _refuse_several_processes()
+    _refuse_several_processes(team)
     _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
     _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
     _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
@@ -135,7 +140,7 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed)
+    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed, team=team)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
@@ -161,4 +166,5 @@ def optimizer(
         stepping=stepping,
         seed=seed,
         part_elements=part_elements(inner),
+        team=team,
     )

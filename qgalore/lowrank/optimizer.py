@@ -3,6 +3,9 @@
 Two ways to step give the same weights. *Deferred*: gradients of Δ are kept until ``step()``, so accumulation and
 ``clip_grad_norm_`` work. *Fused*: each tensor steps inside backward, as soon as its gradient is complete, and the
 gradient is freed at once; ``step()`` then only closes the step.
+
+In a team of processes a gradient is summed over them before anything looks at it: when it arrives (fused), or all in
+``refresh()`` (deferred). Only the very first bases are found in rank 0's share of it, its first micro-batch.
 """
 
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, NumericalError
+from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
 from . import inner as inner_optimizers
 from . import rule_slot
@@ -39,7 +43,9 @@ class LowRankOptimizer(Optimizer):
         stepping: str,
         seed: int,
         part_elements: int,
+        team: Team = ALONE,
     ) -> None:
+        self.team, self._summed = team, False
         self.slots: list[Slot] = [*low_rank, *dense]
         self.stepping, self.seed = stepping, seed
         self.step_count = 0
@@ -93,12 +99,33 @@ class LowRankOptimizer(Optimizer):
                     "step. For gradient accumulation build the optimizer with stepping='deferred'."
                 )
             self._begin()
+            if first := self._is_first(slot):
+                self._refresh_if_due(slot)
+            arrived = slot.gradient() if first else leaf.grad
+            self.team.sum_(f"the gradient of {slot.name}", [arrived])
             self._refresh_if_due(slot)
             self._check_finite(slot)
             self._apply(slot)
-        elif type(slot) is LowRankSlot and slot.schedule.refreshes == 0:
+        elif self._is_first(slot):
             # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
             self._refresh_if_due(slot)
+
+    def _is_first(self, slot: Slot) -> bool:
+        """Whether ``slot`` looks for its first basis."""
+        return type(slot) is LowRankSlot and slot.projected and slot.schedule.refreshes == 0
+
+    def _sum_over_team(self) -> None:
+        """Deferred stepping: once a step, sum the gradients of all processes. One without a share has zeros."""
+        if self.team.size == 1 or self._summed:
+            return
+        leaves = [leaf for slot in self.slots for leaf in slot.leaves()]
+        held = self.team.any("which tensors have gradients", [leaf.grad is not None for leaf in leaves])
+        leaves = [leaf for leaf, has in zip(leaves, held, strict=True) if has]
+        for leaf in leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        self.team.sum_("the gradients of a step", [leaf.grad for leaf in leaves])
+        self._summed = True
 
     def _begin(self) -> None:
         if not self._stepped:
@@ -133,10 +160,12 @@ class LowRankOptimizer(Optimizer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Deferred stepping: find the bases that are due, from the whole step's gradient, and project it.
+        """Deferred stepping: find the bases that are due, from the whole step's gradient, and project it. All
+        gradients of a team are summed first.
 
         ``step()`` does this itself; call it before ``clip_grad_norm_`` so that the norm is that of projected gradients.
         """
+        self._sum_over_team()
         due = [slot for slot in self.slots if rule_slot.awaits_refresh(slot)]
         if due:  # look at every gradient before a basis changes: a step that fails must leave no trace
             for slot in self.slots:
@@ -177,6 +206,7 @@ class LowRankOptimizer(Optimizer):
         for scratch in self._scratches:
             scratch.release()
         self._stepped.clear()
+        self._summed = False
         self.step_count += 1
         for slot in self.slots:
             slot.arm(self.step_count)

@@ -3,12 +3,14 @@
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..parallel import ALONE, Team
 from ..quant import dense as dense_grid
 from ..quant import dispatch
 from ..quant import int8 as int8_grid
@@ -23,13 +25,15 @@ COSINES = ("first_vector", "signed_cosine")
 
 @dataclass(frozen=True)
 class RefreshOptions:
-    """How a basis is found (``projector``), when (``policies``) and what the moments do (``moments``)."""
+    """How a basis is found (``projector``), when (``policies``), what the moments do (``moments``), and who must find
+    the same one (``team``)."""
 
     method: str = "randomized"
     policy: str = "overlap"
     moments: str = "rotate"
     power_iterations: int = 2
     seed: int = 0
+    team: Team = ALONE
 
 
 class Scratch:
@@ -194,25 +198,30 @@ class LowRankSlot(Slot):
         """Turn the probe's full gradient into a new basis and Δ's gradient G P_new; returns the record of the decision,
         None if the schedule has only looked at the gradient and keeps the basis.
 
-        Afterwards Δ receives any further micro-batch of this step. If no basis can be found the old one stays.
+        Afterwards Δ receives any further micro-batch of this step. If no basis can be found the old one stays. In a
+        team rank 0 decides: the first basis comes from its own gradient, the others from one that all hold in sum.
         """
         started = time.perf_counter()
         gradient = self.module.probe.grad
         self.module.probe.grad = None
         first = self.schedule.refreshes == 0
-        if not gradient.any():
+        team = self.options.team
+        if not team.of_first(f"the refresh of {self.name}", lambda: bool(gradient.any())):
             return self._postpone(step, first)
         generator = torch.Generator(gradient.device)
         generator.manual_seed(derive_key(self.options.seed, step, self.index)[0] & 0x7FFFFFFF)
         stored = self.module.columns()
-        if not self.schedule.wants(step, lambda: self._energy(gradient, stored)):
+        energy = partial(team.of_first, f"a look at {self.name}", lambda: self._energy(gradient, stored))
+        if not self.schedule.wants(step, energy):
             self._receive(gradient)
             return None
         old = [None if first or columns is None else projector.orthonormal(columns) for columns in stored]
         found, failure = self._find(gradient, old, generator)
+        failure = team.of_first(f"a basis of {self.name}", lambda: failure)
+        team.receive_(f"the basis of {self.name}", [columns for columns in found if columns is not None])
         row = self._record(step, first, failure) | health.moments(part.state() for part in self.parts)
         if failure is None or first:
-            row |= self._compare(gradient, old, found)
+            row |= team.of_first(f"the subspaces of {self.name}", lambda: self._compare(gradient, old, found))
             self._adopt(found, stored, first)
             self.schedule.record(step, row["similarity"])
         else:

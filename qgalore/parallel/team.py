@@ -1,0 +1,261 @@
+"""The processes of one training job and what they do together, over ``torch.distributed``.
+
+Every operation begins with a *meeting*: each process says where it is, or that it failed. A process that waits for a
+gradient therefore learns of an error elsewhere instead of waiting for ever, and processes that came to different
+places, or no longer hold the same numbers, stop with both named. Meetings are 24 bytes a process, on the CPU.
+
+In one process (:data:`ALONE`) all of it does nothing.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .. import errors
+from ..errors import QGaloreError, RankError
+
+FAILED = 0
+SMALL = 1 << 16  # elements below which tensors travel together
+PATIENCE = timedelta(minutes=30)  # the longest work of one process that the others wait for: writing a checkpoint
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """Process ``rank`` of ``size``. Rank 0, which ``leads``, alone writes files and prints."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def deal(self, items: Sequence[T]) -> list[T]:
+        """This process's share of ``items``: one to each in turn, the first to rank 0."""
+        return list(items[self.rank :: self.size])
+
+    def meet(self, place: str, *, digest: float = 0.0, note: int = 0) -> int:
+        """Wait until all are at ``place``; returns the largest ``note`` (≥ 0).
+
+        Raises what :meth:`tell` says on every process if one has failed, and :class:`RankError` if they are at
+        different places or bring another ``digest``.
+        """
+        if self.size == 1:
+            return note
+        code = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "little") + 1
+        rows = self._rows([code, struct.unpack("<q", struct.pack("<d", digest))[0], note])
+        if any(row[0] == FAILED for row in rows):
+            self._raise_the_first(None)
+        if len({row[0] for row in rows}) > 1:
+            places: list[Any] = [None] * self.size
+            with _reaching():
+                dist.all_gather_object(places, place)
+            other = next(rank for rank, row in enumerate(rows) if row[0] != rows[0][0])
+            raise _told(
+                RankError(
+                    f"rank 0 came to: {places[0]}; rank {other} to: {places[other]}. They must take the same way: a "
+                    "layer that some micro-batches do not use (a mixture's expert) cannot be trained in several "
+                    "processes yet; train it in one"
+                )
+            )
+        if len({row[1] for row in rows}) > 1:
+            found = [struct.unpack("<d", struct.pack("<q", row[1]))[0] for row in rows]
+            raise _told(
+                RankError(
+                    f"the processes hold different numbers at: {place} ({', '.join(f'{x!r}' for x in found)}): the "
+                    "sums that they received differ. Go on with --resume auto; if it comes again, use like devices"
+                )
+            )
+        return max(row[2] for row in rows)
+
+    def _rows(self, mine: list[int]) -> list[list[int]]:
+        row = torch.tensor(mine, dtype=torch.int64)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        with _reaching():
+            dist.all_gather(rows, row)
+        return [part.tolist() for part in rows]
+
+    def tell(self, error: Exception) -> None:
+        """Raise ``error``, or that of a lower rank that failed as well, here and in all other processes.
+
+        An error of ours keeps its class there, so that all decide alike; any other becomes :class:`RankError`.
+        """
+        if self.size > 1 and not _is_told(error):
+            try:
+                self._rows([FAILED, 0, 0])
+            except RankError:  # nobody is left to be told
+                raise _told(error) from None
+            self._raise_the_first(error)
+        raise error
+
+    def _raise_the_first(self, own: Exception | None) -> None:
+        said: list[Any] = [None] * self.size
+        with _reaching():
+            dist.all_gather_object(said, None if own is None else (type(own).__name__, _kind(own), str(own)))
+        rank = next(number for number, words in enumerate(said) if words is not None)
+        name, kind, message = said[rank]
+        if own is not None and (rank == self.rank or type(own).__name__ == name):
+            raise _told(own)
+        raise _told(
+            getattr(errors, kind)(f"rank {rank}: {message if kind != RankError.__name__ else name + ': ' + message}")
+        )
+
+    @contextmanager
+    def together(self, place: str) -> Iterator[None]:
+        """A block that all leave alike: at ``place``, or with the same error."""
+        try:
+            yield
+            self.meet(place)
+        except Exception as error:
+            self.tell(error)
+
+    def of_first(self, place: str, make: Callable[[], T]) -> T:
+        """What ``make()`` gives on rank 0, on every rank; only rank 0 calls it. The value must pickle."""
+        if self.size == 1:
+            return make()
+        value = [make() if self.leads else None]
+        self.meet(place)
+        with _reaching():
+            dist.broadcast_object_list(value, src=0)
+        return value[0]
+
+    def after_first(self, place: str, work: Callable[[], T]) -> T:
+        """``work()`` on every rank, on rank 0 before the others: what it leaves on the disk is there for them."""
+        if self.leads:
+            done = work()
+        self.meet(place)
+        return done if self.leads else work()
+
+    def total(self, place: str, value: float) -> float:
+        """The sum of ``value`` over the ranks, the same bits on each: added in their order. An int stays one."""
+        if self.size == 1:
+            return value
+        self.meet(place)
+        mine = torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        with _reaching():
+            dist.all_gather(parts, mine)
+        return sum(part.item() for part in parts)
+
+    def any(self, place: str, flags: list[bool]) -> list[bool]:
+        """For each flag, whether a rank has set it."""
+        if self.size == 1:
+            return flags
+        self.meet(place)
+        found = torch.tensor(flags, dtype=torch.uint8)
+        with _reaching():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.bool().tolist()
+
+    def sum_(self, place: str, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, in its own dtype; small ones of a dtype travel in one."""
+        if self.size == 1:
+            return
+        self.meet(place)
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel() < SMALL:
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+                continue
+            whole = tensor.contiguous()
+            with _reaching():
+                dist.all_reduce(whole)
+            if whole is not tensor:
+                tensor.copy_(whole)
+        for group in small.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            with _reaching():
+                dist.all_reduce(flat)
+            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def receive_(self, place: str, tensors: list[Tensor]) -> None:
+        """Replace each tensor by rank 0's."""
+        if self.size == 1:
+            return
+        self.meet(place)
+        for tensor in tensors:
+            with _reaching():
+                dist.broadcast(tensor, src=0)
+
+
+ALONE = Team()
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """A collective. One that fails has lost a process, which nobody need be told of."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's errors are of this class
+        raise _told(
+            RankError(
+                f"another process of the job has ended or does not answer ({str(error).splitlines()[0]}). What it said "
+                "is above, if it could; go on with --resume auto, which torchrun --max-restarts does by itself"
+            )
+        ) from error
+
+
+def _kind(error: Exception) -> str:
+    """The class of ours that tells other processes what to do about ``error``."""
+    ours = (errors.ConfigError, errors.DoesNotFitError, errors.NumericalError)
+    return next((kind.__name__ for kind in ours if isinstance(error, kind)), RankError.__name__)
+
+
+def _told(error: Exception) -> Exception:
+    """Mark an error that every process has."""
+    error.told_to_all = True
+    return error
+
+
+def _is_told(error: BaseException | None) -> bool:
+    return error is not None and (hasattr(error, "told_to_all") or _is_told(error.__cause__))
+
+
+@contextmanager
+def job(device: str) -> Iterator[Team]:
+    """The job that ``torchrun`` started this process in, over gloo, and NCCL between GPUs unless ``device`` is "cpu";
+    :data:`ALONE` without one. Only rank 0 prints: the others' output is dropped, and an error of ours that was told to
+    all ends them with its exit code alone.
+
+    Raises :class:`QGaloreError` if the processes do not find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    team = _join(device != "cpu" and torch.cuda.is_available())
+    try:
+        if team.leads:
+            yield team
+        else:
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+                yield team
+    except QGaloreError as error:
+        if team.leads or not _is_told(error):
+            raise
+        raise SystemExit(error.exit_code) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _join(cuda: bool) -> Team:
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise QGaloreError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes of the job do not find each other: {error}. "
+            "Start it with torchrun, or without WORLD_SIZE for one process"
+        ) from error
+    return Team(dist.get_rank(), dist.get_world_size())

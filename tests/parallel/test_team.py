@@ -1,0 +1,99 @@
+"""What the processes of a job do together, and how they fail together."""
+
+import pytest
+import torch
+from processes import run_in
+
+from qgalore.errors import ConfigError, NumericalError, QGaloreError, RankError
+from qgalore.parallel import ALONE, job
+
+
+def operations():
+    with job("cpu") as team:
+        mine = [torch.full((3,), team.rank + 1.0), torch.full((300, 300), team.rank + 1.0).T, torch.ones(2).bfloat16()]
+        team.sum_("a", mine)
+        received = torch.full((2,), float(team.rank))
+        team.receive_("b", [received])
+        return {
+            "deal": team.deal(range(5)),
+            "sum": [float(t.unique()) for t in mine],
+            "received": received.tolist(),
+            "total": team.total("c", 0.1 * (team.rank + 1)),
+            "count": team.total("d", team.rank + 1),
+            "any": team.any("e", [team.rank == 1, False]),
+            "first": team.of_first("f", lambda: ("from", team.rank)),
+            "note": team.meet("g", digest=0.5, note=team.rank),
+        }
+
+
+def fail(how):
+    """The error's class and words in each process, and that all can go on together after it."""
+    with job("cpu") as team:
+        try:
+            with team.together("the end"):
+                if how == "one" and team.rank == 1:
+                    raise NumericalError("the loss is nan")
+                if how == "several" and team.rank > 0:
+                    raise [ConfigError, NumericalError][team.rank - 1]("words")
+                if how == "foreign" and team.rank == 2:
+                    raise KeyError("a bug")
+                if how == "places":
+                    team.meet("here" if team.rank else "there")
+                if how == "digest":
+                    team.meet("here", digest=float(team.rank == 1))
+                team.sum_("the gradient", [torch.ones(2)])
+        except (QGaloreError, KeyError) as error:
+            team.meet("afterwards")
+            return type(error).__name__, str(error)
+        return None
+
+
+def test_operations_give_every_process_the_same():
+    found = run_in(3, operations)
+    assert [result.pop("deal") for result in found] == [[0, 3], [1, 4], [2]]
+    assert found[0] == found[1] == found[2]
+    wanted = {"sum": [6.0, 6.0, 3.0], "received": [0.0, 0.0], "total": 0.1 + 0.2 + 0.1 * 3, "count": 6}
+    wanted |= {"any": [True, False], "first": ("from", 0), "note": 2}
+    assert found[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("how", "kinds", "words"),
+    [
+        ("one", ["NumericalError"] * 3, "rank 1: the loss is nan"),
+        ("several", ["ConfigError"] * 3, "rank 1: words"),
+        ("foreign", ["RankError", "RankError", "KeyError"], "rank 2: KeyError: 'a bug'"),
+        ("places", ["RankError"] * 3, "rank 0 came to: there; rank 1 to: here"),
+        ("digest", ["RankError"] * 3, "different numbers at: here (0.0, 1.0, 0.0)"),
+    ],
+)
+def test_an_error_of_one_is_the_error_of_all(how, kinds, words):
+    found = run_in(3, fail, how)
+    assert [kind for kind, _ in found] == kinds
+    assert words in found[0][1]
+
+
+def lose():
+    with job("cpu") as team:
+        if team.rank == 1:
+            return None
+        try:
+            with team.together("the end"):
+                team.sum_("the gradient", [torch.ones(2)])
+        except RankError as error:
+            return str(error)
+
+
+def test_a_process_that_is_gone_is_noticed():
+    found = run_in(2, lose)
+    assert "another process of the job has ended" in found[0]
+
+
+def test_alone_nothing_is_sent():
+    tensor = torch.ones(2)
+    ALONE.sum_("a", [tensor])
+    assert ALONE.total("b", 0.5) == 0.5
+    assert ALONE.deal(range(3)) == [0, 1, 2]
+    assert ALONE.meet("c", digest=1.0, note=7) == 7
+    with pytest.raises(RankError, match="own"), ALONE.together("d"):
+        raise RankError("own")
