@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch._inductor.utils import fresh_cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError
@@ -29,6 +27,8 @@ KINDS = 4  # of blocks that differ in which products are int8; dynamo keeps 8 gr
 
 def check_compiler(device: torch.device) -> None:
     """Compile something small. Raises :class:`ConfigError` where that fails, for want of a C++ compiler, say."""
+    from torch._inductor.utils import fresh_cache  # the compiler takes seconds to import
+
     failure = None
     with fresh_cache():  # what was compiled here before would need no compiler now
         try:
@@ -84,6 +84,8 @@ def _is_known(layers: list[LowRankLinear], kinds: dict[tuple, bool]) -> bool:
 
 
 def _switch(block: nn.Module, leaf: str | None, backend: str | Callable, kinds: dict[tuple, bool]) -> Callable:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
     written = block.forward
     compiled = torch.compile(written, backend=backend, fullgraph=True)
     layers = [module for module in block.modules() if isinstance(module, LowRankLinear)]

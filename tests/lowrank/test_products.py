@@ -174,17 +174,19 @@ def test_int8_embeddings_and_a_tied_head_train_beside_them(tiny_llama, token_bat
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_on_integers_stays_with_training_in_floating_point(tiny_llama, token_batches, device, dtype):
-    """Within what another seed of the stochastic rounding changes; before the first update within 0.2 %."""
-    batches = token_batches(device) * 3
+    """Within twice what another seed of the stochastic rounding changes: products that are off by 1 % are noise of the
+    same kind. Before the first update within 0.2 %, since errors of many tokens cancel in the mean."""
+    batches = token_batches(device) * 4
     dense, *others = (
         trained(tiny_llama, batches, device, dtype=dtype, compute="bf16", seed=seed)[1] for seed in range(3)
     )
     _, integers = trained(tiny_llama, batches, device, dtype=dtype)
     noise = max(float((other - dense).abs().mean()) for other in others)
     assert not torch.equal(dense, integers)
-    assert dense[-1] < dense[0] - 0.3
+    assert dense[-1] < dense[0] - 0.5
     assert integers[0] == pytest.approx(float(dense[0]), rel=0.002)
     assert float((integers - dense).abs().mean()) < 2 * noise
 

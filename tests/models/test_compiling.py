@@ -50,10 +50,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("fused", marks=pytest.mark.slow), "deferred, checkpointed, int8"])
 def test_one_graph_serves_all_blocks_and_steps(tiny_llama, token_batches, device, case):
     """Traced, not rewritten: the same bits. The first step finds bases, the others refresh some layers in turn."""
-    batches = token_batches(device, steps=8)
+    batches = token_batches(device, steps=6)
     losses, state, _ = trained(tiny_llama, batches, None, device=device, **CASES[case])
     again, found, graphs = trained(tiny_llama, batches, "aot_eager", device=device, **CASES[case])
     assert again == losses
@@ -84,7 +84,7 @@ def in_steps(model, lengths):
         model(input_ids=ids, use_cache=False).logits.sum().backward()
 
 
-@pytest.mark.parametrize("leaf", ["probe", None])
+@pytest.mark.parametrize("leaf", ["probe", pytest.param(None, marks=pytest.mark.slow)])
 def test_rules_of_full_gradients_and_frozen_layers_compile_too(tiny_llama, leaf):
     model = tiny_llama(num_hidden_layers=1)
     convert(model, rank=8)
@@ -111,6 +111,7 @@ def test_more_graphs_than_dynamo_keeps_are_an_error(tiny_llama):
             in_steps(model, [10])
 
 
+@pytest.mark.slow
 def test_only_so_many_kinds_of_blocks_are_compiled(tiny_llama, capsys):
     """Which products of a block are int8 is part of its graph."""
     layers = compiling.KINDS + 2

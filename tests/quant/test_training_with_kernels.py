@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, SEEDS = 300, 4
+STEPS, SEEDS = 300, 3
+LAYERS = ("*.o_proj", "*.gate_proj", "*.up_proj", "*.down_proj")  # square, wide and tall; the others are like them
 
 
 def train(kernels: str, seed: int) -> list[float]:
@@ -26,7 +27,7 @@ def train(kernels: str, seed: int) -> list[float]:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 40}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
-    convert(model, rank=8)
+    convert(model, rank=8, include=list(LAYERS))
     stepper = optimizer(model, lr=0.004, stepping="fused", scale=1.0, update_proj_gap=50, seed=seed)
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):
@@ -42,13 +43,16 @@ def train(kernels: str, seed: int) -> list[float]:
 
 
 @pytest.mark.slow
-def test_300_steps_on_the_kernels_are_a_run_like_the_reference(tmp_path):
-    """Kernels may round a value in a thousand to the other side, as another seed of the rounding does to about half of
-    them: their run is no further from the reference than those seeds are, in mean distance and in where it ends."""
+def test_300_steps_on_the_kernels_are_a_run_like_the_reference():
+    """Kernels may sum in another order and so round a value in a thousand to the other side; another seed of the
+    rounding does that to a large part of all. Their run is no further from the reference than those seeds are, in mean
+    distance and in where it ends."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    runs = {name: torch.tensor(losses) for name, losses in json.loads(done.stdout.splitlines()[-1]).items()}
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("merges") >= STEPS * len(LAYERS)  # it was the kernels that trained
+    runs = {name: torch.tensor(losses) for name, losses in found.items()}
     reference, kernels = runs.pop("reference 0"), runs.pop("triton 0")
     others = list(runs.values())
     assert len(others) == SEEDS - 1
@@ -60,6 +64,21 @@ def test_300_steps_on_the_kernels_are_a_run_like_the_reference(tmp_path):
     assert abs(float(kernels[-50:].mean() - reference[-50:].mean())) <= 2 * max(map(abs, ends))
 
 
+def count_merges() -> list[None]:
+    """A list that grows with each call of the merge kernel."""
+    from qgalore.quant import kernels
+
+    calls, merge = [], kernels.merge
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        merge(*args, **kwargs)
+
+    kernels.merge = counted
+    return calls
+
+
 if __name__ == "__main__":
+    calls = count_merges()
     found = {f"reference {seed}": train("reference", seed) for seed in range(SEEDS)}
-    print(json.dumps({**found, "triton 0": train("triton", 0)}))
+    print(json.dumps({**found, "triton 0": train("triton", 0), "merges": len(calls)}))
