@@ -252,7 +252,7 @@ class _Rehearsal:
             del loss
         del batch, mask
         for slot in self.slots:
-            if id(slot) in self.due:
+            if id(slot) in self.due and slot.module.probe.grad is not None:  # an expert may get no tokens
                 self._refresh(slot)
         for slot in self.slots:
             if slot.gradient() is not None:

@@ -1,15 +1,18 @@
 """Replacing a model's linear layers by :class:`LowRankLinear`, and the report of what was and what was not."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
+from ..lowrank import experts
 from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.sides import PROJ_TYPES
@@ -39,12 +42,15 @@ class ConversionReport:
     converted: list[ConvertedLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # layer name → why it was left alone
     dense: dict[str, int] = field(default_factory=dict)  # other trainable tensors → elements
-    converted_elements: int = 0
+
+    @property
+    def converted_elements(self) -> int:
+        return sum(math.prod(layer.shape) for layer in self.converted)
 
     def __str__(self) -> str:
         rows: Counter = Counter()
         for layer in self.converted:
-            label = layer.name.rsplit(".", 1)[-1]
+            label = next((part for part in reversed(layer.name.split(".")) if not part.isdigit()), layer.name)
             rows[(label, layer.shape, layer.side, layer.rank, layer.group_size)] += 1
         lines = [f"{'layers':>6}  {'name':<14}{'out × in':>16}  {'basis':<6}{'rank':>6}  weight"]
         for (label, shape, side, rank, group), count in rows.items():
@@ -100,29 +106,50 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
     return dict.fromkeys(beside, "in the task's head, trained in full")
 
 
-def _refuse_experts(model: nn.Module) -> None:
-    """Raise :class:`ConfigError` if weights of several experts lie in one trainable 3-D tensor, which no rule here
-    converts: most of such a model would silently train in full."""
-    convolutions = (nn.modules.conv._ConvNd,)
-    stacked = {
-        f"{name}.{key}": parameter.numel()
-        for name, module in model.named_modules()
-        if not isinstance(module, convolutions)
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 2 and parameter.requires_grad and min(parameter.shape) > 1
-    }
-    if stacked:
-        raise ConfigError(
-            f"{type(model).__name__} keeps {sum(stacked.values()):,} values in {len(stacked)} tensors of more than "
-            f"two dimensions, for example {next(iter(stacked))} (a mixture of experts): they would be trained in full, "
-            "with Adam's moments beside them. Take a dense model, or freeze them first with requires_grad_(False)"
-        )
+def _stacked(model: nn.Module, include: list[str], exclude: list[str], report: ConversionReport):
+    """(name, module) of every experts module to convert; those that the patterns leave go to ``report.skipped``.
+
+    Raises :class:`ConfigError` for other trainable tensors of more than two dimensions, which would silently train in
+    full, and with them most of such a model.
+    """
+    for name, module in list(model.named_modules()):
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p.ndim > 2 and min(p.shape) > 1}
+        if isinstance(module, nn.modules.conv._ConvNd) or not any(p.requires_grad for p in own.values()):
+            continue
+        if why := experts.problem(module):
+            raise ConfigError(
+                f"{name} keeps {sum(p.numel() for p in own.values()):,} values in {len(own)} tensors of more than two "
+                f"dimensions, for example {next(iter(own))}, and {why}: they would be trained in full, with Adam's "
+                "moments beside them. Take another model, or freeze them first with requires_grad_(False)"
+            )
+        if include and not _matches(name, include):
+            report.skipped[name] = "not in include"
+        elif _matches(name, exclude):
+            report.skipped[name] = "in exclude"
+        else:
+            yield name, module
+
+
+def _convert_experts(name: str, module: nn.Module, **options) -> tuple[experts.Experts, list[ConvertedLayer]]:
+    """The replacement for one experts module, a :class:`LowRankLinear` for each matrix, and their lines. ``module``
+    loses its weights to it, one tensor at a time."""
+    made: dict[str, list[nn.Module]] = {}
+    lines = []
+    for key in experts.NAMES:
+        stacked = module._parameters.pop(key).detach()
+        made[key] = []
+        for number, weight in enumerate(stacked):
+            part = SimpleNamespace(weight=weight.clone())  # of its own: a view would keep the whole
+            layer, line = _replacement(f"{name}.{key}.{number}", part, **options)
+            made[key].append(layer.train(module.training))
+            lines.append(line)
+    return experts.Experts(module, **made).train(module.training), lines
 
 
 def _candidates(model: nn.Module, include: list[str], exclude: list[str], report: ConversionReport):
     """(name, module) of every linear layer to convert; the others go to ``report.skipped`` with the reason."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    names = [name for name, _ in layers]
+    names = [name for name, _ in layers] + [n for n, m in model.named_modules() if experts.problem(m) is None]
     _check_patterns(names, include, "include")
     _check_patterns(names, exclude, "exclude")
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -227,7 +254,6 @@ def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: lis
         module.train(model.get_submodule(place).training)
         model.set_submodule(place, module)
         report.skipped.pop(place, None)
-        report.converted_elements += module.weight.numel() if isinstance(module, LowRankLinear) else 0
 
 
 def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
@@ -254,32 +280,38 @@ def convert(
     exclude: list[str] | None = None,
     embeddings: str = "full",
 ) -> ConversionReport:
-    """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer. The
-    head is a language model's output layer, or what a classifier has beside the pretrained body.
+    """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer, and
+    every module of a mixture's experts by one with such a layer for each matrix (see ``lowrank.experts``). The head is
+    a language model's output layer, or what a classifier has beside the pretrained body.
 
     rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected.
     weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
     reported fallback where it does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``.
-    include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``); include names may name the head too.
+    include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``, ``*.experts``); include names may name
+    the head too.
     embeddings: ``full`` (dense), or ``int8``: the input embedding and the head become low-rank too, in int8 whatever
     ``weight_format`` is; where the two are tied they stay one tensor.
 
-    Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model whose
-    experts lie in stacked 3-D tensors, and one in which no layer is left to convert.
+    Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model with
+    other stacked 3-D tensors than such experts', and one in which no layer is left to convert.
     """
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
     _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings})
-    _refuse_experts(model)
     report = ConversionReport()
-    for name, module in list(_candidates(model, include or [], exclude or [], report)):
-        layer, line = _replacement(name, module, rank=rank, **given, group_size=group_size, grad_dtype=grad_dtype)
+    options = {**given, "rank": rank, "group_size": group_size, "grad_dtype": grad_dtype}
+    patterns = (include or [], exclude or [])
+    stacked = list(_stacked(model, *patterns, report))
+    for name, module in list(_candidates(model, *patterns, report)):
+        layer, line = _replacement(name, module, **options)
         layer.train(module.training)
         model.set_submodule(name, layer)
         report.converted.append(line)
-        report.converted_elements += layer.weight.numel()
+    for name, module in stacked:
+        layer, lines = _convert_experts(name, module, **options)
+        model.set_submodule(name, layer)
+        report.converted += lines
     if embeddings == "int8":
-        int8 = {**given, "weight_format": "int8", "group_size": group_size, "rank": rank, "grad_dtype": grad_dtype}
-        _convert_embeddings(model, report, exclude or [], **int8)
+        _convert_embeddings(model, report, exclude or [], **{**options, "weight_format": "int8"})
     if not report.converted:
         reasons = "; ".join(f"{n}: {why}" for n, why in list(report.skipped.items())[:3]) or "it has no linear layer"
         raise ConfigError(f"no layer of {type(model).__name__} was converted ({reasons}); check include and exclude")
