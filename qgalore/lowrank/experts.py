@@ -1,8 +1,8 @@
 """A mixture's experts, each with low-rank layers of its own: one basis, one schedule, one slot for every matrix.
 
 transformers 5 keeps the experts of a layer in two tensors, ``gate_up_proj`` (E, 2·ff, hidden) and ``down_proj``
-(E, hidden, ff). Their gradients have three dimensions; taken as a batch of matrices, which is what they are (an expert's
-tokens touch its own slice alone), each slice is projected by itself.
+(E, hidden, ff). Their gradients have three dimensions, but are batches of matrices, for an expert's tokens touch its
+own slice alone: each slice is projected by itself.
 """
 
 import torch

@@ -179,6 +179,7 @@ class LowRankSlot(Slot):
         gradient = self.module.probe.grad
         self.module.probe.grad = None
         first = self.schedule.refreshes == 0
+        waited = step - self.schedule.next_refresh  # for a gradient, as an expert without tokens does
         if not gradient.any():
             return self._postpone(step, first)
         generator = torch.Generator(gradient.device)
@@ -200,7 +201,7 @@ class LowRankSlot(Slot):
         self._receive(gradient)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         self._unfinished = row, health.lines_before(self.module, step)
-        row |= {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
+        row |= {"waited": waited, "refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
         return row
 
     def _receive(self, gradient: Tensor) -> None:
