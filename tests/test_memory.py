@@ -16,6 +16,7 @@ GIB = 2**30
 WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_layers: 3, tie_word_embeddings: %s}"
 KEPT = ("train.stepping=deferred", "train.full_gradients=keep")
 INT8 = "lowrank.embeddings=int8"
+EXPERTS = ("model.config=mixtral_quickstart", "model.overrides={num_hidden_layers: 2}")
 SHAPES = {
     "plain": (WIDE % "true", "train.activation_checkpointing=false"),
     "checkpointed": (WIDE % "true", "train.activation_checkpointing=true"),
@@ -34,6 +35,7 @@ SHAPES = {
     "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
     "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
+    "experts": (*EXPERTS, "train.activation_checkpointing=true"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
 }
 COMMON = ("train.max_steps=9", "train.micro_batch_size=8", "data.sequence_length=64", "lowrank.rank=64")

@@ -1,4 +1,4 @@
-"""A mixture's experts as batches of matrices: the same function as transformers', one basis each, idle ones left alone."""
+"""A mixture's experts as batches of matrices: transformers' own function, one basis each, idle ones left alone."""
 
 import copy
 
