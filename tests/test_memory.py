@@ -36,6 +36,7 @@ SHAPES = {
     "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
     "experts": (*EXPERTS, "train.activation_checkpointing=true"),
+    "experts, AdamW": (*EXPERTS, "method=adamw"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
 }
 COMMON = ("train.max_steps=9", "train.micro_batch_size=8", "data.sequence_length=64", "lowrank.rank=64")

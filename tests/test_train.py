@@ -74,6 +74,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
 
 
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
+MANY = (
+    "model.overrides.num_local_experts=64",
+    "model.overrides.moe_intermediate_size=32",
+    "model.overrides.head_dim=16",
+)
+EXPERTS = ("model.config=qwen3_moe_quickstart", *MANY, "train.micro_batch_size=1")  # 62 choices a layer: some wait
 
 
 TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
@@ -81,8 +87,14 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
 
 @pytest.mark.parametrize(
     ("extra", "available"),
-    [((), (2, 4, 6)), (DEFERRED, (2, 4, 6)), (("model.dtype=bfloat16",), (2, 4, 6)), ((), (0, 2, 4, 6))],
-    ids=["fused", "deferred", "bf16", "from-nothing"],
+    [
+        ((), (2, 4, 6)),
+        (DEFERRED, (2, 4, 6)),
+        (("model.dtype=bfloat16",), (2, 4, 6)),
+        ((), (0, 2, 4, 6)),
+        (EXPERTS, (2, 4, 6)),
+    ],
+    ids=["fused", "deferred", "bf16", "from-nothing", "experts"],
 )
 def test_resume_equals_not_having_stopped(tiny_run, extra, available):
     """Invariant 5. A run loses its later checkpoints and goes on from the first, or from the beginning."""
@@ -119,6 +131,23 @@ def test_resume_refuses_another_configuration(tiny_run):
     assert code == 2
     assert "lowrank.rank: 16 → 8" in err
     assert "train.lr: 0.01 → 0.02" in err
+
+
+def test_a_mixture_trains_with_its_balance_and_says_what_waits(tiny_run):
+    code, out, err = tiny_run(*EXPERTS, "model.overrides.router_aux_loss_coef=0.5")
+    assert code == 0, err
+    assert "cross entropy + 0.5 · the routers' load-balancing loss" in out
+    assert "not called in a trial" not in out
+    metrics = rows("runs/tiny/metrics.jsonl")
+    idle = [row for row in metrics if "without_gradient" in row]
+    assert idle
+    assert all(row["waiting"] <= row["without_gradient"] for row in idle)
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    held_out = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+    assert held_out[1] < held_out[0] < losses[0] - 0.5  # the balance, at least 0.5 · 2, is in the training loss alone
+    assert any(row["waited"] for row in rows("runs/tiny/subspace.jsonl"))
+    code, out, err = tiny_run(*EXPERTS, "model.overrides.output_router_logits=false", "train.max_steps=1", "run.name=b")
+    assert "the load-balancing loss (router_aux_loss_coef 0.001) is not used" in out
 
 
 @pytest.mark.parametrize("method", ["galore", "galore8bit", "adamw", "adamw8bit"])

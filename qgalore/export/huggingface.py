@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..lowrank.conv import LowRankConv
 from ..lowrank.experts import NAMES, Experts
 from ..lowrank.linear import LowRankLinear
 
@@ -37,6 +38,7 @@ def dense_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[s
             state |= {f"{name}.{key}": module.stacked(key, dtype) for key in NAMES}
         elif isinstance(module, LowRankLinear) and module not in inside:
             weight = module.dense_weight().to(dtype)
+            weight = weight.view(module.kernel_shape) if isinstance(module, LowRankConv) else weight
             state[f"{name}.weight"] = (weight.T if module.transposed else weight).contiguous().cpu()
     return state
 

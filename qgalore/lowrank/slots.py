@@ -14,6 +14,7 @@ from ..quant import dispatch
 from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
 from . import health, moments, projector, sides
+from .conv import BlockBasis
 from .linear import LowRankLinear
 from .policies import DECIDING
 from .schedule import Schedule
@@ -248,19 +249,22 @@ class LowRankSlot(Slot):
             if basis is None:
                 found.append(None)
                 continue
+            warm = old[position]
+            if isinstance(basis, BlockBasis):
+                matrix, warm = basis.unfold(matrix), None if warm is None else basis.reduce(warm)
             try:
                 if self.options.method == "exact":
                     columns = projector.exact_basis(matrix, basis.rank)
                 else:
                     columns = projector.randomized_basis(
-                        matrix, basis.rank, generator, old[position], self.options.power_iterations
+                        matrix, basis.rank, generator, warm, self.options.power_iterations
                     )
                 if not torch.isfinite(columns).all():
                     raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
             except torch.linalg.LinAlgError as error:
                 failure = str(error).splitlines()[0]
                 columns = projector.random_basis(basis.dim, basis.rank, generator, gradient.device)
-            found.append(columns.contiguous())
+            found.append(basis.expand(columns) if isinstance(basis, BlockBasis) else columns.contiguous())
         return found, failure
 
     def _compare(self, gradient: Tensor, old, found) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
-from ..lowrank import experts
+from ..lowrank import conv, experts
 from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.sides import PROJ_TYPES
@@ -21,6 +21,7 @@ from ..quant.int8 import GROUP_SIZES, group_size_for
 
 WEIGHT_FORMATS = ("int8", "none")
 EMBEDDINGS = ("full", "int8")
+CONVOLUTIONS = ("full", "tucker")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def _convert_experts(name: str, module: nn.Module, **options) -> tuple[experts.E
 def _candidates(model: nn.Module, include: list[str], exclude: list[str], report: ConversionReport):
     """(name, module) of every linear layer to convert; the others go to ``report.skipped`` with the reason."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    names = [name for name, _ in layers] + [n for n, m in model.named_modules() if experts.problem(m) is None]
+    names = [name for name, _ in layers]
+    names += [n for n, m in model.named_modules() if experts.problem(m) is None or conv.problem(m) is None]
     _check_patterns(names, include, "include")
     _check_patterns(names, exclude, "exclude")
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -207,6 +209,20 @@ def _replacement(
     return layer, ConvertedLayer(name, tuple(weight.shape), in_force, size, side, tuple(notes))
 
 
+def _convert_convolutions(model: nn.Module, include, exclude, report: ConversionReport, **options) -> None:
+    """Replace the convolutions that the patterns leave; the others go to ``report.skipped``."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]:
+        why = "not in include" if include and not _matches(name, include) else conv.problem(module)
+        if why := "in exclude" if _matches(name, exclude) else why:
+            report.skipped[name] = why
+            continue
+        layer = conv.LowRankConv(module, **options)
+        sides = [part for part, basis in (("out", layer.left), ("in", layer.right)) if basis is not None]
+        side = {2: "both", 0: "none"}.get(len(sides), "left" if sides == ["out"] else "right")
+        report.converted.append(ConvertedLayer(name, tuple(layer.weight.shape), options["rank"], None, side))
+        model.set_submodule(name, layer.train(module.training))
+
+
 def _plain_embedding(name: str, embedding: nn.Module | None, model: nn.Module, users: int) -> nn.Embedding:
     """``embedding``, if it does what :class:`LowRankEmbedding` does. Raises :class:`ConfigError` otherwise."""
     problem = None
@@ -259,7 +275,7 @@ def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: lis
 def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
     """Raise :class:`ConfigError` for a value that :func:`convert` does not know."""
     allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
-    allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS}
+    allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS, "convolutions": CONVOLUTIONS}
     for key, value in given.items():
         if value not in allowed[key]:
             raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
@@ -279,6 +295,7 @@ def convert(
     include: list[str] | None = None,
     exclude: list[str] | None = None,
     embeddings: str = "full",
+    convolutions: str = "full",
 ) -> ConversionReport:
     """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer, and
     every module of a mixture's experts by one with such a layer for each matrix (see ``lowrank.experts``). The head is
@@ -291,12 +308,14 @@ def convert(
     the head too.
     embeddings: ``full`` (dense), or ``int8``: the input embedding and the head become low-rank too, in int8 whatever
     ``weight_format`` is; where the two are tied they stay one tensor.
+    convolutions: ``full`` (dense), or ``tucker``: kernels keep their dtype, and their gradients are projected on both
+    channel dimensions to at most ``rank`` (see ``lowrank.conv``).
 
     Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model with
     other stacked 3-D tensors than such experts', and one in which no layer is left to convert.
     """
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
-    _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings})
+    _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings, "convolutions": convolutions})
     report = ConversionReport()
     options = {**given, "rank": rank, "group_size": group_size, "grad_dtype": grad_dtype}
     patterns = (include or [], exclude or [])
@@ -312,6 +331,8 @@ def convert(
         report.converted += lines
     if embeddings == "int8":
         _convert_embeddings(model, report, exclude or [], **{**options, "weight_format": "int8"})
+    if convolutions == "tucker":
+        _convert_convolutions(model, *patterns, report, rank=rank, basis_format=basis_format, grad_dtype=grad_dtype)
     if not report.converted:
         reasons = "; ".join(f"{n}: {why}" for n, why in list(report.skipped.items())[:3]) or "it has no linear layer"
         raise ConfigError(f"no layer of {type(model).__name__} was converted ({reasons}); check include and exclude")
