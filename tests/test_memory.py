@@ -68,7 +68,10 @@ def measured_rise(work) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name", SHAPES)
+SLOW = ("experts, AdamW",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SHAPES])
 def test_the_plan_is_what_is_taken(name, tiny_run):
     """Resident bytes exactly, the peak of steps with refreshes within 5 %."""
     overrides = [*COMMON, *REFRESHES, "run.name=planned", *SHAPES[name]]
