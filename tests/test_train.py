@@ -79,7 +79,8 @@ MANY = (
     "model.overrides.moe_intermediate_size=32",
     "model.overrides.head_dim=16",
 )
-EXPERTS = ("model.config=qwen3_moe_quickstart", *MANY, "train.micro_batch_size=1")  # 62 choices a layer: some wait
+FEW = ("train.micro_batch_size=1", "train.eval_batches=8")  # 64 choices a layer for 24 experts: some wait
+EXPERTS = ("model.config=qwen3_moe_quickstart", *MANY, *FEW)
 
 
 TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
@@ -146,8 +147,6 @@ def test_a_mixture_trains_with_its_balance_and_says_what_waits(tiny_run):
     held_out = [row["eval_loss"] for row in metrics if "eval_loss" in row]
     assert held_out[1] < held_out[0] < losses[0] - 0.5  # the balance, at least 0.5 · 2, is in the training loss alone
     assert any(row["waited"] for row in rows("runs/tiny/subspace.jsonl"))
-    code, out, err = tiny_run(*EXPERTS, "model.overrides.output_router_logits=false", "train.max_steps=1", "run.name=b")
-    assert "the load-balancing loss (router_aux_loss_coef 0.001) is not used" in out
 
 
 @pytest.mark.parametrize("method", ["galore", "galore8bit", "adamw", "adamw8bit"])

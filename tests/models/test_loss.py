@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import qgalore
+from qgalore.build.model import balance_line
 from qgalore.lowrank import head as chunked
 from qgalore.models.checkpointing import checkpoint_blocks
 from qgalore.models.loss import balance, choose_loss, chunked_loss, head_is_plain, summed_loss, target_tokens
@@ -169,6 +170,8 @@ def test_a_mixture_is_balanced_in_training_where_its_configuration_asks(name, lo
     batch["labels"][0, :3] = batch["input_ids"][0, 1:4]
     plain = build(ROUTED[name]())
     plain.config.output_router_logits = False
+    assert "router_aux_loss_coef 0.1) is not used" in balance_line(plain)
+    assert "cross entropy + 0.1 ·" in balance_line(model)
     entropy = float(loss_of(plain, batch).detach())
     assert float(loss_of(model.eval(), batch).detach()) == entropy
     loss = loss_of(model.train(), batch)
