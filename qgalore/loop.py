@@ -144,7 +144,7 @@ class Loop:
                 self.metrics.append([row])
                 self.subspace.append(events)
                 if row["loss"] is not None:  # a skipped step has printed its own line
-                    progress.show(row, self.optimizer.refresh_counts())
+                    progress.show(row, self.optimizer.refresh_counts(), self.optimizer.waiting())
                 step = self.position.step
                 # what all must agree on: the gradients' norm, whose bits tell of any difference, and whether to stop
                 signalled = self.team.meet(f"step {step}", digest=row["grad_norm"] or 0.0, note=stop.number or 0)
@@ -315,10 +315,12 @@ class Loop:
             losses=[*self.position.losses, loss][-WINDOW:],
             skipped_in_a_row=0,
         )
-        if self.position.step == 1 and self.optimizer.untouched:
-            names = self.optimizer.untouched
+        names = self.optimizer.untouched
+        if self.position.step == 1 and names:
             print(
-                f"warning: {len(names)} tensors got no gradient in the first step, for example {names[0]}", flush=True
+                f"warning: {len(names)} tensors got no gradient in the first step, for example {names[0]} (a mixture's "
+                "experts without tokens wait for some)",
+                flush=True,
             )
         seconds = time.perf_counter() - started
         return {
@@ -330,6 +332,7 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "memory_bytes": memory_bytes(self.device),
+            **({"without_gradient": len(names), "waiting": self.optimizer.waiting()} if names else {}),
         }
 
     def _forward(self, batch: dict[str, Tensor], tokens: int) -> Tensor:

@@ -148,16 +148,32 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+class _Grouped(torch.autograd.Function):
+    """The footprint of a product of rows (n, in) with the matrix (in, out) of each row's expert."""
+
+    @staticmethod
+    def forward(ctx, rows, weight):
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(len(rows), weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(value) for value in ctx.saved_tensors)
+
+
 @contextmanager
-def _fused_attention():
-    """Stand in for ``scaled_dot_product_attention``, which on the meta device would build the whole score matrix. (A
-    function mode would not reach the recomputation inside backward.)"""
-    original = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+def _kernels_on_paper():
+    """Stand in for ``scaled_dot_product_attention``, which on the meta device would build the whole score matrix, and
+    for ``grouped_mm``, which knows only bf16 there. (A function mode would not reach the recomputation inside
+    backward.)"""
+    functional = nn.functional
+    originals = functional.scaled_dot_product_attention, functional.grouped_mm
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    functional.grouped_mm = lambda rows, weight, **_: _Grouped.apply(rows, weight)
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = original
+        functional.scaled_dot_product_attention, functional.grouped_mm = originals
 
 
 def _model_bytes(model: nn.Module) -> Counter[str]:
@@ -253,7 +269,7 @@ class _Rehearsal:
             del loss
         del batch, mask
         for slot in self.slots:
-            if id(slot) in self.due:
+            if id(slot) in self.due and slot.module.probe.grad is not None:  # an expert may get no tokens
                 self._refresh(slot)
         for slot in self.slots:
             if slot.gradient() is not None:
@@ -392,6 +408,6 @@ def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int
     states = [value for slot in slots for part in slot.parts for value in part.state().values()]
     kept += [value for value in states if torch.is_tensor(value)]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
-    with planned_for(step.device), _fused_attention(), meter:
+    with planned_for(step.device), _kernels_on_paper(), meter:
         _Rehearsal(model, slots, step, meter).run()
     return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside)

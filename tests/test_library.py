@@ -12,6 +12,7 @@ import qgalore
 from qgalore.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import cnn
 import hf_trainer
 import own_loop
 
@@ -29,6 +30,17 @@ def test_own_loop_learns():
     losses = own_loop.main()
     # counting upwards is certain but for the first token, so any model that learns leaves the uniform guess, ln 64
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_the_convolutions_learn():
+    """A network that answers zero has a relative error of 1, one that hands on the start (which it must learn to) less:
+    after a fifth of the steps both are past it, and within a factor of one and a half of each other."""
+    projected, plain = cnn.main(steps=50)
+    inputs, targets = cnn.fields(64, seed=3)
+    unchanged = float((inputs[:, 1:] - targets).norm() / targets.norm())
+    assert max(projected, plain) < unchanged
+    assert projected < 1.5 * plain
 
 
 @pytest.fixture(scope="module")

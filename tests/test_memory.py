@@ -17,6 +17,7 @@ WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_la
 KEPT = ("train.stepping=deferred", "train.full_gradients=keep")
 INT8 = "lowrank.embeddings=int8"
 INT8_PRODUCTS = ("model.compute=int8", "lowrank.group_size=row")
+EXPERTS = ("model.config=mixtral_quickstart", "model.overrides={num_hidden_layers: 2}")
 SHAPES = {
     "plain": (WIDE % "true", "train.activation_checkpointing=false"),
     "checkpointed": (WIDE % "true", "train.activation_checkpointing=true"),
@@ -35,6 +36,8 @@ SHAPES = {
     "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
     "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
+    "experts": (*EXPERTS, "train.activation_checkpointing=true"),
+    "experts, AdamW": (*EXPERTS, "method=adamw"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
     "int8 products": (WIDE % "true", "train.activation_checkpointing=true", *INT8_PRODUCTS),
 }

@@ -74,6 +74,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
 
 
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
+MANY = (
+    "model.overrides.num_local_experts=64",
+    "model.overrides.moe_intermediate_size=32",
+    "model.overrides.head_dim=16",
+)
+FEW = ("train.micro_batch_size=1", "train.eval_batches=8")  # 64 choices a layer for 24 experts: some wait
+EXPERTS = ("model.config=qwen3_moe_quickstart", *MANY, *FEW)
 
 
 TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
@@ -86,6 +93,7 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
         pytest.param(DEFERRED, (2, 4, 6), id="deferred"),
         pytest.param(("model.dtype=bfloat16",), (2, 4, 6), id="bf16", marks=pytest.mark.slow),
         pytest.param((), (0, 2, 4, 6), id="from-nothing", marks=pytest.mark.slow),
+        pytest.param(EXPERTS, (2, 4, 6), id="experts", marks=pytest.mark.slow),
     ],
 )
 def test_resume_equals_not_having_stopped(tiny_run, extra, available):
@@ -123,6 +131,21 @@ def test_resume_refuses_another_configuration(tiny_run):
     assert code == 2
     assert "lowrank.rank: 16 → 8" in err
     assert "train.lr: 0.01 → 0.02" in err
+
+
+def test_a_mixture_trains_with_its_balance_and_says_what_waits(tiny_run):
+    code, out, err = tiny_run(*EXPERTS, "model.overrides.router_aux_loss_coef=0.5")
+    assert code == 0, err
+    assert "cross entropy + 0.5 · the routers' load-balancing loss" in out
+    assert "not called in a trial" not in out
+    metrics = rows("runs/tiny/metrics.jsonl")
+    idle = [row for row in metrics if "without_gradient" in row]
+    assert idle
+    assert all(row["waiting"] <= row["without_gradient"] for row in idle)
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    held_out = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+    assert held_out[1] < held_out[0] < losses[0] - 0.5  # the balance, at least 0.5 · 2, is in the training loss alone
+    assert any(row["waited"] for row in rows("runs/tiny/subspace.jsonl"))
 
 
 @pytest.mark.parametrize("method", ["galore", "galore8bit", "adamw", "adamw8bit"])

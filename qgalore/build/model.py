@@ -19,7 +19,7 @@ from ..models import classify, loading, streaming
 from ..models.checkpointing import checkpoint_blocks
 from ..models.compiling import compile_blocks
 from ..models.convert import ConversionReport, convert
-from ..models.loss import Loss, check_isolation, choose_loss, chunked_loss, uncalled_layers
+from ..models.loss import Loss, balance_weight, check_isolation, choose_loss, chunked_loss, uncalled_layers
 from ..parallel import ALONE, Team
 from .say import say
 
@@ -167,12 +167,27 @@ def build_model(
         say("note", f"{len(uncalled)} converted layers were not called in a trial forward pass: {names}")
     if config.data.task == "classify":
         return model, classify.classification_loss
+    if (line := balance_line(model)) is not None:
+        say("loss", line)
     if config.data.document_attention == "isolated":
         check_isolation(model, config.data.sequence_length)
     loss = choose_loss(model)
     if loss is not chunked_loss:
         say("note", f"{type(model).__name__} changes its head's output: the loss keeps all logits at once")
     return model, loss
+
+
+def balance_line(model: nn.Module) -> str | None:
+    """What is done about a mixture's load-balancing loss; None for a model without one."""
+    unused = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+    if weight := balance_weight(model):
+        return f"cross entropy + {weight:g} · the routers' load-balancing loss, in training alone"
+    if unused is None:
+        return None
+    return (
+        f"the load-balancing loss (router_aux_loss_coef {unused:g}) is not used, for output_router_logits is false; "
+        "model.overrides.output_router_logits=true adds it"
+    )
 
 
 def rule_of(config: Config) -> str:

@@ -59,7 +59,9 @@ class RunSummary:
 
 
 def kind_of(layer: str) -> str:
-    """``model.layers.3.self_attn.q_proj`` → ``self_attn.q_proj``: the name after its last index, or its last part."""
+    """``model.layers.3.self_attn.q_proj`` → ``self_attn.q_proj``: the name after its last index, or its last part. A
+    mixture's experts are of one kind: ``…3.mlp.experts.down_proj.7`` → ``mlp.experts.down_proj``."""
+    layer = re.sub(r"(experts\..*)\.\d+$", r"\1", layer)
     return re.split(r"(?:^|\.)\d+\.", layer)[-1] if re.search(r"(?:^|\.)\d+\.", layer) else layer.split(".")[-1]
 
 

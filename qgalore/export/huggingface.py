@@ -6,17 +6,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..lowrank.conv import LowRankConv
+from ..lowrank.experts import NAMES, Experts
 from ..lowrank.linear import LowRankLinear
 
 
 def other_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every stored tensor that is not a low-rank layer's weight or basis, once each (tied weights under their first
     name), floating-point ones in ``dtype``; biases of low-rank layers included."""
-    owned = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear))
+    owned = {f"{name}.{key}" for name, module in layers for key in module.state_dict() if key != "bias"}
     state, seen = {}, set()
     for name, value in model.state_dict().items():
-        parent = next((n for n in owned if name.startswith(f"{n}.")), None)
-        if (parent is not None and name != f"{parent}.bias") or value.data_ptr() in seen:
+        if name in owned or value.data_ptr() in seen:
             continue
         seen.add(value.data_ptr())
         state[name] = (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
@@ -26,12 +28,17 @@ def other_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 def dense_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The model's tensors under their original names and layouts, floating-point ones in ``dtype``, on the CPU.
 
-    Int8 weights are dequantized in fp32 and rounded once to ``dtype``.
+    Int8 weights are dequantized in fp32 and rounded once to ``dtype``; a mixture's experts are stacked again.
     """
     state = other_tensors(model, dtype)
+    inside = set()
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, Experts):
+            inside |= set(module.modules())
+            state |= {f"{name}.{key}": module.stacked(key, dtype) for key in NAMES}
+        elif isinstance(module, LowRankLinear) and module not in inside:
             weight = module.dense_weight().to(dtype)
+            weight = weight.view(module.kernel_shape) if isinstance(module, LowRankConv) else weight
             state[f"{name}.weight"] = (weight.T if module.transposed else weight).contiguous().cpu()
     return state
 

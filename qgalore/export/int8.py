@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..lowrank.embedding import LowRankEmbedding, TiedHead
+from ..lowrank.experts import Experts
 from ..lowrank.linear import LowRankLinear
 from ..storage import Deferred, write_safetensors
 from .huggingface import other_tensors
@@ -35,6 +36,11 @@ def _int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     layers = {
         n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear) and not isinstance(m, LowRankEmbedding)
     }
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise ConfigError(
+            f"{type(model).__name__} is a mixture of experts, and its stacked experts have no place in the "
+            "compressed-tensors format that both transformers and vLLM read; export with --format hf"
+        )
     if not layers or any(layer.weight_scale is None for layer in layers.values()):
         raise ConfigError("this model's weights are not int8 (method qgalore keeps them so); export with --format hf")
     if transposed := [name for name, layer in layers.items() if layer.transposed]:

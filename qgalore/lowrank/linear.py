@@ -46,7 +46,7 @@ class Basis(nn.Module):
         return (columns.clone() if columns.data_ptr() == self.codes.data_ptr() else columns).T
 
 
-def _zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> nn.Parameter:
+def zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(*shape), requires_grad=requires_grad)
 
 
@@ -138,6 +138,8 @@ class LowRankLinear(nn.Module):
     with ``products``, on integers while training proves that close enough.
     """
 
+    products: Products | None = None
+
     def __init__(
         self,
         weight: Tensor,
@@ -168,10 +170,9 @@ class LowRankLinear(nn.Module):
         self.left = Basis(self.out_features, rank, basis_format, device) if with_left else None
         self.right = Basis(self.in_features, rank, basis_format, device) if with_right else None
         self.basis_format = basis_format
-        self.products: Products | None = None
         shape = (rank if with_left else self.out_features, rank if with_right else self.in_features)
-        self.delta = _zero_leaf(*shape, dtype=grad_dtype, device=device, requires_grad=True)
-        self.probe = _zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
+        self.delta = zero_leaf(*shape, dtype=grad_dtype, device=device, requires_grad=True)
+        self.probe = zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
         """The stored bases (L, R̂) as fp32 (dim, rank), None for the identity."""

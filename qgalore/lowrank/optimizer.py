@@ -223,6 +223,12 @@ class LowRankOptimizer(Optimizer):
         fixed = sum(slot.schedule.fixed_refreshes(self.step_count) for slot in slots)
         return done, max(0, fixed - done)
 
+    def waiting(self) -> int:
+        """How many layers' refreshes were due in an earlier step and still wait for a gradient: a mixture's experts
+        that get no tokens."""
+        slots = (slot for slot in self.slots if isinstance(slot, LowRankSlot) and slot.projected)
+        return sum(slot.schedule.next_refresh < self.step_count for slot in slots)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything beside the model's own tensors: inner states, fp32 masters, schedules, the step count."""
         return {

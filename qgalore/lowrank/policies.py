@@ -37,4 +37,4 @@ def make_schedules(policy: str, layers: int, gap: int, stagger: bool, lazy: dict
 
 def layers_at_once(policy: str, layers: int, gap: int) -> int:
     """How many layers' full gradients a step may need together where the looks are spread evenly."""
-    return -(-layers // look_gap(gap)) if policy == "energy" else 1
+    return -(-layers // (look_gap(gap) if policy == "energy" else gap))

@@ -16,6 +16,7 @@ from ..quant import dispatch
 from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
 from . import health, moments, projector, sides
+from .conv import BlockBasis
 from .linear import LowRankLinear
 from .policies import DECIDING
 from .schedule import Schedule
@@ -205,6 +206,7 @@ class LowRankSlot(Slot):
         gradient = self.module.probe.grad
         self.module.probe.grad = None
         first = self.schedule.refreshes == 0
+        waited = step - self.schedule.next_refresh  # for a gradient, as an expert without tokens does
         team = self.options.team
         if not team.of_first(f"the refresh of {self.name}", lambda: bool(gradient.any())):
             return self._postpone(step, first)
@@ -230,7 +232,7 @@ class LowRankSlot(Slot):
         self._receive(gradient)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         self._unfinished = row, health.lines_before(self.module, step)
-        row |= {"refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
+        row |= {"waited": waited, "refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
         return row
 
     def _receive(self, gradient: Tensor) -> None:
@@ -277,19 +279,22 @@ class LowRankSlot(Slot):
             if basis is None:
                 found.append(None)
                 continue
+            warm = old[position]
+            if isinstance(basis, BlockBasis):
+                matrix, warm = basis.unfold(matrix), None if warm is None else basis.reduce(warm)
             try:
                 if self.options.method == "exact":
                     columns = projector.exact_basis(matrix, basis.rank)
                 else:
                     columns = projector.randomized_basis(
-                        matrix, basis.rank, generator, old[position], self.options.power_iterations
+                        matrix, basis.rank, generator, warm, self.options.power_iterations
                     )
                 if not torch.isfinite(columns).all():
                     raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
             except torch.linalg.LinAlgError as error:
                 failure = str(error).splitlines()[0]
                 columns = projector.random_basis(basis.dim, basis.rank, generator, gradient.device)
-            found.append(columns.contiguous())
+            found.append(basis.expand(columns) if isinstance(basis, BlockBasis) else columns.contiguous())
         return found, failure
 
     def _compare(self, gradient: Tensor, old, found) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """Replacing a model's linear layers by :class:`LowRankLinear`, and the report of what was and what was not."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
+from ..lowrank import conv, experts
 from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.products import Products
@@ -21,6 +24,7 @@ from ..quant.int8_products import obstacle
 WEIGHT_FORMATS = ("int8", "none")
 COMPUTE = ("bf16", "int8")
 EMBEDDINGS = ("full", "int8")
+CONVOLUTIONS = ("full", "tucker")
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,15 @@ class ConversionReport:
     converted: list[ConvertedLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # layer name → why it was left alone
     dense: dict[str, int] = field(default_factory=dict)  # other trainable tensors → elements
-    converted_elements: int = 0
+
+    @property
+    def converted_elements(self) -> int:
+        return sum(math.prod(layer.shape) for layer in self.converted)
 
     def __str__(self) -> str:
         rows: Counter = Counter()
         for layer in self.converted:
-            label = layer.name.rsplit(".", 1)[-1]
+            label = next((part for part in reversed(layer.name.split(".")) if not part.isdigit()), layer.name)
             rows[(label, layer.shape, layer.side, layer.rank, layer.group_size)] += 1
         lines = [f"{'layers':>6}  {'name':<14}{'out × in':>16}  {'basis':<6}{'rank':>6}  weight"]
         for (label, shape, side, rank, group), count in rows.items():
@@ -103,29 +110,51 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
     return dict.fromkeys(beside, "in the task's head, trained in full")
 
 
-def _refuse_experts(model: nn.Module) -> None:
-    """Raise :class:`ConfigError` if weights of several experts lie in one trainable 3-D tensor, which no rule here
-    converts: most of such a model would silently train in full."""
-    convolutions = (nn.modules.conv._ConvNd,)
-    stacked = {
-        f"{name}.{key}": parameter.numel()
-        for name, module in model.named_modules()
-        if not isinstance(module, convolutions)
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 2 and parameter.requires_grad and min(parameter.shape) > 1
-    }
-    if stacked:
-        raise ConfigError(
-            f"{type(model).__name__} keeps {sum(stacked.values()):,} values in {len(stacked)} tensors of more than "
-            f"two dimensions, for example {next(iter(stacked))} (a mixture of experts): they would be trained in full, "
-            "with Adam's moments beside them. Take a dense model, or freeze them first with requires_grad_(False)"
-        )
+def _stacked(model: nn.Module, include: list[str], exclude: list[str], report: ConversionReport):
+    """(name, module) of every experts module to convert; those that the patterns leave go to ``report.skipped``.
+
+    Raises :class:`ConfigError` for other trainable tensors of more than two dimensions, which would silently train in
+    full, and with them most of such a model.
+    """
+    for name, module in list(model.named_modules()):
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p.ndim > 2 and min(p.shape) > 1}
+        if isinstance(module, nn.modules.conv._ConvNd) or not any(p.requires_grad for p in own.values()):
+            continue
+        if why := experts.problem(module):
+            raise ConfigError(
+                f"{name} keeps {sum(p.numel() for p in own.values()):,} values in {len(own)} tensors of more than two "
+                f"dimensions, for example {next(iter(own))}, and {why}: they would be trained in full, with Adam's "
+                "moments beside them. Take another model, or freeze them first with requires_grad_(False)"
+            )
+        if include and not _matches(name, include):
+            report.skipped[name] = "not in include"
+        elif _matches(name, exclude):
+            report.skipped[name] = "in exclude"
+        else:
+            yield name, module
+
+
+def _convert_experts(name: str, module: nn.Module, **options) -> tuple[experts.Experts, list[ConvertedLayer]]:
+    """The replacement for one experts module, a :class:`LowRankLinear` for each matrix, and their lines. ``module``
+    loses its weights to it, one tensor at a time."""
+    made: dict[str, list[nn.Module]] = {}
+    lines = []
+    for key in experts.NAMES:
+        stacked = module._parameters.pop(key).detach()
+        made[key] = []
+        for number, weight in enumerate(stacked):
+            part = SimpleNamespace(weight=weight.clone())  # of its own: a view would keep the whole
+            layer, line = _replacement(f"{name}.{key}.{number}", part, **options)
+            made[key].append(layer.train(module.training))
+            lines.append(line)
+    return experts.Experts(module, **made).train(module.training), lines
 
 
 def _candidates(model: nn.Module, include: list[str], exclude: list[str], report: ConversionReport):
     """(name, module) of every linear layer to convert; the others go to ``report.skipped`` with the reason."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     names = [name for name, _ in layers]
+    names += [n for n, m in model.named_modules() if experts.problem(m) is None or conv.problem(m) is None]
     _check_patterns(names, include, "include")
     _check_patterns(names, exclude, "exclude")
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -183,6 +212,20 @@ def _replacement(
     return layer, ConvertedLayer(name, tuple(weight.shape), in_force, size, side, tuple(notes))
 
 
+def _convert_convolutions(model: nn.Module, include, exclude, report: ConversionReport, **options) -> None:
+    """Replace the convolutions that the patterns leave; the others go to ``report.skipped``."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)]:
+        why = "not in include" if include and not _matches(name, include) else conv.problem(module)
+        if why := "in exclude" if _matches(name, exclude) else why:
+            report.skipped[name] = why
+            continue
+        layer = conv.LowRankConv(module, **options)
+        sides = [part for part, basis in (("out", layer.left), ("in", layer.right)) if basis is not None]
+        side = {2: "both", 0: "none"}.get(len(sides), "left" if sides == ["out"] else "right")
+        report.converted.append(ConvertedLayer(name, tuple(layer.weight.shape), options["rank"], None, side))
+        model.set_submodule(name, layer.train(module.training))
+
+
 def _plain_embedding(name: str, embedding: nn.Module | None, model: nn.Module, users: int) -> nn.Embedding:
     """``embedding``, if it does what :class:`LowRankEmbedding` does. Raises :class:`ConfigError` otherwise."""
     problem = None
@@ -230,7 +273,6 @@ def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: lis
         module.train(model.get_submodule(place).training)
         model.set_submodule(place, module)
         report.skipped.pop(place, None)
-        report.converted_elements += module.weight.numel() if isinstance(module, LowRankLinear) else 0
 
 
 def _with_integer_products(layer: LowRankLinear, line: ConvertedLayer) -> ConvertedLayer:
@@ -246,6 +288,7 @@ def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
     """Raise :class:`ConfigError` for a value that :func:`convert` does not know, or two that do not go together."""
     allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
     allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS, "compute": COMPUTE}
+    allowed |= {"convolutions": CONVOLUTIONS}
     for key, value in given.items():
         if value not in allowed[key]:
             raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
@@ -268,37 +311,51 @@ def convert(
     exclude: list[str] | None = None,
     embeddings: str = "full",
     compute: str = "bf16",
+    convolutions: str = "full",
 ) -> ConversionReport:
-    """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer. The
-    head is a language model's output layer, or what a classifier has beside the pretrained body.
+    """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer, and
+    every module of a mixture's experts by one with such a layer for each matrix (see ``lowrank.experts``). The head is
+    a language model's output layer, or what a classifier has beside the pretrained body.
 
     rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected.
     weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
     reported fallback where it does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``.
-    include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``); include names may name the head too.
+    include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``, ``*.experts``); include names may name
+    the head too.
     embeddings: ``full`` (dense), or ``int8``: the input embedding and the head become low-rank too, in int8 whatever
     ``weight_format`` is; where the two are tied they stay one tensor.
     compute: ``bf16``, products in the activations' dtype with the weight dequantized, or ``int8``: with its integers,
     except in the head (see ``quant.int8_products``). That needs int8 weights with group_size ``row``.
+    convolutions: ``full`` (dense), or ``tucker``: kernels keep their dtype, and their gradients are projected on both
+    channel dimensions to at most ``rank`` (see ``lowrank.conv``).
 
-    Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model whose
-    experts lie in stacked 3-D tensors, and one in which no layer is left to convert.
+    Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model with
+    other stacked 3-D tensors than such experts', and one in which no layer is left to convert.
     """
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
-    _check_options(rank, {**given, "group_size": group_size, "embeddings": embeddings, "compute": compute})
-    _refuse_experts(model)
+    chosen = {"group_size": group_size, "embeddings": embeddings, "compute": compute, "convolutions": convolutions}
+    _check_options(rank, {**given, **chosen})
     report, heads = ConversionReport(), _heads(model)
-    for name, module in list(_candidates(model, include or [], exclude or [], report)):
-        layer, line = _replacement(name, module, rank=rank, **given, group_size=group_size, grad_dtype=grad_dtype)
+    options = {**given, "rank": rank, "group_size": group_size, "grad_dtype": grad_dtype}
+    patterns = (include or [], exclude or [])
+    stacked = list(_stacked(model, *patterns, report))
+    for name, module in list(_candidates(model, *patterns, report)):
+        layer, line = _replacement(name, module, **options)
         layer.train(module.training)
         model.set_submodule(name, layer)
         if compute == "int8" and module not in heads:
             line = _with_integer_products(layer, line)
         report.converted.append(line)
-        report.converted_elements += layer.weight.numel()
+    for name, module in stacked:
+        layer, lines = _convert_experts(name, module, **options)
+        if compute == "int8":
+            lines = [replace(line, notes=(*line.notes, "experts multiply in floating point")) for line in lines]
+        model.set_submodule(name, layer)
+        report.converted += lines
     if embeddings == "int8":
-        int8 = {**given, "weight_format": "int8", "group_size": group_size, "rank": rank, "grad_dtype": grad_dtype}
-        _convert_embeddings(model, report, exclude or [], **int8)
+        _convert_embeddings(model, report, exclude or [], **{**options, "weight_format": "int8"})
+    if convolutions == "tucker":
+        _convert_convolutions(model, *patterns, report, rank=rank, basis_format=basis_format, grad_dtype=grad_dtype)
     if not report.converted:
         reasons = "; ".join(f"{n}: {why}" for n, why in list(report.skipped.items())[:3]) or "it has no linear layer"
         raise ConfigError(f"no layer of {type(model).__name__} was converted ({reasons}); check include and exclude")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lowrank import head as chunked
+from ..lowrank.experts import Experts
 
 IGNORED = -100
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -22,8 +23,38 @@ def target_tokens(batch: dict[str, Tensor]) -> int:
     return int((batch["labels"] != IGNORED).sum())
 
 
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
-    return {**{name: value for name, value in batch.items() if name != "labels"}, "use_cache": False}
+def balance_weight(model: nn.Module) -> float:
+    """The weight of the load-balancing loss that the model's configuration asks for; 0 without one."""
+    config = model.config.get_text_config()
+    asked = getattr(config, "output_router_logits", False)
+    return float(getattr(config, "router_aux_loss_coef", 0.0)) if asked else 0.0
+
+
+def _inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    inputs = {**{name: value for name, value in batch.items() if name != "labels"}, "use_cache": False}
+    if balance_weight(model):  # in training alone; and routers on the meta device choose nothing
+        inputs["output_router_logits"] = model.training and not batch["input_ids"].is_meta
+    return inputs
+
+
+def balance(router_logits: tuple[Tensor, ...], chosen: int) -> Tensor:
+    """The load-balancing loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6) as transformers takes it:
+    E · Σ_e f_e p_e over the tokens of all layers together, f_e the share of tokens that expert e is among the
+    ``chosen`` of, p_e its mean probability. ``router_logits``: (tokens, E) for each layer. fp32; at least ``chosen``
+    when both are even."""
+    probabilities = torch.cat([layer.float().softmax(-1) for layer in router_logits])
+    experts = probabilities.shape[1]
+    routed = torch.bincount(probabilities.topk(chosen).indices.flatten(), minlength=experts) / len(probabilities)
+    return experts * (routed * probabilities.mean(0)).sum()
+
+
+def _balanced(model: nn.Module, batch: dict[str, Tensor], loss: Tensor, output: Any) -> Tensor:
+    """``loss``, a sum over the batch's targets, with as many times the load-balancing loss where it is asked for."""
+    weight = balance_weight(model)
+    if not weight or getattr(output, "router_logits", None) is None:
+        return loss
+    chosen = model.config.get_text_config().num_experts_per_tok
+    return loss + weight * target_tokens(batch) * balance(output.router_logits, chosen).to(loss.device)
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -31,24 +62,27 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     are already shifted.
 
     ``position_ids`` restart where documents do, which transformers turns into attention within documents. All of the
-    batch but its labels goes to the model.
+    batch but its labels goes to the model. In training a mixture whose configuration sets ``output_router_logits`` adds
+    its load-balancing loss, ``router_aux_loss_coef`` for each target.
     """
-    logits = model(**_inputs(batch)).logits
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+    output = model(**_inputs(model, batch))
+    loss = nn.functional.cross_entropy(
+        output.logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
     )
+    return _balanced(model, batch, loss, output)
 
 
 def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """:func:`summed_loss` for a model that :func:`head_is_plain` approves: decoder, then head block by block."""
-    hidden = model.get_decoder()(**_inputs(batch))[0]
-    return chunked.chunked_cross_entropy(
-        hidden.flatten(0, 1),
+    output = model.get_decoder()(**_inputs(model, batch))
+    loss = chunked.chunked_cross_entropy(
+        output[0].flatten(0, 1),
         model.get_output_embeddings(),
         batch["labels"].flatten(),
         ignored=IGNORED,
         limit=chunked.BLOCK_ELEMENTS,
     )
+    return _balanced(model, batch, loss, output)
 
 
 def choose_loss(model: nn.Module) -> Loss:
@@ -115,7 +149,7 @@ def _passes_unchanged(model: nn.Module, head: nn.Module, decoder: nn.Module, bat
     hooks = [decoder.register_forward_hook(watch)]
     hooks.append(head.register_forward_hook(swap))
     try:
-        logits = model(**_inputs(batch)).logits
+        logits = model(**_inputs(model, batch)).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -168,12 +202,13 @@ def check_isolation(model: nn.Module, sequence_length: int) -> None:
 
 @torch.no_grad()
 def uncalled_layers(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """Names of the layers of type ``kind`` that a forward pass over two tokens does not call. Such a layer trains only
-    if other inputs reach it (a mixture's expert); one whose ``weight`` the model reads directly never will.
+    """Names of the layers of type ``kind`` that a forward pass over two tokens does not call: the model may read their
+    ``weight`` directly, and then they never train. A mixture's experts, which wait for tokens, are not meant.
 
     Raises :class:`ConfigError` if the model cannot run with its layers replaced.
     """
-    names = {module: name for name, module in model.named_modules() if isinstance(module, kind)}
+    waiting = {part for module in model.modules() if isinstance(module, Experts) for part in module.modules()}
+    names = {m: name for name, m in model.named_modules() if isinstance(m, kind) and m not in waiting}
     called = set()
     hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in names]
     try:

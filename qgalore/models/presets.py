@@ -25,8 +25,16 @@ def _named(model_type: str, vocab: int, kv_heads: int, positions: int, theta: fl
     return {**shape, "model_type": model_type, **own, "rope_parameters": rope, **changes}
 
 
+def _experts(model_type: str, **changes) -> dict:
+    """A small mixture of 8 experts, 2 for a token, in layers of the quickstart's width."""
+    shape = _llama(256, 704, 3, 4, num_key_value_heads=2, tie_word_embeddings=True, num_local_experts=8)
+    return {**shape, "model_type": model_type, "num_experts_per_tok": 2, "output_router_logits": True, **changes}
+
+
 PRESETS = {
     "llama_quickstart": _llama(256, 704, 5, 4, tie_word_embeddings=True),
+    "mixtral_quickstart": _experts("mixtral", intermediate_size=352),
+    "qwen3_moe_quickstart": _experts("qwen3_moe", moe_intermediate_size=176, head_dim=64),
     "llama_60m": _llama(512, 1376, 8, 8),
     "llama_130m": _llama(768, 2048, 12, 12),
     "llama_350m": _llama(1024, 2736, 24, 16),

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from ..lowrank.experts import Experts
 from ..lowrank.linear import LowRankLinear
 
-Rows = Callable[[int, int], Tensor]
+Rows = Callable[[int, int], Tensor]  # of a tensor of more than two dimensions: the vectors along its last one
 Source = Iterable[tuple[str, Rows]]
 TILE_ELEMENTS = 1 << 22  # 16 MiB in fp32
 _QUIET_ELEMENTS = 1 << 28  # smaller models are filled before a progress bar could be read
@@ -29,6 +30,12 @@ _BLOCK = 16  # PyTorch's CPU generator makes normal values in blocks of 16: tile
 
 class CannotStreamError(Exception):
     """The tensors of this model cannot be made one at a time; the message says why."""
+
+
+def as_matrix(shape: torch.Size | tuple[int, ...]) -> torch.Size:
+    """``shape``, with all dimensions but the last made one where there are more than two."""
+    shape = torch.Size(shape)
+    return shape if len(shape) < 3 else torch.Size((shape[:-1].numel(), shape[-1]))
 
 
 def row_tiles(shape: torch.Size) -> list[tuple[int, int]]:
@@ -80,7 +87,7 @@ class _Recorder(TorchDispatchMode):
         count, surplus = divmod(target.numel(), width)
         if rest or surplus or not target.is_contiguous():
             raise CannotStreamError(f"its initialisation applies {func} to a part of a tensor that is not whole rows")
-        whole = target.shape == recipe.shape
+        whole = target.numel() == recipe.shape.numel()
         if whole and func.overloadpacket.__name__ in ("normal_", "uniform_", "zero_", "fill_"):
             recipe.steps.clear()
             self.recipes[key] = self.recipes.pop(key)  # random numbers are drawn in the order of initialisation
@@ -94,7 +101,7 @@ def initialisation(model: nn.Module, seed: int) -> Source:
     In fp32 they equal, bit for bit, those of a whole model initialised right after ``torch.manual_seed(seed)``. Buffers
     are computed at once. Raises :class:`CannotStreamError` for an initialisation that does not work on rows.
     """
-    recipes = {p.untyped_storage()._cdata: _Recipe(name, p.shape) for name, p in model.named_parameters()}
+    recipes = {p.untyped_storage()._cdata: _Recipe(name, as_matrix(p.shape)) for name, p in model.named_parameters()}
     with _untied(model) as extra:
         recorded = recipes | extra
         _initialise(model, recorded)
@@ -123,7 +130,7 @@ def _untied(model: nn.Module) -> Iterator[dict[int, _Recipe]]:
                 module._parameters[key] = nn.Parameter(torch.empty_like(parameter))
             seen.add(id(parameter))
     try:
-        yield {m._parameters[key].untyped_storage()._cdata: _Recipe(key, p.shape) for m, key, p in swapped}
+        yield {m._parameters[key].untyped_storage()._cdata: _Recipe(key, as_matrix(p.shape)) for m, key, p in swapped}
     finally:
         for module, key, parameter in swapped:
             module._parameters[key] = parameter
@@ -173,7 +180,7 @@ def copied(whole: nn.Module, model: nn.Module) -> Source:
 
 
 def _rows_of(values: Tensor, a: int, b: int) -> Tensor:
-    return values[a:b] if values.ndim else values
+    return values.view(as_matrix(values.shape))[a:b] if values.ndim else values
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
@@ -216,16 +223,20 @@ def fill(model: nn.Module, source: Source, report: str) -> None:
         for name, rows in source:
             module, _, key = name.rpartition(".")
             layer = model.get_submodule(module)
-            target = targets[name]
+            mine = [targets[name]] if name in targets else [part.weight for part in layer.get_submodule(key)]
             try:
-                if key == "weight" and isinstance(layer, LowRankLinear):
+                if isinstance(layer, Experts):
+                    for a, b in row_tiles(torch.Size((sum(p.shape[0] for p in mine), mine[0].shape[1]))):
+                        layer.store(key, a, rows(a, b))
+                elif key == "weight" and isinstance(layer, LowRankLinear):
                     _fill_layer(layer, rows)
                 else:
+                    target = mine[0].view(as_matrix(mine[0].shape))
                     for a, b in row_tiles(target.shape):
                         (target[a:b] if target.ndim else target).copy_(rows(a, b))
             except ValueError as error:
                 raise ConfigError(f"{name} cannot be used: {error}") from error
-            bar.update(wanted.pop(id(target), 0))
+            bar.update(sum(wanted.pop(id(target), 0) for target in mine))
     absent = [name for name, parameter in targets.items() if id(parameter) in wanted]
     if absent:
         raise ConfigError(f"{len(absent)} tensors of the model got no values, for example {absent[0]}")

@@ -83,6 +83,7 @@ def test_unknown_values_do_not_count_as_zero(recorded):
         ("model.layers.3.self_attn.q_proj", "self_attn.q_proj"),
         ("transformer.h.11.mlp.c_fc", "mlp.c_fc"),
         ("model.layers.0.experts.7.w1", "w1"),
+        ("model.layers.3.mlp.experts.down_proj.7", "mlp.experts.down_proj"),
         ("0", "0"),
         ("model.embed_tokens", "embed_tokens"),
     ],

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import qgalore
 from qgalore.data.tokenizer import train_tokenizer
-from qgalore.export import huggingface
+from qgalore.errors import ConfigError
+from qgalore.export import gguf, huggingface, int8
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,25 @@ def test_the_export_reloads_to_the_same_values(tiny_llama, tokenizer, tmp_path, 
     assert float((ours - theirs).norm() / ours.norm()) < 8 * 2.0**-9
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("a little text")["input_ids"] == tokenizer("a little text")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_reload_to_equal_logits_and_other_formats_refuse_them(kind, tokenizer, tmp_path):
+    """Written in fp32, which holds every int8 value, so that no token changes its expert by a rounding; the products
+    are the same, but for their order. transformers writes the layout of the hub, a tensor for each expert."""
+    shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    few = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **few), dtype=torch.float32)
+    tokens = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(0))
+    model = trained(model, tokens, "full")
+    huggingface.save(model, tokenizer, tmp_path, torch.float32)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"mixture of experts.*--format hf"):
+        int8.save(model, tokenizer, tmp_path / "int8")
+    with pytest.raises(ConfigError, match=rf"not {kind}.*--format hf"):
+        gguf.save(model, tokenizer, tmp_path / "gguf")

@@ -9,6 +9,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -111,20 +112,40 @@ def test_an_included_head_converts():
     assert report.skipped["bert.pooler.dense"] == "not in include"
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(**GROUPED, num_local_experts=4),
-        Qwen3MoeConfig(**GROUPED, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_experts_in_one_tensor_are_refused_unless_frozen(config):
+MIXTURES = [
+    MixtralConfig(**GROUPED, num_local_experts=4),
+    Qwen3MoeConfig(**GROUPED, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
+]
+
+
+@pytest.mark.parametrize("config", MIXTURES, ids=lambda config: config.model_type)
+def test_experts_convert_each_by_itself_or_stay_where_asked(config):
+    """2 layers of 4 attention matrices and 2 · 4 of the experts; the routers train in full."""
+    model = made(AutoModelForCausalLM, config)
+    report = qgalore.convert(model, rank=4)
+    assert len(report.converted) == 2 * (4 + 2 * 4)
+    assert {name.split(".")[-1] for name in report.dense} <= {"weight"}
+    assert "model.layers.1.mlp.gate.weight" in report.dense
+    assert " gate_up_proj " in str(report)
+    left = made(AutoModelForCausalLM, config)
+    report = qgalore.convert(left, rank=4, exclude=["*.experts"])
+    assert len(report.converted) == 8
+    assert report.skipped["model.layers.0.mlp.experts"] == "in exclude"
+    assert "model.layers.0.mlp.experts.down_proj" in report.dense
+    frozen = made(AutoModelForCausalLM, config)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(parameter.ndim < 3)
+    assert len(qgalore.convert(frozen, rank=4).converted) == 8
+
+
+def test_experts_of_another_kind_or_frozen_in_part_are_refused():
+    config = GptOssConfig(**GROUPED, num_local_experts=4, head_dim=16)
     model = made(AutoModelForCausalLM, config)
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ConfigError, match=r"4 tensors of more than two dimensions, for example .*experts"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.experts keeps .* of more than two dimensions"):
         qgalore.convert(model, rank=4)
     assert {name: type(module) for name, module in model.named_modules()} == before
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim < 3)
-    assert len(qgalore.convert(model, rank=4).converted) == 8
+    model = made(AutoModelForCausalLM, MIXTURES[0])
+    model.model.layers[1].mlp.experts.down_proj.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.experts keeps .* a part of its experts is frozen"):
+        qgalore.convert(model, rank=4)

@@ -9,14 +9,19 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PhiConfig,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import qgalore
+from qgalore.build.model import balance_line
 from qgalore.lowrank import head as chunked
-from qgalore.models.loss import choose_loss, chunked_loss, head_is_plain, summed_loss
+from qgalore.models.checkpointing import checkpoint_blocks
+from qgalore.models.loss import balance, choose_loss, chunked_loss, head_is_plain, summed_loss, target_tokens
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -34,6 +39,7 @@ PLAIN = {
     ),
     "opt": lambda: OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
     "gpt_neox": lambda: GPTNeoXConfig(**SHAPE),
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4),
     "phi": lambda: PhiConfig(**SHAPE),
 }
 CHANGED = {
@@ -138,3 +144,47 @@ def test_a_head_of_another_kind_keeps_the_whole_path(tiny_llama):
     model = tiny_llama()
     model.lm_head = Doubling(64, 96, bias=False)
     assert choose_loss(model) is summed_loss
+
+
+ROUTED = {
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, num_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1
+    ),
+}
+
+
+def test_the_load_balancing_loss_is_transformers_own():
+    logits = tuple(torch.randn(50, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    torch.testing.assert_close(balance(logits, 2), load_balancing_loss_func(logits, 8, 2))
+    even = tuple(1e-4 * layer for layer in logits)  # probabilities of 1/8: 8 · Σ f/8 = Σ f = the number chosen
+    assert float(balance(even, 2)) == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("loss_of", [summed_loss, chunked_loss])
+def test_a_mixture_is_balanced_in_training_where_its_configuration_asks(name, loss_of):
+    """The value is transformers' own loss, a mean, times the targets; gradients reach the routers, the same with
+    checkpointed blocks; evaluation is cross entropy alone, and so is training that does not ask."""
+    model, batch = build(ROUTED[name]()), batch_for()
+    batch["labels"][0, :3] = batch["input_ids"][0, 1:4]
+    plain = build(ROUTED[name]())
+    plain.config.output_router_logits = False
+    assert "router_aux_loss_coef 0.1) is not used" in balance_line(plain)
+    assert "cross entropy + 0.1 ·" in balance_line(model)
+    entropy = float(loss_of(plain, batch).detach())
+    assert float(loss_of(model.eval(), batch).detach()) == entropy
+    loss = loss_of(model.train(), batch)
+    shifted = {"labels": None, "shift_labels": batch["labels"]}
+    theirs = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **shifted)
+    wanted = entropy + 0.1 * target_tokens(batch) * float(theirs.aux_loss.detach())
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-6)
+    assert wanted > entropy * 1.01
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    checkpoint_blocks(model, "device")
+    model.zero_grad()
+    loss_of(model, batch).backward()
+    assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters())
+    loss_of(plain, batch).backward()
+    assert not torch.allclose(plain.model.layers[0].mlp.gate.weight.grad, gradients["model.layers.0.mlp.gate.weight"])

@@ -22,6 +22,14 @@ SHAPES = {
     "phi": SMALL,
     "gpt_neox": SMALL,
     "opt": {**SMALL, "word_embed_proj_dim": 64, "ffn_dim": 96},
+    "mixtral": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 3},
+    "qwen3_moe": {
+        **SMALL,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+    },
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 97},
 }
 CPU = torch.device("cpu")
@@ -106,7 +114,7 @@ def test_bf16_is_one_rounding_of_fp32():
         assert torch.equal(value.to(torch.bfloat16), narrow.get_parameter(name))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "opt", "mixtral", "qwen3_moe"])
 def test_converting_before_or_after_filling_is_the_same(name, monkeypatch):
     """int8 weights and scales of a skeleton filled row by row equal those of a whole model converted."""
     monkeypatch.setattr(streaming, "TILE_ELEMENTS", 2048)
@@ -140,6 +148,26 @@ def test_folders_equal_transformers_own_loading(name, dtype, tmp_path, monkeypat
     renamed = name == "gpt_neox"  # transformers 5 saves its head under the old name: only its own loader knows
     assert [line.split(" is built whole")[0] for line in lines] == ["GPTNeoXForCausalLM"] * renamed
     assert_same(got, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_folders_with_stacked_experts(name, tmp_path):
+    """The other layout that transformers writes, its own in memory. (The hub's is tested with the others.)"""
+    model = loading.from_scratch(config_of(name), dtype=torch.float32, seed=1)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert any(key.endswith("experts.down_proj") for key in load_file(tmp_path / "model.safetensors"))
+    lines = []
+    assert_same(read(tmp_path, lines=lines), model)
+    assert not lines
+
+
+def test_a_folder_without_one_expert_is_refused(tmp_path):
+    loading.from_scratch(config_of("mixtral"), dtype=torch.float32, seed=1).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="automatic conversion"):
+        read(tmp_path)
 
 
 def test_names_without_the_base_models_prefix(tmp_path):
