@@ -20,9 +20,10 @@ def test_the_plan_names_every_collective(capsys):
     assert "wire:" not in alone
     assert "fused stepping" in four
     assert "deferred stepping" in alone
-    total, *parts = re.findall(r"([\d.]+) MiB", four[four.index("wire:") :])
-    assert len(re.findall(r"all-reduce|broadcast", four)) == len(parts) >= 3
-    assert float(total) == pytest.approx(sum(map(float, parts)), abs=0.05 * (len(parts) + 1))
+    sizes = re.findall(r"([\d.]+) ([KM])iB", four[four.index("wire:") :])
+    total, *parts = (float(size) * (1024 if unit == "M" else 1) for size, unit in sizes)
+    assert len(re.findall(r"all-reduce|broadcast", four)) == len(parts) == 4
+    assert total == pytest.approx(sum(parts), abs=0.05 * 1024)  # printed to a tenth of a MiB
 
 
 def test_processes_that_cannot_share_a_step_are_refused(capsys):
