@@ -69,7 +69,7 @@ class DataSection(Section):
 class TrainSection(Section):
     max_steps: int = Field(gt=0, lt=2**40)
     micro_batch_size: int = Field(8, gt=0, lt=2**20)
-    grad_accumulation: int = Field(1, gt=0, lt=2**20)
+    grad_accumulation: int = Field(1, gt=0, lt=2**20)  # micro-batches of a step, of all processes together
     lr: float = Field(gt=0)
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0

@@ -253,7 +253,7 @@ class LowRankLinear(nn.Module):
     def _replicate_for_data_parallel(self):
         raise ConfigError(
             "nn.DataParallel copies Δ and the full-gradient probe to every device and adds gradients up behind the "
-            "optimizer's back; train on one device (CUDA_VISIBLE_DEVICES=0)"
+            "optimizer's back; train on one device (CUDA_VISIBLE_DEVICES=0), or on several with torchrun train.py"
         )
 
     def extra_repr(self) -> str:

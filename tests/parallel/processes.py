@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-TIMEOUT = 120.0  # a hang fails
+TIMEOUT = 300.0  # a hang fails
 
 
 def _live(work, arguments, environment, answers):

@@ -1,0 +1,37 @@
+"""The plan of a job: memory of each process, and what it sends."""
+
+import re
+
+import pytest
+
+from qgalore import build, config, wire
+from qgalore.errors import ConfigError
+
+SMALL = ("model.overrides.vocab_size=512", "lowrank.rank=32", "train.grad_accumulation=4", "device=cpu")
+
+
+def planned(capsys, processes):
+    build.plan(config.load("quickstart.yaml", [*SMALL]), processes)
+    return capsys.readouterr().out
+
+
+def test_the_plan_names_every_collective(capsys):
+    alone, four = planned(capsys, 1), planned(capsys, 4)
+    assert "wire:" not in alone
+    assert "fused stepping" in four
+    assert "deferred stepping" in alone
+    sizes = re.findall(r"([\d.]+) ([KM])iB", four[four.index("wire:") :])
+    total, *parts = (float(size) * (1024 if unit == "M" else 1) for size, unit in sizes)
+    assert len(re.findall(r"all-reduce|broadcast", four)) == len(parts) == 4
+    assert total == pytest.approx(sum(parts), abs=0.05 * 1024)  # printed to a tenth of a MiB
+
+
+def test_processes_that_cannot_share_a_step_are_refused(capsys):
+    with pytest.raises(ConfigError, match="4, the micro-batches of a step, which 3 processes cannot share"):
+        planned(capsys, 3)
+
+
+def test_a_ring_sends_each_part_once_for_a_broadcast_and_twice_for_a_sum():
+    assert wire.ring(8.0, 4, "all-reduce of anything") == 2 * 8 * 3 / 4
+    assert wire.ring(8.0, 4, "broadcast bases") == 8 * 3 / 4
+    assert wire.ring(8.0, 1, "all-reduce of anything") == 0
