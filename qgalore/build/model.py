@@ -172,6 +172,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
     """Arguments of ``lowrank.factory.optimizer``."""
     train, low = config.train, config.lowrank
     options = {"betas": train.betas, "eps": train.eps} if train.optimizer in ("adamw", "adamw8bit") else {}
+    merge = ("weight_rounding", "weight_scales")
     schedule = ("update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger")
     return {
         "lr": train.lr,
@@ -184,7 +185,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "full_gradients": train.full_gradients,
         "seed": config.run.seed,
         **options,
-        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "policy", "moments")},
+        **{name: getattr(low, name) for name in (*schedule, *merge, "scale", "projector", "policy", "moments")},
     }
 
 

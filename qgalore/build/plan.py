@@ -89,7 +89,8 @@ def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, l
     checkpoint_as(config, model)
     low = config.lowrank
     lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
-    find = RefreshOptions(method=low.projector, policy=low.policy, moments=low.moments)
+    how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
+    find = RefreshOptions(low.projector, low.policy, low.moments, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
     of_rule = RuleOptions(
         rule_rank(config),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from ..quant.int8 import ROUNDINGS, SCALES
 from . import inner as inner_optimizers
 from . import rule_slot
 from .linear import LowRankLinear
@@ -74,6 +75,13 @@ def _require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be {rule}")
 
 
+def _tell_of_rounding(find: RefreshOptions, int8_layers: list[LowRankLinear]) -> None:
+    if (find.rounding, find.scales) != ("stochastic", "sticky") and not int8_layers:
+        print("note: weight_rounding and weight_scales have no effect: no int8 weight is stepped", flush=True)
+    elif find.rounding == "nearest":
+        print("note: weight_rounding 'nearest' discards every change below half an int8 step", flush=True)
+
+
 def optimizer(
     model: nn.Module,
     *,
@@ -98,6 +106,8 @@ def optimizer(
     policy: str = "overlap",
     similarity: str | None = None,
     moments: str = "rotate",
+    weight_rounding: str = "stochastic",
+    weight_scales: str = "sticky",
     seed: int = 0,
 ) -> LowRankOptimizer:
     """The Q-GaLore optimizer for a model prepared by ``qgalore.convert`` (unconverted tensors train dense).
@@ -116,6 +126,8 @@ def optimizer(
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
       ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
+    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``nearest``, a negative control;
+    weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
@@ -128,6 +140,8 @@ def optimizer(
         policy = similarity
     _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
     _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
+    _require(weight_rounding in ROUNDINGS, "weight_rounding", weight_rounding, f"one of {ROUNDINGS}")
+    _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
     _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
@@ -135,10 +149,11 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed)
+    find = RefreshOptions(projector, policy, moments, seed=seed, rounding=weight_rounding, scales=weight_scales)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
+    _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
     of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner == "adamw8bit" else "fp32")
     low_rank, dense = collect_slots(

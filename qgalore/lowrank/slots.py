@@ -23,13 +23,16 @@ COSINES = ("first_vector", "signed_cosine")
 
 @dataclass(frozen=True)
 class RefreshOptions:
-    """How a basis is found (``projector``), when (``policies``) and what the moments do (``moments``)."""
+    """How a basis is found (``projector``), when (``policies``) and what the moments do (``moments``); and how int8
+    weights are rounded and scaled at a merge (``quant.int8``)."""
 
     method: str = "randomized"
     policy: str = "overlap"
     moments: str = "rotate"
     power_iterations: int = 2
     seed: int = 0
+    rounding: str = "stochastic"
+    scales: str = "sticky"
 
 
 class Scratch:
@@ -325,6 +328,8 @@ class LowRankSlot(Slot):
         weight = module.weight.detach()[part]
         stored = (weight,) if module.weight_scale is None else (weight, module.weight_scale[part])
         where = {"shrink": shrink, "key": key, "first_row": first}
+        if len(stored) == 2:
+            where |= {"rounding": self.options.rounding, "scales": self.options.scales}
         bases = [None if side is None else side.stored() for side in (module.left, module.right)]
         if len(stored) == 2 and dispatch.fused_merge(*stored, delta, *bases, s=scale, **where):
             return
