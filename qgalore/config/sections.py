@@ -121,7 +121,7 @@ class LowRankSection(Section):
     weight_format: Literal["int8", "none"] | None = None  # None: the method's
     group_size: Literal[128, 64, 32, "row"] = 128
     weight_scales: Literal["sticky", "rederived"] = "sticky"  # of int8 weights; rederived at every step: as published
-    weight_rounding: Literal["stochastic", "nearest"] = "stochastic"  # of an update into int8
+    weight_rounding: Literal["stochastic", "feedback", "nearest"] = "stochastic"  # of an update into int8
     basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = None  # None: the method's
     grad_dtype: Literal["float32", "bfloat16"] | None = None  # None: float32, but bfloat16 where nothing is added to it
     embeddings: Literal["full", "int8"] = "full"  # int8: the input embedding and the head are low-rank layers too

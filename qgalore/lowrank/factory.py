@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError
 from ..quant.int8 import ROUNDINGS, SCALES
+from . import feedback, rule_slot
 from . import inner as inner_optimizers
-from . import rule_slot
 from .linear import LowRankLinear
 from .lora import LoraLinear
 from .moments import POLICIES as MOMENTS
@@ -126,7 +126,8 @@ def optimizer(
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
       ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
-    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``nearest``, a negative control;
+    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``feedback`` (to the nearest, the error into the
+      momentum; see ``feedback``) | ``nearest``, a negative control;
     weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
@@ -140,7 +141,8 @@ def optimizer(
         policy = similarity
     _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
     _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
-    _require(weight_rounding in ROUNDINGS, "weight_rounding", weight_rounding, f"one of {ROUNDINGS}")
+    roundings = (*ROUNDINGS, feedback.NAME)
+    _require(weight_rounding in roundings, "weight_rounding", weight_rounding, f"one of {roundings}")
     _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
@@ -149,6 +151,9 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
+    if weight_rounding == feedback.NAME:
+        _require(rule == rule_slot.GALORE, "rule", rule, "galore with weight_rounding 'feedback'")
+        feedback.check(inner, options)
     find = RefreshOptions(projector, policy, moments, seed=seed, rounding=weight_rounding, scales=weight_scales)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap

@@ -30,26 +30,36 @@ def _squared(change: Tensor | None) -> Tensor | None:
     return None if change is None else change.square()
 
 
-def _rotate_entry(state: dict, name: str, left: Tensor | None, right: Tensor | None) -> None:
-    """Rotate one moment in place, through fp32; 8-bit ones through the format's functions for their device."""
-    stored = state[name]
-    number = name[-1]
+def read(state: dict, name: str) -> Tensor:
+    """The moment ``name`` of an optimizer's ``state`` in fp32, a fresh tensor; 8-bit ones by their device's code."""
+    stored, number = state[name], name[-1]
     if stored.dtype != torch.uint8:
-        stored.copy_(_turn(stored.float(), left, right))
+        return stored.float().clone()
+    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
+    if stored.device.type == "cpu":
+        return dequantize(stored, absmax, code)
+    import bitsandbytes.functional as bnb
+
+    flat = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK)
+    return flat.view(stored.shape).float()
+
+
+def write(state: dict, name: str, moment: Tensor) -> None:
+    """Inverse of :func:`read`, in place: the fp32 ``moment`` in the format of what is stored."""
+    stored, number = state[name], name[-1]
+    if stored.dtype != torch.uint8:
+        stored.copy_(moment)
         return
     code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
     if stored.device.type == "cpu":
-        codes, peaks = quantize(_turn(dequantize(stored, absmax, code), left, right), code)
-        stored.copy_(codes)
-        absmax.copy_(peaks)
-        return
-    import bitsandbytes.functional as bnb
+        codes, peaks = quantize(moment, code)
+    else:
+        import bitsandbytes.functional as bnb
 
-    moment = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK).view(stored.shape)
-    turned = _turn(moment.float(), left, right).contiguous()
-    quantized, fresh = bnb.quantize_blockwise(turned.view(-1), code=code, blocksize=BLOCK)
-    stored.copy_(quantized.view(stored.shape))
-    absmax.copy_(fresh.absmax)
+        codes, fresh = bnb.quantize_blockwise(moment.contiguous().view(-1), code=code, blocksize=BLOCK)
+        peaks = fresh.absmax
+    stored.copy_(codes.view(stored.shape))
+    absmax.copy_(peaks)
 
 
 def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | None) -> None:
@@ -68,7 +78,7 @@ def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | 
     for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
         for name in names:
             if torch.is_tensor(state.get(name)):
-                _rotate_entry(state, name, *sides)
+                write(state, name, _turn(read(state, name), *sides))
 
 
 def reset(inner: Optimizer, leaf: Tensor) -> None:
