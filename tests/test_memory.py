@@ -34,6 +34,7 @@ SHAPES = {
     "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
     "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
+    "4-bit moments": (WIDE % "true", "train.activation_checkpointing=true", "train.optimizer=adamw4bit"),
     "feedback": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.weight_rounding=feedback"),
     "rederived scales": (WIDE % "true", "lowrank.weight_scales=rederived", "lowrank.weight_rounding=nearest"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),

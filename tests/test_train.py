@@ -74,6 +74,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
 
 
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
+FOUR_BITS = ("train.optimizer=adamw4bit", "lowrank.rank=64", "lowrank.weight_rounding=feedback")
 
 
 TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
@@ -81,8 +82,14 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
 
 @pytest.mark.parametrize(
     ("extra", "available"),
-    [((), (2, 4, 6)), (DEFERRED, (2, 4, 6)), (("model.dtype=bfloat16",), (2, 4, 6)), ((), (0, 2, 4, 6))],
-    ids=["fused", "deferred", "bf16", "from-nothing"],
+    [
+        ((), (2, 4, 6)),
+        (DEFERRED, (2, 4, 6)),
+        (("model.dtype=bfloat16",), (2, 4, 6)),
+        (FOUR_BITS, (2, 4, 6)),
+        ((), (0, 2, 4, 6)),
+    ],
+    ids=["fused", "deferred", "bf16", "4-bit moments with feedback", "from-nothing"],
 )
 def test_resume_equals_not_having_stopped(tiny_run, extra, available):
     """Invariant 5. A run loses its later checkpoints and goes on from the first, or from the beginning."""

@@ -74,7 +74,7 @@ class TrainSection(Section):
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = Field(0.1, ge=0, le=1)  # lr at the last step, as a share of train.lr
     clip_grad_norm: NonNegativeFloat = 0.0  # global norm; 0: off
-    optimizer: str | None = None  # adamw8bit | adamw | dotted path; None: the method's
+    optimizer: str | None = None  # adamw8bit | adamw4bit | adamw | dotted path; None: the method's
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     optimizer_options: dict[str, Any] = {}
@@ -198,7 +198,7 @@ class Config(Section):
             found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
         fields = TrainSection.model_fields
         plain = train.betas == fields["betas"].default and train.eps == fields["eps"].default
-        if train.optimizer not in (None, "adamw", "adamw8bit") and not plain:
+        if train.optimizer not in (None, "adamw", "adamw8bit", "adamw4bit") and not plain:
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
         return found
 

@@ -117,9 +117,9 @@ def optimizer(
     rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
       projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
     full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
-    inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted
-      path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named
-      ones, others take ``inner_options``.
+    inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw4bit``, ``adamw``, or any ``torch.optim.Optimizer``
+      class or dotted path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to
+      the three named ones, others take ``inner_options``.
     stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
@@ -160,7 +160,7 @@ def optimizer(
     modules = stepped_layers(model)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
-    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner == "adamw8bit" else "fp32")
+    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner in inner_optimizers.CODED else "fp32")
     low_rank, dense = collect_slots(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )
@@ -169,8 +169,8 @@ def optimizer(
         inner_optimizers.check_ignores_value(factory, device)
         if moments == "rotate" and any(rule_slot.turns_moments(slot) for slot in low_rank):
             inner_optimizers.check_rotates(factory, device)
-        if inner == "adamw8bit":
-            inner_optimizers.check_adamw8bit(factory, options["betas"], options["eps"], device)
+        if inner in inner_optimizers.CODED:
+            inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
     return LowRankOptimizer(
         low_rank,
         dense,

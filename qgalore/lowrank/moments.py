@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..quant import fourbit
 from ..quant.blockwise import BLOCK, dequantize, quantize
 
 POLICIES = ("keep", "rotate", "reset")
 # (first moment, second moment) names in the state of an optimizer for one parameter.
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
-SECOND_MOMENTS = ("exp_avg_sq", "state2")
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1", "packed1")
+SECOND_MOMENTS = ("exp_avg_sq", "state2", "packed2")
 
 
 def change_of_basis(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -31,8 +32,13 @@ def _squared(change: Tensor | None) -> Tensor | None:
 
 
 def read(state: dict, name: str) -> Tensor:
-    """The moment ``name`` of an optimizer's ``state`` in fp32, a fresh tensor; 8-bit ones by their device's code."""
+    """The moment ``name`` of an optimizer's ``state`` in fp32, a fresh tensor (4-bit ones: of a matrix); 8-bit ones by
+    their device's code."""
     stored, number = state[name], name[-1]
+    if name == "packed1":
+        return fourbit.decode_first(stored, state["absmax1"], (state["rows2"].numel(), state["columns2"].numel()))
+    if name == "packed2":
+        return fourbit.decode_second(stored, state["rows2"], state["columns2"])
     if stored.dtype != torch.uint8:
         return stored.float().clone()
     code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
@@ -47,6 +53,16 @@ def read(state: dict, name: str) -> Tensor:
 def write(state: dict, name: str, moment: Tensor) -> None:
     """Inverse of :func:`read`, in place: the fp32 ``moment`` in the format of what is stored."""
     stored, number = state[name], name[-1]
+    if name == "packed1":
+        for kept, value in zip((stored, state["absmax1"]), fourbit.encode_first(moment), strict=True):
+            kept.copy_(value)
+        return
+    if name == "packed2":
+        rows, columns = moment.amax(dim=1), moment.amax(dim=0)
+        stored.copy_(fourbit.encode_second(moment, rows, columns))
+        state["rows2"].copy_(rows)
+        state["columns2"].copy_(columns)
+        return
     if stored.dtype != torch.uint8:
         stored.copy_(moment)
         return

@@ -116,7 +116,7 @@ def _kind_of(device: torch.device) -> str:
     return _planned if device.type == "meta" else device.type
 
 
-def _tile_elements(device: torch.device) -> int:
+def tile_elements(device: torch.device) -> int:
     """How much is worked on at a time: what a CPU's caches hold; on a GPU enough for its launches to cost little."""
     cached = min(TILE_ELEMENTS, CACHE_ELEMENTS * torch.get_num_threads())
     return cached if _kind_of(device) == "cpu" else TILE_ELEMENTS
@@ -146,7 +146,7 @@ def write_back(
     error)`` is told the fp32 (b − a, in) by which rows a … b−1 fall short of the exact sum.
     """
     rows, width = q.shape
-    step = min(rows, max(1, _tile_elements(q.device) // width))
+    step = min(rows, max(1, tile_elements(q.device) // width))
     shape = (step, scale.shape[1], width // scale.shape[1])
     first = ramp(step * width, q.device).view(shape)
     buffers = [torch.empty(shape, dtype=kind, device=q.device) for kind in [torch.float32] * 3 + [torch.int32] * 2]
