@@ -35,8 +35,7 @@ SHAPES = {
     "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
     "4-bit moments": (WIDE % "true", "train.activation_checkpointing=true", "train.optimizer=adamw4bit"),
-    "feedback": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.weight_rounding=feedback"),
-    "rederived scales": (WIDE % "true", "lowrank.weight_scales=rederived", "lowrank.weight_rounding=nearest"),
+    "feedback": (WIDE % "true", "lowrank.weight_rounding=feedback", "lowrank.weight_scales=rederived"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
 }
 COMMON = ("train.max_steps=9", "train.micro_batch_size=8", "data.sequence_length=64", "lowrank.rank=64")

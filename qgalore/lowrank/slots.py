@@ -330,11 +330,11 @@ class LowRankSlot(Slot):
         where = {"shrink": shrink, "key": key, "first_row": first}
         if len(stored) == 2:
             where |= {"rounding": self.options.rounding, "scales": self.options.scales}
-        if where.get("rounding") == feedback.NAME:
-            self._merge_with_feedback(stored, delta, scale, where)
-            return
         bases = [None if side is None else side.stored() for side in (module.left, module.right)]
         if len(stored) == 2 and dispatch.fused_merge(*stored, delta, *bases, s=scale, **where):
+            return
+        if where.get("rounding") == feedback.NAME:
+            self._merge_with_feedback(stored, delta, scale, where)
             return
         grid = dense_grid if len(stored) == 1 else int8_grid
         grid.write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)

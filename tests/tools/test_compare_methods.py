@@ -65,6 +65,7 @@ def test_a_comparison_tunes_goes_on_and_writes_everything(tiny_run, tool, capfd)
     assert "best rate at the edge" in out
     page = Path("cmp/comparison.html").read_text()
     assert page.count("<svg") == 2
+    assert page.count('faint" points') == 2  # the seeds' deviation, in both
     assert "http" not in page
 
     low, high = (next(Path("cmp").glob(f"scale+*+lr-{rate}+seed-0")) for rate in ("0.0001", "0.01"))
