@@ -38,6 +38,8 @@ SHAPES = {
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
     "experts": (*EXPERTS, "train.activation_checkpointing=true"),
     "experts, AdamW": (*EXPERTS, "method=adamw"),
+    "4-bit moments": (WIDE % "true", "train.activation_checkpointing=true", "train.optimizer=adamw4bit"),
+    "feedback": (WIDE % "true", "lowrank.weight_rounding=feedback", "lowrank.weight_scales=rederived"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
     "int8 products": (WIDE % "true", "train.activation_checkpointing=true", *INT8_PRODUCTS),
 }

@@ -13,6 +13,7 @@ from ..config import METHODS, RULES, Config
 from ..data.labelled import Labels
 from ..lowrank import lora
 from ..lowrank.factory import optimizer
+from ..lowrank.inner import BUILTIN
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
 from ..models import classify, loading, streaming
@@ -203,7 +204,8 @@ def rule_rank(config: Config) -> int | None:
 def optimizer_options(config: Config) -> dict[str, Any]:
     """Arguments of ``lowrank.factory.optimizer``."""
     train, low = config.train, config.lowrank
-    options = {"betas": train.betas, "eps": train.eps} if train.optimizer in ("adamw", "adamw8bit") else {}
+    options = {"betas": train.betas, "eps": train.eps} if train.optimizer in BUILTIN else {}
+    merge = ("weight_rounding", "weight_scales")
     schedule = ("update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger")
     return {
         "lr": train.lr,
@@ -216,7 +218,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "full_gradients": train.full_gradients,
         "seed": config.run.seed,
         **options,
-        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "policy", "moments")},
+        **{name: getattr(low, name) for name in (*schedule, *merge, "scale", "projector", "policy", "moments")},
     }
 
 

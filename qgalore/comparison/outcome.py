@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 from ..convergence import records
+from ..convergence.summary import summarise as summary_of
 from ..errors import ConfigError
 from .grid import Job, Variant
 
@@ -17,7 +18,8 @@ KEPT = ("int8 weights", "weight scales", "bases", "trained in full", "moments", 
 @dataclass(frozen=True)
 class Result:
     """A finished run. ``kept``: bytes of weights and optimizer between steps, by the run's plan; ``peak``: planned
-    bytes in tensors at the worst moment; both None if the run has left no plan. ``speed``: median tokens/s."""
+    bytes in tensors at the worst moment; both None if the run has left no plan. ``speed``: median tokens/s;
+    ``refreshes``: decompositions done, over all layers."""
 
     job: Job
     loss: float
@@ -26,12 +28,13 @@ class Result:
     speed: float
     kept: int | None
     peak: int | None
+    refreshes: int = 0
 
 
 @dataclass(frozen=True)
 class Summary:
     """A variant at ``rate``, the one of the lowest loss with the first seed. ``losses``: of all seeds there, by seed;
-    ``tried``: the loss of every rate with the first seed, nan where that run failed."""
+    ``tried``: the loss of every rate with the first seed, nan where that run failed; ``refreshes``: the seeds' mean."""
 
     variant: Variant
     rate: str | None
@@ -41,6 +44,7 @@ class Summary:
     peak: int | None
     speed: float
     steps: int = 0
+    refreshes: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -49,8 +53,8 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """From the lowest loss to the highest."""
-        return max(self.losses.values()) - min(self.losses.values())
+        """The standard deviation over seeds (n − 1); 0 for one seed."""
+        return stdev(self.losses.values()) if len(self.losses) > 1 else 0.0
 
 
 def read_result(job: Job, folder: Path) -> Result | None:
@@ -71,7 +75,9 @@ def read_result(job: Job, folder: Path) -> Result | None:
         pass
     tokens = int(run.train[-1].get("tokens", 0))
     loss = records.number(run.evaluations[-1], "eval_loss")
-    return Result(job, loss, run.step, tokens, median(speeds) if speeds else 0.0, kept, peak)
+    layers = summary_of(run).total
+    refreshes = layers.done if layers else 0
+    return Result(job, loss, run.step, tokens, median(speeds) if speeds else 0.0, kept, peak, refreshes)
 
 
 def best_rate(variant: Variant, results: list[Result], seed: int) -> str | None:
@@ -103,6 +109,7 @@ def summarise(variants: list[Variant], results: list[Result], seeds: list[int]) 
                 first.peak,
                 median(result.speed for result in at_best),
                 first.steps,
+                mean(result.refreshes for result in at_best),
                 _notes(variant, rate, len(at_best), len(seeds)),
             )
         )

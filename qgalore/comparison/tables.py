@@ -9,7 +9,10 @@ from ..convergence import plot, report
 from .outcome import Result, Summary, front
 from .runner import Failure
 
-HEAD = ("variant", "best lr", "held-out loss", "seeds", "perplexity", "weights + optimizer", "planned peak", "tokens/s")
+HEAD = (
+    "variant", "best lr", "held-out loss", "seeds", "perplexity", "SVDs", "weights + optimizer", "planned peak",
+    "tokens/s",
+)  # fmt: skip
 MIB = 1 << 20
 
 
@@ -19,13 +22,15 @@ def _size(value: int | None) -> str:
 
 def cells(summary: Summary) -> list[str]:
     """A line of the table, as texts in the order of ``HEAD``."""
-    spread = f" ± {summary.spread / 2:.4f}" if len(summary.losses) > 1 else ""
+    several = len(summary.losses) > 1
+    perplexity = math.exp(summary.loss)
     return [
         summary.variant.name,
         summary.rate or "as configured",
-        f"{summary.loss:.4f}{spread}",
+        f"{summary.loss:.4f}" + (f" ± {summary.spread:.4f}" if several else ""),
         str(len(summary.losses)),
-        f"{math.exp(summary.loss):.2f}",
+        f"{perplexity:.2f}" + (f" ± {perplexity * summary.spread:.2f}" if several else ""),
+        f"{summary.refreshes:,.0f}",
         _size(summary.kept),
         _size(summary.peak),
         f"{summary.speed:,.0f}",
@@ -44,7 +49,7 @@ def _notes(summaries: list[Summary], failures: list[Failure]) -> list[str]:
 
 
 def text(summaries: list[Summary], failures: list[Failure]) -> str:
-    """For a terminal. ``±``: half the distance between the lowest and the highest seed."""
+    """For a terminal. ``±``: the standard deviation over seeds, a perplexity's to first order from the loss's."""
     rows = [list(HEAD), *map(cells, summaries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = [
@@ -66,12 +71,12 @@ def csv_rows(results: list[Result]) -> str:
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
     head = ("variant", "overrides", "lr", "seed", "eval_loss", "eval_perplexity", "steps", "tokens")
-    writer.writerow([*head, "tokens_per_second", "weights_and_optimizer_bytes", "planned_peak_bytes"])
+    writer.writerow([*head, "tokens_per_second", "refreshes", "weights_and_optimizer_bytes", "planned_peak_bytes"])
     for one in results:
         job = one.job
         named = (job.variant.name, " ".join(job.variant.overrides), job.rate, job.seed)
-        ended = (one.loss, math.exp(one.loss), one.steps, one.tokens, one.speed, one.kept, one.peak)
-        writer.writerow([*named, *ended])
+        ended = (one.loss, math.exp(one.loss), one.steps, one.tokens, one.speed)
+        writer.writerow([*named, *ended, one.refreshes, one.kept, one.peak])
     return sheet.getvalue()
 
 
@@ -80,6 +85,11 @@ def _figure(summaries: list[Summary], title: str, of) -> str:
     series = [
         plot.Series(summary.variant.name, [(of(summary) / MIB, summary.loss)], number, "dots")
         for number, summary in enumerate(known)
+    ]
+    series += [  # a bar of one standard deviation either way
+        plot.Series(s.variant.name, [(of(s) / MIB, s.loss + sign * s.spread) for sign in (-1, 1)], number, "faint")
+        for number, s in enumerate(known)
+        if s.spread
     ]
     best = front(known, of)
     line = [plot.Series("not beaten in both", [(of(s) / MIB, s.loss) for s in best], 7, "dashed")] if best else []

@@ -76,7 +76,7 @@ class TrainSection(Section):
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = Field(0.1, ge=0, le=1)  # lr at the last step, as a share of train.lr
     clip_grad_norm: NonNegativeFloat = 0.0  # global norm; 0: off
-    optimizer: str | None = None  # adamw8bit | adamw | dotted path; None: the method's
+    optimizer: str | None = None  # adamw8bit | adamw4bit | adamw | dotted path; None: the method's
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     optimizer_options: dict[str, Any] = {}
@@ -122,6 +122,8 @@ class LowRankSection(Section):
     moments: Literal["rotate", "keep", "reset"] = "rotate"
     weight_format: Literal["int8", "none"] | None = None  # None: the method's
     group_size: Literal[128, 64, 32, "row"] = 128
+    weight_scales: Literal["sticky", "rederived"] = "sticky"  # of int8 weights; rederived at every step: as published
+    weight_rounding: Literal["stochastic", "feedback", "nearest"] = "stochastic"  # of an update into int8
     basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = None  # None: the method's
     grad_dtype: Literal["float32", "bfloat16"] | None = None  # None: float32, but bfloat16 where nothing is added to it
     embeddings: Literal["full", "int8"] = "full"  # int8: the input embedding and the head are low-rank layers too
@@ -205,7 +207,7 @@ class Config(Section):
             found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
         fields = TrainSection.model_fields
         plain = train.betas == fields["betas"].default and train.eps == fields["eps"].default
-        if train.optimizer not in (None, "adamw", "adamw8bit") and not plain:
+        if train.optimizer not in (None, "adamw", "adamw8bit", "adamw4bit") and not plain:
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
         return found
 

@@ -22,17 +22,11 @@ from ..quant.blockwise import (
 MIN_8BIT_SIZE = 4096  # smaller tensors keep fp32 moments, as in bitsandbytes
 
 
-class AdamW8bitCPU(Optimizer):
-    """AdamW (arXiv 1711.05101) with 8-bit moments (arXiv 2110.02861), for fp32 parameters on the CPU.
+class CodedAdamW(Optimizer):
+    """AdamW (arXiv 1711.05101) whose subclasses keep the moments of ``coded`` parameters in few bits; others keep fp32
+    ``state1`` and ``state2``. ``names``: the uint8 tensors among the state."""
 
-    State of a parameter, names and dtypes as in bitsandbytes: ``step`` int, ``state1`` and ``state2`` uint8 of its
-    shape, ``absmax1`` and ``absmax2`` fp32 (⌈n/256⌉,), ``qmap1`` and ``qmap2`` fp32 (256,); below 4,096 elements fp32
-    ``state1`` and ``state2`` only. The update is bitsandbytes', in the same order of fp32 operations. Codes are the
-    nearest ones (see ``blockwise.nearest_code``); bitsandbytes 0.50 on a CPU first cuts values to steps of 2⁻¹⁵ of the
-    block's largest, so that second moments below that, zeros included, all become 1.6 · 10⁻⁵ of it.
-
-    Raises :class:`ConfigError` for parameters that are not contiguous fp32 on the CPU and for values out of range.
-    """
+    names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -48,22 +42,23 @@ class AdamW8bitCPU(Optimizer):
             raise ConfigError(f"betas {betas} must be two numbers in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
-    def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype != torch.float32 or parameter.device.type != "cpu" or not parameter.is_contiguous():
-                raise ConfigError(
-                    f"AdamW8bitCPU was given a {parameter.dtype} parameter of shape {tuple(parameter.shape)} "
-                    f"on {parameter.device}; it takes contiguous float32 ones on the CPU. "
-                    "Use bitsandbytes.optim.AdamW8bit."
-                )
+    def coded(self, parameter: Tensor) -> bool:
+        return parameter.numel() >= MIN_8BIT_SIZE
+
+    def new_state(self, parameter: Tensor) -> dict:
+        """The state of a ``coded`` parameter before its first step, ``step`` included."""
+        raise NotImplementedError
+
+    def step_coded(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+        """AdamW in place on a parameter and its state, whose ``step`` counts this one already."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As in any torch optimizer, which would otherwise turn codes into the parameters' dtype."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            if "qmap1" in state:
-                state |= {name: state[name].to(torch.uint8) for name in ("state1", "state2")}
+            if "absmax1" in state:
+                state |= {name: state[name].to(torch.uint8) for name in self.names}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -77,54 +72,75 @@ class AdamW8bitCPU(Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
+                coded = self.coded(parameter)
                 if not state:
-                    state.update(_new_state(parameter))
+                    fresh = {"step": 0, "state1": torch.zeros_like(parameter), "state2": torch.zeros_like(parameter)}
+                    state.update(self.new_state(parameter) if coded else fresh)
                 state["step"] += 1
                 gradient = parameter.grad.contiguous()
-                if state["state1"].dtype == torch.uint8:
-                    _step_8bit(parameter, gradient, state, group)
+                if coded:
+                    self.step_coded(parameter, gradient, state, group)
                     continue
                 first, second = state["state1"], state["state2"]
-                _adamw(parameter, gradient, first, second, torch.empty_like(first), state["step"], group)
+                adamw(parameter, gradient, first, second, torch.empty_like(first), state["step"], group)
         return loss
 
 
-def _new_state(parameter: Tensor) -> dict:
-    if parameter.numel() < MIN_8BIT_SIZE:
-        return {"step": 0, "state1": torch.zeros_like(parameter), "state2": torch.zeros_like(parameter)}
-    blocks = -(-parameter.numel() // BLOCK)
-    state: dict = {"step": 0}
-    for number, signed in (("1", True), ("2", False)):
-        state[f"state{number}"] = torch.zeros_like(parameter, dtype=torch.uint8)
-        state[f"qmap{number}"] = dynamic_map(signed)
-        state[f"absmax{number}"] = torch.zeros(blocks)
-    return state
+class AdamW8bitCPU(CodedAdamW):
+    """AdamW with 8-bit moments (arXiv 2110.02861), for fp32 parameters on the CPU.
+
+    State of a parameter, names and dtypes as in bitsandbytes: ``step`` int, ``state1`` and ``state2`` uint8 of its
+    shape, ``absmax1`` and ``absmax2`` fp32 (⌈n/256⌉,), ``qmap1`` and ``qmap2`` fp32 (256,); below 4,096 elements fp32
+    ``state1`` and ``state2`` only. The update is bitsandbytes', in the same order of fp32 operations. Codes are the
+    nearest ones (see ``blockwise.nearest_code``); bitsandbytes 0.50 on a CPU first cuts values to steps of 2⁻¹⁵ of the
+    block's largest, so that second moments below that, zeros included, all become 1.6 · 10⁻⁵ of it.
+
+    Raises :class:`ConfigError` for parameters that are not contiguous fp32 on the CPU and for values out of range.
+    """
+
+    names = ("state1", "state2")
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype != torch.float32 or parameter.device.type != "cpu" or not parameter.is_contiguous():
+                raise ConfigError(
+                    f"AdamW8bitCPU was given a {parameter.dtype} parameter of shape {tuple(parameter.shape)} "
+                    f"on {parameter.device}; it takes contiguous float32 ones on the CPU. "
+                    "Use bitsandbytes.optim.AdamW8bit."
+                )
+
+    def new_state(self, parameter: Tensor) -> dict:
+        blocks = -(-parameter.numel() // BLOCK)
+        state: dict = {"step": 0}
+        for number, signed in (("1", True), ("2", False)):
+            state[f"state{number}"] = torch.zeros_like(parameter, dtype=torch.uint8)
+            state[f"qmap{number}"] = dynamic_map(signed)
+            state[f"absmax{number}"] = torch.zeros(blocks)
+        return state
+
+    def step_coded(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+        """Tile by tile: decode, step, encode while everything is in the cache."""
+        flat = (parameter, gradient, state["state1"], state["state2"])
+        blocked = [block_parts(tensor.view(-1)) for tensor in flat]
+        blocked += [state[name].split(block_counts(parameter.numel())) for name in ("absmax1", "absmax2")]
+        map1, map2 = state["qmap1"], state["qmap2"]
+        table1, table2 = cell_table(map1), cell_table(map2)
+        for part in zip(*blocked, strict=True):
+            buffers: list[Tensor] = []
+            for value, slope, code1, code2, absmax1, absmax2 in tiles(*part):
+                if not buffers or buffers[0].shape != value.shape:
+                    buffers = [torch.empty_like(value) for _ in range(2)]
+                    buffers += [torch.empty_like(value, dtype=torch.int32) for _ in range(2)]
+                first, second, *scratch = buffers
+                dequantize_tile(code1, absmax1, map1, scratch[0], first)
+                dequantize_tile(code2, absmax2, map2, scratch[0], second)
+                adamw(value, slope, first, second, scratch[0].view(torch.float32), state["step"], group)
+                quantize_tile(first, table1, code1, absmax1, scratch)
+                quantize_tile(second, table2, code2, absmax2, scratch)
 
 
-def _step_8bit(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
-    """AdamW on 8-bit moments, tile by tile: decode, step, encode while everything is in the cache."""
-    flat = (parameter, gradient, state["state1"], state["state2"])
-    blocked = [block_parts(tensor.view(-1)) for tensor in flat]
-    blocked += [state[name].split(block_counts(parameter.numel())) for name in ("absmax1", "absmax2")]
-    map1, map2 = state["qmap1"], state["qmap2"]
-    table1, table2 = cell_table(map1), cell_table(map2)
-    for part in zip(*blocked, strict=True):
-        buffers: list[Tensor] = []
-        for value, slope, code1, code2, absmax1, absmax2 in tiles(*part):
-            if not buffers or buffers[0].shape != value.shape:
-                buffers = [torch.empty_like(value) for _ in range(2)]
-                buffers += [torch.empty_like(value, dtype=torch.int32) for _ in range(2)]
-            first, second, *scratch = buffers
-            dequantize_tile(code1, absmax1, map1, scratch[0], first)
-            dequantize_tile(code2, absmax2, map2, scratch[0], second)
-            _adamw(value, slope, first, second, scratch[0].view(torch.float32), state["step"], group)
-            quantize_tile(first, table1, code1, absmax1, scratch)
-            quantize_tile(second, table2, code2, absmax2, scratch)
-
-
-def _adamw(
-    value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, root: Tensor, step: int, group: dict
-) -> None:
+def adamw(value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, root: Tensor, step: int, group: dict) -> None:
     """AdamW in place on ``value`` and both moments, all fp32 of one shape; ``root`` is scratch."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     first.mul_(beta1).add_(gradient, alpha=1.0 - beta1)

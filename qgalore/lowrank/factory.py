@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError
 from ..parallel import ALONE, Team
+from ..quant.int8 import ROUNDINGS, SCALES
+from . import feedback, rule_slot
 from . import inner as inner_optimizers
-from . import rule_slot
 from .linear import LowRankLinear
 from .lora import LoraLinear
 from .moments import POLICIES as MOMENTS
@@ -76,6 +77,13 @@ def _require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be {rule}")
 
 
+def _tell_of_rounding(find: RefreshOptions, int8_layers: list[LowRankLinear]) -> None:
+    if (find.rounding, find.scales) != ("stochastic", "sticky") and not int8_layers:
+        print("note: weight_rounding and weight_scales have no effect: no int8 weight is stepped", flush=True)
+    elif find.rounding == "nearest":
+        print("note: weight_rounding 'nearest' discards every change below half an int8 step", flush=True)
+
+
 def optimizer(
     model: nn.Module,
     *,
@@ -100,6 +108,8 @@ def optimizer(
     policy: str = "overlap",
     similarity: str | None = None,
     moments: str = "rotate",
+    weight_rounding: str = "stochastic",
+    weight_scales: str = "sticky",
     seed: int = 0,
     team: Team = ALONE,
 ) -> LowRankOptimizer:
@@ -110,9 +120,9 @@ def optimizer(
     rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
       projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
     full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
-    inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw``, or any ``torch.optim.Optimizer`` class or dotted
-      path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to the two named
-      ones, others take ``inner_options``.
+    inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw4bit``, ``adamw``, or any ``torch.optim.Optimizer``
+      class or dotted path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to
+      the three named ones, others take ``inner_options``.
     stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
@@ -121,6 +131,9 @@ def optimizer(
       the loss of each must be its share of the whole batch's.
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
       ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
+    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``feedback`` (to the nearest, the error into the
+      momentum; see ``feedback``) | ``nearest``, a negative control;
+    weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
@@ -133,6 +146,9 @@ def optimizer(
         policy = similarity
     _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
     _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
+    roundings = (*ROUNDINGS, feedback.NAME)
+    _require(weight_rounding in roundings, "weight_rounding", weight_rounding, f"one of {roundings}")
+    _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
     _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
@@ -140,12 +156,18 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed, team=team)
+    if weight_rounding == feedback.NAME:
+        _require(rule == rule_slot.GALORE, "rule", rule, "galore with weight_rounding 'feedback'")
+        feedback.check(inner, options)
+    find = RefreshOptions(
+        projector, policy, moments, seed=seed, team=team, rounding=weight_rounding, scales=weight_scales
+    )
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
+    _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
-    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner == "adamw8bit" else "fp32")
+    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner in inner_optimizers.CODED else "fp32")
     low_rank, dense = collect_slots(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )
@@ -154,8 +176,8 @@ def optimizer(
         inner_optimizers.check_ignores_value(factory, device)
         if moments == "rotate" and any(rule_slot.turns_moments(slot) for slot in low_rank):
             inner_optimizers.check_rotates(factory, device)
-        if inner == "adamw8bit":
-            inner_optimizers.check_adamw8bit(factory, options["betas"], options["eps"], device)
+        if inner in inner_optimizers.CODED:
+            inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
     return LowRankOptimizer(
         low_rank,
         dense,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..quant import fourbit
 from ..quant.blockwise import BLOCK, dequantize, quantize
 
 POLICIES = ("keep", "rotate", "reset")
 # (first moment, second moment) names in the state of an optimizer for one parameter.
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
-SECOND_MOMENTS = ("exp_avg_sq", "state2")
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1", "packed1")
+SECOND_MOMENTS = ("exp_avg_sq", "state2", "packed2")
 
 
 def change_of_basis(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -30,26 +31,51 @@ def _squared(change: Tensor | None) -> Tensor | None:
     return None if change is None else change.square()
 
 
-def _rotate_entry(state: dict, name: str, left: Tensor | None, right: Tensor | None) -> None:
-    """Rotate one moment in place, through fp32; 8-bit ones through the format's functions for their device."""
-    stored = state[name]
-    number = name[-1]
+def read(state: dict, name: str) -> Tensor:
+    """The moment ``name`` of an optimizer's ``state`` in fp32, a fresh tensor (4-bit ones: of a matrix); 8-bit ones by
+    their device's code."""
+    stored, number = state[name], name[-1]
+    if name == "packed1":
+        return fourbit.decode_first(stored, state["absmax1"], (state["rows2"].numel(), state["columns2"].numel()))
+    if name == "packed2":
+        return fourbit.decode_second(stored, state["rows2"], state["columns2"])
     if stored.dtype != torch.uint8:
-        stored.copy_(_turn(stored.float(), left, right))
+        return stored.float().clone()
+    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
+    if stored.device.type == "cpu":
+        return dequantize(stored, absmax, code)
+    import bitsandbytes.functional as bnb
+
+    flat = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK)
+    return flat.view(stored.shape).float()
+
+
+def write(state: dict, name: str, moment: Tensor) -> None:
+    """Inverse of :func:`read`, in place: the fp32 ``moment`` in the format of what is stored."""
+    stored, number = state[name], name[-1]
+    if name == "packed1":
+        for kept, value in zip((stored, state["absmax1"]), fourbit.encode_first(moment), strict=True):
+            kept.copy_(value)
+        return
+    if name == "packed2":
+        rows, columns = moment.amax(dim=1), moment.amax(dim=0)
+        stored.copy_(fourbit.encode_second(moment, rows, columns))
+        state["rows2"].copy_(rows)
+        state["columns2"].copy_(columns)
+        return
+    if stored.dtype != torch.uint8:
+        stored.copy_(moment)
         return
     code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
     if stored.device.type == "cpu":
-        codes, peaks = quantize(_turn(dequantize(stored, absmax, code), left, right), code)
-        stored.copy_(codes)
-        absmax.copy_(peaks)
-        return
-    import bitsandbytes.functional as bnb
+        codes, peaks = quantize(moment, code)
+    else:
+        import bitsandbytes.functional as bnb
 
-    moment = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK).view(stored.shape)
-    turned = _turn(moment.float(), left, right).contiguous()
-    quantized, fresh = bnb.quantize_blockwise(turned.view(-1), code=code, blocksize=BLOCK)
-    stored.copy_(quantized.view(stored.shape))
-    absmax.copy_(fresh.absmax)
+        codes, fresh = bnb.quantize_blockwise(moment.contiguous().view(-1), code=code, blocksize=BLOCK)
+        peaks = fresh.absmax
+    stored.copy_(codes.view(stored.shape))
+    absmax.copy_(peaks)
 
 
 def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | None) -> None:
@@ -68,7 +94,7 @@ def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | 
     for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
         for name in names:
             if torch.is_tensor(state.get(name)):
-                _rotate_entry(state, name, *sides)
+                write(state, name, _turn(read(state, name), *sides))
 
 
 def reset(inner: Optimizer, leaf: Tensor) -> None:

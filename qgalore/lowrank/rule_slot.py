@@ -93,20 +93,21 @@ class RuleSlot(LowRankSlot):
         """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N; drops the gradient."""
         gradient = self.gradient().to(torch.float32).contiguous()
         rows = self.rule.direction(gradient, self.current_step, self._adam)
-        write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key)
+        write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
         self.drop_gradient()
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
 
 
-def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int]) -> None:
-    """``W ← W · (1 − shrink) + rows`` in the layer's own format, rounded once."""
+def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int], options: RefreshOptions) -> None:
+    """``W ← W · (1 − shrink) + rows`` in the layer's own format, rounded once, int8 as ``options`` say."""
     weight = module.weight.detach()
     if module.weight_scale is None:
         dense_grid.write_back(weight, rows, shrink=shrink, key=key)
     else:
-        int8_grid.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key)
+        how = {"rounding": options.rounding, "scales": options.scales}
+        int8_grid.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
 
 
 def awaits_refresh(slot: Slot) -> bool:

@@ -15,7 +15,7 @@ from ..quant import dense as dense_grid
 from ..quant import dispatch
 from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
-from . import health, moments, projector, sides
+from . import feedback, health, moments, projector, sides
 from .conv import BlockBasis
 from .linear import LowRankLinear
 from .policies import DECIDING
@@ -27,7 +27,7 @@ COSINES = ("first_vector", "signed_cosine")
 @dataclass(frozen=True)
 class RefreshOptions:
     """How a basis is found (``projector``), when (``policies``), what the moments do (``moments``), and who must find
-    the same one (``team``)."""
+    the same one (``team``); and how int8 weights are rounded and scaled at a merge (``quant.int8``)."""
 
     method: str = "randomized"
     policy: str = "overlap"
@@ -35,6 +35,8 @@ class RefreshOptions:
     power_iterations: int = 2
     seed: int = 0
     team: Team = ALONE
+    rounding: str = "stochastic"
+    scales: str = "sticky"
 
 
 class Scratch:
@@ -341,11 +343,25 @@ class LowRankSlot(Slot):
         weight = module.weight.detach()[part]
         stored = (weight,) if module.weight_scale is None else (weight, module.weight_scale[part])
         where = {"shrink": shrink, "key": key, "first_row": first}
+        if len(stored) == 2:
+            where |= {"rounding": self.options.rounding, "scales": self.options.scales}
         bases = [None if side is None else side.stored() for side in (module.left, module.right)]
         if len(stored) == 2 and dispatch.fused_merge(*stored, delta, *bases, s=scale, **where):
             return
+        if where.get("rounding") == feedback.NAME:
+            self._merge_with_feedback(stored, delta, scale, where)
+            return
         grid = dense_grid if len(stored) == 1 else int8_grid
         grid.write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)
+
+    def _merge_with_feedback(self, stored: tuple[Tensor, Tensor], delta: Tensor, scale: float, where: dict) -> None:
+        """Round to the nearest, and leave what that leaves out of the subspace's update to the momentum."""
+        columns = self.module.columns()
+        short = torch.zeros(delta.shape, device=delta.device)
+        where |= {"rounding": "nearest", "left_out": sides.gather(short, *columns)}
+        int8_grid.write_back(*stored, sides.update_rows(delta, *columns, scale), **where)
+        part = next(part for part in self.parts if part.first == where["first_row"])
+        feedback.inject(part.inner, part.leaf, short, scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Bases and weights are the model's own tensors."""

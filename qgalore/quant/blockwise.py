@@ -21,16 +21,16 @@ _TINY = torch.finfo(torch.float32).tiny
 _HALF, _SIGN, _LOW_HALF = (torch.tensor(value, dtype=torch.int32) for value in (16, 31, 0xFFFF))
 
 
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 ascending code values of the dynamic data type, fp32, equal to bitsandbytes' bit for bit.
+def dynamic_map(signed: bool, decades: int = 7) -> Tensor:
+    """The 2^(decades + 1) ascending code values of the dynamic data type, fp32, bitsandbytes' bit for bit.
 
-    They are 0, 1, and in each of seven decades from 10⁻⁷ to 1 the midpoints of 2, 4, … 128 equal intervals (signed:
+    They are 0, 1, and in each of (7) decades from 10⁻⁷ to 1 the midpoints of 2, 4, … 128 equal intervals (signed:
     of 1, 2, … 64, with both signs).
     """
     values = [torch.tensor([0.0, 1.0])]
-    for decade in range(7):
+    for decade in range(decades):
         edges = torch.linspace(0.1, 1.0, (1 if signed else 2) * 2**decade + 1)
-        middles = (edges[:-1] + edges[1:]) / 2.0 * 10 ** (decade - 6)
+        middles = (edges[:-1] + edges[1:]) / 2.0 * 10 ** (decade + 1 - decades)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
 

@@ -134,11 +134,13 @@ def fused_merge(
     shrink: float,
     key: tuple[int, int],
     first_row: int = 0,
+    rounding: str = "stochastic",
+    scales: str = "sticky",
 ) -> bool:
     """``W ← SR(W · (1 − shrink) + s · L Δ R̂ᵀ)`` in place by a kernel; False, with nothing done, if there is none.
 
     ``left`` and ``right`` are a stored basis's (codes, scale, format) or None; the rest as in ``kernels.merge``.
-    Without a kernel the caller merges through ``int8.write_back``.
+    Without a kernel the caller merges through ``int8.write_back``, which knows other ``rounding`` and ``scales`` too.
     """
     obstacle = _group_obstacle("weight", q.shape[1] // scale.shape[1])
     if (left is None) == (right is None):
@@ -146,6 +148,8 @@ def fused_merge(
     codes, basis_scale, fmt = left or right or (None, None, "")
     if obstacle is None and fmt != "int4":
         obstacle = f"a merge with a basis in {fmt} has no kernel"
+    if (rounding, scales) != ("stochastic", "sticky"):
+        obstacle = f"a merge with {rounding} rounding and {scales} scales has no kernel"
     module = kernels_for(q.device, obstacle)
     if module is None:
         return False

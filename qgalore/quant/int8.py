@@ -1,8 +1,9 @@
 """The int8 weight grid: symmetric, q in [-127, 127], one bf16 scale for each group along in_features.
 
 A scale is *sticky*: it is set with head-room (1.1 · absmax / 127) and changes only when its group overflows ±127 or has
-shrunk below half its range. A weight without an update therefore keeps its integer for ever. Scales are kept in
-[2⁻¹⁷, 65280], where every bf16 value is exact in fp16 too, so that one scale serves every inference engine.
+shrunk below half its range. A weight without an update therefore keeps its integer for ever. (*Rederived* scales, those
+of published Q-GaLore, follow their group's absmax in every write-back, which rounds all its weights anew.) Scales
+are kept in [2⁻¹⁷, 65280], where every bf16 value is exact in fp16 too, so that one scale serves every inference engine.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from .rounding import add_rounded_
 
 QMAX = 127
 HEADROOM = 1.1
+EXACT = 1.0 + 2.0**-8  # the least head-room with which no scale, rounded to bf16, lets absmax pass 127
+ROUNDINGS = ("stochastic", "nearest")
+SCALES = ("sticky", "rederived")
 MIN_SCALE = 2.0**-17
 MAX_SCALE = 65280.0
 GROUP_SIZES = (128, 64, 32)
@@ -33,9 +37,9 @@ def group_size_for(width: int, wanted: int | str = 128) -> int:
     return next((size for size in GROUP_SIZES if size <= wanted and width % size == 0), width)
 
 
-def scale_for(absmax: Tensor) -> Tensor:
+def scale_for(absmax: Tensor, headroom: float = HEADROOM) -> Tensor:
     """bf16 scale with head-room for groups whose largest magnitude is ``absmax`` (fp32, any shape)."""
-    return (absmax * (HEADROOM / QMAX)).clamp_(MIN_SCALE, MAX_SCALE).to(torch.bfloat16)
+    return (absmax * (headroom / QMAX)).clamp_(MIN_SCALE, MAX_SCALE).to(torch.bfloat16)
 
 
 def row_tiles(rows: int, width: int) -> list[tuple[int, int]]:
@@ -81,13 +85,15 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return values.mul_(scale.to(dtype).unsqueeze(2)).view(q.shape)
 
 
-def _sticky_scale(values: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
+def _new_scale(values: Tensor, scale: Tensor, scratch: Tensor, scales: str) -> Tensor:
     """New fp32 scales (rows, groups) for ``values`` (rows, groups, size) given in units of the old ones; ``scratch``
     is memory of their shape.
 
-    The lower bound is the integer 63, so that a group kept once is kept again after its values were rounded.
+    The sticky ones' lower bound is the integer 63, so that a group kept once is kept again after it was rounded.
     """
     peak = torch.abs(values, out=scratch).amax(dim=2)
+    if scales == "rederived":
+        return scale_for(peak * scale, EXACT).float()
     outgrown = (peak > QMAX) | (peak < QMAX // 2)
     return torch.where(outgrown, scale_for(peak * scale).float(), scale)
 
@@ -110,7 +116,7 @@ def _kind_of(device: torch.device) -> str:
     return _planned if device.type == "meta" else device.type
 
 
-def _tile_elements(device: torch.device) -> int:
+def tile_elements(device: torch.device) -> int:
     """How much is worked on at a time: what a CPU's caches hold; on a GPU enough for its launches to cost little."""
     cached = min(TILE_ELEMENTS, CACHE_ELEMENTS * torch.get_num_threads())
     return cached if _kind_of(device) == "cpu" else TILE_ELEMENTS
@@ -125,6 +131,9 @@ def write_back(
     shrink: float,
     key: tuple[int, int],
     first_row: int = 0,
+    rounding: str = "stochastic",
+    scales: str = "sticky",
+    left_out: Callable[[int, int, Tensor], None] | None = None,
 ) -> None:
     """``W ← SR(W · (1 − shrink) + update)`` in place, in fp32, tile by tile, with one stochastic rounding at the end.
 
@@ -132,9 +141,12 @@ def write_back(
     of the update, fp32 (b − a, in); ``shrink`` is lr · weight_decay; ``key`` selects the random bits, indexed by
     element of the whole tensor, in which ``q``'s first row has the number ``first_row``. The sum is formed as (integer,
     small change) wherever the scale stays, so that updates far below fp32's resolution at 127 still count.
+
+    ``rounding``: one of ``ROUNDINGS``; ``scales``: one of ``SCALES``. With rounding to the nearest, ``left_out(a, b,
+    error)`` is told the fp32 (b − a, in) by which rows a … b−1 fall short of the exact sum.
     """
     rows, width = q.shape
-    step = min(rows, max(1, _tile_elements(q.device) // width))
+    step = min(rows, max(1, tile_elements(q.device) // width))
     shape = (step, scale.shape[1], width // scale.shape[1])
     first = ramp(step * width, q.device).view(shape)
     buffers = [torch.empty(shape, dtype=kind, device=q.device) for kind in [torch.float32] * 3 + [torch.int32] * 2]
@@ -144,23 +156,31 @@ def write_back(
             d = min(c + step, b)
             tile = [buffer[: d - c] for buffer in (first, *buffers)]
             start = (first_row + c) * width
-            _write_tile(q[c:d].view(tile[0].shape), scale[c:d], update[c - a : d - a], tile, shrink, key, start)
+            target = q[c:d].view(tile[0].shape)
+            change = _prepare_tile(target, scale[c:d], update[c - a : d - a], tile, shrink, scales)
+            _, base, _, work, bits, scratch = tile
+            if rounding == "stochastic":
+                fill_random_bits(key, start, tile[0], bits, scratch)
+                target.copy_(add_rounded_(base, change, bits, work).clamp_(-QMAX, QMAX))
+                continue
+            target.copy_(base.add_(torch.round(change, out=work)).clamp_(-QMAX, QMAX))
+            if left_out is not None:
+                left_out(c, d, change.sub_(work).mul_(scale[c:d].float().unsqueeze(2)).view(d - c, width))
 
 
-def _write_tile(
-    q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], shrink: float, key: tuple[int, int], start: int
-) -> None:
-    """:func:`write_back` of whole rows, (rows, groups, size); ``start`` is the number of their first element."""
-    first, base, change, work, bits, scratch = tile
+def _prepare_tile(q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], shrink: float, scales: str) -> Tensor:
+    """For whole rows, (rows, groups, size): sets their new scales, the tile's integers, and returns the change that is
+    to be added to these and rounded."""
+    _, base, change, work, _, scratch = tile
     old = scale.float()
     base.copy_(q)
     torch.div(update, old.unsqueeze(2), out=change)
     if shrink:
         change.sub_(torch.mul(base, shrink, out=work))
     values = torch.add(base, change, out=work)
-    new = _sticky_scale(values, old, scratch.view(torch.float32))
+    new = _new_scale(values, old, scratch.view(torch.float32), scales)
     moved = new != old
-    if _kind_of(q.device) == "cpu":
+    if _kind_of(q.device) == "cpu" and scales == "sticky":
         if not q.is_meta and moved.any():  # few groups: a GPU would rather work on all than wait for the answer
             change[moved] = values[moved] * (old / new)[moved].unsqueeze(1)
             base[moved] = 0.0
@@ -169,5 +189,4 @@ def _write_tile(
         change = torch.where(moved.unsqueeze(2), values * (old / new).unsqueeze(2), change)
         base.masked_fill_(moved.unsqueeze(2), 0.0)
         scale.copy_(new)
-    fill_random_bits(key, start, first, bits, scratch)
-    q.copy_(add_rounded_(base, change, bits, work).clamp_(-QMAX, QMAX))
+    return change

@@ -12,7 +12,7 @@ from qgalore.lowrank.adam8bit import AdamW8bitCPU
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "torch.optim.SGD", "torch.optim.NAdam", torch.optim.RMSprop])
+@pytest.mark.parametrize("name", [*inner.BUILTIN, "torch.optim.SGD", "torch.optim.NAdam", torch.optim.RMSprop])
 def test_accepted_optimizers(name, device):
     inner.check_ignores_value(inner.make_factory(name, 0.01, {}), device)
 
@@ -60,7 +60,7 @@ def test_what_cannot_take_an_ordinary_step_is_refused(name):
         inner.check_ignores_value(inner.make_factory(name, 0.01, {}), CPU)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "torch.optim.SGD", "bitsandbytes.optim.Lion8bit"])
+@pytest.mark.parametrize("name", [*inner.BUILTIN, "torch.optim.SGD", "bitsandbytes.optim.Lion8bit"])
 def test_optimizers_whose_moments_rotate(name, device):
     options = {"momentum": 0.9} if name.endswith("SGD") else {}
     inner.check_rotates(inner.make_factory(name, 0.01, options), device)
@@ -99,23 +99,31 @@ def test_unknown_options():
         inner.make_factory("adamw", 0.01, {"momentum": 0.9})
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
+def test_4bit_adamw_passes_its_self_check(betas, device):
+    factory = inner.make_factory("adamw4bit", 0.01, {"betas": betas, "eps": 1e-8})
+    inner.check_coded("adamw4bit", factory, betas, 1e-8, device)
+
+
 @pytest.mark.parametrize("name", ["adamw8bit", "bitsandbytes.optim.AdamW8bit"])
 def test_8bit_adamw_passes_its_self_check(name, device):
     factory = inner.make_factory(name, 0.01, {"betas": (0.9, 0.95), "eps": 1e-8})
-    inner.check_adamw8bit(factory, (0.9, 0.95), 1e-8, device)
+    inner.check_coded("adamw8bit", factory, (0.9, 0.95), 1e-8, device)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "wrong"),
     [
-        lambda params: bnb.optim.AdamW8bit(params, lr=0.01, betas=(0.5, 0.999), weight_decay=0.0),
-        lambda params: torch.optim.SGD(params, lr=0.01),
-        lambda params: bnb.optim.Lion8bit(params, lr=0.01),
+        ("adamw8bit", lambda params: bnb.optim.AdamW8bit(params, lr=0.01, betas=(0.5, 0.999), weight_decay=0.0)),
+        ("adamw8bit", lambda params: torch.optim.SGD(params, lr=0.01)),
+        ("adamw8bit", lambda params: bnb.optim.Lion8bit(params, lr=0.01)),
+        ("adamw4bit", lambda params: torch.optim.SGD(params, lr=0.01)),
+        ("adamw4bit", lambda params: bnb.optim.Lion8bit(params, lr=0.01)),
     ],
 )
-def test_self_check_refuses_what_is_not_adamw(wrong):
+def test_self_check_refuses_what_is_not_adamw(name, wrong):
     with pytest.raises(ConfigError, match="self-check"):
-        inner.check_adamw8bit(wrong, (0.9, 0.999), 1e-8, CPU)
+        inner.check_coded(name, wrong, (0.9, 0.999), 1e-8, CPU)
 
 
 def test_self_check_refuses_an_optimizer_that_does_nothing():
@@ -124,7 +132,7 @@ def test_self_check_refuses_an_optimizer_that_does_nothing():
             return None
 
     with pytest.raises(ConfigError, match="self-check"):
-        inner.check_adamw8bit(lambda params: Idle(params, lr=0.01), (0.9, 0.999), 1e-8, CPU)
+        inner.check_coded("adamw8bit", lambda params: Idle(params, lr=0.01), (0.9, 0.999), 1e-8, CPU)
 
 
 def test_missing_bitsandbytes_names_the_remedy(monkeypatch):

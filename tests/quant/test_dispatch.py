@@ -102,3 +102,15 @@ def test_a_case_without_a_kernel_is_refused_or_the_reference():
     stored = (*basis.encode(torch.randn(2, 33), "int4"), "int4")
     assert not dispatch.fused_merge(q, scale, torch.ones(4, 2), None, stored, s=1.0, shrink=0.0, key=(1, 2))
     assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("how", [{"rounding": "nearest"}, {"rounding": "feedback"}, {"scales": "rederived"}])
+def test_other_rounding_and_scales_have_no_kernel(how, monkeypatch):
+    """Even where all kernels work; under ``auto`` the same words are printed and the reference merges."""
+    monkeypatch.setattr(dispatch, "_obstacle_on", lambda device: None)
+    monkeypatch.setattr(dispatch, "_choice", "triton")
+    q, scale = int8.quantize(torch.randn(4, 64), 64)
+    stored = (*basis.encode(torch.randn(2, 64), "int4"), "int4")
+    where = {"s": 1.0, "shrink": 0.0, "key": (1, 2), **how}
+    with pytest.raises(ConfigError, match=f"{next(iter(how.values()))}.* has no kernel"):
+        dispatch.fused_merge(q, scale, torch.ones(4, 2), None, stored, **where)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qgalore.comparison import grid, outcome
+from qgalore import config
+from qgalore.comparison import grid, outcome, tables
 from qgalore.errors import ConfigError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "compare_methods.py"
@@ -41,6 +42,7 @@ def test_one_variant_that_fails_does_not_stop_the_others(tiny_run, tool, capfd):
     (row,) = csv.DictReader(Path("cmp/comparison.csv").read_text().splitlines())
     plan = json.loads((next(Path("cmp").glob("scale+*")) / "plan.json").read_text())
     assert int(row["planned_peak_bytes"]) == sum(plan["resident"].values()) + sum(plan["transient"].values())
+    assert int(row["refreshes"]) == 0
     assert int(row["weights_and_optimizer_bytes"]) < int(row["planned_peak_bytes"])
     assert tool.main([*arguments, "--set", "train.weight_decay=0.1"]) == 1
     assert capfd.readouterr().out.count("was made with other settings") == 4  # as it happens, and in the table
@@ -56,13 +58,15 @@ def test_a_comparison_tunes_goes_on_and_writes_everything(tiny_run, tool, capfd)
     rows = list(csv.DictReader(Path("cmp/comparison.csv").read_text().splitlines()))
     assert [(row["lr"], row["seed"]) for row in rows] == [("0.0001", "0"), ("0.01", "0"), ("0.01", "1")]
     losses = [float(row["eval_loss"]) for row in rows]
-    mean, half = (losses[1] + losses[2]) / 2, abs(losses[1] - losses[2]) / 2
+    mean, deviation = (losses[1] + losses[2]) / 2, abs(losses[1] - losses[2]) / 2**0.5
+    assert [row["refreshes"] for row in rows] == ["0"] * 3  # the rule has no bases
     table = Path("cmp/comparison.md").read_text()
-    assert f"| scale | 0.01 | {mean:.4f} ± {half:.4f} | 2 | {math.exp(mean):.2f} |" in table
+    assert f"| scale | 0.01 | {mean:.4f} ± {deviation:.4f} | 2 | {math.exp(mean):.2f} ± " in table
     assert "ETA" in out
     assert "best rate at the edge" in out
     page = Path("cmp/comparison.html").read_text()
     assert page.count("<svg") == 2
+    assert page.count('faint" points') == 2  # the seeds' deviation, in both
     assert "http" not in page
 
     low, high = (next(Path("cmp").glob(f"scale+*+lr-{rate}+seed-0")) for rate in ("0.0001", "0.01"))
@@ -117,6 +121,15 @@ def test_variants_of_a_file(tmp_path):
         grid.variants_of_file(path, ())
 
 
+@pytest.mark.parametrize("name", ["rules", "ablations"])
+def test_the_variants_that_are_shipped_are_configurations(tiny_run, name):
+    """And every one is another than the rest."""
+    variants = grid.check(grid.variants_of_file(TOOL.with_name(f"compare_{name}.yaml"), ("0.01",)))
+    made = [config.load("tiny.yaml", list(grid.Job(v, "0.01", 0).overrides)) for v in variants]
+    resolved = {config.resolve(one, "cpu", False).model_dump_json() for one in made}
+    assert len(resolved) == len(variants)
+
+
 def result(name, loss, kept, rate="1", seed=0):
     variant = grid.Variant(name, (), ("1", "2", "4"))
     return outcome.Result(grid.Job(variant, rate, seed), loss, 9, 90, 10.0, kept, kept)
@@ -141,7 +154,9 @@ def test_the_best_rate_is_that_of_the_first_seed_and_an_edge_is_said():
     results = [result("a", 3.0, 1, "1"), result("a", 2.0, 1, "2"), result("a", 2.5, 1, "4")]
     results += [result("a", 3.0, 1, "2", 1), result("a", 1.0, 1, "4", 1)]
     (summary,) = outcome.summarise([results[0].job.variant], results, [0, 1])
-    assert (summary.rate, summary.loss, summary.spread, summary.notes) == ("2", 2.5, 1.0, [])
+    assert (summary.rate, summary.loss, summary.spread, summary.notes) == ("2", 2.5, 0.5**0.5, [])
+    (noted,) = tables.cells(summary)[2:3]
+    assert noted == "2.5000 ± 0.7071"
     (edge,) = outcome.summarise([results[0].job.variant], results[:1], [0, 1])
     assert edge.notes == ["best rate at the edge of those tried", "1 of 2 seeds"]
     assert math.isnan(edge.tried["4"])
