@@ -90,9 +90,11 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
         return None
     low = config.lowrank
     stored = low.rank != "full" and RULES[low.rule][1] and config.method != "lora"
+    auto = {"max_rank": low.max_rank, "mean_rank": low.mean_rank} if low.rank == "auto" else {}
     return convert(
         model,
         rank=low.rank if stored else None,
+        **auto,
         proj_type=low.proj_type,
         weight_format=low.weight_format,
         group_size=low.group_size,
@@ -184,7 +186,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "full_gradients": train.full_gradients,
         "seed": config.run.seed,
         **options,
-        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "policy", "moments")},
+        **{name: getattr(low, name) for name in (*schedule, "scale", "projector", "policy", "moments", "energy")},
     }
 
 

@@ -7,6 +7,8 @@ from pydantic import ValidationError
 
 from .sections import METHODS, RULES, Config
 
+ENERGY = 0.9  # of lowrank.energy: docs/results.md has what 0.8 and 0.95 give
+
 
 def resolve(config: Config, device: str, bf16: bool) -> Config:
     """Fill in what ``method`` and ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) decide."""
@@ -28,6 +30,7 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
                     "scale": lowrank.scale or RULES[lowrank.rule][0],
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
+                    "energy": lowrank.energy or ENERGY,
                     "max_gap": lowrank.max_gap or 16 * lowrank.update_proj_gap,
                     # a product of bf16 matrices arrives rounded to bf16; only a sum of several deserves fp32
                     "grad_dtype": lowrank.grad_dtype
@@ -41,7 +44,7 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
 # Keys that only stored bases give a meaning.
 _OF_BASES = (
     "rank", "proj_type", "update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger",
-    "projector", "policy", "similarity", "moments", "basis_format",
+    "projector", "policy", "similarity", "moments", "basis_format", "energy", "max_rank", "mean_rank",
 )  # fmt: skip
 
 
@@ -69,11 +72,13 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     dense = (low.weight_format or weight_format) == "none"
     idle = _idle_keys(config) if converted else ""
     of_rules = low.model_fields_set & {"rule", "scale"}
+    of_auto = sorted(low.model_fields_set & {"energy", "max_rank", "mean_rank"}) if low.rank != "auto" else []
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
     read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
     return [
         (", ".join(f"lowrank.{n}" for n in read_by_none), bool(read_by_none), f"with policy: {low.policy}"),
         (idle, bool(idle), "with method: lora" if config.method == "lora" else f"with rule: {low.rule}"),
+        (", ".join(f"lowrank.{n}" for n in of_auto), bool(of_auto) and not idle, f"with rank: {low.rank}"),
         ("lowrank.rule, lowrank.scale", config.method == "lora" and bool(of_rules), "with method: lora"),
         ("lowrank.alpha", config.method != "lora" and "alpha" in low.model_fields_set, "without method: lora"),
         ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),

@@ -98,6 +98,7 @@ def optimizer(
     policy: str = "overlap",
     similarity: str | None = None,
     moments: str = "rotate",
+    energy: float = 0.9,
     seed: int = 0,
 ) -> LowRankOptimizer:
     """The Q-GaLore optimizer for a model prepared by ``qgalore.convert`` (unconverted tensors train dense).
@@ -115,7 +116,8 @@ def optimizer(
       defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
-      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
+      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``;
+    energy: the share of a gradient's energy that a layer's rank keeps, where the model was converted with rank="auto".
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
@@ -130,16 +132,19 @@ def optimizer(
     _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
+    _require(0 < energy <= 1, "energy", energy, "in (0, 1]")
     _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
     options = dict(inner_options or {})
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed)
+    find = RefreshOptions(method=projector, policy=policy, moments=moments, seed=seed, energy=energy)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
+    if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
+        print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
     of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner == "adamw8bit" else "fp32")
     low_rank, dense = collect_slots(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule

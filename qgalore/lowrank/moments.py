@@ -30,26 +30,36 @@ def _squared(change: Tensor | None) -> Tensor | None:
     return None if change is None else change.square()
 
 
-def _rotate_entry(state: dict, name: str, left: Tensor | None, right: Tensor | None) -> None:
-    """Rotate one moment in place, through fp32; 8-bit ones through the format's functions for their device."""
+def _read(state: dict, name: str) -> Tensor:
+    """One moment in fp32; 8-bit ones through the format's functions for their device."""
     stored = state[name]
-    number = name[-1]
     if stored.dtype != torch.uint8:
-        stored.copy_(_turn(stored.float(), left, right))
-        return
-    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
+        return stored.float()
+    code, absmax = state[f"qmap{name[-1]}"], state[f"absmax{name[-1]}"]
     if stored.device.type == "cpu":
-        codes, peaks = quantize(_turn(dequantize(stored, absmax, code), left, right), code)
-        stored.copy_(codes)
-        absmax.copy_(peaks)
-        return
+        return dequantize(stored, absmax, code)
     import bitsandbytes.functional as bnb
 
-    moment = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK).view(stored.shape)
-    turned = _turn(moment.float(), left, right).contiguous()
-    quantized, fresh = bnb.quantize_blockwise(turned.view(-1), code=code, blocksize=BLOCK)
-    stored.copy_(quantized.view(stored.shape))
-    absmax.copy_(fresh.absmax)
+    flat = bnb.dequantize_blockwise(stored.view(-1), absmax=absmax, code=code, blocksize=BLOCK)
+    return flat.view(stored.shape).float()
+
+
+def _write(state: dict, name: str, moment: Tensor) -> None:
+    """The inverse of :func:`_read`, in place, for a ``moment`` of the stored one's shape."""
+    stored = state[name]
+    if stored.dtype != torch.uint8:
+        stored.copy_(moment)
+        return
+    code, absmax = state[f"qmap{name[-1]}"], state[f"absmax{name[-1]}"]
+    if stored.device.type == "cpu":
+        codes, peaks = quantize(moment, code)
+    else:
+        import bitsandbytes.functional as bnb
+
+        codes, fresh = bnb.quantize_blockwise(moment.contiguous().view(-1), code=code, blocksize=BLOCK)
+        codes, peaks = codes.view(stored.shape), fresh.absmax
+    stored.copy_(codes)
+    absmax.copy_(peaks)
 
 
 def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | None) -> None:
@@ -68,7 +78,19 @@ def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | 
     for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
         for name in names:
             if torch.is_tensor(state.get(name)):
-                _rotate_entry(state, name, *sides)
+                _write(state, name, _turn(_read(state, name), *sides))
+
+
+def carry(old: dict, new: dict, left: Tensor | None, right: Tensor | None) -> None:
+    """Fill ``new``, the fresh state of a leaf of another rank, with the moments and counts of ``old``, turned by the
+    rectangular changes of basis ``left`` and ``right`` (each (r_new, r_old) or None).
+
+    With orthonormal bases m P_oldᵀ becomes its projection onto the new subspace, as ``rotate`` has it.
+    """
+    for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
+        for name in (name for name in names if torch.is_tensor(old.get(name))):
+            _write(new, name, _turn(_read(old, name), *sides))
+    new |= {name: value for name, value in old.items() if not torch.is_tensor(value) or value.ndim == 0}
 
 
 def reset(inner: Optimizer, leaf: Tensor) -> None:
