@@ -16,6 +16,7 @@ GIB = 2**30
 WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_layers: 3, tie_word_embeddings: %s}"
 KEPT = ("train.stepping=deferred", "train.full_gradients=keep")
 INT8 = "lowrank.embeddings=int8"
+AUTO = ("lowrank.rank=auto", "lowrank.max_rank=64")
 SHAPES = {
     "plain": (WIDE % "true", "train.activation_checkpointing=false"),
     "checkpointed": (WIDE % "true", "train.activation_checkpointing=true"),
@@ -34,6 +35,8 @@ SHAPES = {
     "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
     "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
     "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
+    "auto ranks": (WIDE % "true", "train.activation_checkpointing=true", *AUTO, "lowrank.energy=1"),
+    "auto ranks, deferred": (WIDE % "true", "train.stepping=deferred", *AUTO, "lowrank.energy=1", INT8),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
 }
 COMMON = ("train.max_steps=9", "train.micro_batch_size=8", "data.sequence_length=64", "lowrank.rank=64")
@@ -82,6 +85,25 @@ def test_the_plan_is_what_is_taken(name, tiny_run):
 
     peak = resident + measured_rise(two_steps)
     assert run.planned.tensors == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("stepping", ["fused", "deferred"])
+def test_the_plan_has_room_for_every_rank(stepping, tiny_run):
+    """Ranks that share half of what all would take at their limit, and move in every step, stay within the plan."""
+    checkpointing = "train.activation_checkpointing=true"
+    ranks = (*AUTO, "lowrank.mean_rank=32", "lowrank.energy=0.8", "train.lr=0.05", f"train.stepping={stepping}")
+    overrides = [*COMMON, *REFRESHES, "run.name=moving", WIDE % "true", checkpointing, *ranks]
+    run = build.build(config.load("tiny.yaml", overrides), None)
+    loop = Loop(**run.loop, position=Position(**run.position))
+    run.model.train()
+    seen = set()
+    for _ in range(5):
+        before = storages(run)
+        assert before + measured_rise(loop._step) <= run.planned.tensors
+        assert storages(run) <= sum(run.planned.resident.values())
+        seen.add(tuple(event["rank"] for event in loop._drain_events()))
+    assert len(seen) > 1
+    assert max(map(max, seen)) > 32 > min(map(min, seen))
 
 
 LARGE = {

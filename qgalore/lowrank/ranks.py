@@ -161,10 +161,11 @@ def measured_bytes(factory: Factory, device: torch.device) -> Callable[[int], in
 
 def enough(gradient: Tensor, columns: Tensor, energy: float) -> int:
     """How many of ``columns`` (in, k), the singular vectors of G (out, in) in descending order, keep ``energy`` of
-    ‖G‖²; k if they do not."""
+    ‖G‖²; k if they do not, and for an ``energy`` of 1, which rounding must not decide."""
     squares = sum((tile @ columns).square_().sum(dim=0) for _, _, tile in sides.fp32_tiles(gradient))
     total = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
-    return min(columns.shape[1], 1 + int((squares.cumsum(0) < energy * total).sum()))
+    needed = 1 + int((squares.cumsum(0) < energy * total).sum())
+    return columns.shape[1] if energy == 1 else min(columns.shape[1], needed)
 
 
 def at_ceiling(slot: Any, work: Callable[[], None]) -> Callable[[], None]:
