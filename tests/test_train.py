@@ -81,8 +81,14 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
 
 @pytest.mark.parametrize(
     ("extra", "available"),
-    [((), (2, 4, 6)), (DEFERRED, (2, 4, 6)), (("model.dtype=bfloat16",), (2, 4, 6)), ((), (0, 2, 4, 6))],
-    ids=["fused", "deferred", "bf16", "from-nothing"],
+    [
+        ((), (2, 4, 6)),
+        (DEFERRED, (2, 4, 6)),
+        (("model.dtype=bfloat16",), (2, 4, 6)),
+        ((), (0, 2, 4, 6)),
+        (("lowrank.rank=auto", "lowrank.max_rank=48", "lowrank.mean_rank=24", "lowrank.energy=0.8"), (2, 4, 6)),
+    ],
+    ids=["fused", "deferred", "bf16", "from-nothing", "auto-ranks"],
 )
 def test_resume_equals_not_having_stopped(tiny_run, extra, available):
     """Invariant 5. A run loses its later checkpoints and goes on from the first, or from the beginning."""
