@@ -7,8 +7,6 @@ from pydantic import ValidationError
 
 from .sections import METHODS, RULES, Config
 
-ENERGY = 0.9  # of lowrank.energy: docs/results.md has what 0.8 and 0.95 give
-
 
 def resolve(config: Config, device: str, bf16: bool) -> Config:
     """Fill in what ``method`` and ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) decide."""
@@ -30,7 +28,6 @@ def resolve(config: Config, device: str, bf16: bool) -> Config:
                     "scale": lowrank.scale or RULES[lowrank.rule][0],
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
-                    "energy": lowrank.energy or ENERGY,
                     "max_gap": lowrank.max_gap or 16 * lowrank.update_proj_gap,
                     # a product of bf16 matrices arrives rounded to bf16; only a sum of several deserves fp32
                     "grad_dtype": lowrank.grad_dtype

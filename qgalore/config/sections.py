@@ -104,7 +104,7 @@ Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
 
 class LowRankSection(Section):
     rank: PositiveInt | Literal["full", "auto"] = 128
-    energy: float | None = Field(None, gt=0, le=1)  # of rank: auto: the share of the gradient's that a layer keeps
+    energy: float = Field(0.9, gt=0, le=1)  # of rank: auto: the share of the gradient's energy that a layer keeps
     max_rank: int | None = Field(None, ge=8)  # of rank: auto, a layer's limit; None: a quarter of its smaller side
     mean_rank: int | None = Field(None, ge=8)  # of rank: auto: all layers stay within this uniform rank's memory
     rule: Rule = "galore"  # how a matrix's gradient becomes its update: docs/method.md
