@@ -199,6 +199,21 @@ def test_resumed_equals_uninterrupted(tiny_llama, token_batches, tmp_path, throu
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_loaded_before_the_optimizer_is_built(tiny_llama, token_batches, tmp_path):
+    """The budget is that of the mean rank, not of the ranks that a file happens to have."""
+    model, opt = converted(tiny_llama)
+    trained(model, token_batches(steps=2), opt)
+    path = checkpoint.save(tmp_path / "step-00000002", model, opt.state_dict(), {})
+    again = tiny_llama(hidden_size=128, vocab_size=512, num_hidden_layers=1)
+    qgalore.convert(again, **AUTO)
+    qgalore.load(again, path)
+    other = qgalore.optimizer(again, lr=5e-3)
+    found, wanted = ([s.module.rank for s in o.slots if isinstance(s, ranks.AutoRankSlot)] for o in (other, opt))
+    assert found == wanted != [16] * 7
+    assert other.slots[0].budget.limit == opt.slots[0].budget.limit
+    assert other.slots[0].budget.used() == opt.slots[0].budget.used()
+
+
 def test_a_fixed_rank_takes_no_other_ranks_tensors(tiny_llama):
     model, opt = converted(tiny_llama)
     fixed = tiny_llama(hidden_size=128, vocab_size=512, num_hidden_layers=1)
