@@ -73,6 +73,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
     assert any(not torch.equal(v, different[n]) for n, v in final_state("runs/a", 2).items())
 
 
+AUTO_RANKS = ("lowrank.rank=auto", "lowrank.max_rank=48", "lowrank.mean_rank=24", "lowrank.energy=0.8")
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
 
 
@@ -86,7 +87,7 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
         (DEFERRED, (2, 4, 6)),
         (("model.dtype=bfloat16",), (2, 4, 6)),
         ((), (0, 2, 4, 6)),
-        (("lowrank.rank=auto", "lowrank.max_rank=48", "lowrank.mean_rank=24", "lowrank.energy=0.8"), (2, 4, 6)),
+        pytest.param(AUTO_RANKS, (2, 4, 6), marks=pytest.mark.slow),
     ],
     ids=["fused", "deferred", "bf16", "from-nothing", "auto-ranks"],
 )
