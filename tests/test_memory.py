@@ -159,6 +159,14 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys):
         assert f"planned peak {promised}" in capsys.readouterr().out
 
 
+def test_proposals_for_automatic_ranks_lower_what_they_share():
+    settings, _ = on_paper("llama7b_16gb.yaml", "lowrank.rank=auto", "lowrank.max_rank=32", "train.max_steps=9")
+    tried = list(planning._candidates(settings, "cuda"))
+    assert {"lowrank.mean_rank": 16} in tried
+    assert not any("lowrank.rank" in changes for changes in tried)
+    assert all(changes.get("lowrank.mean_rank", 8) >= 8 for changes in tried)
+
+
 def test_a_run_that_cannot_fit_does_not_start(tiny_run):
     code, out, err = tiny_run("memory.budget=100MiB")
     assert code == 3
