@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .lowrank.linear import LowRankLinear
 from .storage import write_safetensors
 
 VERSION = 2
@@ -227,14 +228,26 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
         raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error
 
 
+def _fit_ranks(model: nn.Module, files: list[Path]) -> None:
+    """Give the layers of ``model`` whose rank is free to move the ranks that ``files`` have."""
+    shapes = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            module.fit(shapes, f"{name}.")
+
+
 def load_model(folder: Path, model: nn.Module) -> None:
     """Fill ``model`` alone from ``model.safetensors`` or its shards; of tied tensors one name is enough. Raises
     :class:`ConfigError` if the tensors are those of another model."""
-    own = model.state_dict()
     try:
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise OSError("it has no model.safetensors")
+        _fit_ranks(model, files)
+        own = model.state_dict()
         loaded = set()
         for name, value in (item for path in files for item in _tensors(path)):
             if name not in own:

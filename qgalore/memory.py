@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .lowrank import projector, sides
+from .lowrank import projector, ranks, sides
 from .lowrank.linear import LowRankLinear
 from .lowrank.rule_slot import RuleSlot
 from .lowrank.slots import LowRankSlot, Slot
@@ -295,7 +295,8 @@ class _Rehearsal:
     def _refresh(self, slot: LowRankSlot) -> None:
         module = slot.module
         gradient = module.probe.grad
-        self._workspace(("refresh", slot.shape, gradient.shape), lambda: _find_bases(slot, gradient))
+        key = ("refresh", slot.shape, gradient.shape)
+        self._workspace(key, ranks.at_ceiling(slot, lambda: _find_bases(slot, gradient)))
         self.due.discard(id(slot))
         if isinstance(slot, RuleSlot):  # the rule still needs it
             return
@@ -321,7 +322,7 @@ class _Rehearsal:
                 rows = slot.gradient()[: part.leaf.shape[0]] if len(slot.parts) > 1 else slot.gradient()
                 slot.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
 
-        self._workspace(key, work)
+        self._workspace(key, ranks.at_ceiling(slot, work))
         slot.drop_gradient()
 
 
@@ -354,8 +355,6 @@ class Adam8bitShapes(Optimizer):
 
     def __init__(self, params, lr: float = 0.0) -> None:
         super().__init__(params, {"lr": lr})
-        for leaf in (leaf for group in self.param_groups for leaf in group["params"]):
-            self.state[leaf] = self._states(leaf)
 
     def _states(self, leaf: Tensor) -> dict[str, Tensor]:
         if leaf.numel() < self.SMALL:
@@ -367,6 +366,8 @@ class Adam8bitShapes(Optimizer):
 
     def step(self, closure=None) -> None:
         """Nothing moves: the kernels work in place, in tiles that do not count."""
+        for leaf in (leaf for group in self.param_groups for leaf in group["params"] if leaf not in self.state):
+            self.state[leaf] = self._states(leaf)
 
 
 def state_bytes(slots: list[Slot]) -> int:
@@ -403,6 +404,8 @@ def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int
     """
     kept_bytes = resident(model, slots)
     model.train()
+    if step.fused:  # any layer's gradient of Δ, one at a time; those that wait together share the ranks' budget
+        ranks.fill(slots)
     kept = [*model.parameters(), *model.buffers(), *(part.leaf for slot in slots for part in slot.parts)]
     kept += [value for slot in slots for value in slot.tensors().values()]
     states = [value for slot in slots for part in slot.parts for value in part.state().values()]

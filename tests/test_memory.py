@@ -18,6 +18,7 @@ KEPT = ("train.stepping=deferred", "train.full_gradients=keep")
 INT8 = "lowrank.embeddings=int8"
 INT8_PRODUCTS = ("model.compute=int8", "lowrank.group_size=row")
 EXPERTS = ("model.config=mixtral_quickstart", "model.overrides={num_hidden_layers: 2}")
+AUTO = ("lowrank.rank=auto", "lowrank.max_rank=64")
 SHAPES = {
     "plain": (WIDE % "true", "train.activation_checkpointing=false"),
     "checkpointed": (WIDE % "true", "train.activation_checkpointing=true"),
@@ -40,6 +41,7 @@ SHAPES = {
     "experts, AdamW": (*EXPERTS, "method=adamw"),
     "4-bit moments": (WIDE % "true", "train.activation_checkpointing=true", "train.optimizer=adamw4bit"),
     "feedback": (WIDE % "true", "lowrank.weight_rounding=feedback", "lowrank.weight_scales=rederived"),
+    "auto ranks": (WIDE % "true", "train.activation_checkpointing=true", *AUTO, "lowrank.energy=1"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
     "int8 products": (WIDE % "true", "train.activation_checkpointing=true", *INT8_PRODUCTS),
 }
@@ -105,6 +107,25 @@ def test_the_plan_is_what_is_taken(name, tiny_run):
     assert run.planned.tensors == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.parametrize("stepping", ["fused", "deferred"])
+def test_the_plan_has_room_for_every_rank(stepping, tiny_run):
+    """Ranks that share half of what all would take at their limit, and move in every step, stay within the plan."""
+    checkpointing = "train.activation_checkpointing=true"
+    ranks = (*AUTO, "lowrank.mean_rank=32", "lowrank.energy=0.8", "train.lr=0.05", f"train.stepping={stepping}")
+    overrides = [*COMMON, *REFRESHES, "run.name=moving", WIDE % "true", checkpointing, *ranks]
+    run = build.build(config.load("tiny.yaml", overrides), None)
+    loop = Loop(**run.loop, position=Position(**run.position))
+    run.model.train()
+    seen = set()
+    for _ in range(4):
+        before = storages(run)
+        assert before + measured_rise(loop._step) <= run.planned.tensors
+        assert storages(run) <= sum(run.planned.resident.values())
+        seen.add(tuple(event["rank"] for event in loop._drain_events()))
+    assert len(seen) > 1
+    assert max(map(max, seen)) > 32 > min(map(min, seen))
+
+
 LARGE = {
     ("llama7b_16gb.yaml",): 10.7,
     ("llama7b_16gb.yaml", "lowrank.proj_type=reverse_std"): 9.8,
@@ -157,6 +178,14 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys):
         changes, promised = line.strip().split("  → ")
         build.plan(config.load(arguments[0], [*arguments[1:], *changes.split()]))
         assert f"planned peak {promised}" in capsys.readouterr().out
+
+
+def test_proposals_for_automatic_ranks_lower_what_they_share():
+    settings, _ = on_paper("llama7b_16gb.yaml", "lowrank.rank=auto", "lowrank.max_rank=32", "train.max_steps=9")
+    tried = list(planning._candidates(settings, "cuda"))
+    assert {"lowrank.mean_rank": 16} in tried
+    assert not any("lowrank.rank" in changes for changes in tried)
+    assert all(changes.get("lowrank.mean_rank", 8) >= 8 for changes in tried)
 
 
 def test_a_run_that_cannot_fit_does_not_start(tiny_run):

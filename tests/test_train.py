@@ -73,6 +73,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
     assert any(not torch.equal(v, different[n]) for n, v in final_state("runs/a", 2).items())
 
 
+AUTO_RANKS = ("lowrank.rank=auto", "lowrank.max_rank=48", "lowrank.mean_rank=24", "lowrank.energy=0.8")
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
 MANY = (
     "model.overrides.num_local_experts=64",
@@ -96,6 +97,7 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
         pytest.param((), (0, 2, 4, 6), id="from-nothing", marks=pytest.mark.slow),
         pytest.param(EXPERTS, (2, 4, 6), id="experts", marks=pytest.mark.slow),
         pytest.param(FOUR_BITS, (2, 4, 6), id="4-bit moments with feedback", marks=pytest.mark.slow),
+        pytest.param(AUTO_RANKS, (2, 4, 6), id="auto-ranks", marks=pytest.mark.slow),
     ],
 )
 def test_resume_equals_not_having_stopped(tiny_run, extra, available):

@@ -93,9 +93,11 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
         return None
     low = config.lowrank
     stored = low.rank != "full" and RULES[low.rule][1] and config.method != "lora"
+    auto = {"max_rank": low.max_rank, "mean_rank": low.mean_rank} if low.rank == "auto" else {}
     return convert(
         model,
         rank=low.rank if stored else None,
+        **auto,
         proj_type=low.proj_type,
         weight_format=low.weight_format,
         group_size=low.group_size,
@@ -206,6 +208,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
     train, low = config.train, config.lowrank
     options = {"betas": train.betas, "eps": train.eps} if train.optimizer in BUILTIN else {}
     merge = ("weight_rounding", "weight_scales")
+    subspace = ("projector", "policy", "moments", "energy")
     schedule = ("update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger")
     return {
         "lr": train.lr,
@@ -218,7 +221,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "full_gradients": train.full_gradients,
         "seed": config.run.seed,
         **options,
-        **{name: getattr(low, name) for name in (*schedule, *merge, "scale", "projector", "policy", "moments")},
+        **{name: getattr(low, name) for name in (*schedule, *merge, *subspace, "scale")},
     }
 
 

@@ -20,6 +20,7 @@ from ..lowrank.inner import CODED, make_factory
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import attach
 from ..lowrank.policies import layers_at_once
+from ..lowrank.ranks import STEP
 from ..lowrank.rules import RuleOptions
 from ..lowrank.slots import RefreshOptions, Slot
 from ..models import classify, loading
@@ -177,8 +178,9 @@ def _candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
         singles.append({"train.micro_batch_size": train.micro_batch_size // 2})
     if data.sequence_length > 1:
         singles.append({"data.sequence_length": data.sequence_length // 2})
+    key, rank = _uniform_rank(config)
     if METHODS[config.method][0] and low.rank != "full":
-        singles += [{"lowrank.rank": low.rank // part} for part in (2, 4) if low.rank >= part]
+        singles += [{key: rank // part} for part in (2, 4) if rank >= part * (1 if key == "lowrank.rank" else STEP)]
         singles += [{"lowrank.proj_type": "reverse_std"}] if low.proj_type == "std" else []
     yield from singles
     together: dict[str, Any] = {}
@@ -186,14 +188,22 @@ def _candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
         together = together | change
         if len(together) > 1:
             yield together
-    size, length, rank = train.micro_batch_size, data.sequence_length, low.rank
-    while size > 1 or length > 128 or (rank != "full" and rank > 64):
+    size, length, first = train.micro_batch_size, data.sequence_length, rank
+    while size > 1 or length > 128 or rank > 64:
         size, length = max(1, size // 4), max(min(128, length), length // 4)
-        rank = rank if rank == "full" else max(min(64, rank), rank // 4)
-        smaller = {"train.micro_batch_size": size, "data.sequence_length": length, "lowrank.rank": rank}
+        rank = max(min(64, rank), rank // 4)
+        smaller = {"train.micro_batch_size": size, "data.sequence_length": length, key: rank}
         now = {"train.micro_batch_size": train.micro_batch_size, "data.sequence_length": data.sequence_length}
-        together = together | {k: v for k, v in smaller.items() if v != now.get(k, low.rank)}
+        together = together | {k: v for k, v in smaller.items() if v != now.get(k, first)}
         yield together
+
+
+def _uniform_rank(config: Config) -> tuple[str, int]:
+    """The key that decides what ranks cost, and its value; 0 for one that is not a number."""
+    low = config.lowrank
+    if low.rank == "auto":
+        return "lowrank.mean_rank", low.mean_rank or low.max_rank or 0
+    return "lowrank.rank", 0 if low.rank == "full" else low.rank
 
 
 def decide(

@@ -60,7 +60,7 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
 # Keys that only stored bases give a meaning.
 _OF_BASES = (
     "rank", "proj_type", "update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger",
-    "projector", "policy", "similarity", "moments", "basis_format",
+    "projector", "policy", "similarity", "moments", "basis_format", "energy", "max_rank", "mean_rank",
 )  # fmt: skip
 
 
@@ -88,11 +88,13 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     dense = (low.weight_format or weight_format) == "none"
     idle = _idle_keys(config) if converted else ""
     of_rules = low.model_fields_set & {"rule", "scale"}
+    of_auto = sorted(low.model_fields_set & {"energy", "max_rank", "mean_rank"}) if low.rank != "auto" else []
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
     read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
     return [
         (", ".join(f"lowrank.{n}" for n in read_by_none), bool(read_by_none), f"with policy: {low.policy}"),
         (idle, bool(idle), "with method: lora" if config.method == "lora" else f"with rule: {low.rule}"),
+        (", ".join(f"lowrank.{n}" for n in of_auto), bool(of_auto) and not idle, f"with rank: {low.rank}"),
         ("lowrank.rule, lowrank.scale", config.method == "lora" and bool(of_rules), "with method: lora"),
         ("lowrank.alpha", config.method != "lora" and "alpha" in low.model_fields_set, "without method: lora"),
         ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),

@@ -105,7 +105,10 @@ Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
 
 
 class LowRankSection(Section):
-    rank: PositiveInt | Literal["full"] = 128
+    rank: PositiveInt | Literal["full", "auto"] = 128
+    energy: float = Field(0.9, gt=0, le=1)  # of rank: auto: the share of the gradient's energy that a layer keeps
+    max_rank: int | None = Field(None, ge=8)  # of rank: auto, a layer's limit; None: a quarter of its smaller side
+    mean_rank: int | None = Field(None, ge=8)  # of rank: auto: all layers stay within this uniform rank's memory
     rule: Rule = "galore"  # how a matrix's gradient becomes its update: docs/method.md
     alpha: float | None = Field(None, gt=0)  # of method lora, whose update is alpha / rank · B A; None: rank
     scale: float | None = Field(None, gt=0)  # None: the rule's own
@@ -196,6 +199,7 @@ class Config(Section):
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
         found += self._compute_problems()
         found += self._rule_problems() if self.method != "lora" else self._lora_problems()
+        found += self._rank_problems()
         if self.lowrank.similarity is not None and "policy" in self.lowrank.model_fields_set:
             found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
@@ -213,6 +217,8 @@ class Config(Section):
 
     def _compute_problems(self) -> list[str]:
         low, (converted, weight_format, *_) = self.lowrank, METHODS[self.method]
+        if self.model.compile == "blocks" and low.rank == "auto":
+            return ["model.compile: blocks would make a graph for each rank; use a number for lowrank.rank"]
         if self.model.compute == "bf16":
             return []
         if self.method == "lora" or not converted or (low.weight_format or weight_format) != "int8":
@@ -223,12 +229,27 @@ class Config(Section):
 
     def _lora_problems(self) -> list[str]:
         found = []
-        if self.lowrank.rank == "full":
+        if self.lowrank.rank in ("full", "auto"):
             found.append("lowrank.rank: method lora needs the rank of its factors; give a number")
         if self.lowrank.embeddings == "int8":
             found.append("lowrank.embeddings: int8 ones are low-rank layers, which method lora freezes; use full")
         if other := [name for name in self.export.formats if name != "hf"]:
             found.append(f"export.formats: method lora's merged weights are not int8, as {other[0]} needs them; use hf")
+        return found
+
+    def _rank_problems(self) -> list[str]:
+        """Rules for ``lowrank.rank: auto``."""
+        low, found = self.lowrank, []
+        if low.rank != "auto" or not METHODS[self.method][0] or self.method == "lora":
+            return found
+        if low.rule != "galore":
+            found.append(f"lowrank.rank: auto goes with rule: galore; rule {low.rule} needs a number")
+        if low.proj_type == "full":
+            found.append("lowrank.proj_type: full has two bases, and rank: auto goes by one spectrum; use another")
+        if low.max_rank is not None and low.mean_rank is not None and low.mean_rank > low.max_rank:
+            found.append(
+                f"lowrank.mean_rank: {low.mean_rank} is above max_rank, {low.max_rank}; lower it or raise that"
+            )
         return found
 
     def _rule_problems(self) -> list[str]:

@@ -102,22 +102,31 @@ def _cells(run: Run, rows: list[Row], room: int) -> list[tuple[float, float, flo
     return cells
 
 
-def gaps(run: Run) -> str:
-    """The gap in force, mean over the layers of each kind, read off at the same steps for all."""
+def _in_force(run: Run, key: str) -> list[Series]:
+    """What ``key`` was at last, mean over the layers of each kind, read off at the same steps for all."""
     layers = by_layer(run)
-    if not layers:
-        return ""
     steps = sorted({round(1 + i * (run.step - 1) / BINS) for i in range(BINS + 1)})
     series = []
     for colour, kind in enumerate(dict.fromkeys(map(kind_of, layers))):
-        tracks = [_points(rows, "gap") for layer, rows in layers.items() if kind_of(layer) == kind]
-        held = [(step, [gap for track in tracks if (gap := _value_at(track, step))]) for step in steps]
+        tracks = [_points(rows, key) for layer, rows in layers.items() if kind_of(layer) == kind]
+        held = [(step, [value for track in tracks if (value := _value_at(track, step))]) for step in steps]
         series.append(Series(kind, [(step, fmean(values)) for step, values in held if values], colour, "steps"))
+    return series
+
+
+def gaps(run: Run) -> str:
+    series = _in_force(run, "gap")
     highest = max((gap for one in series for _, gap in one.points), default=1.0)
     lowest = min((gap for one in series for _, gap in one.points), default=1.0)
     limits = (lowest / 2**0.25, max(highest, 2 * lowest) * 2**0.25)
     title = "Steps between refreshes, mean over layers of a kind (logarithmic)"
     return plot.lines(title, series, STEP, "gap, steps", _limits(run), limits, base=2)
+
+
+def ranks(run: Run) -> str:
+    series = _in_force(run, "rank")
+    limits = (0, max((rank for one in series for _, rank in one.points), default=1.0) * 1.1)
+    return plot.lines("Rank, mean over layers of a kind", series, STEP, "rank", _limits(run), limits)
 
 
 def _value_at(track: Points, step: float) -> float | None:
@@ -204,4 +213,4 @@ def refresh_share(run: Run) -> str:
                       _limits(run), (0, top))  # fmt: skip
 
 
-ALL = (loss, similarity, gaps, energy, angles, spectrum, int8, moments, throughput, refresh_share)
+ALL = (loss, similarity, gaps, ranks, energy, angles, spectrum, int8, moments, throughput, refresh_share)

@@ -151,7 +151,7 @@ def together(name: str, layers: list[LayerSummary]) -> LayerSummary:
         kind=name,
         layers=len(layers),
         shape=same("shape"),
-        rank=same("rank"),
+        rank=round(mean("rank")) if known("rank") else None,
         done=total("done"),
         fixed=total("fixed"),
         failed=total("failed"),

@@ -13,6 +13,7 @@ from ..parallel import ALONE, Team
 from ..quant.int8 import ROUNDINGS, SCALES
 from . import feedback, rule_slot
 from . import inner as inner_optimizers
+from .experts import Experts
 from .linear import LowRankLinear
 from .lora import LoraLinear
 from .moments import POLICIES as MOMENTS
@@ -110,6 +111,7 @@ def optimizer(
     moments: str = "rotate",
     weight_rounding: str = "stochastic",
     weight_scales: str = "sticky",
+    energy: float = 0.9,
     seed: int = 0,
     team: Team = ALONE,
 ) -> LowRankOptimizer:
@@ -130,14 +132,22 @@ def optimizer(
     team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;
       the loss of each must be its share of the whole batch's.
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
-      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``.
+      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``;
     weight_rounding: of int8 weights at a merge, ``stochastic`` | ``feedback`` (to the nearest, the error into the
       momentum; see ``feedback``) | ``nearest``, a negative control;
     weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
+    energy: the share of a gradient's energy that a layer's rank keeps, where the model was converted with rank="auto".
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
     _refuse_several_processes(team)
+    mixture = any(isinstance(module, Experts) for module in model.modules())
+    _require(
+        team.size == 1 or not mixture,
+        "the number of processes",
+        team.size,
+        "1 for a mixture of experts, whose tokens, and so gradients, differ from process to process",
+    )
     _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
     _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
     _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
@@ -151,6 +161,7 @@ def optimizer(
     _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
+    _require(0 < energy <= 1, "energy", energy, "in (0, 1]")
     _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
     options = dict(inner_options or {})
     if inner in inner_optimizers.BUILTIN:
@@ -159,14 +170,15 @@ def optimizer(
     if weight_rounding == feedback.NAME:
         _require(rule == rule_slot.GALORE, "rule", rule, "galore with weight_rounding 'feedback'")
         feedback.check(inner, options)
-    find = RefreshOptions(
-        projector, policy, moments, seed=seed, team=team, rounding=weight_rounding, scales=weight_scales
-    )
+    merging = {"rounding": weight_rounding, "scales": weight_scales}
+    find = RefreshOptions(projector, policy, moments, seed=seed, team=team, energy=energy, **merging)
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
+    if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
+        print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
     of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner in inner_optimizers.CODED else "fp32")
     low_rank, dense = collect_slots(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule

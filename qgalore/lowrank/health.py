@@ -38,6 +38,8 @@ def angle_cosines(old: Tensor, new: Tensor) -> list[float] | None:
     None if the eigenvalues do not converge.
     """
     product = old.T @ new
+    if product.shape[0] < product.shape[1]:  # the rank grew; there are as many angles as the smaller one has vectors
+        product = product.T
     try:
         squares = torch.linalg.eigvalsh(product.T @ product)
     except torch.linalg.LinAlgError:

@@ -24,10 +24,19 @@ class Basis(nn.Module):
 
     def __init__(self, dim: int, rank: int, fmt: str, device: torch.device | None = None) -> None:
         super().__init__()
-        self.dim, self.rank, self.fmt = dim, rank, fmt
+        self.dim, self.fmt = dim, fmt
         codes, scale = basis.empty(rank, dim, fmt, device)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
+
+    @property
+    def rank(self) -> int:
+        """How many columns there are now."""
+        return self.codes.shape[0]
+
+    def resize(self, rank: int) -> None:
+        """Make room for ``rank`` columns, in new memory; they are zero until assigned."""
+        self.codes, self.scale = basis.empty(rank, self.dim, self.fmt, self.codes.device)
 
     def assign(self, columns: Tensor) -> None:
         """Store ``columns`` fp32 (dim, rank)."""
@@ -136,6 +145,7 @@ class LowRankLinear(nn.Module):
     ``weight_scale`` None; it never requires grad. ``left`` / ``right``: :class:`Basis` or None (identity).
     ``delta``: (r or out, r or in) and ``probe``: (out, in), zero leaves of dtype ``grad_dtype``. Computes in x's dtype;
     with ``products``, on integers while training proves that close enough.
+    With a ``max_rank`` the rank is free to move up to it (see ``ranks``), from ``mean_rank``; both are None otherwise.
     """
 
     products: Products | None = None
@@ -151,12 +161,14 @@ class LowRankLinear(nn.Module):
         group_size: int | None = None,
         grad_dtype: torch.dtype = torch.float32,
         transposed: bool = False,
+        max_rank: int | None = None,
     ) -> None:
         """``weight`` (out, in) float; ``rank`` None means no projection; ``group_size`` None keeps the weight as it is;
         ``transposed`` records that the layer it replaces stores (in, out), for export."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.rank, self.transposed = rank, transposed
+        self.max_rank, self.mean_rank = max_rank, None if max_rank is None else rank
         device = weight.device
         with_left, with_right = (False, False)
         if rank is not None:
@@ -170,9 +182,29 @@ class LowRankLinear(nn.Module):
         self.left = Basis(self.out_features, rank, basis_format, device) if with_left else None
         self.right = Basis(self.in_features, rank, basis_format, device) if with_right else None
         self.basis_format = basis_format
-        shape = (rank if with_left else self.out_features, rank if with_right else self.in_features)
-        self.delta = zero_leaf(*shape, dtype=grad_dtype, device=device, requires_grad=True)
+        self.delta = zero_leaf(*self.delta_shape(), dtype=grad_dtype, device=device, requires_grad=True)
         self.probe = zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
+
+    def delta_shape(self, rank: int | None = None) -> torch.Size:
+        """Δ's shape at ``rank``, by default the present one."""
+        rank = self.rank if rank is None else rank
+        left, right = self.left is not None, self.right is not None
+        return torch.Size((rank if left else self.out_features, rank if right else self.in_features))
+
+    def set_rank(self, rank: int) -> None:
+        """Give the bases, which are then unset, and Δ, which keeps its identity and hooks, the shapes of ``rank``."""
+        for side in (self.left, self.right):
+            if side is not None:
+                side.resize(rank)
+        self.rank, self.delta.grad = rank, None
+        self.delta.data = self.delta.new_zeros(()).expand(self.delta_shape())
+
+    def fit(self, shapes: dict[str, torch.Size], prefix: str) -> None:
+        """Take the rank of the bases in a file of tensors of these ``shapes``, where the rank is free to move."""
+        for side in ("left", "right"):
+            stored = shapes.get(f"{prefix}{side}.codes")
+            if self.max_rank is not None and stored and stored[0] != self.rank and stored[0] <= self.max_rank:
+                self.set_rank(stored[0])
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
         """The stored bases (L, R̂) as fp32 (dim, rank), None for the identity."""
@@ -239,6 +271,7 @@ class LowRankLinear(nn.Module):
             del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        self.fit({name: value.shape for name, value in state_dict.items() if name.startswith(prefix)}, prefix)
         found = state_dict.get(prefix + "weight")
         if found is not None and (found.dtype == torch.int8) != (self.weight.dtype == torch.int8):
             # copying would round floats to integers, or take integers for weights, without a word

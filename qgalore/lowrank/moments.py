@@ -97,6 +97,18 @@ def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | 
                 write(state, name, _turn(read(state, name), *sides))
 
 
+def carry(old: dict, new: dict, left: Tensor | None, right: Tensor | None) -> None:
+    """Fill ``new``, the fresh state of a leaf of another rank, with the moments and counts of ``old``, turned by the
+    rectangular changes of basis ``left`` and ``right`` (each (r_new, r_old) or None).
+
+    With orthonormal bases m P_oldᵀ becomes its projection onto the new subspace, as ``rotate`` has it.
+    """
+    for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
+        for name in (name for name in names if torch.is_tensor(old.get(name))):
+            write(new, name, _turn(read(old, name), *sides))
+    new |= {name: value for name, value in old.items() if not torch.is_tensor(value) or value.ndim == 0}
+
+
 def reset(inner: Optimizer, leaf: Tensor) -> None:
     """Forget the leaf's state, its step count included, so that bias correction starts again."""
     inner.state.pop(leaf, None)

@@ -18,7 +18,7 @@ from ..errors import ConfigError, NumericalError
 from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
 from . import inner as inner_optimizers
-from . import rule_slot
+from . import ranks, rule_slot
 from .slots import DenseSlot, LowRankSlot, Scratch, Slot
 
 
@@ -51,6 +51,7 @@ class LowRankOptimizer(Optimizer):
         self.step_count = 0
         self.events: list[dict[str, Any]] = []
         self._stepped: set[str] = set()
+        self._arrived: dict[str, None] = {}  # in the order of the backward pass, in which fused stepping refreshes
         self._squares: list[Tensor] = []
         self.untouched: list[str] = []
         groups = [
@@ -106,13 +107,16 @@ class LowRankOptimizer(Optimizer):
             self._refresh_if_due(slot)
             self._check_finite(slot)
             self._apply(slot)
-        elif self._is_first(slot):
+            return
+        self._arrived[slot.name] = None
+        if self._is_first(slot):
             # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
             self._refresh_if_due(slot)
 
     def _is_first(self, slot: Slot) -> bool:
         """Whether ``slot`` looks for its first basis."""
-        return type(slot) is LowRankSlot and slot.projected and slot.schedule.refreshes == 0
+        galore = isinstance(slot, LowRankSlot) and not isinstance(slot, rule_slot.RuleSlot)
+        return galore and slot.projected and slot.schedule.refreshes == 0
 
     def _sum_over_team(self) -> None:
         """Deferred stepping: once a step, sum the gradients of all processes. One without a share has zeros."""
@@ -172,7 +176,8 @@ class LowRankOptimizer(Optimizer):
                 for leaf in slot.leaves():
                     if leaf.grad is not None and not torch.isfinite(torch.linalg.vector_norm(leaf.grad)):
                         self._complain(slot)
-        for slot in due:
+        order = {name: place for place, name in enumerate(self._arrived)}
+        for slot in sorted(due, key=lambda slot: order.get(slot.name, len(order))):
             self._refresh_if_due(slot)
 
     @torch.no_grad()
@@ -207,6 +212,7 @@ class LowRankOptimizer(Optimizer):
             scratch.release()
         self._stepped.clear()
         self._summed = False
+        self._arrived.clear()
         self.step_count += 1
         for slot in self.slots:
             slot.arm(self.step_count)
@@ -260,6 +266,7 @@ def attach(slots: list[Slot], factory: inner_optimizers.Factory, part_elements: 
     scratches = {device: Scratch(size, device) for device, size in sizes.items()}
     for slot in slots:
         slot.attach(scratches[slot.leaves()[0].device], factory, part_elements)
+    ranks.share([slot for slot in slots if isinstance(slot, ranks.AutoRankSlot)], factory)
     for scratch in scratches.values():
         scratch.release()
     return list(scratches.values())
@@ -272,14 +279,12 @@ def _slot_state(slot: Slot) -> dict[str, Any]:
         prefix = f"{number}." if len(slot.parts) > 1 else ""
         inner |= {prefix + name: value for name, value in part.state().items()}
     state = {"inner": inner, "extra": slot.tensors()}
-    if isinstance(slot, LowRankSlot):
-        state["schedule"] = slot.schedule.state()
-        if slot.module.products is not None:
-            state["products"] = slot.module.products.state()
-    return state
+    return state | (slot.progress() if isinstance(slot, LowRankSlot) else {})
 
 
 def _load_slot_state(slot: Slot, state: dict[str, Any]) -> None:
+    if isinstance(slot, LowRankSlot):
+        slot.restore(state)
     for number, part in enumerate(slot.parts):
         prefix = f"{number}." if len(slot.parts) > 1 else ""
         mine = {n.removeprefix(prefix): value for n, value in state["inner"].items() if n.startswith(prefix)}
@@ -292,7 +297,3 @@ def _load_slot_state(slot: Slot, state: dict[str, Any]) -> None:
             }
     for name, value in slot.tensors().items():
         value.copy_(state["extra"][name])
-    if isinstance(slot, LowRankSlot):
-        slot.schedule = type(slot.schedule)(**state["schedule"])
-        if slot.module.products is not None:
-            slot.module.products.load(state["products"])

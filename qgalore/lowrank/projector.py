@@ -67,15 +67,17 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def overlap(old: Tensor, new: Tensor) -> float:
-    """‖P_oldᵀ P_new‖²_F / r in [0, 1] for orthonormal (dim, r): the mean squared cosine of the principal angles.
+    """‖P_oldᵀ P_new‖²_F / r in [0, 1] for orthonormal (dim, r): the mean squared cosine of the principal angles. Of two
+    ranks r is the smaller: 1 means that one subspace lies in the other.
 
     Independent of signs and of rotations inside a subspace, which an SVD returns arbitrarily.
     """
-    return float(((old.T @ new).square().sum() / new.shape[1]).clamp(0.0, 1.0))
+    return float(((old.T @ new).square().sum() / min(old.shape[1], new.shape[1])).clamp(0.0, 1.0))
 
 
 def above_chance(overlap: float, rank: int, dim: int) -> float:
-    """The overlap less its expectation for two random subspaces, r/dim: 0 is chance, 1 is the same subspace."""
+    """The overlap less its expectation for two random subspaces, r/dim: 0 is chance, 1 is the same subspace. Of two
+    ranks r is the larger."""
     return 1.0 if rank >= dim else (overlap - rank / dim) / (1.0 - rank / dim)
 
 

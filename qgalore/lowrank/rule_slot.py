@@ -10,6 +10,7 @@ from ..quant import dense as dense_grid
 from ..quant import int8 as int8_grid
 from . import moments
 from .linear import LowRankLinear
+from .ranks import AutoRankSlot
 from .rules import RULES, Rule, RuleOptions
 from .rules.apollo import Apollo
 from .rules.common import Rows
@@ -140,6 +141,11 @@ def check(rule: str, rank: int | None, stepping: str, full_gradients: str, modul
         )
     if rule == GALORE:
         return
+    if free := [name for name, module in modules.items() if module.max_rank is not None]:
+        raise ConfigError(
+            f"rule {rule!r} needs a fixed rank, and {len(free)} layers were converted with rank='auto', for example "
+            f"{free[0]}; convert the model with a number, or use rule='galore'"
+        )
     if stepping == "deferred" and full_gradients == "free":
         raise ConfigError(
             f"rule {rule!r} needs the full gradient of every layer in every step, and stepping 'deferred' would keep "
@@ -160,7 +166,7 @@ def make(
     """A slot for each layer under ``rule``. Prints a line where a rank had to be clamped."""
     if rule == GALORE:
         return [
-            LowRankSlot(name, index, module, schedules[index], find)
+            (LowRankSlot if module.max_rank is None else AutoRankSlot)(name, index, module, schedules[index], find)
             for index, (name, module) in enumerate(modules.items())
         ]
     slots = [

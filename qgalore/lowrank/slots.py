@@ -37,6 +37,7 @@ class RefreshOptions:
     team: Team = ALONE
     rounding: str = "stochastic"
     scales: str = "sticky"
+    energy: float = 0.9  # of the gradient, which a rank that is free to move keeps (``ranks``)
 
 
 class Scratch:
@@ -73,6 +74,7 @@ class Part:
     def step(self, gradient: Tensor, lr: float) -> Tensor:
         """The inner optimizer's step from zero: Δ, fp32, valid until another part steps or the scratch is released."""
         self.scratch.hold()
+        self.leaf.data = self.scratch.flat[: self.leaf.numel()].view(self.leaf.shape)  # whose rank may have changed
         with torch.no_grad():
             self.leaf.zero_()
         self.leaf.grad = gradient.to(torch.float32).contiguous()
@@ -273,10 +275,14 @@ class LowRankSlot(Slot):
         row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}
 
+    def rank_to_find(self) -> int:
+        """The rank of the bases that a refresh finds."""
+        return self.module.rank
+
     def _find(self, gradient: Tensor, old, generator: torch.Generator) -> tuple[list[Tensor | None], str | None]:
         """New fp32 columns for each side, and None or why the decomposition failed (random columns then)."""
         found: list[Tensor | None] = []
-        failure = None
+        failure, rank = None, self.rank_to_find()
         for position, (basis, matrix) in enumerate(((self.module.left, gradient.T), (self.module.right, gradient))):
             if basis is None:
                 found.append(None)
@@ -286,16 +292,14 @@ class LowRankSlot(Slot):
                 matrix, warm = basis.unfold(matrix), None if warm is None else basis.reduce(warm)
             try:
                 if self.options.method == "exact":
-                    columns = projector.exact_basis(matrix, basis.rank)
+                    columns = projector.exact_basis(matrix, rank)
                 else:
-                    columns = projector.randomized_basis(
-                        matrix, basis.rank, generator, warm, self.options.power_iterations
-                    )
+                    columns = projector.randomized_basis(matrix, rank, generator, warm, self.options.power_iterations)
                 if not torch.isfinite(columns).all():
                     raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
             except torch.linalg.LinAlgError as error:
                 failure = str(error).splitlines()[0]
-                columns = projector.random_basis(basis.dim, basis.rank, generator, gradient.device)
+                columns = projector.random_basis(basis.dim, rank, generator, gradient.device)
             found.append(basis.expand(columns) if isinstance(basis, BlockBasis) else columns.contiguous())
         return found, failure
 
@@ -311,7 +315,8 @@ class LowRankSlot(Slot):
             if old[position] is not None:
                 row["energy_before"] = projector.captured_energy(matrix, old[position])
                 row["overlap"] = projector.overlap(old[position], new)
-                row["overlap_above_chance"] = projector.above_chance(row["overlap"], new.shape[1], new.shape[0])
+                rank = max(new.shape[1], old[position].shape[1])
+                row["overlap_above_chance"] = projector.above_chance(row["overlap"], rank, new.shape[0])
                 row["signed_cosine"] = projector.first_vector_cosine(old[position], new)
                 row["first_vector"] = abs(row["signed_cosine"])
                 row["angle_cosines"] = health.angle_cosines(old[position], new)
@@ -366,3 +371,14 @@ class LowRankSlot(Slot):
     def tensors(self) -> dict[str, Tensor]:
         """Bases and weights are the model's own tensors."""
         return {}
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside tensors."""
+        products = self.module.products
+        return {"schedule": self.schedule.state()} | ({} if products is None else {"products": products.state()})
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """The inverse of :meth:`progress`, called before the moments are loaded."""
+        self.schedule = type(self.schedule)(**progress["schedule"])
+        if self.module.products is not None:
+            self.module.products.load(progress["products"])

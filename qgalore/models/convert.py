@@ -16,6 +16,7 @@ from ..lowrank import conv, experts
 from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.products import Products
+from ..lowrank.ranks import STEP
 from ..lowrank.sides import PROJ_TYPES
 from ..quant.basis import FORMATS
 from ..quant.int8 import GROUP_SIZES, group_size_for
@@ -37,6 +38,7 @@ class ConvertedLayer:
     group_size: int | None
     side: str
     notes: tuple[str, ...] = ()
+    max_rank: int | None = None  # up to which the rank is free to move
 
 
 @dataclass
@@ -55,12 +57,13 @@ class ConversionReport:
         rows: Counter = Counter()
         for layer in self.converted:
             label = next((part for part in reversed(layer.name.split(".")) if not part.isdigit()), layer.name)
-            rows[(label, layer.shape, layer.side, layer.rank, layer.group_size)] += 1
+            rank = layer.rank or "full" if layer.max_rank is None else f"≤ {layer.max_rank}"
+            rows[(label, layer.shape, layer.side, rank, layer.group_size)] += 1
         lines = [f"{'layers':>6}  {'name':<14}{'out × in':>16}  {'basis':<6}{'rank':>6}  weight"]
         for (label, shape, side, rank, group), count in rows.items():
             size = f"{shape[0]} × {shape[1]}"
             weight = "as it was" if group is None else f"int8, groups of {'a row' if group == shape[1] else group}"
-            lines.append(f"{count:>6}  {label:<14}{size:>16}  {side:<6}{rank or 'full':>6}  {weight}")
+            lines.append(f"{count:>6}  {label:<14}{size:>16}  {side:<6}{rank:>6}  {weight}")
         notes = Counter(note for layer in self.converted for note in layer.notes)
         lines += [f"note: {note} ({count} layers)" for note, count in notes.items()]
         dense = sum(self.dense.values())
@@ -177,15 +180,28 @@ def _candidates(model: nn.Module, include: list[str], exclude: list[str], report
 
 
 def _replacement(
-    name, module, *, rank, proj_type, weight_format, group_size, basis_format, grad_dtype, kind=LowRankLinear
+    name,
+    module,
+    *,
+    rank,
+    proj_type,
+    weight_format,
+    group_size,
+    basis_format,
+    grad_dtype,
+    ranks=None,
+    kind=LowRankLinear,
 ):
     """The :class:`LowRankLinear` (or other ``kind``) for one layer and its line in the report."""
     transposed = isinstance(module, Conv1D)
     weight = module.weight.detach()
     weight = weight.T.contiguous() if transposed else weight
     notes = []
-    in_force = rank
-    if rank is not None and rank > min(weight.shape):
+    in_force, most = rank, None
+    if rank == "auto":
+        in_force, most = ranks.within(min(weight.shape))
+        notes += [] if ranks.most else ["max_rank is not given: the rank's limit is a quarter of the smaller side"]
+    elif rank is not None and rank > min(weight.shape):
         in_force = min(weight.shape)
         notes.append(f"rank {rank} is above the matrix's smaller side; clamped to {in_force}")
     size = None
@@ -203,13 +219,14 @@ def _replacement(
             group_size=size,
             grad_dtype=grad_dtype,
             transposed=transposed,
+            max_rank=most,
         )
     except ValueError as error:
         raise ConfigError(f"{name} cannot be converted: {error}") from error
     side = {(1, 0): "left", (0, 1): "right", (1, 1): "both", (0, 0): "none"}[
         (int(layer.left is not None), int(layer.right is not None))
     ]
-    return layer, ConvertedLayer(name, tuple(weight.shape), in_force, size, side, tuple(notes))
+    return layer, ConvertedLayer(name, tuple(weight.shape), in_force, size, side, tuple(notes), most)
 
 
 def _convert_convolutions(model: nn.Module, include, exclude, report: ConversionReport, **options) -> None:
@@ -284,7 +301,34 @@ def _with_integer_products(layer: LowRankLinear, line: ConvertedLayer) -> Conver
     return replace(line, notes=(*line.notes, f"{line.shape[0]} × {line.shape[1]} stays in floating point: {why}"))
 
 
-def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
+@dataclass(frozen=True)
+class _Ranks:
+    """``max_rank`` and ``mean_rank`` of ``rank="auto"``, as given."""
+
+    most: int | None
+    mean: int | None
+
+    def within(self, side: int) -> tuple[int, int]:
+        """(mean, max) of a layer whose smaller side is ``side``."""
+        most = min(side, self.most or max(STEP, self.mean or 0, side // 4 // STEP * STEP))
+        return min(most, self.mean or most), most
+
+    def check(self, rank: int | str | None, proj_type: str) -> None:
+        """Raise :class:`ConfigError` for values that cannot work."""
+        for key, value in (("max_rank", self.most), ("mean_rank", self.mean)):
+            if value is not None and rank != "auto":
+                raise ConfigError(f"{key} is {value!r}, and rank is {rank!r}; it goes with rank 'auto' only")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < STEP):
+                raise ConfigError(f"{key} is {value!r}; ranks move by {STEP}: give at least {STEP}, or a rank")
+        if rank != "auto":
+            return
+        if self.most is not None and self.mean is not None and self.mean > self.most:
+            raise ConfigError(f"mean_rank is {self.mean}, above max_rank, {self.most}; lower it or raise that")
+        if proj_type == "full":
+            raise ConfigError("rank 'auto' goes by the spectrum of one side; use another proj_type than full")
+
+
+def _check_options(rank: int | str | None, given: dict[str, int | str]) -> None:
     """Raise :class:`ConfigError` for a value that :func:`convert` does not know, or two that do not go together."""
     allowed = {"proj_type": PROJ_TYPES, "weight_format": WEIGHT_FORMATS, "basis_format": FORMATS}
     allowed |= {"group_size": (*GROUP_SIZES, "row"), "embeddings": EMBEDDINGS, "compute": COMPUTE}
@@ -294,14 +338,16 @@ def _check_options(rank: int | None, given: dict[str, int | str]) -> None:
             raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
     if given["compute"] == "int8" and (given["weight_format"], given["group_size"]) != ("int8", "row"):
         raise ConfigError("compute is 'int8': it needs weight_format='int8' and group_size='row', one scale a row")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for full rank")
+    if rank not in (None, "auto") and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, 'auto', or None for full rank")
 
 
 def convert(
     model: nn.Module,
     *,
-    rank: int | None,
+    rank: int | str | None,
+    max_rank: int | None = None,
+    mean_rank: int | None = None,
     proj_type: str = "std",
     weight_format: str = "int8",
     group_size: int | str = 128,
@@ -317,7 +363,9 @@ def convert(
     every module of a mixture's experts by one with such a layer for each matrix (see ``lowrank.experts``). The head is
     a language model's output layer, or what a classifier has beside the pretrained body.
 
-    rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected.
+    rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected;
+    ``auto``: each layer's own, found at refreshes (``lowrank.ranks``), up to ``max_rank`` (None: a quarter of the
+    smaller side), all layers together within the memory of a uniform ``mean_rank`` (None: no less than their maxima).
     weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
     reported fallback where it does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``.
     include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``, ``*.experts``); include names may name
@@ -335,8 +383,12 @@ def convert(
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
     chosen = {"group_size": group_size, "embeddings": embeddings, "compute": compute, "convolutions": convolutions}
     _check_options(rank, {**given, **chosen})
+    ranks = _Ranks(max_rank, mean_rank)
+    ranks.check(rank, proj_type)
+    if rank == "auto" and convolutions == "tucker":
+        raise ConfigError("rank is 'auto': the projected sides of a convolution have a fixed one; give a number")
     report, heads = ConversionReport(), _heads(model)
-    options = {**given, "rank": rank, "group_size": group_size, "grad_dtype": grad_dtype}
+    options = {**given, "rank": rank, "ranks": ranks, "group_size": group_size, "grad_dtype": grad_dtype}
     patterns = (include or [], exclude or [])
     stacked = list(_stacked(model, *patterns, report))
     for name, module in list(_candidates(model, *patterns, report)):
