@@ -149,11 +149,17 @@ class _Attention(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention():
-    """Stand in for ``scaled_dot_product_attention``, which on the meta device would build the whole score matrix. (A
-    function mode would not reach the recomputation inside backward.)"""
+def _planned_attention(device: str):
+    """Stand in for ``scaled_dot_product_attention``, which on the meta device would build the whole score matrix. A CPU
+    builds it too where attention is dropped. (A function mode would not reach the recomputation inside backward.)"""
     original = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+
+    def attention(query, key, value, *mask, dropout_p=0.0, **options):
+        if dropout_p > 0.0 and device == "cpu":
+            return original(query, key, value, *mask, dropout_p=dropout_p, **options)
+        return _Attention.apply(query, key, value)
+
+    nn.functional.scaled_dot_product_attention = attention
     try:
         yield
     finally:
@@ -388,6 +394,6 @@ def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int
     states = [value for slot in slots for part in slot.parts for value in part.state().values()]
     kept += [value for value in states if torch.is_tensor(value)]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
-    with planned_for(step.device), _fused_attention(), meter:
+    with planned_for(step.device), _planned_attention(step.device), meter:
         _Rehearsal(model, slots, step, meter).run()
     return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside)
