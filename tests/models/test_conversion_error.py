@@ -78,7 +78,7 @@ def test_logits_differ_as_by_noise_of_half_a_step(name, tmp_path):
     """Rounding to the nearest leaves each weight an error within half a step, and as good as uniform there. So the
     logits' error is one more draw of what independent uniform noise on the original's weights does to them, whose norm
     varies by 10 to 15 % from draw to draw: half above or below the median is three standard deviations away. (Cutting
-    off instead of rounding gave 1.7 to 2.6 times the median.)
+    off instead of rounding gave 1.8 to 2.9 times the median.)
     """
     family, config, options = MODELS[name]
     with torch.enable_grad():
