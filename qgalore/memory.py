@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import on_paper
 from .lowrank import projector, ranks, sides
-from .lowrank.linear import LowRankLinear
+from .lowrank.linear import Basis, LowRankLinear
 from .lowrank.rule_slot import RuleSlot
 from .lowrank.slots import LowRankSlot, Slot
 from .quant.int8 import planned_for
@@ -133,49 +134,6 @@ class _Meter(TorchDispatchMode):
         self.label = before
 
 
-class _Attention(torch.autograd.Function):
-    """The footprint of a fused attention kernel: it keeps its inputs, its output and a row statistic in fp32."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-class _Grouped(torch.autograd.Function):
-    """The footprint of a product of rows (n, in) with the matrix (in, out) of each row's expert."""
-
-    @staticmethod
-    def forward(ctx, rows, weight):
-        ctx.save_for_backward(rows, weight)
-        return rows.new_empty(len(rows), weight.shape[-1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.empty_like(value) for value in ctx.saved_tensors)
-
-
-@contextmanager
-def _kernels_on_paper():
-    """Stand in for ``scaled_dot_product_attention``, which on the meta device would build the whole score matrix, and
-    for ``grouped_mm``, which knows only bf16 there. (A function mode would not reach the recomputation inside
-    backward.)"""
-    functional = nn.functional
-    originals = functional.scaled_dot_product_attention, functional.grouped_mm
-    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
-    functional.grouped_mm = lambda rows, weight, **_: _Grouped.apply(rows, weight)
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention, functional.grouped_mm = originals
-
-
 def _model_bytes(model: nn.Module) -> Counter[str]:
     """Bytes of a converted model's own tensors by category, shared ones once."""
     sizes: Counter[str] = Counter()
@@ -195,7 +153,7 @@ def _category(module: nn.Module, key: str, tensor: Tensor) -> str:
         return "int8 weights"
     if key == "weight_scale":
         return "weight scales"
-    if type(module).__name__ == "Basis":
+    if isinstance(module, Basis):
         return "bases"
     return "trained in full"
 
@@ -411,6 +369,6 @@ def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int
     states = [value for slot in slots for part in slot.parts for value in part.state().values()]
     kept += [value for value in states if torch.is_tensor(value)]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
-    with planned_for(step.device), _kernels_on_paper(), meter:
+    with planned_for(step.device), on_paper.kernels(step.device), meter:
         _Rehearsal(model, slots, step, meter).run()
     return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qgalore import config, memory
+from qgalore import build, config, memory
 from qgalore.build.model import Vocabulary
 from qgalore.data.conversations import conversations
 from qgalore.errors import ConfigError
@@ -24,6 +24,21 @@ def test_resident_bytes_from_a_config_json_alone(tmp_path, name, preset, limit):
     sizes = memory.resident(*planning.on_paper(config.resolve(made, "cuda", True), Vocabulary(1, None, None)))
     assert sizes["int8 weights"] > 7 * GIB
     assert sum(sizes.values()) < limit * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(config.PACKAGED.glob("*b_*gb.yaml")), ids=lambda path: path.stem)
+def test_headers_are_what_plan_prints(path, tmp_path, capsys):
+    given = []
+    if path.stem.startswith("finetune_"):
+        preset = path.stem.removeprefix("finetune_").removesuffix("_16gb")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS[preset]}))
+        given = [f"model.path={tmp_path}"]
+    build.plan(config.load(str(path), given))
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    header = [line[1:].split() for line in path.read_text().splitlines() if line.startswith("#")]
+    assert len(printed) > 8
+    assert [line for line in printed if line not in header] == []
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "qwen2.5_7b"])

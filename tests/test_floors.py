@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors"},
     {"config"},
-    {"quant", "storage", "metrics", "parallel"},
+    {"quant", "storage", "metrics", "parallel", "on_paper"},
     {"lowrank", "data"},
     {
         "models",

@@ -1,12 +1,15 @@
 """The memory plan against the memory that is taken."""
 
 import importlib
+import json
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from qgalore import build, config, memory
 from qgalore.build.model import Vocabulary
+from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import DoesNotFitError
 from qgalore.loop import Loop, Position
 
@@ -91,8 +94,11 @@ QUICK = (
 )
 def test_the_plan_is_what_is_taken(name, tiny_run):
     """Resident bytes exactly, the peak of steps with refreshes within 5 %."""
-    overrides = [*COMMON, *REFRESHES, "run.name=planned", *SHAPES[name]]
-    run = build.build(config.load("tiny.yaml", overrides), None)
+    check_plan(config.load("tiny.yaml", [*COMMON, *REFRESHES, "run.name=planned", *SHAPES[name]]))
+
+
+def check_plan(settings: config.Config) -> None:
+    run = build.build(settings, None)
     loop = Loop(**run.loop, position=Position(**run.position))
     run.model.train()
     loop._step()
@@ -124,6 +130,21 @@ def test_the_plan_has_room_for_every_rank(stepping, tiny_run):
         seen.add(tuple(event["rank"] for event in loop._drain_events()))
     assert len(seen) > 1
     assert max(map(max, seen)) > 32 > min(map(min, seen))
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_the_plan_of_an_encoder_that_drops_attention(checkpointing, tiny_run, tmp_path):
+    """Scores are half of what it keeps: a CPU has no fused kernel for them then. Each row is as long as is allowed."""
+    words = ["red blue green " * 30, "sun moon sea " * 30]
+    rows = [{"sentence": text, "label": text[:3]} for text in words * 16]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer(words, vocab_size=300, report=lambda line: None)
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    heads = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "num_hidden_layers": 2}
+    BertConfig(**heads, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "encoder")
+    data = "data={task: classify, train: rows.jsonl, valid: rows.jsonl, tokenizer: encoder, sequence_length: 64}"
+    model = ("model={config: encoder}", f"train.activation_checkpointing={checkpointing}")
+    check_plan(config.load("tiny.yaml", [*COMMON[:2], *REFRESHES, data, *model]))
 
 
 LARGE = {

@@ -147,14 +147,19 @@ def _before(tokenizer: PreTrainedTokenizerBase, messages: Messages, number: int,
 
 
 def _last_tail(tokenizer: PreTrainedTokenizerBase, messages: Messages, content: str, where: str) -> str:
-    """What the template writes after ``content``, the last turn's."""
+    """What the template writes after ``content``, the last turn's; no further than the first token of its own, if it
+    begins with one: what follows may end the whole text (Phi 3.5), not the turn."""
     text = _render(tokenizer, messages, where)
     place = text.rfind(content)
-    return text[place + len(content) :] if place >= 0 else ""
+    tail = text[place + len(content) :] if place >= 0 else ""
+    blank = len(tail) - len(tail.lstrip())
+    marks = [mark for mark in tokenizer.get_added_vocab() if tail.startswith(mark, blank)]
+    return tail[: blank + max(map(len, marks))] if marks else tail
 
 
 def _lost(where: str, number: int) -> ConfigError:
     return ConfigError(
-        f"{where}: the chat template writes turn {number + 1} in another way once later turns follow, so that its "
-        "answer cannot be found; use a template with {% generation %} blocks, or rows with one answer each."
+        f"{where}: the chat template writes turn {number + 1}, or what comes before it, in another way once later "
+        "turns follow, so that its answer cannot be found; use a template with {% generation %} blocks, or rows with "
+        "one answer each, and without a system turn if it moves or drops that."
     )

@@ -39,6 +39,8 @@ def messages_of(row: dict[str, Any], where: str) -> Messages:
     of keys in either list); ``prompt`` and ``completion``; Alpaca's ``instruction``, ``input`` (may be absent or
     empty) and ``output``. Raises ConfigError, naming the place and what was expected, for any other row.
     """
+    if row.get("tools") not in (None, [], "", "[]"):
+        raise ConfigError(f"{where} offers tools, which is not supported; leave such conversations out.")
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
             return _turns(row[key], f"{where}: {key!r}")

@@ -217,3 +217,30 @@ def test_nearest_rounding_discards_what_is_small_for_ever(device):
     for step in range(50):
         int8.write_back(q, scale, lambda a, b: update[a:b], shrink=0.0, key=derive_key(step), rounding="nearest")
     assert torch.equal(q, before)
+
+
+TINY = 2.5e-6  # a fine-tuning step: lr 1e-5 at scale 0.25, about a two-hundredth of an int8 step of weights like grid's
+
+
+def after_tiny_updates(group, steps=60):
+    """Weights (64, 512) before and after ``steps`` updates of ±``TINY``, and each weight's grid step and sign."""
+    _, q, scale = grid((64, 512), group=group)
+    signs = torch.randn(64, 512, generator=torch.Generator().manual_seed(5)).sign()
+    before = int8.dequantize(q, scale)
+    for step in range(steps):
+        int8.write_back(q, scale, lambda a, b: TINY * signs[a:b], shrink=0.0, key=derive_key(9, step))
+    return before, int8.dequantize(q, scale), int8.dequantize(torch.ones_like(q), scale), signs
+
+
+@pytest.mark.parametrize("group", [128, 64, 32, "row"])
+def test_tiny_updates_arrive_on_average_and_drift_as_reckoned(group):
+    """An update u < s moves a weight by s with probability u/s: mean u, variance u (s − u), and steps are independent,
+    so k of them give k u and k u (s − u). A count of mean m = k u/s has a kurtosis of about 3 + 1/m, so the mean square
+    of n of them has a relative standard error of √((2 + 1/m)/n)."""
+    before, after, step, signs = after_tiny_updates(group)
+    moved = (after - before).double() * signs
+    variance = 60 * TINY * (step - TINY).double()
+    assert abs(float((moved - 60 * TINY).mean())) <= 5 * float(variance.mean() / moved.numel()) ** 0.5
+    smallest = 60 * TINY / float(step.max())
+    ratio = float(((moved - 60 * TINY).square() / variance).mean())
+    assert abs(ratio - 1) <= 5 * ((2 + 1 / smallest) / moved.numel()) ** 0.5
