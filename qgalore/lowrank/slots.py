@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from ..quant import dense as dense_grid
 from ..quant import dispatch
-from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
 from . import health, moments, projector, sides
 from .linear import LowRankLinear
@@ -328,8 +327,8 @@ class LowRankSlot(Slot):
         bases = [None if side is None else side.stored() for side in (module.left, module.right)]
         if len(stored) == 2 and dispatch.fused_merge(*stored, delta, *bases, s=scale, **where):
             return
-        grid = dense_grid if len(stored) == 1 else int8_grid
-        grid.write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)
+        write_back = dense_grid.write_back if len(stored) == 1 else dispatch.write_back
+        write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)
 
     def tensors(self) -> dict[str, Tensor]:
         """Bases and weights are the model's own tensors."""
