@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("depth   shape         energy  exact s   cold s  ratio  of exact's energy   warm s  ratio  of exact's energy")
     for depth, pair in found.items():
         row = compare(*pair, options.rank, clock)
-        cells = [f"{depth:7} {'×'.join(map(str, pair[1].shape)):12} {row['energy']:7.4f} {row['exact']:8.2f}"]
+        cells = [f"{depth:7} {'×'.join(map(str, pair[1].shape)):12} {row['energy']:7.4f} {row['exact']:8.3f}"]
         for name in ("cold", "warm"):
             cells.append(f"{row[name]:8.3f} {row['exact'] / row[name]:6.1f} {row[f'{name}_share']:18.5f}")
         print(" ".join(cells), flush=True)
