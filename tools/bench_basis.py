@@ -1,7 +1,7 @@
 """Compare the randomized basis with the exact one on gradients of a run: energy captured, and time.
 
     python tools/bench_basis.py [--config quickstart.yaml] [--rank 128] [--steps 8] [--ago 4] [--layer mlp.up_proj]
-                                [--depths first middle last] [--clock wall] [key=value …]
+                                [--depths first middle last] [--power-iterations 2] [--clock wall] [key=value …]
 
 A run of ``--config`` with the ``key=value`` of train.py takes ``--steps`` steps. The full gradients of the named layer
 in its first, middle and last block are then found on the next batch, and ``--ago`` steps earlier, which gives the basis
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,16 +74,17 @@ def timed(clock: Callable[[], float], find: Callable[[], Tensor]) -> tuple[float
     return clock() - started, basis
 
 
-def compare(before: Tensor, gradient: Tensor, rank: int, clock: Callable[[], float]) -> dict[str, float]:
+def compare(
+    before: Tensor, gradient: Tensor, rank: int, power_iterations: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Seconds and shares of the exact basis's energy, for one gradient (out, in)."""
     generator = torch.Generator().manual_seed(0)
     warm = projector.randomized_basis(before, rank, generator)
     seconds, exact = timed(clock, lambda: projector.exact_basis(gradient, rank))
     row = {"energy": projector.captured_energy(gradient, exact), "exact": seconds}
     for name, start in (("cold", None), ("warm", warm)):
-        row[name], basis = timed(
-            clock, lambda start=start: projector.randomized_basis(gradient, rank, generator, warm=start)
-        )
+        find = partial(projector.randomized_basis, gradient, rank, generator, start, power_iterations)
+        row[name], basis = timed(clock, find)
         row[f"{name}_share"] = projector.captured_energy(gradient, basis) / row["energy"]
     return row
 
@@ -95,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ago", type=int, default=4)
     parser.add_argument("--layer", default="mlp.up_proj")
     parser.add_argument("--depths", nargs="+", choices=DEPTHS, default=list(DEPTHS))
+    parser.add_argument("--power-iterations", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
@@ -112,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
           f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")  # fmt: skip
     print("depth   shape         energy  exact s   cold s  ratio  of exact's energy   warm s  ratio  of exact's energy")
     for depth, pair in found.items():
-        row = compare(*pair, options.rank, clock)
+        row = compare(*pair, options.rank, options.power_iterations, clock)
         cells = [f"{depth:7} {'×'.join(map(str, pair[1].shape)):12} {row['energy']:7.4f} {row['exact']:8.3f}"]
         for name in ("cold", "warm"):
             cells.append(f"{row[name]:8.3f} {row['exact'] / row[name]:6.1f} {row[f'{name}_share']:18.5f}")
