@@ -1,13 +1,13 @@
 """Time a training step of Q-GaLore against other methods, on one model and one batch, on this machine.
 
     python tools/bench.py [--model llama_60m] [--batch 4096] [--sequence 256] [--rounds 5] [--device cpu] [--threads 1]
-                          [--methods adamw adamw8bit galore galore-torch qgalore]
+                          [--clock wall] [--methods adamw adamw8bit galore galore-torch qgalore]
 
 Rounds are interleaved: every method takes one step in each, so that a busy machine slows all alike. Printed are medians
 and, after ±, half the range between the quartiles, in milliseconds; ratios are taken within a round. ``--batch`` counts
-tokens. Columns:
+tokens. ``--clock cpu`` counts the process's CPU time, for a busy machine and one thread. Columns:
 
-    step       a whole ordinary step, with refresh / T added; ×adamw: its ratio to AdamW's
+    step       a whole ordinary step, with refresh / T added; ×adamw, ×galore-torch: its ratios to theirs
     forward    the loss
     backward   gradients of activations and of what trains in full, found by timing a backward pass that is asked for
                nothing else
@@ -54,13 +54,15 @@ PHASES = ("forward", "backward", "gradient", "refresh", "optimizer", "merge")
 class Clock:
     """Durations by name. On a GPU they are taken from events, which do not make it wait."""
 
+    read_cpu = staticmethod(time.perf_counter)
+
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.spans: list[tuple[str, object, object]] = []
 
     def now(self):
         if not self.on_gpu:
-            return time.perf_counter()
+            return self.read_cpu()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -301,9 +303,7 @@ class Light:
 
 def spread(values: list[float]) -> float:
     """Half the distance of the quartiles; of the extremes for fewer than four values."""
-    if len(values) < 4:
-        return (max(values) - min(values)) / 2
-    low, _, high = statistics.quantiles(values, n=4)
+    low, *_, high = statistics.quantiles(values, n=4) if len(values) > 3 else (min(values), max(values))
     return (high - low) / 2
 
 
@@ -334,18 +334,18 @@ def rounds(methods: list[Method], light: Light, batch: dict[str, Tensor], count:
 
 
 def table(found, light: Light, config, rank: int, tokens: int) -> str:
-    base = found["adamw"]["step"]
-    head = ("method", "step ms", "×adamw", "tokens/s", *PHASES, "light")
+    others = [name for name in ("adamw", "galore-torch") if name in found]
+    head = ("method", "step ms", "×adamw", "tokens/s", *PHASES, "light", *[f"×{name}" for name in others[1:]])
     rows = [head]
     for name, phases in found.items():
         steps = phases["step"]
         middle = statistics.median(steps)
-        ratios = [a / b for a, b in zip(steps, base, strict=True)]
+        ratios = [[a / b for a, b in zip(steps, found[other]["step"], strict=True)] for other in others]
         share = light.bound(products(config, name, rank, tokens)) / middle
         cells = [f"{statistics.median(phases[p]) * 1e3:.1f}" for p in PHASES]
         step = f"{middle * 1e3:.0f} ±{spread(steps) * 1e3:.0f}"
-        ratio = f"{statistics.median(ratios):.3f} ±{spread(ratios):.3f}"
-        rows.append((name, step, ratio, f"{tokens / middle:.0f}", *cells, f"{share:.0%}"))
+        ratio, *more = [f"{statistics.median(values):.3f} ±{spread(values):.3f}" for values in ratios]
+        rows.append((name, step, ratio, f"{tokens / middle:.0f}", *cells, f"{share:.0%}", *more))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
 
@@ -360,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--kernels", choices=dispatch.CHOICES, default="auto")
     parser.add_argument("--methods", nargs="+", choices=tuple(MAKERS), default=[m for m in MAKERS if m[-1] != "+"])
     options = parser.parse_args(arguments)
@@ -367,6 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--batch {options.batch} is not a multiple of --sequence {options.sequence}")
     if options.threads:
         torch.set_num_threads(options.threads)
+    Clock.read_cpu = staticmethod(time.process_time if options.clock == "cpu" else time.perf_counter)
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = list(dict.fromkeys(["adamw", *options.methods]))  # adamw is what the others are held against
@@ -387,7 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = rounds(methods, light, batch, options.rounds)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{options.model}, {options.batch} tokens in sequences of {options.sequence}, rank {options.rank}, T {GAP}")
-    print(f"{str(dtype).removeprefix('torch.')}, {where}, torch {torch.__version__}, {options.rounds} rounds")
+    kind = f"{str(dtype).removeprefix('torch.')}, {where}, {options.clock} time"
+    print(f"{kind}, kernels {options.kernels}, torch {torch.__version__}, {options.rounds} rounds")
     print(table(found, light, config, options.rank, options.batch))
     return 0
 

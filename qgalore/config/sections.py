@@ -168,7 +168,7 @@ Method = Literal["qgalore", "galore", "galore8bit", "lora", "adamw", "adamw8bit"
 class Config(Section):
     method: Method = "qgalore"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: Triton on a GPU where a self-check passes
+    kernels: Literal["auto", "reference", "triton", "compiled"] = "auto"  # auto: Triton on a GPU; compiled: for a CPU
     parallel: Literal["replicate", "shard"] = "replicate"  # of a job that torchrun starts; shard: not yet
     run: RunSection = RunSection()
     model: ModelSection

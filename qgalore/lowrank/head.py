@@ -6,8 +6,9 @@ dL/dh = p W, dL/dW = pᵀ h, and for a low-rank head dL/dΔ = (p L)ᵀ (h R̂).
 
 Memory at the peak, in the backward pass, with T tokens of width d in bf16, a vocabulary V and B = ``limit`` elements:
 h itself (2 T d bytes) and its gradient in fp32 (4 T d; another 2 T d when it is rounded); one block of logits in bf16
-and fp32 and p in bf16 (8 B; 128 MiB by default); one block of W (2 d B / T); the gradient of whichever leaf asks for
-it: V × r for Δ, V × d for the probe or a dense weight; a decoded left basis (2 V r) and p L (4 T r) if there is one.
+and fp32 and p in bf16 (8 B; on a GPU 128 MiB by default); one block of W (2 d B / T); the gradient of whichever leaf
+asks for it: V × r for Δ, V × d for the probe or a dense weight; a decoded left basis (2 V r) and p L (4 T r) if there
+is one.
 The whole logits would cost 2 T V for bf16 and 8 T V for the fp32 log-softmax and its gradient.
 """
 
@@ -16,10 +17,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..quant import dispatch
+from ..quant.int8 import kind_of
 from .embedding import TiedHead
 from .linear import LowRankLinear, stored_weight
 
 BLOCK_ELEMENTS = 1 << 24
+CPU_BLOCK_ELEMENTS = (
+    1 << 21
+)  # 8 MiB of fp32: the allocator keeps them, where larger ones come from the system each time
+
+
+def block_elements(device: torch.device) -> int:
+    """The default ``limit`` of :func:`chunked_cross_entropy` on ``device``."""
+    return min(BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS) if kind_of(device) == "cpu" else BLOCK_ELEMENTS
 
 
 def accepts(head: nn.Module | None) -> bool:
@@ -35,14 +45,14 @@ def vocabulary_blocks(tokens: int, vocabulary: int, limit: int) -> list[tuple[in
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, head: nn.Module, labels: Tensor, *, ignored: int = -100, limit: int = BLOCK_ELEMENTS
+    hidden: Tensor, head: nn.Module, labels: Tensor, *, ignored: int = -100, limit: int | None = None
 ) -> Tensor:
     """Cross entropy in nats, an fp32 scalar, summed over the labels other than ``ignored``.
 
     ``hidden``: (T, d) floating point, in whose dtype (autocast's under autocast) the logits are computed; they are
     fp32 from there on. ``labels``: (T,) int64. ``head``: an ``nn.Linear``, :class:`LowRankLinear` or :class:`TiedHead`
     of V rows, with or without a bias; each of its leaves that requires grad gets one, once. ``limit``: elements of a
-    block of logits.
+    block of logits, by default :func:`block_elements`.
 
     If every label is ignored the loss is 0 and so are all gradients. A label outside [0, V) makes the loss nan: raising
     would make a GPU wait. Raises ``TypeError`` for another kind of head.
@@ -51,6 +61,7 @@ def chunked_cross_entropy(
         raise TypeError(f"the head is a {type(head).__name__}; the chunked loss knows nn.Linear and low-rank heads")
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    limit = block_elements(hidden.device) if limit is None else limit
     operands = (head.weight, None, head.bias, *[None] * 7) if type(head) is nn.Linear else head.operands()
     return _ChunkedCrossEntropy.apply(hidden, labels, ignored, limit, *operands)
 

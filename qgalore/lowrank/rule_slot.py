@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..quant import dense as dense_grid
-from ..quant import int8 as int8_grid
+from ..quant import dispatch
 from . import moments
 from .linear import LowRankLinear
 from .ranks import AutoRankSlot
@@ -108,7 +108,7 @@ def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int,
         dense_grid.write_back(weight, rows, shrink=shrink, key=key)
     else:
         how = {"rounding": options.rounding, "scales": options.scales}
-        int8_grid.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
+        dispatch.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
 
 
 def awaits_refresh(slot: Slot) -> bool:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from ..parallel import ALONE, Team
 from ..quant import dense as dense_grid
 from ..quant import dispatch
-from ..quant import int8 as int8_grid
 from ..quant.counter import derive_key
 from . import feedback, health, moments, projector, sides
 from .conv import BlockBasis
@@ -356,15 +355,15 @@ class LowRankSlot(Slot):
         if where.get("rounding") == feedback.NAME:
             self._merge_with_feedback(stored, delta, scale, where)
             return
-        grid = dense_grid if len(stored) == 1 else int8_grid
-        grid.write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)
+        write_back = dense_grid.write_back if len(stored) == 1 else dispatch.write_back
+        write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)
 
     def _merge_with_feedback(self, stored: tuple[Tensor, Tensor], delta: Tensor, scale: float, where: dict) -> None:
         """Round to the nearest, and leave what that leaves out of the subspace's update to the momentum."""
         columns = self.module.columns()
         short = torch.zeros(delta.shape, device=delta.device)
         where |= {"rounding": "nearest", "left_out": sides.gather(short, *columns)}
-        int8_grid.write_back(*stored, sides.update_rows(delta, *columns, scale), **where)
+        dispatch.write_back(*stored, sides.update_rows(delta, *columns, scale), **where)
         part = next(part for part in self.parts if part.first == where["first_row"])
         feedback.inject(part.inner, part.leaf, short, scale)
 

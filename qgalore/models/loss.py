@@ -80,7 +80,6 @@ def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         model.get_output_embeddings(),
         batch["labels"].flatten(),
         ignored=IGNORED,
-        limit=chunked.BLOCK_ELEMENTS,
     )
     return _balanced(model, batch, loss, output)
 

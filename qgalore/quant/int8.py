@@ -112,14 +112,15 @@ def planned_for(kind: str) -> Iterator[None]:
         _planned = before
 
 
-def _kind_of(device: torch.device) -> str:
+def kind_of(device: torch.device) -> str:
+    """``device.type``; on the meta device, the type of what it stands for."""
     return _planned if device.type == "meta" else device.type
 
 
 def tile_elements(device: torch.device) -> int:
     """How much is worked on at a time: what a CPU's caches hold; on a GPU enough for its launches to cost little."""
     cached = min(TILE_ELEMENTS, CACHE_ELEMENTS * torch.get_num_threads())
-    return cached if _kind_of(device) == "cpu" else TILE_ELEMENTS
+    return cached if kind_of(device) == "cpu" else TILE_ELEMENTS
 
 
 @torch.no_grad()
@@ -180,7 +181,7 @@ def _prepare_tile(q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], 
     values = torch.add(base, change, out=work)
     new = _new_scale(values, old, scratch.view(torch.float32), scales)
     moved = new != old
-    if _kind_of(q.device) == "cpu" and scales == "sticky":
+    if kind_of(q.device) == "cpu" and scales == "sticky":
         if not q.is_meta and moved.any():  # few groups: a GPU would rather work on all than wait for the answer
             change[moved] = values[moved] * (old / new)[moved].unsqueeze(1)
             base[moved] = 0.0
