@@ -1,8 +1,7 @@
-"""Replacing a model's linear layers by :class:`LowRankLinear`, and the report of what was and what was not."""
+"""Replacing a model's linear layers by :class:`LowRankLinear`."""
 
-import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from types import SimpleNamespace
@@ -21,67 +20,12 @@ from ..lowrank.sides import PROJ_TYPES
 from ..quant.basis import FORMATS
 from ..quant.int8 import GROUP_SIZES, group_size_for
 from ..quant.int8_products import obstacle
+from .report import ConversionReport, ConvertedLayer
 
 WEIGHT_FORMATS = ("int8", "none")
 COMPUTE = ("bf16", "int8")
 EMBEDDINGS = ("full", "int8")
 CONVOLUTIONS = ("full", "tucker")
-
-
-@dataclass(frozen=True)
-class ConvertedLayer:
-    """One converted layer: its name, weight shape (out, in), the rank and group size in force, and any deviation."""
-
-    name: str
-    shape: tuple[int, int]
-    rank: int | None
-    group_size: int | None
-    side: str
-    notes: tuple[str, ...] = ()
-    max_rank: int | None = None  # up to which the rank is free to move
-
-
-@dataclass
-class ConversionReport:
-    """What :func:`convert` did. ``print(report)`` gives the table."""
-
-    converted: list[ConvertedLayer] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)  # layer name → why it was left alone
-    dense: dict[str, int] = field(default_factory=dict)  # other trainable tensors → elements
-
-    @property
-    def converted_elements(self) -> int:
-        return sum(math.prod(layer.shape) for layer in self.converted)
-
-    def __str__(self) -> str:
-        rows: Counter = Counter()
-        for layer in self.converted:
-            label = next((part for part in reversed(layer.name.split(".")) if not part.isdigit()), layer.name)
-            rank = layer.rank or "full" if layer.max_rank is None else f"≤ {layer.max_rank}"
-            rows[(label, layer.shape, layer.side, rank, layer.group_size)] += 1
-        lines = [f"{'layers':>6}  {'name':<14}{'out × in':>16}  {'basis':<6}{'rank':>6}  weight"]
-        for (label, shape, side, rank, group), count in rows.items():
-            size = f"{shape[0]} × {shape[1]}"
-            weight = "as it was" if group is None else f"int8, groups of {'a row' if group == shape[1] else group}"
-            lines.append(f"{count:>6}  {label:<14}{size:>16}  {side:<6}{rank:>6}  {weight}")
-        notes = Counter(note for layer in self.converted for note in layer.notes)
-        lines += [f"note: {note} ({count} layers)" for note, count in notes.items()]
-        dense = sum(self.dense.values())
-        lines.append(
-            f"converted: {self.converted_elements:,} weights in {len(self.converted)} layers; "
-            f"trained in full: {dense:,} values in {len(self.dense)} tensors"
-        )
-        if dense:
-            lines.append("in full: " + _summary(self.dense))
-        for name, why in self.skipped.items():
-            lines.append(f"not converted: {name} ({why})")
-        return "\n".join(lines)
-
-
-def _summary(dense: dict[str, int]) -> str:
-    """Tensors grouped by their last two name parts, with counts."""
-    kinds = Counter(".".join(name.split(".")[-2:]) for name in dense)
-    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in kinds.items())
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
