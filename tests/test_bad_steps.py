@@ -129,6 +129,7 @@ def test_a_half_taken_step_before_any_regular_checkpoint_is_skipped(tiny_run, mo
     assert [int(path.name[5:]) for path in sorted(Path("runs/fused/checkpoints").glob("step-*"))] == wanted
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_beginning_is_pruned_and_resumed_like_any_other(tiny_run):
     assert tiny_run("run.name=whole")[0] == 0
     assert [p.name for p in sorted(Path("runs/whole/checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
@@ -142,6 +143,7 @@ def test_the_checkpoint_of_the_beginning_is_pruned_and_resumed_like_any_other(ti
     assert [row["step"] for row in rows("runs/cut/metrics.jsonl") if "lr" in row] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_do_not_push_out_the_beginning(tiny_run):
     """All are damaged: the run begins again, and pruning to the newest two must not count what is unreadable."""
     assert tiny_run("run.name=whole")[0] == 0

@@ -225,6 +225,7 @@ def test_a_budget_that_is_no_size_is_refused(tiny_run, budget):
     assert "is not a size such as 15.5GiB" in err or "string" in err
 
 
+@pytest.mark.slow
 def test_auto_checkpointing_takes_the_fastest_that_fits(capsys):
     """Each choice is the first whose plan is within the budget; offloading is for GPUs."""
     settings, vocabulary = on_paper("llama7b_16gb.yaml", "model.overrides.num_hidden_layers=4")

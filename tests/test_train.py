@@ -120,6 +120,7 @@ def test_resume_equals_not_having_stopped(tiny_run, extra, available):
     assert len(rows("runs/whole/subspace.jsonl")) == len(rows("runs/cut/subspace.jsonl"))
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_and_further(tiny_run):
     assert tiny_run("train.keep_last=5")[0] == 0
     code, out, _ = tiny_run("--resume", "runs/tiny/checkpoints/step-00000004", "train.keep_last=5")
@@ -152,7 +153,11 @@ def test_a_mixture_trains_with_its_balance_and_says_what_waits(tiny_run):
     assert any(row["waited"] for row in rows("runs/tiny/subspace.jsonl"))
 
 
-@pytest.mark.parametrize("method", ["galore", "galore8bit", "adamw", "adamw8bit"])
+OFTEN = ("galore8bit", "adamw")
+RARELY = [pytest.param(method, marks=pytest.mark.slow) for method in ("galore", "adamw8bit")]
+
+
+@pytest.mark.parametrize("method", [*OFTEN, *RARELY])
 def test_every_method_trains(tiny_run, method):
     code, out, err = tiny_run(f"method={method}", "train.max_steps=4", "train.eval_every=1", "train.lr=0.005")
     assert code == 0, err
@@ -243,6 +248,7 @@ def test_resume_from_the_middle_sets_later_checkpoints_aside(tiny_run):
     assert names == ["left-step-00000004", "left-step-00000006", "step-00000003"]
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_runs_folder_other_tokens_and_a_finished_past(tiny_run):
     shutil.copy(ROOT / "configs/quickstart_data/valid.jsonl.gz", "mine.jsonl.gz")
     tokens = ("data.train=mine.jsonl.gz", "train.max_steps=2")

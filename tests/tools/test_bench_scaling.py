@@ -21,6 +21,7 @@ def test_the_exponent_of_a_power_law_is_found():
     assert bench_scaling.fit(points[:2])[1] == math.inf
 
 
+@pytest.mark.slow
 def test_every_quantity_is_measured_and_drawn(tmp_path, capsys):
     small = ["--width", "32", "--depth", "1", "--rank", "4", "--sequence", "8", "--tokens", "32", "--vocabulary", "64"]
     page = tmp_path / "scaling.html"

@@ -36,6 +36,7 @@ def test_every_case_is_a_configuration_that_is_planned(tool):
         assert loaded.memory.budget is not None
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported(tiny_run, tool, tmp_path, capfd):
     assert tool.main(["--config", "nowhere.yaml", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
     assert "own ended with 2" in capfd.readouterr().err

@@ -26,6 +26,7 @@ def test_two_layers_of_the_real_7b_train_on_a_cpu(tmp_path):
     assert peak < planned + 0.8  # libraries that load late, and what the C allocator keeps back
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported(tmp_path):
     command = [sys.executable, str(TOOL), "--out", str(tmp_path), "--layers", "2", "lowrank.rnk=3"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
