@@ -15,7 +15,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001 run.name=second")
     options = parser.parse_intermixed_args(arguments)
     if options.world_size < 1 or (options.world_size > 1 and not options.plan):
-        parser.error("--world-size: at least 1, and with --plan only; torchrun --nproc_per_node N trains in N processes")
+        parser.error("--world-size: at least 1, with --plan only; torchrun --nproc_per_node N trains in N processes")
     return options
 
 
