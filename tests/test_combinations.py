@@ -20,7 +20,7 @@ def mixture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (("--plan", "--world-size=2", "train.grad_accumulation=2"), "it must be 1 for a mixture of experts"),
         (("--plan", "model.compile=blocks"), "set model.compile=none"),
@@ -31,12 +31,13 @@ def mixture(tmp_path):
 def test_what_a_mixture_cannot_have(tiny_run, tmp_path, mixture, arguments, message):
     pytest.importorskip("gguf")
     code, _, err = tiny_run(*mixture, *arguments)
-    assert code == 2 and message in err
+    assert code == 2
+    assert message in err
     assert not list(tmp_path.glob("runs/*/checkpoints/*"))  # found before anything is trained
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ("train.optimizer=torch.optim.SGD", "which train.optimizer torch.optim.SGD has not"),
         ("train.betas=[0.0,0.9]", "train.betas[0] is 0"),
@@ -45,7 +46,8 @@ def test_what_a_mixture_cannot_have(tiny_run, tmp_path, mixture, arguments, mess
 )
 def test_error_feedback_needs_a_momentum_of_its_own(tiny_run, change, message):
     code, _, err = tiny_run("--plan", "lowrank.weight_rounding=feedback", change)
-    assert code == 2 and message in err
+    assert code == 2
+    assert message in err
 
 
 @pytest.mark.parametrize("arguments", [("--plan", "--world-size=0"), ("--world-size=2",)])
