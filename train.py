@@ -13,13 +13,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes that --plan plans for")
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001 run.name=second")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.world_size < 1 or (options.world_size > 1 and not options.plan):
+        parser.error("--world-size: at least 1, with --plan only; torchrun --nproc_per_node N trains in N processes")
+    return options
 
 
 def run(options: argparse.Namespace) -> int:
     # Imported here so that --help and a misspelt option answer at once.
-    from qgalore import build, config, loop
-    from qgalore.errors import QGaloreError
+    from qgalore import build, config, errors, loop
     from qgalore.parallel import job
 
     try:
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
                 result = training.run()
             if team.leads:
                 build.finish(made, training.position.best_step)
-    except QGaloreError as error:
+    except errors.QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
         return error.exit_code
     print(f"done: {result}; everything is in {made.folder}")

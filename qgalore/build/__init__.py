@@ -28,7 +28,7 @@ from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
 from . import labelled
 from .data import build_data, build_tokenizer
-from .export import export, finish, restore_model
+from .export import check_formats, export, finish, restore_model
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_run, checkpoint_to_resume, restore, run_folder
@@ -122,6 +122,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     prepare_allocator(config, device, planned)
     data = team.after_first("the data", lambda: build_data(config, tokenizer) if examples is None else examples.data())
     model, loss = build_model(config, vocabulary, data.highest_id, device)
+    check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
     planned = recheck(config, vocabulary, device, loss, planned, team.size)
     run_state = {

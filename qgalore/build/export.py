@@ -22,6 +22,18 @@ from .say import say
 EXPORTS = {"hf": huggingface.save, "int8": int8.save, "gguf": gguf.save}
 
 
+def check_formats(model: nn.Module, tokenizer: PreTrainedTokenizerBase, formats: list[str]) -> None:
+    """Raise :class:`ConfigError`, before hours of training, for a format of ``export.formats`` that a built ``model``
+    cannot take."""
+    try:
+        if "int8" in formats:
+            int8.int8_layers(model)
+        if "gguf" in formats:
+            gguf.check(model, tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"export.formats is {formats}: {error}") from error
+
+
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, target: Path) -> None:
     """Write ``model`` to ``target`` in one of ``EXPORTS``. Raises :class:`ConfigError` if it cannot be."""
     if fmt != "hf" and any(isinstance(module, LoraLinear) for module in model.modules()):

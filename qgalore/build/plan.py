@@ -15,7 +15,7 @@ from .. import memory, wire
 from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
-from ..lowrank.factory import collect_slots, part_elements
+from ..lowrank.factory import check_processes, collect_slots, part_elements
 from ..lowrank.inner import CODED, make_factory
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import attach
@@ -24,7 +24,7 @@ from ..lowrank.ranks import STEP
 from ..lowrank.rules import RuleOptions
 from ..lowrank.slots import RefreshOptions, Slot
 from ..models import classify, loading
-from ..models.compiling import blocks_of
+from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from .model import (
     Vocabulary,
@@ -98,6 +98,8 @@ def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, l
     if vocabulary.labels is None:
         loading.untie_padding(model)
     convert_as(config, model)
+    if config.model.compile == "blocks":
+        blocks_to_compile(model)
     adapt_as(config, model)
     checkpoint_as(config, model)
     low = config.lowrank
@@ -265,7 +267,8 @@ def settle(
     say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
     if processes > 1:
-        _, slots = on_paper(config, vocabulary)
+        model, slots = on_paper(config, vocabulary)
+        check_processes(model, processes)
         sizes = wire.payload(slots, config.lowrank.update_proj_gap)
         sent = {name: wire.ring(size, processes, name) for name, size in sizes.items()}
         say("wire", f"{memory.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")

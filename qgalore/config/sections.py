@@ -199,7 +199,7 @@ class Config(Section):
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
         found += self._compute_problems()
         found += self._rule_problems() if self.method != "lora" else self._lora_problems()
-        found += self._rank_problems()
+        found += self._rank_problems() + self._feedback_problems()
         if self.lowrank.similarity is not None and "policy" in self.lowrank.model_fields_set:
             found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
@@ -211,13 +211,13 @@ class Config(Section):
             found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
         fields = TrainSection.model_fields
         plain = train.betas == fields["betas"].default and train.eps == fields["eps"].default
-        if train.optimizer not in (None, "adamw", "adamw8bit", "adamw4bit") and not plain:
+        if train.optimizer not in (None, *ADAMS) and not plain:
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
         return found
 
     def _compute_problems(self) -> list[str]:
         low, (converted, weight_format, *_) = self.lowrank, METHODS[self.method]
-        if self.model.compile == "blocks" and low.rank == "auto":
+        if self.model.compile == "blocks" and low.rank == "auto" and converted:
             return ["model.compile: blocks would make a graph for each rank; use a number for lowrank.rank"]
         if self.model.compute == "bf16":
             return []
@@ -250,6 +250,22 @@ class Config(Section):
             found.append(
                 f"lowrank.mean_rank: {low.mean_rank} is above max_rank, {low.max_rank}; lower it or raise that"
             )
+        return found
+
+    def _feedback_problems(self) -> list[str]:
+        """Rules for ``lowrank.weight_rounding: feedback``, where int8 weights are stepped."""
+        low, train, found = self.lowrank, self.train, []
+        converted, weight_format, *_ = METHODS[self.method]
+        stepped = "int8" in (low.weight_format or weight_format, low.embeddings)
+        if low.weight_rounding != "feedback" or not converted or self.method == "lora" or not stepped:
+            return found
+        key = "lowrank.weight_rounding: feedback gives the error to Adam's momentum"
+        if low.rule != "galore":
+            found.append(f"{key}, under rule: galore; with rule {low.rule} use stochastic")
+        if train.optimizer not in (None, *ADAMS):
+            found.append(f"{key}, which train.optimizer {train.optimizer} has not; use one of {', '.join(ADAMS)}")
+        if train.betas[0] == 0:
+            found.append(f"{key}, and train.betas[0] is 0; give 0.9 say")
         return found
 
     def _rule_problems(self) -> list[str]:
@@ -297,6 +313,8 @@ class Config(Section):
             )
         return found
 
+
+ADAMS = ("adamw8bit", "adamw4bit", "adamw")  # the inner optimizers with names of their own
 
 # What a method means: (converted?, weight format, basis format or None for the model's dtype, inner optimizer).
 METHODS: dict[str, tuple[bool, str, str | None, str]] = {

@@ -99,7 +99,11 @@ def _write_shape(writer, config: PretrainedConfig) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
 
 
-def _check(model: nn.Module) -> None:
+def check(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise :class:`ConfigError` for an architecture or a tokenizer that the export does not know, or if the package
+    gguf is missing."""
+    _library()
+    _byte_level_bpe(tokenizer)
     config = model.config
     if config.model_type not in ARCHITECTURES:
         raise ConfigError(
@@ -139,7 +143,7 @@ def save(
     """Write ``folder/model.gguf``, tokenizer included. Raises :class:`ConfigError` for an architecture or a tokenizer
     that it does not know, or if the package gguf is missing."""
     gguf = _library()
-    _check(model)
+    check(model, tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     folder.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")

@@ -32,7 +32,9 @@ def pack(q: Tensor) -> Tensor:
     return nn.functional.pad(unsigned, (0, -q.shape[1] % 4)).contiguous().view(torch.int32)
 
 
-def _int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+def int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The linear layers with int8 weights, by name. Raises :class:`ConfigError` for a model that the format has no
+    place for."""
     layers = {
         n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear) and not isinstance(m, LowRankEmbedding)
     }
@@ -69,7 +71,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     """The ``quantization_config`` of config.json. The most common scheme targets ``Linear``; layers of another one are
     named, by the last part of their name where all layers with that part agree; linear layers kept in bf16 are
     ignored by name. Raises :class:`ConfigError` for a model without int8 layers, or with ``Conv1D`` ones."""
-    layers = _int8_layers(model)
+    layers = int8_layers(model)
     schemes = {name: _scheme(layer) for name, layer in layers.items()}
     common = Counter(schemes.values()).most_common(1)[0][0]
     by_ending: dict[str, set[Scheme]] = {}
@@ -99,7 +101,7 @@ def save(
     dense = ", ".join([*embeddings, *quantization["ignore"]])
     report(f"int8 export: not quantized, kept in bf16: {dense or 'nothing'}")
     entries: dict[str, Tensor | Deferred] = {}
-    for name, layer in _int8_layers(model).items():
+    for name, layer in int8_layers(model).items():
         shape = (layer.out_features, -(-layer.in_features // 4))
         entries[f"{name}.weight_packed"] = Deferred(torch.int32, shape, lambda m=layer: pack(m.weight.detach()))
         entries[f"{name}.weight_scale"] = layer.weight_scale

@@ -149,6 +149,8 @@ class LowRankLinear(nn.Module):
     """
 
     products: Products | None = None
+    max_rank: int | None = None  # here too for kinds with a constructor of their own
+    mean_rank: int | None = None
 
     def __init__(
         self,

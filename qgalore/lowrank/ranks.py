@@ -10,6 +10,7 @@ and moments nor in gradients of Δ. A layer may grow, up to its ``max_rank``, in
 Ours; GaLore and Q-GaLore (arXiv 2403.03507, 2407.08296) keep one rank for all layers and all of training.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -54,7 +55,7 @@ class AutoRankSlot(LowRankSlot):
             if side is not None:
                 stored = basis.empty(rank, side.dim, side.fmt, "meta")
                 total += sum(tensor.nbytes for tensor in stored if tensor is not None)
-        total += sum(self.budget.moment_bytes(self.part_shape(part, rank).numel()) for part in self.parts)
+        total += sum(self.budget.moment_bytes(self.part_shape(part, rank)) for part in self.parts)
         return total, self.module.delta_shape(rank).numel() * self.module.delta.element_size()
 
     def rank_to_find(self) -> int:
@@ -114,7 +115,7 @@ class AutoRankSlot(LowRankSlot):
 class RankBudget:
     """What ``slots`` share: the bytes that they would take together at their ``mean_rank``."""
 
-    def __init__(self, slots: Iterable[AutoRankSlot], moment_bytes: Callable[[int], int]) -> None:
+    def __init__(self, slots: Iterable[AutoRankSlot], moment_bytes: Callable[[torch.Size], int]) -> None:
         self.slots, self.moment_bytes = list(slots), moment_bytes
         for slot in self.slots:
             slot.budget = self
@@ -142,22 +143,27 @@ def share(slots: list[AutoRankSlot], factory: Factory) -> None:
         RankBudget(slots, measured_bytes(factory, slots[0].leaves()[0].device))
 
 
-def measured_bytes(factory: Factory, device: torch.device) -> Callable[[int], int]:
-    """A function n → bytes that an inner optimizer keeps for n elements, tried; of many, whole blocks of them."""
+def measured_bytes(factory: Factory, device: torch.device) -> Callable[[torch.Size], int]:
+    """A function (rows, columns) → bytes that an inner optimizer keeps for such a matrix, tried; of many rows, of
+    which each whole block adds the same, on the first ones."""
 
     @cache
-    def tried(elements: int) -> int:
-        leaf = nn.Parameter(torch.zeros(1, elements, device=device))
+    def tried(rows: int, columns: int) -> int:
+        leaf = nn.Parameter(torch.zeros(rows, columns, device=device))
         inner = factory([leaf])
         leaf.grad = torch.zeros_like(leaf)
         inner.step()
         return sum(value.nbytes for value in inner.state.get(leaf, {}).values() if torch.is_tensor(value))
 
-    def moment_bytes(elements: int) -> int:
-        if elements <= _TRIAL:
-            return tried(elements)
-        blocks, each = -(-(elements - _TRIAL) // moments.BLOCK), _TRIAL // moments.BLOCK
-        return tried(_TRIAL) + blocks * (tried(2 * _TRIAL) - tried(_TRIAL)) // each
+    def moment_bytes(shape: torch.Size) -> int:
+        rows, columns = shape
+        unit = moments.BLOCK // math.gcd(moments.BLOCK, columns)
+        few = -(-_TRIAL // (columns * unit)) * unit
+        if rows <= few:
+            return tried(rows, columns)
+        more = (tried(2 * few, columns) - tried(few, columns)) * unit // few  # of ``unit`` rows, which are whole blocks
+        whole, rest = divmod(rows - few, unit)
+        return tried(few + rest, columns) + whole * more
 
     return moment_bytes
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError
+from ..lowrank.experts import Experts
 from ..lowrank.linear import LowRankLinear
 
 LEAVES = ("delta", "probe", None)
@@ -49,18 +50,29 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_blocks(model: nn.Module, leaf: str | None, backend: str | Callable = "inductor") -> int:
-    """Compile every block of ``model`` for steps in which the ``leaf`` of its low-rank layers wants a gradient
-    (``delta``, ``probe``, or None of them) and no other; returns how many. Compiling happens at the first such step.
-
-    Raises :class:`ConfigError` for a model without blocks, and in the step where dynamo cannot compile one.
-    """
-    assert leaf in LEAVES
+def blocks_to_compile(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a converted model. Raises :class:`ConfigError` if there are none, and for a mixture's."""
     blocks = blocks_of(model)
     if not blocks:
         raise ConfigError(
             f"{type(model).__name__} has no blocks that transformers marks as such; set model.compile=none"
         )
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise ConfigError(
+            f"{type(model).__name__} is a mixture of experts, and how many tokens each of them gets is not known when "
+            "a block is compiled; set model.compile=none"
+        )
+    return blocks
+
+
+def compile_blocks(model: nn.Module, leaf: str | None, backend: str | Callable = "inductor") -> int:
+    """Compile every block of ``model`` for steps in which the ``leaf`` of its low-rank layers wants a gradient
+    (``delta``, ``probe``, or None of them) and no other; returns how many. Compiling happens at the first such step.
+
+    Raises what :func:`blocks_to_compile` does, and in the step where dynamo cannot compile one.
+    """
+    assert leaf in LEAVES
+    blocks = blocks_to_compile(model)
     kinds: dict[tuple, bool] = {}
     for block in blocks:
         block.forward = _switch(block, leaf, backend, kinds)

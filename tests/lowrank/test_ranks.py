@@ -7,6 +7,7 @@ import qgalore
 from qgalore import checkpoint
 from qgalore.errors import ConfigError
 from qgalore.lowrank import moments, projector, ranks
+from qgalore.lowrank.adam4bit import AdamW4bit
 from qgalore.lowrank.adam8bit import AdamW8bitCPU
 
 AUTO = {"rank": "auto", "max_rank": 32, "mean_rank": 16, "group_size": 32}
@@ -129,7 +130,7 @@ def held(slots):
     return sum(value.nbytes for value in [*values, *(v for side in sides for v in (side.codes, side.scale))])
 
 
-@pytest.mark.parametrize("inner", ["adamw8bit", "adamw"])
+@pytest.mark.parametrize("inner", ["adamw8bit", "adamw4bit", "adamw"])
 def test_the_budget_is_never_exceeded(tiny_llama, token_batches, monkeypatch, inner):
     """After every single change of a rank; and it binds: a layer has grown beyond the mean, and wanted more."""
     model, opt = converted(tiny_llama, inner=inner, energy=0.95)
@@ -152,6 +153,17 @@ def test_the_budget_is_never_exceeded(tiny_llama, token_batches, monkeypatch, in
         assert held(slots) == budget.used()[0] <= budget.limit[0]
     assert max(seen) > 16 > min(seen)
     assert any(event["energy"] < 0.94 for event in opt.events)
+
+
+@pytest.mark.parametrize("inner", [AdamW8bitCPU, AdamW4bit, torch.optim.AdamW])
+@pytest.mark.parametrize("shape", [(100, 24), (1000, 24), (24, 1000), (1003, 25), (40, 40)])
+def test_bytes_of_moments_are_those_of_the_shape(inner, shape):
+    leaf = torch.nn.Parameter(torch.zeros(shape))
+    leaf.grad = torch.ones(shape)
+    optimizer = inner([leaf])
+    optimizer.step()
+    wanted = sum(value.nbytes for value in optimizer.state[leaf].values() if torch.is_tensor(value))
+    assert ranks.measured_bytes(inner, torch.device("cpu"))(leaf.shape) == wanted
 
 
 def test_what_is_not_needed_is_freed(tiny_llama, token_batches):

@@ -1,0 +1,57 @@
+"""Options that cannot work together are refused by the plan and before a run trains, in one line."""
+
+import json
+
+import pytest
+
+MIXTURE = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+    "vocab_size": 512, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Arguments that put a mixture of experts in the place of the tiny Llama."""
+    (tmp_path / "mixture").mkdir()
+    (tmp_path / "mixture" / "config.json").write_text(json.dumps(MIXTURE))
+    return ("model.config=mixture", "model.overrides={}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--plan", "--world-size=2", "train.grad_accumulation=2"), "it must be 1 for a mixture of experts"),
+        (("--plan", "model.compile=blocks"), "set model.compile=none"),
+        (("export.formats=[hf,int8]",), "export.formats is ['hf', 'int8']: MixtralForCausalLM is a mixture"),
+        (("export.formats=[gguf]",), "not mixtral; use --format hf"),
+    ],
+)
+def test_what_a_mixture_cannot_have(tiny_run, tmp_path, mixture, arguments, message):
+    pytest.importorskip("gguf")
+    code, _, err = tiny_run(*mixture, *arguments)
+    assert code == 2
+    assert message in err
+    assert not list(tmp_path.glob("runs/*/checkpoints/*"))  # found before anything is trained
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.optimizer=torch.optim.SGD", "which train.optimizer torch.optim.SGD has not"),
+        ("train.betas=[0.0,0.9]", "train.betas[0] is 0"),
+        ("lowrank.rule=fira", "with rule fira use stochastic"),
+    ],
+)
+def test_error_feedback_needs_a_momentum_of_its_own(tiny_run, change, message):
+    code, _, err = tiny_run("--plan", "lowrank.weight_rounding=feedback", change)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize("arguments", [("--plan", "--world-size=0"), ("--world-size=2",)])
+def test_a_world_size_that_means_nothing_is_refused(tiny_run, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        tiny_run(*arguments)
+    assert stopped.value.code == 2
