@@ -42,7 +42,7 @@ def randomized_basis(
         return _tall_basis(gradient, rank, size, generator, warm, power_iterations)
     sums = _row_sums(gradient, size, generator)
     sketch = torch.linalg.qr(sums).Q
-    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32))
     for left in reversed(range(power_iterations)):
         range_basis = torch.linalg.qr(project(gradient, None, sketch)).Q
         columns, factor = torch.linalg.qr(project(gradient, range_basis, None).T)
@@ -132,7 +132,7 @@ def first_vector_cosine(old: Tensor, new: Tensor) -> float:
 def captured_energy(gradient: Tensor, basis: Tensor) -> float:
     """‖G P‖² / ‖G‖² for G (out, in) and an orthonormal P (in, r): the share of the gradient that is kept."""
     total, kept = gradient.new_zeros(2, dtype=torch.float32)
-    for _, _, tile in fp32_tiles(gradient):
-        total += torch.linalg.vector_norm(tile).square()
-        kept += torch.linalg.vector_norm(tile @ basis).square()
+    for _, _, tile in fp32_tiles(gradient):  # by rows: one long fp32 sum of squares falls short by parts in 1000
+        total += torch.linalg.vector_norm(tile, dim=1).square().sum()
+        kept += torch.linalg.vector_norm(tile @ basis, dim=1).square().sum()
     return float(kept / total) if total > 0 else 0.0
