@@ -20,7 +20,8 @@ tokens. ``--clock cpu`` counts the process's CPU time, for a busy machine and on
 Methods: ``adamw`` is torch's; ``adamw8bit`` the 8-bit one; ``galore`` is classic GaLore written here: a full gradient,
 then its projection, with fp32 moments and exact SVD; ``galore-torch`` its authors' package; ``qgalore`` this project
 (int8 weights, int4 bases, 8-bit moments), ``delta`` the same without any quantization, ``qgalore+`` with int8 low-rank
-embeddings and head too. In fp32 on a CPU, bf16 on a GPU.
+embeddings and head too, ``qgalore+int8`` that with products of integers in the layers (``light`` stays in floating
+point). In fp32 on a CPU, bf16 on a GPU.
 """
 
 import argparse
@@ -174,8 +175,10 @@ def _plain(method: Method, rank: int) -> None:
 
 def _ours(method: Method, rank: int) -> None:
     quantized = {} if method.name != "delta" else {"weight_format": "none", "basis_format": "fp32"}
-    if method.name == "qgalore+":
+    if "+" in method.name:
         quantized["embeddings"] = "int8"
+    if method.name == "qgalore+int8":
+        quantized |= {"compute": "int8", "group_size": "row"}
     qgalore.convert(method.model, rank=rank, **quantized)
     inner = "adamw" if method.name == "delta" else "adamw8bit"
     optimizer = qgalore.optimizer(method.model, lr=LR, scale=SCALE, inner=inner, update_proj_gap=GAP, stagger=False)
@@ -208,7 +211,7 @@ def _clocked(owner: object, name: str, phase: str, clock: Clock) -> None:
 
 
 MAKERS = dict.fromkeys(("adamw", "adamw8bit", "galore", "galore-torch"), _plain) | dict.fromkeys(
-    ("qgalore", "qgalore+", "delta"), _ours
+    ("qgalore", "qgalore+", "qgalore+int8", "delta"), _ours
 )
 
 
@@ -265,7 +268,7 @@ def products(config, name: str, rank: int, tokens: int) -> Counter[tuple[int, in
     found: Counter[tuple[int, int, int]] = Counter()
     layers = [(shape, count * config.num_hidden_layers, False) for shape, count in shapes.items()]
     for (rows, columns), count, is_head in [*layers, ((config.vocab_size, width), 1, True)]:
-        low = name in MAKERS and MAKERS[name] is _ours and (not is_head or name == "qgalore+")
+        low = name in MAKERS and MAKERS[name] is _ours and (not is_head or "+" in name)
         classic = name.startswith("galore") and not is_head
         r, long = min(rank, rows, columns), max(rows, columns)
         found[(tokens, columns, rows)] += count  # Y = X Wᵀ
@@ -362,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--kernels", choices=dispatch.CHOICES, default="auto")
-    parser.add_argument("--methods", nargs="+", choices=tuple(MAKERS), default=[m for m in MAKERS if m[-1] != "+"])
+    parser.add_argument("--methods", nargs="+", choices=tuple(MAKERS), default=[m for m in MAKERS if "+" not in m])
     options = parser.parse_args(arguments)
     if options.batch % options.sequence:
         parser.error(f"--batch {options.batch} is not a multiple of --sequence {options.sequence}")
