@@ -65,7 +65,7 @@ def test_all_problems_come_at_once_with_suggestions():
         ({"model": {"config": "llama_60m"}, "data": {"train": "x"}}, "train: missing"),
         (change(model={"path": "somewhere"}), "exactly one of model.config"),
         (change(train={"stepping": "fused", "clip_grad_norm": 1}), "cannot clip"),
-        ({**LEAST, "parallel": "shard"}, "use replicate"),
+        ({**LEAST, "parallel": "shard"}, "lowrank.proj_type: std does not go with parallel: shard; use right"),
         ({**change(export={"formats": ["int8"]}), "method": "galore"}, "int8 needs int8 weights"),
         (change(train={"betas": [0.9, 1.0]}), "[0, 1)"),
         (change(train={"lr": float("inf")}), "train.lr"),

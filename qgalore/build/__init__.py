@@ -29,7 +29,7 @@ from ..quant.counter import derive_key
 from . import labelled
 from .data import build_data, build_tokenizer
 from .export import export, finish, restore_model
-from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
+from .model import Vocabulary, build_model, build_optimizer, compile_as, shard_model, stepping_line
 from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_run, checkpoint_to_resume, restore, run_folder
 from .say import say
@@ -101,8 +101,11 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         check_same_run(source, saved, config)
     say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
     if team.size > 1:
-        shared = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
-        say("parallel", f"{team.size} processes, {config.parallel}: each holds the model and takes {shared} in a step")
+        part = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
+        holds = {"replicate": "the model", "shard": "its rows of the low-rank layers, and all else,"}[config.parallel]
+        say("parallel", f"{team.size} processes, {config.parallel}: each holds {holds} and takes {part} in a step")
+    elif config.parallel == "shard":
+        say("note", "parallel: shard has no effect in one process")
     say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
@@ -123,6 +126,10 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     data = team.after_first("the data", lambda: build_data(config, tokenizer) if examples is None else examples.data())
     model, loss = build_model(config, vocabulary, data.highest_id, device)
     compile_as(config, model)
+    split = config.parallel == "shard" and team.size > 1
+    if split:
+        shard_model(model, device)
+    evaluating = ALONE if split else team  # passes that gather weights must be the same: all evaluate everything
     planned = recheck(config, vocabulary, device, loss, planned, team.size)
     run_state = {
         "config": config.model_dump(mode="json"),
@@ -142,7 +149,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         "plan": str(planned),
         "team": team,
         **_loop_settings(config, len(data.train)),
-        **(_token_settings(loss, team) if examples is None else labelled.loop_settings(config, examples.labels)),
+        **(_token_settings(loss, evaluating) if examples is None else labelled.loop_settings(config, examples.labels)),
     }
     run = Run(config, folder, model, tokenizer, data.valid, planned, loop)
     run.position = restore(
