@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..parallel import shards
+from ..parallel import Team, shards
 from ..quant.blockwise import BLOCK
 from .adam8bit import MIN_8BIT_SIZE
 from .linear import LowRankLinear
@@ -22,7 +23,8 @@ INNERS = ("adamw8bit", "adamw")
 class ShardSlot(LowRankSlot):
     """Rows ``first_row`` … of a layer with no left basis. Every process computes Δ's whole gradient from its tokens;
     each micro-batch's is summed and scattered by rows at once. Moments and merge are those of the rows alone: row i of
-    Δ moves row i of the weight. Bases are whole everywhere and are found as in any team.
+    Δ moves row i of the weight. Bases are whole everywhere and are found as in any team. On the meta device, for a
+    plan, the layer may be whole.
     """
 
     shared = True
@@ -32,9 +34,10 @@ class ShardSlot(LowRankSlot):
     ) -> None:
         super().__init__(name, index, module, schedule, options)
         team, scale = options.team, module.weight_scale
+        rows_of = shards.local if shards.is_shared(module.weight) else partial(_planned_rows, team)
         self.mine = SimpleNamespace(
-            weight=shards.local(module.weight),
-            weight_scale=None if scale is None else shards.local(scale),
+            weight=rows_of(module.weight),
+            weight_scale=None if scale is None else rows_of(scale),
             left=None,
             right=module.right,
         )
@@ -44,10 +47,10 @@ class ShardSlot(LowRankSlot):
     def received(self, leaf: Tensor) -> None:
         """Sum Δ's gradient over the team, scatter it and add one's own rows to those of earlier micro-batches."""
         if leaf is self.module.delta:
-            self._take(leaf.grad, True)
+            self.take(leaf.grad, True)
             leaf.grad = None
 
-    def _take(self, gradient: Tensor, first: bool) -> None:
+    def take(self, gradient: Tensor, first: bool) -> None:
         team = self.options.team
         if first:
             rows = team.scatter(f"the gradient of {self.name}", gradient)
@@ -81,6 +84,10 @@ def share_rows(blocks: Iterable[nn.Module], device: torch.device) -> None:
             layer.register_parameter("weight_scale", scale)
             sharded.add(scale)
     shards.shard(blocks, sharded, device)
+
+
+def _planned_rows(team: Team, whole: Tensor) -> Tensor:
+    return shards.share(whole.detach(), team.rank, team.size)
 
 
 def _by_rows(name: str, value: Any) -> bool:

@@ -255,9 +255,9 @@ class LowRankSlot(Slot):
         """Give Δ the projection of a full gradient (the ``first`` is this process's own), and micro-batches to come."""
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
-        self._take(sides.project(gradient, *self.module.columns(), self.module.delta.dtype), first)
+        self.take(sides.project(gradient, *self.module.columns(), self.module.delta.dtype), first)
 
-    def _take(self, gradient: Tensor, first: bool) -> None:
+    def take(self, gradient: Tensor, first: bool) -> None:
         """Keep a gradient of Δ that a refresh has made."""
         self.module.delta.grad = gradient
 
@@ -285,7 +285,7 @@ class LowRankSlot(Slot):
         self.schedule.next_refresh = step + 1
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
-        self._take(torch.zeros_like(self.module.delta, memory_format=torch.contiguous_format), first)
+        self.take(torch.zeros_like(self.module.delta, memory_format=torch.contiguous_format), first)
         row = self._record(step, first, "the gradient is zero")
         row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}

@@ -180,11 +180,14 @@ class Team:
                 tensor.copy_(part.view(tensor.shape))
 
     def scatter(self, place: str, tensor: Tensor) -> Tensor:
-        """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory."""
-        self.meet(place)
+        """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory. On
+        the meta device, where only memory counts, nobody is met."""
         mine = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
+        if tensor.is_meta:
+            return mine
+        self.meet(place)
         with reaching():
-            dist.reduce_scatter_tensor(mine, tensor.contiguous())
+            _reduce_scatter(mine, tensor.contiguous())
         return mine
 
     def receive_(self, place: str, tensors: list[Tensor]) -> None:
@@ -198,6 +201,7 @@ class Team:
 
 
 ALONE = Team()
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
 
 
 @contextmanager

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 from processes import run_in
+from test_fsdp import Wire
 from test_replicate import plain
 from torch import nn
 
 import qgalore
+from qgalore.errors import ConfigError
 from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.shard_slot import share_rows
+from qgalore.lowrank.shard_slot import share_rows, shareable
 from qgalore.parallel import job, shards
+from qgalore.wire import payload
 
 MICRO_BATCHES, WIDTH, LONG, RANK = 4, 64, 2048, 8  # a quarter of Δ has 4,096 values, from where on moments have 8 bits
 SMALL = 256  # whose Δ has 2,048: fp32 moments
@@ -83,3 +86,45 @@ def test_where_sums_are_exact_weights_are_identical(size, steps):
         for name, value in wanted.items():
             assert np.array_equal(found[name], value), name
         assert its_norm == pytest.approx(norm, rel=1e-6)
+
+
+def count_bytes(steps):
+    """What is gathered and what is reduced and scattered in each step, and the plan of it."""
+    with job("cpu") as team:
+        model, optimizer = model_and_optimizer(team)
+        found = []
+        for step in range(steps):
+            with Wire() as wire:
+                for number in team.deal(range(MICRO_BATCHES)):
+                    model.loss(step, number).backward()
+                optimizer.step()
+            found.append(dict(wire.bytes))
+        return found, payload(optimizer.slots, float("inf"), MICRO_BATCHES // team.size)
+
+
+def test_bytes_sent_are_those_planned():
+    (found, planned), _ = run_in(2, count_bytes, 3)
+    cells = (LONG + SMALL) * WIDTH
+    assert planned["gather weights"] == 2 * 2 * cells * (1 + 2 / 32)  # twice for each micro-batch; a scale for 32
+    assert planned["reduce-scatter Δ gradients"] == 2 * 4 * (LONG + SMALL) * RANK
+    for step in (0, 1):  # in the first from full gradients; both layers are due again after the second
+        assert found[step] == {"gathered": planned["gather weights"], "reduced": planned["reduce-scatter Δ gradients"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "remedy"),
+    [
+        (96, "adamw", "multiple of 5"),
+        (200, "adamw4bit", "use one of adamw8bit, adamw"),
+        (1000, "adamw8bit", "at least 4,096"),
+        (2570, "adamw8bit", "whole blocks of 256"),
+        (5120, "adamw8bit", "step in parts"),
+    ],
+)
+def test_layers_that_cannot_be_split(rows, inner, remedy):
+    layer = LowRankLinear(torch.zeros(rows, WIDTH), None, rank=RANK, proj_type="right")
+    with pytest.raises(ConfigError, match=remedy):
+        shareable("it", layer, inner, 5, 40_000)
+    shareable("it", layer, "adamw", 1)
+    with pytest.raises(ConfigError, match="proj_type: right"):
+        shareable("it", LowRankLinear(torch.zeros(40, WIDTH), None, rank=RANK), inner, 5, 40_000)

@@ -1,5 +1,9 @@
 """Whole runs of ``train.py`` in several processes that split the weights."""
 
+import contextlib
+import gc
+import io
+import os
 import subprocess
 import sys
 
@@ -71,3 +75,32 @@ def test_what_four_saved_is_what_they_held(folder):  # noqa: F811
     assert codes(run_in(4, live, str(folder), [*run, "run.name=cut"], (1, 19, "signal"))) == {143}
     assert codes(run_in(4, live, str(folder), [*run, "run.name=cut", "--resume", "auto"])) == {0}
     assert_same(state(folder / "runs/whole", 30), state(folder / "runs/cut", 30))
+
+
+def planned_and_real(where, arguments):
+    """Resident bytes by the plan, and of the tensors that are there after two steps."""
+    from qgalore import config, loop, memory
+    from qgalore.parallel import job, shards
+
+    os.chdir(where)
+    with job("cpu") as team, contextlib.redirect_stdout(io.StringIO()):
+        made = build.build(config.load("tiny.yaml", arguments), None, team)
+        loop.Loop(**made.loop, position=loop.Position()).run()
+        model, slots = made.model, made.loop["optimizer"].slots
+        tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not shards.is_shared(t))
+        storages = (t.untyped_storage() for t in tensors if t.dtype == torch.int8 and not t.is_meta)
+        integers = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        scales = {shards.local(m.weight_scale) for m in model.modules() if getattr(m, "weight_scale", None) is not None}
+        real = {"int8 weights": sum(integers.values()), "moments": memory.state_bytes(slots)}
+        real["weight scales"] = sum(scale.untyped_storage().nbytes() for scale in scales)
+        return {name: made.planned.resident[name] for name in real}, real
+
+
+def test_what_each_process_keeps_is_what_the_plan_says(folder):  # noqa: F811
+    short = [*SHARD, "train.max_steps=2", "train.eval_batches=1", "lowrank.weight_format=int8"]
+    found = run_in(2, planned_and_real, str(folder), short)
+    (alone, _), *_ = run_in(1, planned_and_real, str(folder), [*short, "run.name=one"])
+    for planned, real in found:
+        assert real == planned
+        assert real["int8 weights"] == alone["int8 weights"] / 2
+        assert real["weight scales"] == alone["weight scales"] / 2
