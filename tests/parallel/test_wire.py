@@ -5,7 +5,8 @@ import re
 import pytest
 
 from qgalore import build, config, wire
-from qgalore.errors import ConfigError
+from qgalore.build.plan import GATHERED, _check_building
+from qgalore.errors import ConfigError, DoesNotFitError
 
 SMALL = ("model.overrides.vocab_size=512", "lowrank.rank=32", "train.grad_accumulation=4", "device=cpu")
 
@@ -35,3 +36,15 @@ def test_a_ring_sends_each_part_once_for_a_broadcast_and_twice_for_a_sum():
     assert wire.ring(8.0, 4, "all-reduce of anything") == 2 * 8 * 3 / 4
     assert wire.ring(8.0, 4, "broadcast bases") == 8 * 3 / 4
     assert wire.ring(8.0, 1, "all-reduce of anything") == 0
+
+
+def test_the_plan_of_weights_that_are_split(capsys):
+    shard = (*SMALL, "parallel=shard", "lowrank.proj_type=right", "train.optimizer=adamw")
+    build.plan(config.load("quickstart.yaml", [*shard]), 4)
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("gather weights", "reduce-scatter Δ gradients", "builds the whole model"))
+    assert "all-reduce Δ" not in shown
+    whole, outside = {"int8 weights": 10, "moments": 5}, {"context": 3, GATHERED: 4}
+    _check_building(whole, outside, 13)
+    with pytest.raises(DoesNotFitError, match="before it keeps its rows"):
+        _check_building(whole, outside, 12)
