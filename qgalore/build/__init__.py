@@ -29,7 +29,7 @@ from ..quant.counter import derive_key
 from . import labelled
 from .data import build_data, build_tokenizer
 from .export import export, finish, restore_model
-from .model import Vocabulary, build_model, build_optimizer, compile_as, shard_model, stepping_line
+from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_run, checkpoint_to_resume, restore, run_folder
 from .say import say
@@ -124,12 +124,9 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
     data = team.after_first("the data", lambda: build_data(config, tokenizer) if examples is None else examples.data())
-    model, loss = build_model(config, vocabulary, data.highest_id, device)
+    model, loss = build_model(config, vocabulary, data.highest_id, device, team)
     compile_as(config, model)
-    split = config.parallel == "shard" and team.size > 1
-    if split:
-        shard_model(model, device)
-    evaluating = ALONE if split else team  # passes that gather weights must be the same: all evaluate everything
+    evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
     planned = recheck(config, vocabulary, device, loss, planned, team.size)
     run_state = {
         "config": config.model_dump(mode="json"),

@@ -143,7 +143,8 @@ def compile_as(config: Config, model: nn.Module) -> None:
 
 
 def shard_model(model: nn.Module, device: torch.device) -> None:
-    """Split the low-rank layers of a built model's blocks by rows. Raises :class:`ConfigError` without such blocks."""
+    """Split the low-rank layers of a model's blocks by rows, on the meta device, so that no process ever holds them
+    whole. Raises :class:`ConfigError` without such blocks."""
     blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
     if not blocks:
         raise ConfigError(
@@ -154,9 +155,10 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
 
 
 def build_model(
-    config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device
+    config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device, team: Team = ALONE
 ) -> tuple[nn.Module, Loss]:
-    """The model in its dtype, converted as the method says, on the device, made tensor by tensor; and its loss."""
+    """The model in its dtype, converted as the method says, on the device, made tensor by tensor, split over ``team``
+    if that is asked; and its loss."""
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)
     loading.check_vocabulary(model.config, highest_id, vocabulary.size)
@@ -173,6 +175,8 @@ def build_model(
                 "model",
                 f"LoRA: {len(report.converted)} weights are frozen; factors of rank {config.lowrank.rank} train",
             )
+    if config.parallel == "shard" and team.size > 1:
+        shard_model(model, device)
     streaming.allocate(model, device)
     streaming.fill(model, source, "model")
     adapt_as(config, model)

@@ -43,7 +43,6 @@ from .say import say
 
 CHECKPOINTING = (False, True, "offload")  # from the fastest to the smallest
 PROPOSALS = 3
-GATHERED = "gathered blocks"  # in a plan
 LARGE_RUN = 2 << 30
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2 << 20  # glibc's name for: give larger blocks pages of their own
 
@@ -173,7 +172,7 @@ def plan_for(
     if device == "cpu":
         outside = {"this process so far": resident_set()}
     if shares > 1:
-        outside[GATHERED] = gathered(model)
+        outside["gathered blocks"] = gathered(model)
     if config.model.compile == "blocks":
         outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
     return memory.plan(model, slots, step, outside)
@@ -311,21 +310,7 @@ def settle(
             print(f"  {name:<40}{memory.human(round(size)):>10}", flush=True)
     if budget is not None and found.total > budget:
         raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose, shares))
-    if shares > 1:
-        _check_building(memory.resident(*on_paper(config, vocabulary)), found.outside, budget)
     return _changed(chosen, {"train.grad_accumulation": whole}), found
-
-
-def _check_building(whole: dict[str, int], outside: dict[str, int], budget: int | None) -> None:
-    """Raise :class:`DoesNotFitError` if a process cannot hold the ``whole`` model, as it does until it is split."""
-    building = sum(size for name, size in whole.items() if name not in ("moments", "fp32 masters"))
-    building += sum(size for name, size in outside.items() if name != GATHERED)
-    say("memory", f"{memory.human(building)} in each process while it builds the whole model, before it is split")
-    if budget is not None and building > budget:
-        raise DoesNotFitError(
-            f"each process builds the whole model before it keeps its rows, {memory.human(building)}, and there are "
-            f"{memory.human(budget)}: parallel: shard saves what training adds to that; take a smaller model"
-        )
 
 
 def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budget: int, whose: str, shares: int) -> str:

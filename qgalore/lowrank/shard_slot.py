@@ -75,7 +75,8 @@ class ShardSlot(LowRankSlot):
 
 def share_rows(blocks: Iterable[nn.Module], device: torch.device) -> None:
     """Leave of the stored weights and scales of the layers in ``blocks``, which a model calls one after the other, the
-    rows of this process of a job alone; before the optimizer is made. All else, zero leaves included, stays whole."""
+    rows of this process of a job alone; before the optimizer is made. All else, zero leaves included, stays whole.
+    On the meta device memory is for ``models.streaming`` to give."""
     blocks, sharded = list(blocks), set()
     for layer in (m for block in blocks for m in block.modules() if isinstance(m, LowRankLinear)):
         sharded.add(layer.weight)

@@ -54,6 +54,16 @@ def rows_of(tensor: Tensor, whole: Tensor) -> Tensor:
     return share(whole, tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
 
 
+def overlap(tensor: Tensor, first: int, rows: Tensor) -> tuple[int, Tensor]:
+    """Of ``rows``, meant for ``tensor`` from its row ``first`` on: where those that are here go, and they."""
+    if not is_shared(tensor):
+        return first, rows
+    count = local(tensor).shape[0]
+    start = tensor.device_mesh.get_local_rank() * count
+    a, b = max(first, start), min(first + rows.shape[0], start + count)
+    return (a - start, rows[a - first : b - first]) if a < b else (0, rows[:0])
+
+
 def share(whole: Tensor, rank: int, size: int) -> Tensor:
     """The rows of ``whole``, a multiple of ``size``, that process ``rank`` holds: a view."""
     rows = whole.shape[0] // size

@@ -114,6 +114,8 @@ def test_what_each_process_keeps_is_what_the_plan_says(folder):  # noqa: F811
     short = [*SHARD, "train.max_steps=2", "train.eval_batches=1", "lowrank.weight_format=int8"]
     found = run_in(2, planned_and_real, str(folder), short)
     (alone, _), *_ = run_in(1, planned_and_real, str(folder), [*short, "run.name=one"])
+    losses = [rows(folder / "runs" / name, "lr")[0]["loss"] for name in ("tiny", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the same model was made by rows
     for planned, real in found:
         assert real == planned
         assert real["int8 weights"] == alone["int8 weights"] / 2
