@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .lowrank.linear import LowRankLinear
-from .storage import write_safetensors
+from .parallel import ALONE, Team, shards
+from .storage import Deferred, write_safetensors
 
 VERSION = 2
 PREFIX = "step-"
@@ -59,14 +61,15 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     kept = {}
     for name, value in tensors.items():
-        if value.numel() and value.data_ptr() in seen:
+        place = shards.local(value).data_ptr()
+        if value.numel() and place in seen:
             continue
-        seen.add(value.data_ptr())
+        seen.add(place)
         kept[name] = value.detach()
     return kept
 
 
-def _needed_bytes(tensors: dict[str, Tensor]) -> int:
+def _needed_bytes(tensors: dict[str, Tensor | Deferred]) -> int:
     return sum(value.nbytes + 256 for value in tensors.values())
 
 
@@ -100,15 +103,47 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def save(folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any]) -> Path:
+def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors of each file, and the rest."""
+    tensors, rest = _flatten(optimizer_state)
+    return dict(zip(_FILES, (_unshared(model.state_dict()), tensors), strict=True)), rest
+
+
+def serve(team: Team, model: nn.Module, optimizer_state: dict[str, Any]) -> None:
+    """What the other processes of ``team`` do while rank 0 is in :func:`save`: send rows of shared tensors, if any."""
+    contents, _ = _contents(model, optimizer_state)
+    shards.serve(team, [tensor for tensors in contents.values() for tensor in tensors.values()])
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any], team: Team = ALONE
+) -> Path:
+    """:func:`_save` for the process of ``team`` that leads, whose others :func:`serve`: tensors that they share are
+    gathered one at a time."""
+    contents, rest = _contents(model, optimizer_state)
+    order = [tensor for tensors in contents.values() for tensor in tensors.values() if shards.is_shared(tensor)]
+    numbers = {id(tensor): number for number, tensor in enumerate(order)}
+    for tensors in contents.values():
+        for name, tensor in tensors.items():
+            if (number := numbers.get(id(tensor))) is not None:
+                make = partial(shards.gather_to_first, team, number, tensor)
+                tensors[name] = Deferred(tensor.dtype, tuple(tensor.shape), make)
+    try:
+        return _save(folder, contents, rest, run_state)
+    finally:
+        if order:
+            shards.finish(team)
+
+
+def _save(
+    folder: Path, contents: dict[str, dict[str, Tensor | Deferred]], rest: dict[str, Any], run_state: dict[str, Any]
+) -> Path:
     """Write ``folder`` (…/step-00000100): into a hidden sibling, fsync'd, then renamed. Raises :class:`ConfigError` on
     an I/O error or if the disk is too full, naming the folder; the other checkpoints stay as they are.
 
     A complete checkpoint already there is left: the state after a step does not depend on how often it is reached.
     """
     building = folder.with_name(f".{folder.name}.tmp")
-    tensors, rest = _flatten(optimizer_state)
-    contents = dict(zip(_FILES, (_unshared(model.state_dict()), tensors), strict=True))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
@@ -257,10 +292,11 @@ def load_model(folder: Path, model: nn.Module) -> None:
                     f"{name} is {tuple(value.shape)} {value.dtype} in the checkpoint and {tuple(own[name].shape)} "
                     f"{own[name].dtype} in the model"
                 )
+            here = shards.local(own[name])
             with torch.no_grad():
-                own[name].copy_(value)
-            loaded.add(own[name].data_ptr())
-        if absent := [name for name, value in own.items() if value.numel() and value.data_ptr() not in loaded]:
+                here.copy_(shards.rows_of(own[name], value))
+            loaded.add(here.data_ptr())
+        if absent := [n for n, value in own.items() if value.numel() and shards.local(value).data_ptr() not in loaded]:
             raise ValueError(f"the checkpoint has no tensor {min(absent)}")
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error

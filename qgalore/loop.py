@@ -290,10 +290,9 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(step)
         torch.manual_seed(derive_key(self.seed, step)[0] & 0x7FFFFFFF)
-        count = self.micro_batch_size * self.grad_accumulation
-        indices, after = self._order().take(self.position.sample, count)
-        numbers = self.team.deal(range(self.grad_accumulation))
         size = self.micro_batch_size
+        indices, after = self._order().take(self.position.sample, size * self.grad_accumulation)
+        numbers = self.team.deal(range(self.grad_accumulation))
         batches = [self.train.batch(indices[n * size : (n + 1) * size]) for n in numbers]
         tokens = self.team.total("the targets of a step", sum(map(self.targets, batches)))
         loss = 0.0
@@ -305,6 +304,7 @@ class Loop:
             if number == numbers[-1]:  # before the last backward pass: fused stepping updates in it
                 loss = self.team.total("the loss of a step", loss)
                 self._check_spike(loss)
+            self.team.meet("a backward pass")  # in which sharded weights are gathered: not while one has failed
             part.backward()
         norm = self._take_step()
         self.position = replace(
@@ -315,8 +315,7 @@ class Loop:
             losses=[*self.position.losses, loss][-WINDOW:],
             skipped_in_a_row=0,
         )
-        names = self.optimizer.untouched
-        if self.position.step == 1 and names:
+        if (names := self.optimizer.untouched) and self.position.step == 1:
             print(
                 f"warning: {len(names)} tensors got no gradient in the first step, for example {names[0]} (a mixture's "
                 "experts without tokens wait for some)",
@@ -355,7 +354,7 @@ class Loop:
         """Refresh, clip and step; returns the gradient norm before clipping."""
         if self.clip_grad_norm > 0:
             self.optimizer.refresh()
-            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm))
+            norm = self.optimizer.clip(self.model.parameters(), self.clip_grad_norm)
             self.optimizer.step()
             return norm
         self.optimizer.step()
@@ -378,22 +377,23 @@ class Loop:
         return result
 
     def _save_beginning(self) -> None:
-        """A checkpoint before the first step, so that fused stepping can always undo one (see :meth:`_replay`). It
-        also shows at once whether the disk takes a checkpoint at all."""
+        """A checkpoint before the first step, with which fused stepping can undo one (:meth:`_replay`) at any time."""
         if self.team.leads:
             for path in checkpoint.set_aside(self.folder / "checkpoints", self.position.step):
                 print(f"a later checkpoint of the course left is kept as {path}", flush=True)
-        started = time.perf_counter()
-        path = self._save()
+        started, path = time.perf_counter(), self._save()
         print(f"the beginning is saved in {path} ({time.perf_counter() - started:.1f} s)", flush=True)
 
     def _save(self) -> Path:
-        """Write the state, by the process that leads, while the others wait."""
+        """Write the state, by the process that leads, while the others wait or send what they hold of it."""
+        if not self.team.leads:
+            checkpoint.serve(self.team, self.model, self.optimizer.state_dict())
         return self.team.of_first("a checkpoint", self._write)
 
     def _write(self) -> Path:
         state = {**self.run_state, "position": vars(self.position)}
-        path = checkpoint.save(self._checkpoint(self.position.step), self.model, self.optimizer.state_dict(), state)
+        place, kept = self._checkpoint(self.position.step), self.optimizer.state_dict()
+        path = checkpoint.save(place, self.model, kept, state, self.team)
         best = self.position.best_step if self.keep_best else None
         checkpoint.prune(self.folder / "checkpoints", self.keep_last, self.keep_every, best)
         return path

@@ -237,6 +237,9 @@ class _Rehearsal:
     def _arrived(self, slot: Slot, leaf: Tensor) -> None:
         probe = isinstance(slot, LowRankSlot) and leaf is slot.module.probe
         self.meter.count(leaf.grad, "full gradient" if probe else "gradients")
+        slot.received(leaf)
+        if slot.shared and not probe:
+            self.meter.count(slot.gradient(), "gradients")
         if id(slot) in self.due and (self.step.fused or (self.first and not isinstance(slot, RuleSlot))):
             self._refresh(slot)
         if self.step.fused:
@@ -262,8 +265,8 @@ class _Rehearsal:
         module.probe.requires_grad_(False)
         delta = torch.empty(module.delta.shape, dtype=module.delta.dtype, device="meta")
         module.delta.requires_grad_(True)
-        module.delta.grad = delta
-        self.meter.count(delta, "gradients")
+        slot.take(delta, self.first)
+        self.meter.count(slot.gradient(), "gradients")
 
     def _update(self, slot: Slot) -> None:
         stored = slot.module.weight if isinstance(slot, LowRankSlot) else slot.parameter
@@ -349,6 +352,10 @@ def resident(model: nn.Module, slots: list[Slot]) -> dict[str, int]:
         if part.leaf.numel():  # a rule without moments never steps its own
             part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
     sizes = _model_bytes(model)
+    for layer, own in ((slot.module, slot.mine) for slot in slots if slot.shared):
+        sizes[_category(layer, "weight", own.weight)] -= layer.weight.nbytes - own.weight.nbytes
+        if own.weight_scale is not None:
+            sizes["weight scales"] -= layer.weight_scale.nbytes - own.weight_scale.nbytes
     of_rules = [slot for slot in slots if isinstance(slot, RuleSlot)]
     sizes["moments"] = state_bytes(slots) + _extra_bytes(of_rules)
     sizes["fp32 masters"] = _extra_bytes([slot for slot in slots if slot not in of_rules])

@@ -6,13 +6,15 @@ from .lowrank.rule_slot import RuleSlot
 from .lowrank.slots import LowRankSlot, Slot
 
 
-def payload(slots: Iterable[Slot], gap: int) -> dict[str, float]:
-    """Bytes of the tensors that an ordinary step of ``parallel: replicate`` reduces or broadcasts, by collective.
+def payload(slots: Iterable[Slot], gap: int, micro_batches: int = 1) -> dict[str, float]:
+    """Bytes of the tensors that an ordinary step reduces or broadcasts, by collective; and of layers whose rows are
+    shared, what is gathered, forward and backward, and scattered for each of a process's ``micro_batches``.
 
     A layer's full gradient and fp32 basis travel once in ``gap`` steps, at most: a lazy schedule stretches its gap. The
     first step sends no full gradients. Meetings (24 bytes a process, some ten in a step) are left out.
     """
     sizes = dict.fromkeys(("all-reduce Δ gradients", "all-reduce dense gradients"), 0.0)
+    sizes |= dict.fromkeys(("gather weights", "reduce-scatter Δ gradients"), 0.0)
     refresh = dict.fromkeys(("all-reduce full gradients of refreshes", "broadcast bases"), 0.0)
     for slot in slots:
         if not isinstance(slot, LowRankSlot):
@@ -20,10 +22,14 @@ def payload(slots: Iterable[Slot], gap: int) -> dict[str, float]:
             continue
         module = slot.module
         whole = module.probe.numel() * module.probe.dtype.itemsize
+        if slot.shared:
+            stored = [module.weight, *([] if module.weight_scale is None else [module.weight_scale])]
+            sizes["gather weights"] += 2 * micro_batches * sum(tensor.nbytes for tensor in stored)
         if isinstance(slot, RuleSlot):
             sizes["all-reduce Δ gradients"] += whole  # the rule works on full ones
         else:
-            sizes["all-reduce Δ gradients"] += module.delta.numel() * module.delta.dtype.itemsize
+            often, collective = (micro_batches, "reduce-scatter") if slot.shared else (1, "all-reduce")
+            sizes[f"{collective} Δ gradients"] += often * module.delta.numel() * module.delta.dtype.itemsize
             refresh["all-reduce full gradients of refreshes"] += whole / gap if slot.projected else 0.0
         sides = [side for side in (module.left, module.right) if side is not None and slot.projected]
         refresh["broadcast bases"] += sum(4.0 * side.dim * side.rank for side in sides) / gap

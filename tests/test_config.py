@@ -8,6 +8,7 @@ from qgalore.errors import ConfigError
 
 CONFIGS = sorted(config.PACKAGED.glob("*.yaml"))
 LEAST = {"model": {"config": "llama_60m"}, "data": {"train": "x.txt"}, "train": {"max_steps": 10, "lr": 0.01}}
+SHARD = {**LEAST, "parallel": "shard", "lowrank": {"proj_type": "right"}}
 
 
 def change(**sections):
@@ -65,7 +66,15 @@ def test_all_problems_come_at_once_with_suggestions():
         ({"model": {"config": "llama_60m"}, "data": {"train": "x"}}, "train: missing"),
         (change(model={"path": "somewhere"}), "exactly one of model.config"),
         (change(train={"stepping": "fused", "clip_grad_norm": 1}), "cannot clip"),
-        ({**LEAST, "parallel": "shard"}, "use replicate"),
+        ({**LEAST, "parallel": "shard"}, "lowrank.proj_type: std does not go with parallel: shard; use right"),
+        (
+            {**SHARD, "method": "lora"},
+            "method: lora does not go with parallel: shard; use qgalore",
+        ),
+        ({**SHARD, "lowrank": {"proj_type": "right", "embeddings": "int8"}}, "lowrank.embeddings: int8 does not go"),
+        ({**SHARD, "model": {"config": "llama_60m", "compile": "blocks"}}, "model.compile: blocks does not go"),
+        ({**SHARD, "train": {**LEAST["train"], "optimizer": "adamw4bit"}}, "use adamw8bit or adamw, or parallel"),
+        ({**SHARD, "train": {**LEAST["train"], "activation_checkpointing": "offload"}}, "use true, or parallel"),
         ({**change(export={"formats": ["int8"]}), "method": "galore"}, "int8 needs int8 weights"),
         (change(train={"betas": [0.9, 1.0]}), "[0, 1)"),
         (change(train={"lr": float("inf")}), "train.lr"),

@@ -101,8 +101,11 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         check_same_run(source, saved, config)
     say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
     if team.size > 1:
-        shared = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
-        say("parallel", f"{team.size} processes, {config.parallel}: each holds the model and takes {shared} in a step")
+        part = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
+        holds = {"replicate": "the model", "shard": "its rows of the low-rank layers, and all else,"}[config.parallel]
+        say("parallel", f"{team.size} processes, {config.parallel}: each holds {holds} and takes {part} in a step")
+    elif config.parallel == "shard":
+        say("note", "parallel: shard has no effect in one process")
     say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
@@ -121,9 +124,10 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
     data = team.after_first("the data", lambda: build_data(config, tokenizer) if examples is None else examples.data())
-    model, loss = build_model(config, vocabulary, data.highest_id, device)
+    model, loss = build_model(config, vocabulary, data.highest_id, device, team)
     check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
+    evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
     planned = recheck(config, vocabulary, device, loss, planned, team.size)
     run_state = {
         "config": config.model_dump(mode="json"),
@@ -143,7 +147,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         "plan": str(planned),
         "team": team,
         **_loop_settings(config, len(data.train)),
-        **(_token_settings(loss, team) if examples is None else labelled.loop_settings(config, examples.labels)),
+        **(_token_settings(loss, evaluating) if examples is None else labelled.loop_settings(config, examples.labels)),
     }
     run = Run(config, folder, model, tokenizer, data.valid, planned, loop)
     run.position = restore(

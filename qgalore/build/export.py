@@ -16,6 +16,7 @@ from ..export import gguf, huggingface, int8
 from ..lowrank.lora import LoraLinear
 from ..models import classify, loading, streaming
 from ..models.sample import continue_text, prompt_ids
+from ..parallel import shards
 from .model import adapt_as, convert_as
 from .say import say
 
@@ -50,15 +51,19 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, targe
 def finish(run, best_step: int | None) -> None:
     """What happens after the last step of a ``build.Run``: the exports and a sample, of the weights after
     ``best_step``, the best evaluation's, if ``export.which`` says so."""
+    model = run.model
+    if any(shards.is_shared(parameter) for parameter in model.parameters()):  # every process has some rows of it
+        model, _ = restore_model(checkpoint.steps_in(run.folder / "checkpoints")[-1])
+        say("export", "of the last checkpoint, on the CPU")
     if run.config.export.which == "best" and best_step is None:
         say("note", "no evaluation is known to be the best, so the last weights are exported")
     elif run.config.export.which == "best":
         source = run.folder / "checkpoints" / checkpoint.name_for(best_step)
         checkpoint.read_state(source)  # raises for a damaged one
-        checkpoint.load_model(source, run.model)
+        checkpoint.load_model(source, model)
         say("export", f"the best held-out loss's weights, {source}")
     for fmt in run.config.export.formats:
-        export(run.model, run.tokenizer, fmt, run.folder / "export" / fmt)
+        export(model, run.tokenizer, fmt, run.folder / "export" / fmt)
     section = run.config.sample
     if section.max_new_tokens and run.config.data.task != "classify":
         data = run.config.data
@@ -69,7 +74,7 @@ def finish(run, best_step: int | None) -> None:
         ids = row["input_ids"][0, :length].tolist()
         if section.prompt is not None:
             ids = prompt_ids(run.tokenizer, section.prompt, data.sequence_length, data.task)
-        say("sample", continue_text(run.model, run.tokenizer, ids, section.max_new_tokens, run.config.run.seed))
+        say("sample", continue_text(model, run.tokenizer, ids, section.max_new_tokens, run.config.run.seed))
 
 
 def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -11,14 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import METHODS, RULES, Config
 from ..data.labelled import Labels
+from ..errors import ConfigError
 from ..lowrank import lora
 from ..lowrank.factory import optimizer
 from ..lowrank.inner import BUILTIN
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
+from ..lowrank.shard_slot import share_rows
 from ..models import classify, loading, streaming
 from ..models.checkpointing import checkpoint_blocks
-from ..models.compiling import compile_blocks
+from ..models.compiling import blocks_of, compile_blocks
 from ..models.convert import ConversionReport, convert
 from ..models.loss import Loss, balance_weight, check_isolation, choose_loss, chunked_loss, uncalled_layers
 from ..parallel import ALONE, Team
@@ -140,10 +142,23 @@ def compile_as(config: Config, model: nn.Module) -> None:
         say("compile", f"{count} blocks, at the first step without a refresh in them; evaluation is not compiled")
 
 
+def shard_model(model: nn.Module, device: torch.device) -> None:
+    """Split the low-rank layers of a model's blocks by rows, on the meta device, so that no process ever holds them
+    whole. Raises :class:`ConfigError` without such blocks."""
+    blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
+    if not blocks:
+        raise ConfigError(
+            f"parallel: shard gathers weights block by block, and {type(model).__name__} has no blocks that are known; "
+            "use parallel: replicate"
+        )
+    share_rows(blocks, device)
+
+
 def build_model(
-    config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device
+    config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device, team: Team = ALONE
 ) -> tuple[nn.Module, Loss]:
-    """The model in its dtype, converted as the method says, on the device, made tensor by tensor; and its loss."""
+    """The model in its dtype, converted as the method says, on the device, made tensor by tensor, split over ``team``
+    if that is asked; and its loss."""
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)
     loading.check_vocabulary(model.config, highest_id, vocabulary.size)
@@ -160,6 +175,8 @@ def build_model(
                 "model",
                 f"LoRA: {len(report.converted)} weights are frozen; factors of rank {config.lowrank.rank} train",
             )
+    if config.parallel == "shard" and team.size > 1:
+        shard_model(model, device)
     streaming.allocate(model, device)
     streaming.fill(model, source, "model")
     adapt_as(config, model)

@@ -5,6 +5,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from ..lowrank.optimizer import attach
 from ..lowrank.policies import layers_at_once
 from ..lowrank.ranks import STEP
 from ..lowrank.rules import RuleOptions
-from ..lowrank.slots import RefreshOptions, Slot
+from ..lowrank.shard_slot import ShardSlot, shareable
+from ..lowrank.slots import LowRankSlot, RefreshOptions, Slot
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
+from ..parallel import Team
 from .model import (
     Vocabulary,
     adapt_as,
@@ -92,8 +95,9 @@ def _inner_factory(config: Config):
     return factory
 
 
-def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, list[Slot]]:
-    """The converted model of a resolved configuration and its slots, all on the meta device."""
+def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, list[Slot]]:
+    """The converted model of a resolved configuration and its slots, all on the meta device; with more than one of
+    ``shares`` the slots of layers in blocks are those of the first of so many processes."""
     model = architecture(config, vocabulary, lambda line: None)
     if vocabulary.labels is None:
         loading.untie_padding(model)
@@ -113,14 +117,41 @@ def on_paper(config: Config, vocabulary: Vocabulary) -> tuple[torch.nn.Module, l
         moment_format="8bit" if config.train.optimizer in CODED else "fp32",
     )
     low_rank, dense = collect_slots(model, **schedule, rule=rule_of(config), of_rule=of_rule)
+    if shares > 1:
+        low_rank = _shared(model, low_rank, config.train.optimizer, shares)
     slots = [*low_rank, *dense]
     attach(slots, _inner_factory(config), part_elements(config.train.optimizer))
     return model, slots
 
 
-def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None) -> memory.Plan:
-    """The plan of a resolved configuration. ``loss``: the one it will use, where that is known already."""
-    model, slots = on_paper(config, vocabulary)
+def _shared(model: torch.nn.Module, slots: list[LowRankSlot], inner: str, shares: int) -> list[LowRankSlot]:
+    """The slots, those of layers in ``model``'s blocks for one of the processes that split them. Raises
+    :class:`ConfigError` where they cannot be split so."""
+    inside = {module for block in blocks_of(model) for module in block.modules()}
+    found = []
+    for slot in slots:
+        if slot.module in inside:
+            shareable(slot.name, slot.module, inner, shares, part_elements(inner))
+            find = replace(slot.options, team=Team(0, shares))
+            slot = ShardSlot(slot.name, slot.index, slot.module, slot.schedule, find)
+        found.append(slot)
+    return found
+
+
+def gathered(model: torch.nn.Module) -> int:
+    """Bytes of the stored weights of two of the largest block: as they come over the wire, and as the block uses
+    them."""
+    layers = ([m for m in block.modules() if isinstance(m, LowRankLinear)] for block in blocks_of(model))
+    stored = ([t.nbytes for m in part for t in (m.weight, m.weight_scale) if t is not None] for part in layers)
+    return 2 * max(map(sum, stored))
+
+
+def plan_for(
+    config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None, shares: int = 1
+) -> memory.Plan:
+    """The plan of a resolved configuration for one process of ``shares`` that split the weights. ``loss``: the one it
+    will use, where that is known already."""
+    model, slots = on_paper(config, vocabulary, shares)
     if vocabulary.labels is not None:
         loss = classify.rehearsal_loss(vocabulary.labels.outputs)
     elif loss is None:
@@ -142,6 +173,8 @@ def plan_for(config: Config, vocabulary: Vocabulary, device: str, loss: Loss | N
     outside = {"CUDA context (assumed)": memory.CUDA_CONTEXT}
     if device == "cpu":
         outside = {"this process so far": resident_set()}
+    if shares > 1:
+        outside["gathered blocks"] = gathered(model)
     if config.model.compile == "blocks":
         outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
     return memory.plan(model, slots, step, outside)
@@ -170,11 +203,12 @@ def _candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
     """Changes that save memory, the least harmful first; then several of them together."""
     train, low, data = config.train, config.lowrank, config.data
     free: dict[str, Any] = {}
-    smallest = "offload" if device == "cuda" and config.model.compile == "none" else True
+    split = config.parallel == "shard"
+    smallest = "offload" if device == "cuda" and config.model.compile == "none" and not split else True
     if train.activation_checkpointing not in (smallest, "offload", "auto"):
         free["train.activation_checkpointing"] = smallest
     singles = [free.copy()] if free else []
-    if METHODS[config.method][0] and low.embeddings == "full":
+    if METHODS[config.method][0] and low.embeddings == "full" and not split:
         singles.append({"lowrank.embeddings": "int8"})
     if train.micro_batch_size > 1:
         singles.append({"train.micro_batch_size": train.micro_batch_size // 2})
@@ -209,29 +243,31 @@ def _uniform_rank(config: Config) -> tuple[str, int]:
 
 
 def decide(
-    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None = None
+    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None = None, shares: int = 1
 ) -> tuple[Config, memory.Plan]:
     """``config`` with activation checkpointing chosen, if it is left to us: the fastest whose plan is within
     ``budget``, else the smallest; and that plan."""
     if config.train.activation_checkpointing != "auto":
-        return config, plan_for(config, vocabulary, device, loss)
-    can_offload = device == "cuda" and config.model.compile == "none"
+        return config, plan_for(config, vocabulary, device, loss, shares)
+    can_offload = device == "cuda" and config.model.compile == "none" and shares == 1
     for choice in CHECKPOINTING if can_offload else CHECKPOINTING[:2]:
         chosen = _changed(config, {"train.activation_checkpointing": choice})
-        found = plan_for(chosen, vocabulary, device, loss)
+        found = plan_for(chosen, vocabulary, device, loss, shares)
         if budget is None or found.total <= budget:
             break
     return chosen, found
 
 
-def proposals(config: Config, vocabulary: Vocabulary, device: str, budget: int) -> list[tuple[dict[str, Any], int]]:
+def proposals(
+    config: Config, vocabulary: Vocabulary, device: str, budget: int, shares: int = 1
+) -> list[tuple[dict[str, Any], int]]:
     """Up to three changes that make ``config`` fit into ``budget``, the least harmful first, with their totals."""
     found = []
     for changes in _candidates(config, device):
         quick = _changed(config, {**changes, "train.activation_checkpointing": True})
-        if sum(memory.resident(*on_paper(quick, vocabulary)).values()) > budget:
+        if sum(memory.resident(*on_paper(quick, vocabulary, shares)).values()) > budget:
             continue  # without a rehearsal
-        _, planned = decide(_changed(config, changes), vocabulary, device, budget)
+        _, planned = decide(_changed(config, changes), vocabulary, device, budget, shares=shares)
         if planned.total <= budget:
             found.append((changes, planned.total))
         if len(found) == PROPOSALS:
@@ -259,7 +295,8 @@ def settle(
     if device.type == "cpu" and config.train.activation_checkpointing == "offload":
         say("note", "train.activation_checkpointing: offload has nowhere to go from a CPU; taken as true")
         config = _changed(config, {"train.activation_checkpointing": True})
-    chosen, found = decide(config, vocabulary, device.type, budget)
+    shares = processes if config.parallel == "shard" else 1
+    chosen, found = decide(config, vocabulary, device.type, budget, shares=shares)
     if chosen is not config:
         choice = {"train.activation_checkpointing": chosen.train.activation_checkpointing}
         say("memory", f"auto → {describe(choice)}")
@@ -267,21 +304,21 @@ def settle(
     say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
     if processes > 1:
-        model, slots = on_paper(config, vocabulary)
+        model, slots = on_paper(config, vocabulary, shares)
         check_processes(model, processes)
-        sizes = wire.payload(slots, config.lowrank.update_proj_gap)
+        sizes = wire.payload(slots, config.lowrank.update_proj_gap, whole // processes)
         sent = {name: wire.ring(size, processes, name) for name, size in sizes.items()}
         say("wire", f"{memory.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
         for name, size in sent.items():
             print(f"  {name:<40}{memory.human(round(size)):>10}", flush=True)
     if budget is not None and found.total > budget:
-        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose))
+        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose, shares))
     return _changed(chosen, {"train.grad_accumulation": whole}), found
 
 
-def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budget: int, whose: str) -> str:
+def _refusal(config, vocabulary, device: torch.device, found: memory.Plan, budget: int, whose: str, shares: int) -> str:
     print("looking for what would fit …", file=sys.stderr, flush=True)
-    options = proposals(config, vocabulary, device.type, budget)
+    options = proposals(config, vocabulary, device.type, budget, shares)
     lines = [f"  {describe(changes)}  → {memory.human(total)}" for changes, total in options]
     advice = (
         "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"
@@ -301,11 +338,12 @@ def recheck(
     if loss is chunked_loss or vocabulary.labels is not None:
         return before
     config = _changed(config, {"train.grad_accumulation": config.train.grad_accumulation // processes})
-    found = plan_for(config, vocabulary, device.type, loss)
+    shares = processes if config.parallel == "shard" else 1
+    found = plan_for(config, vocabulary, device.type, loss, shares)
     budget = budget_bytes(config.memory.budget) if config.memory.budget is not None else available(device)
     say("memory", f"planned peak {memory.human(found.total)}, whole logits included")
     if budget is not None and found.total > budget:
-        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, "with whole logits"))
+        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, "with whole logits", shares))
     return found
 
 

@@ -34,7 +34,8 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
     train, lowrank = config.train, config.lowrank
     stepping, mine = train.stepping, _micro_batches(config, processes)
     if stepping == "auto":
-        stepping = "deferred" if mine > 1 or train.clip_grad_norm > 0 else "fused"
+        kept = mine > 1 or train.clip_grad_norm > 0 or (config.parallel == "shard" and processes > 1)
+        stepping = "deferred" if kept else "fused"
     return config.model_copy(
         update={
             "device": device,

@@ -169,7 +169,7 @@ class Config(Section):
     method: Method = "qgalore"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     kernels: Literal["auto", "reference", "triton", "compiled"] = "auto"  # auto: Triton on a GPU; compiled: for a CPU
-    parallel: Literal["replicate", "shard"] = "replicate"  # of a job that torchrun starts; shard: not yet
+    parallel: Literal["replicate", "shard"] = "replicate"  # of a job that torchrun starts; shard: weights by rows
     run: RunSection = RunSection()
     model: ModelSection
     data: DataSection
@@ -191,10 +191,7 @@ class Config(Section):
                 "model.compile: blocks keep activations on the device; set train.activation_checkpointing: true"
             )
         if self.parallel == "shard":
-            found.append(
-                "parallel: shard, which gives each process a part of every weight, is not here yet (docs/scaling.md); "
-                "use replicate, for a model that fits on each card"
-            )
+            found += self._shard_problems()
         if train.stepping == "fused" and train.clip_grad_norm > 0:
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
         found += self._compute_problems()
@@ -214,6 +211,35 @@ class Config(Section):
         if train.optimizer not in (None, *ADAMS) and not plain:
             found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
         return found
+
+    def _shard_problems(self) -> list[str]:
+        """What weights split by rows do not go with."""
+        low, train, model = self.lowrank, self.train, self.model
+        right = low.proj_type == "right" or low.rank == "full"
+        wanted = (
+            ("method", self.method, METHODS[self.method][0] and self.method != "lora", "qgalore, galore or galore8bit"),
+            ("lowrank.proj_type", low.proj_type, right, "right: a left basis moves every row by the whole of Δ"),
+            ("lowrank.rank", low.rank, low.rank != "auto", "a number"),
+            ("lowrank.rule", low.rule, low.rule == "galore", "galore"),
+            ("lowrank.embeddings", low.embeddings, low.embeddings == "full", "full, which each process holds whole"),
+            ("lowrank.weight_rounding", low.weight_rounding, low.weight_rounding != "feedback", "stochastic"),
+            ("model.compile", model.compile, model.compile == "none", "none"),
+            ("model.compute", model.compute, model.compute == "bf16", "bf16"),
+            ("train.optimizer", train.optimizer, train.optimizer in (None, "adamw8bit", "adamw"), "adamw8bit or adamw"),
+            ("train.stepping", train.stepping, train.stepping != "fused", "deferred"),
+            (
+                "train.activation_checkpointing",
+                train.activation_checkpointing,
+                train.activation_checkpointing != "offload",
+                "true",
+            ),
+            ("data.task", self.data.task, self.data.task != "classify", "text or instruct"),
+        )
+        return [
+            f"{key}: {value} does not go with parallel: shard; use {remedy}, or parallel: replicate"
+            for key, value, fine, remedy in wanted
+            if not fine
+        ]
 
     def _compute_problems(self) -> list[str]:
         low, (converted, weight_format, *_) = self.lowrank, METHODS[self.method]

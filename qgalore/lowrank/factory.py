@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
-from ..parallel import ALONE, Team
+from ..parallel import ALONE, Team, shards
 from ..quant.int8 import ROUNDINGS, SCALES
 from . import feedback, rule_slot
 from . import inner as inner_optimizers
@@ -21,6 +21,7 @@ from .optimizer import LowRankOptimizer
 from .policies import POLICIES, make_schedules
 from .projector import METHODS
 from .rules import RuleOptions
+from .shard_slot import shareable
 from .slots import DenseSlot, LowRankSlot, RefreshOptions
 
 STEPPING = ("deferred", "fused")
@@ -87,6 +88,21 @@ def collect_slots(
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value!r}; it must be {rule}")
+
+
+def _check_shares(
+    modules: dict[str, LowRankLinear], team: Team, inner, rule: str, stepping: str, rounding: str
+) -> None:
+    """Raise :class:`ConfigError` if some weights are shared by rows and cannot be stepped so."""
+    shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
+    if not shared:
+        return
+    given = (("rule", rule, rule_slot.GALORE), ("stepping", stepping, "deferred"))
+    for name, value, wanted in given:
+        _require(value == wanted, name, value, f"{wanted!r} where processes share weights by rows")
+    _require(rounding != feedback.NAME, "weight_rounding", rounding, "another where processes share weights by rows")
+    for name, module in shared.items():
+        shareable(name, module, inner, team.size, part_elements(inner))
 
 
 def _tell_of_rounding(find: RefreshOptions, int8_layers: list[LowRankLinear]) -> None:
@@ -180,6 +196,7 @@ def optimizer(
     lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
+    _check_shares(modules, team, inner, rule, stepping, weight_rounding)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
     if moments == "keep" and any(module.max_rank is not None for module in modules.values()):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..parallel import shards
 from ..quant import basis, dispatch, int8_products
 from ..quant.int8 import quantize
 from . import sides
@@ -218,13 +219,14 @@ class LowRankLinear(nn.Module):
 
         Raises ``ValueError`` if they are to be int8 and a value is not finite.
         """
+        first, rows = shards.overlap(self.weight, first, rows)  # other processes may hold the rest
         part = slice(first, first + rows.shape[0])
         if self.weight_scale is None:
-            self.weight[part] = rows
+            shards.local(self.weight)[part] = rows
             return
         q, scale = quantize(rows.to(self.weight.device), self.in_features // self.weight_scale.shape[1])
-        self.weight[part] = q
-        self.weight_scale[part] = scale
+        shards.local(self.weight)[part] = q
+        shards.local(self.weight_scale)[part] = scale
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored weight (out, in) in ``dtype``."""

@@ -8,6 +8,7 @@ In a team of processes a gradient is summed over them before anything looks at i
 ``refresh()`` (deferred). Only the very first bases are found in rank 0's share of it, its first micro-batch.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -105,10 +106,11 @@ class LowRankOptimizer(Optimizer):
             arrived = slot.gradient() if first else leaf.grad
             self.team.sum_(f"the gradient of {slot.name}", [arrived])
             self._refresh_if_due(slot)
-            self._check_finite(slot)
+            self._check_finite([slot])
             self._apply(slot)
             return
         self._arrived[slot.name] = None
+        slot.received(leaf)
         if self._is_first(slot):
             # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
             self._refresh_if_due(slot)
@@ -149,11 +151,32 @@ class LowRankOptimizer(Optimizer):
             f"the gradient of {slot.name} is not finite in optimizer step {self.step_count} (counted from 0){partial}"
         )
 
-    def _check_finite(self, slot: Slot) -> None:
-        square = torch.linalg.vector_norm(slot.gradient(), dtype=torch.float32).square()
-        if not torch.isfinite(square):
-            self._complain(slot)
-        self._squares.append(square)
+    def _check_finite(self, slots: list[Slot]) -> None:
+        for slot, square in zip(slots, self._square_norms(slots), strict=True):
+            if not torch.isfinite(square):
+                self._complain(slot)
+            self._squares.append(square)
+
+    def _square_norms(self, slots: list[Slot]) -> list[Tensor]:
+        """‖gradient‖² of each slot, fp32; those of shared ones summed over the processes that hold rows."""
+        squares = [torch.linalg.vector_norm(slot.gradient(), dtype=torch.float32).square() for slot in slots]
+        if shares := [square for slot, square in zip(slots, squares, strict=True) if slot.shared]:
+            self.team.sum_("the norms of the gradients", shares)
+        return squares
+
+    @torch.no_grad()
+    def clip(self, parameters: Iterable[Tensor], limit: float) -> float:
+        """``clip_grad_norm_`` over ``parameters`` and over the rows that other processes hold; the norm before it."""
+        shares = [slot for slot in self.slots if slot.shared and slot.gradient() is not None]
+        if not shares:
+            return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        here = [parameter for parameter in parameters if parameter.grad is not None]
+        squares = [torch.nn.utils.get_total_norm([p.grad for p in here]).square(), *self._square_norms(shares)]
+        norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt()
+        torch.nn.utils.clip_grads_with_norm_(here, limit, norm)
+        for slot in shares:
+            slot.gradient().mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
 
     def _apply(self, slot: Slot) -> None:
         """One inner step and its merge. Never sees a gradient that is not finite."""
@@ -173,8 +196,8 @@ class LowRankOptimizer(Optimizer):
         due = [slot for slot in self.slots if rule_slot.awaits_refresh(slot)]
         if due:  # look at every gradient before a basis changes: a step that fails must leave no trace
             for slot in self.slots:
-                for leaf in slot.leaves():
-                    if leaf.grad is not None and not torch.isfinite(torch.linalg.vector_norm(leaf.grad)):
+                for gradient in (*(leaf.grad for leaf in slot.leaves()), slot.gradient()):
+                    if gradient is not None and not torch.isfinite(torch.linalg.vector_norm(gradient)):
                         self._complain(slot)
         order = {name: place for place, name in enumerate(self._arrived)}
         for slot in sorted(due, key=lambda slot: order.get(slot.name, len(order))):
@@ -194,8 +217,7 @@ class LowRankOptimizer(Optimizer):
         pending = [slot for slot in self.slots if slot.gradient() is not None]
         if pending:
             self._begin()
-        for slot in pending:
-            self._check_finite(slot)
+        self._check_finite(pending)
         for slot in pending:
             self._apply(slot)
         self.untouched = [slot.name for slot in self.slots if slot.name not in self._stepped]
@@ -277,7 +299,7 @@ def _slot_state(slot: Slot) -> dict[str, Any]:
     inner: dict[str, Any] = {}
     for number, part in enumerate(slot.parts):
         prefix = f"{number}." if len(slot.parts) > 1 else ""
-        inner |= {prefix + name: value for name, value in part.state().items()}
+        inner |= {prefix + name: slot.kept(name, value) for name, value in part.state().items()}
     state = {"inner": inner, "extra": slot.tensors()}
     return state | (slot.progress() if isinstance(slot, LowRankSlot) else {})
 
@@ -288,6 +310,7 @@ def _load_slot_state(slot: Slot, state: dict[str, Any]) -> None:
     for number, part in enumerate(slot.parts):
         prefix = f"{number}." if len(slot.parts) > 1 else ""
         mine = {n.removeprefix(prefix): value for n, value in state["inner"].items() if n.startswith(prefix)}
+        mine = {name: slot.restored(name, value) for name, value in mine.items()}
         part.inner.state.pop(part.leaf, None)
         if mine:
             part.inner.state[part.leaf] = {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..parallel.shards import is_shared
 from ..quant import dense as dense_grid
 from ..quant import dispatch
 from . import moments
@@ -15,6 +16,7 @@ from .rules import RULES, Rule, RuleOptions
 from .rules.apollo import Apollo
 from .rules.common import Rows
 from .schedule import Schedule
+from .shard_slot import ShardSlot
 from .slots import LowRankSlot, RefreshOptions, Slot
 
 GALORE = "galore"  # not one of the rules here: it needs Δ's gradient alone
@@ -160,13 +162,19 @@ def check(rule: str, rank: int | None, stepping: str, full_gradients: str, modul
         )
 
 
+def _galore_kind(module: LowRankLinear) -> type[LowRankSlot]:
+    if is_shared(module.weight):
+        return ShardSlot
+    return LowRankSlot if module.max_rank is None else AutoRankSlot
+
+
 def make(
     rule: str, modules: dict[str, LowRankLinear], schedules: list[Schedule], find: RefreshOptions, of: RuleOptions
 ) -> list[LowRankSlot]:
     """A slot for each layer under ``rule``. Prints a line where a rank had to be clamped."""
     if rule == GALORE:
         return [
-            (LowRankSlot if module.max_rank is None else AutoRankSlot)(name, index, module, schedules[index], find)
+            _galore_kind(module)(name, index, module, schedules[index], find)
             for index, (name, module) in enumerate(modules.items())
         ]
     slots = [

@@ -89,6 +89,7 @@ class Slot:
     changes nothing. ``index`` numbers the slot's random streams."""
 
     by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
+    shared = False  # whether other processes step other rows of the same tensor
 
     def __init__(self, name: str, index: int, shape: torch.Size) -> None:
         self.name, self.index, self.shape = name, index, shape
@@ -102,6 +103,17 @@ class Slot:
         unit = moments.BLOCK // math.gcd(moments.BLOCK, size // rows)
         step = -(-rows // -(-size // limit) // unit) * unit
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def received(self, leaf: Tensor) -> None:
+        """Called when ``leaf`` has its gradient of a micro-batch."""
+
+    def kept(self, name: str, value: Any) -> Any:
+        """What a checkpoint is given of ``value``, which the inner optimizer calls ``name``."""
+        return value
+
+    def restored(self, name: str, value: Any) -> Any:
+        """Inverse of :meth:`kept`."""
+        return value
 
     def largest_part(self, limit: int) -> int:
         """Elements of scratch memory that this slot needs."""
@@ -174,6 +186,7 @@ class LowRankSlot(Slot):
     ) -> None:
         super().__init__(name, index, module.delta.shape)
         self.module, self.schedule, self.options = module, schedule, options
+        self.mine, self.first_row = module, 0  # what of the weight is stepped here
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
         self._unfinished: tuple[dict[str, Any], health.Lines | None] | None = None  # a record that waits for the merge
@@ -218,7 +231,7 @@ class LowRankSlot(Slot):
         stored = self.module.columns()
         energy = partial(team.of_first, f"a look at {self.name}", lambda: self._energy(gradient, stored))
         if not self.schedule.wants(step, energy):
-            self._receive(gradient)
+            self._receive(gradient, first)
             return None
         old = [None if first or columns is None else projector.orthonormal(columns) for columns in stored]
         found, failure = self._find(gradient, old, generator)
@@ -232,17 +245,21 @@ class LowRankSlot(Slot):
         else:
             row["similarity"] = None
             self.schedule.record_failure(step)
-        self._receive(gradient)
+        self._receive(gradient, first)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
-        self._unfinished = row, health.lines_before(self.module, step)
+        self._unfinished = row, health.lines_before(self.mine, step)
         row |= {"waited": waited, "refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
         return row
 
-    def _receive(self, gradient: Tensor) -> None:
-        """Give Δ the projection of a full gradient, and the micro-batches to come."""
+    def _receive(self, gradient: Tensor, first: bool) -> None:
+        """Give Δ the projection of a full gradient (the ``first`` is this process's own), and micro-batches to come."""
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
-        self.module.delta.grad = sides.project(gradient, *self.module.columns(), self.module.delta.dtype)
+        self.take(sides.project(gradient, *self.module.columns(), self.module.delta.dtype), first)
+
+    def take(self, gradient: Tensor, first: bool) -> None:
+        """Keep a gradient of Δ that a refresh has made."""
+        self.module.delta.grad = gradient
 
     def _energy(self, gradient: Tensor, stored: tuple[Tensor | None, Tensor | None]) -> float:
         """The share of the gradient that the stored bases capture, the mean of the sides. Their rounding, the same at
@@ -260,7 +277,7 @@ class LowRankSlot(Slot):
         if self._unfinished is not None:
             started = time.perf_counter()
             (row, before), self._unfinished = self._unfinished, None
-            row |= health.int8_change(self.module, before)
+            row |= health.int8_change(self.mine, before)
             row["seconds"] += time.perf_counter() - started
 
     def _postpone(self, step: int, first: bool) -> dict[str, Any]:
@@ -268,8 +285,7 @@ class LowRankSlot(Slot):
         self.schedule.next_refresh = step + 1
         self.module.probe.requires_grad_(False)
         self.module.delta.requires_grad_(True)
-        delta = self.module.delta
-        delta.grad = torch.zeros(delta.shape, dtype=delta.dtype, device=delta.device)
+        self.take(torch.zeros_like(self.module.delta, memory_format=torch.contiguous_format), first)
         row = self._record(step, first, "the gradient is zero")
         row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}
@@ -342,11 +358,11 @@ class LowRankSlot(Slot):
     @torch.no_grad()
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Add ``scale · L Δ R̂ᵀ`` to the weight's rows from ``first`` on (all of them where L is not the identity)."""
-        module = self.module
+        module, mine = self.module, self.mine
         part = slice(first, None if not self.by_rows else first + delta.shape[0])
-        weight = module.weight.detach()[part]
-        stored = (weight,) if module.weight_scale is None else (weight, module.weight_scale[part])
-        where = {"shrink": shrink, "key": key, "first_row": first}
+        weight = mine.weight.detach()[part]
+        stored = (weight,) if mine.weight_scale is None else (weight, mine.weight_scale[part])
+        where = {"shrink": shrink, "key": key, "first_row": self.first_row + first}
         if len(stored) == 2:
             where |= {"rounding": self.options.rounding, "scales": self.options.scales}
         bases = [None if side is None else side.stored() for side in (module.left, module.right)]

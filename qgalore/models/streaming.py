@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..errors import ConfigError
 from ..lowrank.experts import Experts
 from ..lowrank.linear import LowRankLinear
+from ..parallel import shards
 
 Rows = Callable[[int, int], Tensor]  # of a tensor of more than two dimensions: the vectors along its last one
 Source = Iterable[tuple[str, Rows]]
@@ -197,7 +198,9 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _real(tensor: Tensor, device: torch.device) -> Tensor:
-    if not tensor.is_meta:
+    if shards.is_shared(tensor):
+        real = shards.like(tensor, _real(shards.local(tensor), device))
+    elif not tensor.is_meta:
         real = tensor.detach().to(device)
     elif tensor.ndim and tensor.numel() > 1 and not any(tensor.stride()):
         real = torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
@@ -215,8 +218,9 @@ def fill(model: nn.Module, source: Source, report: str) -> None:
 
     Raises :class:`ConfigError` for values that are not finite and for tensors that ``source`` lacks.
     """
-    leaves = {id(leaf) for m in model.modules() if isinstance(m, LowRankLinear) for leaf in m.leaves().values()}
-    targets = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in leaves}
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    made = {id(value) for layer in layers for value in (*layer.leaves().values(), layer.weight_scale)}  # not stored
+    targets = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in made}
     wanted = {id(p): p.numel() for p in targets.values()}
     total = sum(wanted.values())
     with tqdm(total=total, desc=report, unit=" weights", unit_scale=True, disable=total < _QUIET_ELEMENTS) as bar:

@@ -58,7 +58,7 @@ class Team:
             self._raise_the_first(None)
         if len({row[0] for row in rows}) > 1:
             places: list[Any] = [None] * self.size
-            with _reaching():
+            with reaching():
                 dist.all_gather_object(places, place)
             other = next(rank for rank, row in enumerate(rows) if row[0] != rows[0][0])
             raise _told(
@@ -81,7 +81,7 @@ class Team:
     def _rows(self, mine: list[int]) -> list[list[int]]:
         row = torch.tensor(mine, dtype=torch.int64)
         rows = [torch.empty_like(row) for _ in range(self.size)]
-        with _reaching():
+        with reaching():
             dist.all_gather(rows, row)
         return [part.tolist() for part in rows]
 
@@ -100,7 +100,7 @@ class Team:
 
     def _raise_the_first(self, own: Exception | None) -> None:
         said: list[Any] = [None] * self.size
-        with _reaching():
+        with reaching():
             dist.all_gather_object(said, None if own is None else (type(own).__name__, _kind(own), str(own)))
         rank = next(number for number, words in enumerate(said) if words is not None)
         name, kind, message = said[rank]
@@ -125,7 +125,7 @@ class Team:
             return make()
         value = [make() if self.leads else None]
         self.meet(place)
-        with _reaching():
+        with reaching():
             dist.broadcast_object_list(value, src=0)
         return value[0]
 
@@ -143,7 +143,7 @@ class Team:
         self.meet(place)
         mine = torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        with _reaching():
+        with reaching():
             dist.all_gather(parts, mine)
         return sum(part.item() for part in parts)
 
@@ -153,7 +153,7 @@ class Team:
             return flags
         self.meet(place)
         found = torch.tensor(flags, dtype=torch.uint8)
-        with _reaching():
+        with reaching():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.bool().tolist()
 
@@ -168,16 +168,27 @@ class Team:
                 small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
                 continue
             whole = tensor.contiguous()
-            with _reaching():
+            with reaching():
                 dist.all_reduce(whole)
             if whole is not tensor:
                 tensor.copy_(whole)
         for group in small.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            with _reaching():
+            with reaching():
                 dist.all_reduce(flat)
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+    def scatter(self, place: str, tensor: Tensor) -> Tensor:
+        """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory. On
+        the meta device, where only memory counts, nobody is met."""
+        mine = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
+        if tensor.is_meta:
+            return mine
+        self.meet(place)
+        with reaching():
+            _reduce_scatter(mine, tensor.contiguous())
+        return mine
 
     def receive_(self, place: str, tensors: list[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
@@ -185,15 +196,16 @@ class Team:
             return
         self.meet(place)
         for tensor in tensors:
-            with _reaching():
+            with reaching():
                 dist.broadcast(tensor, src=0)
 
 
 ALONE = Team()
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
+def reaching() -> Iterator[None]:
     """A collective. One that fails has lost a process, which nobody need be told of."""
     try:
         yield

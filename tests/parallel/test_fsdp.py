@@ -1,5 +1,5 @@
-"""What PyTorch's FSDP2 sends for a converted model: the ground under ``parallel: shard``, which the trainer does not
-have yet (docs/scaling.md). Weights go round as int8; of the gradients only Δ's, by rows."""
+"""What PyTorch's FSDP2 sends for a converted model, against bf16: the ground under ``parallel: shard``
+(docs/scaling.md). Weights go round as int8; of the gradients only Δ's, by rows."""
 
 import types
 from collections import Counter

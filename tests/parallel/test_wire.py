@@ -35,3 +35,11 @@ def test_a_ring_sends_each_part_once_for_a_broadcast_and_twice_for_a_sum():
     assert wire.ring(8.0, 4, "all-reduce of anything") == 2 * 8 * 3 / 4
     assert wire.ring(8.0, 4, "broadcast bases") == 8 * 3 / 4
     assert wire.ring(8.0, 1, "all-reduce of anything") == 0
+
+
+def test_the_plan_of_weights_that_are_split(capsys):
+    shard = (*SMALL, "parallel=shard", "lowrank.proj_type=right", "train.optimizer=adamw")
+    build.plan(config.load("quickstart.yaml", [*shard]), 4)
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("gather weights", "reduce-scatter Δ gradients", "gathered blocks"))
+    assert "all-reduce Δ" not in shown

@@ -1,0 +1,97 @@
+"""Tensors of which every process of a team holds its own rows: PyTorch's ``DTensor``, as FSDP2 leaves parameters.
+
+FSDP2 gathers a module's parameters before its forward and its backward pass and drops them after. Gradients are not its
+business here: sharded weights are stored, not trained.
+"""
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from .team import Team, reaching
+
+PATIENCE = timedelta(minutes=5)  # for a gathering of rows, which nobody should be late for
+WRITING = "a tensor of a checkpoint"
+
+
+def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], device: torch.device) -> None:
+    """Leave of the parameters in ``sharded`` (requires_grad False) this process's rows alone, gathered for each of
+    ``blocks`` while that runs; all other parameters stay whole, and FSDP2 ignores them. In a job of several processes.
+    The number of rows must be a multiple of theirs."""
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
+    from torch.distributed.tensor import DeviceMesh
+
+    group = dist.new_group(timeout=PATIENCE)
+    mesh = DeviceMesh.from_group(group, device.type)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - sharded)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether the processes hold rows of ``tensor``."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows here, in the memory in which they are stored; ``tensor`` itself if it is not shared."""
+    return tensor.detach().to_local() if is_shared(tensor) else tensor
+
+
+def like(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The tensor of which ``rows`` are the ones here, shared by the processes that share ``tensor``."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, run_check=False)
+
+
+def rows_of(tensor: Tensor, whole: Tensor) -> Tensor:
+    """Of ``whole`` the rows that are here of the shared ``tensor``; all, if it is not shared."""
+    if not is_shared(tensor):
+        return whole
+    return share(whole, tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+
+
+def overlap(tensor: Tensor, first: int, rows: Tensor) -> tuple[int, Tensor]:
+    """Of ``rows``, meant for ``tensor`` from its row ``first`` on: where those that are here go, and they."""
+    if not is_shared(tensor):
+        return first, rows
+    count = local(tensor).shape[0]
+    start = tensor.device_mesh.get_local_rank() * count
+    a, b = max(first, start), min(first + rows.shape[0], start + count)
+    return (a - start, rows[a - first : b - first]) if a < b else (0, rows[:0])
+
+
+def share(whole: Tensor, rank: int, size: int) -> Tensor:
+    """The rows of ``whole``, a multiple of ``size``, that process ``rank`` holds: a view."""
+    rows = whole.shape[0] // size
+    return whole[rank * rows : (rank + 1) * rows]
+
+
+def gather_to_first(team: Team, number: int, tensor: Tensor) -> Tensor:
+    """The whole of a shared ``tensor`` on rank 0, whose others :func:`serve` as the ``number``-th."""
+    team.meet(WRITING, note=number + 1)
+    return _gather(team, tensor)
+
+
+def serve(team: Team, tensors: Iterable[Tensor]) -> None:
+    """On a rank other than 0: send the rows of the shared among ``tensors`` for which rank 0 asks, until it has
+    :func:`finish`-ed. Without shared ones there is nothing to do."""
+    shared = [tensor for tensor in tensors if is_shared(tensor)]
+    while shared and (number := team.meet(WRITING)):
+        _gather(team, shared[number - 1])
+
+
+def finish(team: Team) -> None:
+    """Rank 0 needs no more rows."""
+    team.meet(WRITING)
+
+
+def _gather(team: Team, tensor: Tensor) -> Tensor | None:
+    mine = local(tensor).contiguous()
+    whole = mine.new_empty(tensor.shape) if team.leads else None
+    with reaching():
+        dist.gather(mine, list(whole.chunk(team.size)) if team.leads else None)
+    return whole

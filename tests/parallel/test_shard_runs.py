@@ -1,0 +1,122 @@
+"""Whole runs of ``train.py`` in several processes that split the weights."""
+
+import contextlib
+import gc
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from processes import run_in
+from safetensors.torch import load_file
+from test_runs import KILLED, assert_same, codes, folder, live, rows, state  # noqa: F401 - folder is a fixture
+
+from qgalore import build
+
+SHARD = ["parallel=shard", "lowrank.proj_type=right"]
+
+
+def test_two_processes_train_save_and_one_goes_on(folder):  # noqa: F811
+    short = [*SHARD, "train.eval_every=4", "train.save_every=2", "train.eval_batches=2", "train.clip_grad_norm=0.5"]
+    first = [*short, "train.max_steps=4"]
+    assert codes(run_in(2, live, str(folder), first, (1, 2, "nan"))) == {0}
+    made = rows(folder / "runs/tiny", "lr")
+    assert [row.get("skipped") for row in made] == [None, None, "rank 1: the loss is nan in step 3", None]
+    model, _ = build.restore_model(folder / "runs/tiny/checkpoints/step-00000004")
+    saved = state(folder / "runs/tiny", 4)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name in saved)
+    name = "model.layers.0.mlp.up_proj"
+    assert saved[f"{name}|inner|state1"].shape == (160, 16)
+    assert run_in(1, live, str(folder), [*short, "train.max_steps=5", "--resume", "auto"]) == [(0, "")]
+    assert not torch.equal(state(folder / "runs/tiny", 5)[f"{name}.weight"], saved[f"{name}.weight"])
+
+
+@pytest.mark.slow
+def test_the_same_run_in_one_two_and_four_processes(folder):  # noqa: F811
+    """As in ``test_runs``: losses differ by the order of fp32 sums. Evaluation is that of one process."""
+    plain = [*SHARD, "method=galore", "lowrank.policy=fixed", "train.clip_grad_norm=0.5", "train.optimizer=adamw"]
+    for size in (1, 2, 4):
+        assert codes(run_in(size, live, str(folder), [*plain, f"run.name=p{size}"])) == {0}
+    one = rows(folder / "runs/p1", "lr")
+    for size in (2, 4):
+        other = rows(folder / f"runs/p{size}", "lr")
+        assert [row["tokens"] for row in one] == [row["tokens"] for row in other]
+        for a, b in zip(one, other, strict=True):
+            assert abs(a["loss"] - b["loss"]) <= (1e-6 if a["step"] <= 3 else 1e-4) * a["loss"], (size, a["step"])
+            assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-2 * a["grad_norm"], (size, a["step"])
+        print(size, max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, other, strict=True)))
+
+
+@pytest.mark.slow
+def test_saved_by_one_four_and_two_exported_by_one(folder):  # noqa: F811
+    first = [*SHARD, "run.name=r", "train.lr_schedule=constant", "train.activation_checkpointing=true"]
+    assert codes(run_in(1, live, str(folder), [*first, "train.max_steps=4"])) == {0}
+    assert codes(run_in(4, live, str(folder), [*first, "train.max_steps=20", "--resume", "auto"])) == {0}
+    whole = [*first, "train.max_steps=30", "--resume", "auto", "export.formats=[hf]"]
+    assert codes(run_in(2, live, str(folder), whole)) == {0}
+    done = folder / "runs/r/checkpoints/step-00000030"
+    command = [sys.executable, str(ROOT / "tools/export.py"), str(done), "--format", "hf", "--out", str(folder / "hf")]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    exported = load_file(folder / "hf/model.safetensors")
+    assert_same(exported, load_file(folder / "runs/r/export/hf/model.safetensors"))
+    model, _ = build.restore_model(done)
+    layer = model.model.layers[0].mlp.up_proj
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(exported[name], layer.dense_weight().to(exported[name].dtype))
+
+
+@pytest.mark.slow
+def test_what_four_saved_is_what_they_held(folder):  # noqa: F811
+    """Four go on from their checkpoint of step 20 to the same bits as without a stop; so what is read is what was."""
+    run = [*SHARD, "train.max_steps=30", "train.clip_grad_norm=0"]
+    assert codes(run_in(4, live, str(folder), [*run, "run.name=whole"])) == {0}
+    assert codes(run_in(4, live, str(folder), [*run, "run.name=cut"], (1, 19, "signal"))) == {143}
+    assert codes(run_in(4, live, str(folder), [*run, "run.name=cut", "--resume", "auto"])) == {0}
+    assert_same(state(folder / "runs/whole", 30), state(folder / "runs/cut", 30))
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_changes_no_bit(folder):  # noqa: F811
+    run = [*SHARD, "train.max_steps=30"]
+    assert codes(run_in(2, live, str(folder), [*run, "run.name=whole"])) == {0}
+    (folder / "killed.py").write_text(KILLED.format(root=str(ROOT)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [*torchrun, "killed.py", "--config", "tiny.yaml", *run, "run.name=cut", "--resume", "auto"]
+    made = subprocess.run(command, cwd=folder, timeout=600, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "step-00000020, after step 20" in made.stdout
+    assert_same(state(folder / "runs/whole", 30), state(folder / "runs/cut", 30))
+
+
+def planned_and_real(where, arguments):
+    """Resident bytes by the plan, and of the tensors that are there after two steps."""
+    from qgalore import config, loop, memory
+    from qgalore.parallel import job, shards
+
+    os.chdir(where)
+    with job("cpu") as team, contextlib.redirect_stdout(io.StringIO()):
+        made = build.build(config.load("tiny.yaml", arguments), None, team)
+        loop.Loop(**made.loop, position=loop.Position()).run()
+        model, slots = made.model, made.loop["optimizer"].slots
+        tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not shards.is_shared(t))
+        storages = (t.untyped_storage() for t in tensors if t.dtype == torch.int8 and not t.is_meta)
+        integers = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        scales = {shards.local(m.weight_scale) for m in model.modules() if getattr(m, "weight_scale", None) is not None}
+        real = {"int8 weights": sum(integers.values()), "moments": memory.state_bytes(slots)}
+        real["weight scales"] = sum(scale.untyped_storage().nbytes() for scale in scales)
+        return {name: made.planned.resident[name] for name in real}, real
+
+
+def test_what_each_process_keeps_is_what_the_plan_says(folder):  # noqa: F811
+    short = [*SHARD, "train.max_steps=2", "train.eval_batches=1", "lowrank.weight_format=int8"]
+    found = run_in(2, planned_and_real, str(folder), short)
+    (alone, _), *_ = run_in(1, planned_and_real, str(folder), [*short, "run.name=one"])
+    losses = [rows(folder / "runs" / name, "lr")[0]["loss"] for name in ("tiny", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the same model was made by rows
+    for planned, real in found:
+        assert real == planned
+        assert real["int8 weights"] == alone["int8 weights"] / 2
+        assert real["weight scales"] == alone["weight scales"] / 2
