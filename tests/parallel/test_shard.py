@@ -78,7 +78,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(("size", "steps"), [(2, 12), pytest.param(2, 50, marks=SLOW), pytest.param(4, 50, marks=SLOW)])
 def test_where_sums_are_exact_weights_are_identical(size, steps):
-    wanted, norm = exact_steps(steps)
+    ((wanted, norm),) = run_in(1, exact_steps, steps)  # on one thread too, or decompositions differ
     assert (wanted["blocks.0.0.weight"] != Layers().blocks[0][0].weight.numpy()).mean() > 0.5
     assert [wanted[f"blocks.{n}.0|state1"].dtype for n in (0, 1)] == [np.uint8, np.float32]
     for found, its_norm in run_in(size, exact_steps, steps):
