@@ -19,7 +19,7 @@ from .lowrank.optimizer import LowRankOptimizer
 from .models.loss import Loss
 from .parallel import ALONE, Team
 from .quant.counter import derive_key
-from .stats import ProgressLine, Records, Silence, memory_bytes
+from .stats import ProgressLine, Records, Silence, memory_bytes, memory_row
 from .stopping import StopSignal
 
 
@@ -232,7 +232,7 @@ class Loop:
         )
         print(f"step {where.step + 1}/{self.max_steps} | skipped: {error}", flush=True)
         row = {"step": where.step + 1, "loss": None, "lr": self.lr_at(where.step), "grad_norm": None}
-        row |= {"tokens": where.tokens, "tokens_per_second": 0.0, "memory_bytes": memory_bytes(self.device)}
+        row |= {"tokens": where.tokens, "tokens_per_second": 0.0, **memory_row(self.device)}
         row |= {"step_seconds": 0.0, "refresh_seconds": 0.0, "skipped": str(error)}
         if in_a_row >= self.max_skipped_in_a_row:
             self.metrics.append([row])
@@ -330,7 +330,7 @@ class Loop:
             "tokens": self.position.tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "memory_bytes": memory_bytes(self.device),
+            **memory_row(self.device),
             **({"without_gradient": len(names), "waiting": self.optimizer.waiting()} if names else {}),
         }
 

@@ -73,6 +73,12 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_row(device: torch.device) -> dict[str, int]:
+    """For a row of metrics.jsonl: :func:`memory_bytes`, and on a GPU what PyTorch's allocator holds at most."""
+    row = {"memory_bytes": memory_bytes(device)}
+    return row if device.type != "cuda" else row | {"reserved_bytes": torch.cuda.max_memory_reserved(device)}
+
+
 def human_time(seconds: float) -> str:
     """``75 → 1m15s``, ``7200 → 2h00m``."""
     seconds = int(seconds)
