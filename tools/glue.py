@@ -4,8 +4,9 @@
         --rates 5e-5 1e-4 --seeds 0 1 --epochs 3
 
 GLUE holds a folder for each task with train.tsv and dev.tsv. A run that the file already has is not repeated, so the
-command goes on where it was stopped; ``--table`` only prints. A method's rate is the best one by its mean over seeds
-on the very set that is reported, for all methods alike.
+command goes on where it was stopped; ``--table`` only prints. A method's rate is, among those with the most seeds, the
+best by its mean over them on the very set that is reported, for all methods alike. Weights and optimizer state are
+counted in bytes; ``--compute bf16`` is autocast's mixed precision, for all methods alike too.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +86,8 @@ def optimizer_for(method: str, model: nn.Module, rate: float, options: argparse.
     if method == "lora":
         add_lora(model, options.rank)
     if method in ("adamw", "lora"):
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
     formats = {} if method == "qgalore" else {"weight_format": "none", "basis_format": "fp32"}
     qgalore.convert(model, rank=options.rank, **formats)
     inner = "adamw8bit" if method == "qgalore" else "adamw"
@@ -118,13 +121,15 @@ def train(name: str, method: str, rate: float, seed: int, options: argparse.Name
     steps = options.steps or max(1, round(options.epochs * len(data) / options.batch))
     schedule = linear_schedule(optimizer, steps // 10, steps)
     order, position = SampleOrder(len(data), seed), (0, 0)
+    computing = torch.autocast(options.device, torch.bfloat16, enabled=options.compute == "bf16")
     started = time.perf_counter()
     model.train()
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)  # the same dropout for every method
         indices, position = order.take(position, options.batch)
         batch = {key: value.to(options.device) for key, value in data.batch(indices).items()}
-        loss = classify.classification_loss(model, batch) / len(indices)
+        with computing:
+            loss = classify.classification_loss(model, batch) / len(indices)
         loss.backward()
         if method in ("galore", "qgalore"):
             optimizer.refresh()
@@ -138,25 +143,47 @@ def train(name: str, method: str, rate: float, seed: int, options: argparse.Name
     starts = range(0, len(held_out), options.batch)
     batches = [partial(held_out.batch, range(s, min(s + options.batch, len(held_out)))) for s in starts]
     known = ("pearson", "spearman") if labels.names is None else ("accuracy", "f1", "matthews")
-    found = classify.evaluate(model, batches, known, torch.device(options.device))
+    with computing:
+        found = classify.evaluate(model, batches, known, torch.device(options.device))
     record = {"task": name, "method": method, "rate": rate, "seed": seed, "steps": steps, "batch": options.batch}
-    settings = {"rank": options.rank, "scale": options.scale, "gap": options.gap, "length": options.length}
-    return {**record, **settings, "seconds": round(seconds, 1), **found.row()}
+    settings = {key: getattr(options, key) for key in ("rank", "scale", "gap", "length", "compute")}
+    measured = {"seconds": round(seconds, 1), "bytes": held_bytes(model, optimizer)}
+    return {**record, **settings, **measured, **found.row()}
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the weights (frozen ones, scales and bases too) and of the optimizer's state."""
+    held = [*model.parameters(), *model.buffers(), *tensors_in(optimizer.state_dict())]
+    return sum(tensor.nbytes for tensor in held if tensor.numel() > 1)  # one zero stands for a probe
+
+
+def tensors_in(state: object) -> Iterator[torch.Tensor]:
+    """The tensors in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors_in(value)
 
 
 def table(records: list[dict]) -> str:
     """Markdown: for every task and method the best rate by its mean over seeds, with the lowest and highest seed."""
-    lines = ["| task | metric | method | rate | mean | lowest – highest | seeds |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | metric | method | rate | mean | lowest – highest | seeds | MB | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, method in itertools.product(TASKS, METHODS):
-        scores: dict[float, list[float]] = {}
+        runs: dict[float, list[dict]] = {}
         for record in records:
             if (record["task"], record["method"]) == (name, method):
-                scores.setdefault(record["rate"], []).append(record[f"eval_{TASKS[name].metric}"] or 0.0)
-        if scores:
-            rate, best = max(scores.items(), key=lambda item: statistics.fmean(item[1]))
-            spread = f"{min(best):.4f} – {max(best):.4f}"
-            cells = [name, TASKS[name].metric, method, f"{rate:g}", f"{statistics.fmean(best):.4f}", spread]
-            lines.append("| " + " | ".join([*cells, str(len(best))]) + " |")
+                runs.setdefault(record["rate"], []).append(record)
+        scored = {rate: [r[f"eval_{TASKS[name].metric}"] or 0.0 for r in group] for rate, group in runs.items()}
+        if scored:
+            rate, best = max(scored.items(), key=lambda item: (len(item[1]), statistics.fmean(item[1])))
+            minutes = statistics.median(record["seconds"] for record in runs[rate]) / 60
+            score = [f"{statistics.fmean(best):.4f}", f"{min(best):.4f} – {max(best):.4f}", str(len(best))]
+            cost = [f"{runs[rate][0]['bytes'] / 1e6:.1f}", f"{minutes:.1f}"]
+            lines.append("| " + " | ".join([name, TASKS[name].metric, method, f"{rate:g}", *score, *cost]) + " |")
     return "\n".join(lines)
 
 
@@ -176,6 +203,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8, help="of lora, galore and qgalore")
     parser.add_argument("--scale", type=float, default=1.0, help="of galore and qgalore")
     parser.add_argument("--gap", type=int, default=100, help="steps between refreshes of a subspace")
+    parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32", help="of the products")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="print the table of --out and stop")
     options = parser.parse_args(arguments)

@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
 from ..errors import QGaloreError, RankError
+from .roster import fresh_store
 
 FAILED = 0
 SMALL = 1 << 16  # elements below which tensors travel together
@@ -264,7 +266,10 @@ def _join(cuda: bool) -> Team:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        store = fresh_store(store, rank, size, PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise QGaloreError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes of the job do not find each other: {error}. "
