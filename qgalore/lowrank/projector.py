@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .sides import fp32_tiles
+from .sides import fp32_tiles, project
 
 METHODS = ("randomized", "exact")
 OVERSAMPLE = 16
+TALL = 4  # rows for each column from which G itself is kept out of the decompositions (embeddings, heads)
 SAMPLES = 32  # sums of rows by which two bases are compared
 # On gradients of a 7B-wide Llama all further iterations would gain at most 0.27 of what the last half one did: where
 # that was less than 7.4 % of the energy, less than 2 % is missing (docs/results.md, "Bases").
@@ -34,32 +35,33 @@ def randomized_basis(
 ) -> Tensor:
     """Approximate top ``rank`` right singular vectors (in, rank) of G (out, in), in descending order, fp32.
 
-    Randomized range finder with oversampling (Halko, Martinsson & Tropp, arXiv 0909.4061): S, orthonormal, spans random
-    ±sums of G's rows, which are Gᵀ times a sparse sign matrix (Clarkson & Woodruff, arXiv 1207.6365): half a power
-    iteration that costs no product. From one pass over G, Y = G S and Z = GᵀY, comes Nyström's approximation of GᵀG,
-    Z (YᵀY)⁻¹ Zᵀ (Tropp, Yurtsever, Udell & Cevher, arXiv 1706.05736), whose eigenvectors are those of GᵀP_Y G: neither
-    Y nor a decomposition of G's height exists. Again from these, up to ``power_iterations`` passes, only while the
-    step from S to Y has gained more than ``GAIN`` of the energy. The second starts from ``warm`` (in, ≤ rank),
-    orthonormal, if that captures more: it does where a flat spectrum drifts slowly. Not from the first on: one
-    iteration would leave the new basis leaning towards the old one, and overlaps, by which refreshes are scheduled,
-    too high.
+    Randomized range finder with oversampling (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1): Q
+    spans G S, and the singular vectors of QᵀG, two products with G in all, are the answer. S spans random ±sums of
+    G's rows, which are Gᵀ times a sparse sign matrix (Clarkson & Woodruff, arXiv 1207.6365): half a power iteration
+    that costs no product. Iterated, up to ``power_iterations`` times, only while the step from S to Q has gained more
+    than ``GAIN`` of the energy. The second starts from ``warm`` (in, ≤ rank), orthonormal, if that captures more: it
+    does where a flat spectrum drifts slowly. Not from the first on: one iteration would leave the new basis leaning
+    towards the old one, and overlaps, by which refreshes are scheduled, too high.
+
+    A very tall G, as an embedding has, goes another way (``_tall_pass``).
 
     G may be one process's part of a sum: ``total`` adds up over the processes what is linear in G, in place or not, and
     its value is the same in all; then so is the basis.
     """
     out_features, in_features = gradient.shape
     size = min(rank + OVERSAMPLE, out_features, in_features)
+    one_pass = _tall_pass if out_features > TALL * in_features else _pass
     sums = total(_row_sums(gradient, size, generator))
-    # as large as G's elements, a power of two: keeps squares of small gradients from underflow and rounds nothing
+    # about as large as G's elements, a power of two: small gradients' squares do not underflow, and nothing is rounded
     unit = torch.exp2(torch.frexp(sums.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)).exponent)
     found = torch.linalg.qr(sums.T).Q
     for left in reversed(range(power_iterations)):
-        captured, found, values = _nystrom(gradient, found, unit, total)
+        before, found, values = one_pass(gradient, found, unit, total)
         if left == 0:
             break
         energy = values.square().sum()
         # the memory plan, on the meta device, counts all iterations, the second from an old basis
-        if not gradient.is_meta and not energy - captured > GAIN * energy:
+        if not gradient.is_meta and not energy - before > GAIN * energy:  # NaN too
             break
         if warm is not None and _better(warm, found[:, :rank], total(_row_sums(gradient, SAMPLES, generator))):
             found = torch.cat((warm, found[:, : size - warm.shape[1]]), dim=1)
@@ -77,29 +79,42 @@ def _row_sums(gradient: Tensor, size: int, generator: torch.Generator) -> Tensor
     return sums
 
 
-def _nystrom(
+def _pass(
     gradient: Tensor, columns: Tensor, unit: Tensor, total: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """‖G S‖² for S, the orthonormal ``columns`` (in, k), and the right singular vectors (in, k) and values (k,) of
-    P_Y G, with Y = G S; of G / ``unit``.
+    QᵀG with Q an orthonormal basis of G S; all of G / ``unit``."""
+    image = total(project(gradient, None, columns)).div_(unit)
+    before = torch.linalg.vector_norm(image, dim=0).square().sum()
+    range_basis = torch.linalg.qr(image).Q
+    del image
+    rows = total(project(gradient, range_basis, None)).div_(unit)
+    del range_basis
+    basis, factor = torch.linalg.qr(rows.T)
+    turn, values, _ = torch.linalg.svd(factor)
+    return before, basis @ turn, values
 
-    A G in bf16 is multiplied by S in bf16: what Y then is chooses where to look, and all that follows is exact to fp32
-    for that Y.
+
+def _tall_pass(
+    gradient: Tensor, columns: Tensor, unit: Tensor, total: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a very tall G, by Nyström's approximation of GᵀG, Z (YᵀY)⁻¹ Zᵀ with Y = G S and Z = GᵀY (Tropp,
+    Yurtsever, Udell & Cevher, arXiv 1706.05736): nothing has G's height but G. This squares singular values, so that
+    directions below 2⁻¹² of the largest (2⁻²⁴ of its energy) are lost in rounding.
     """
     gram, image = columns.new_zeros(columns.shape[1], columns.shape[1]), torch.zeros_like(columns)
-    lean = columns.to(gradient.dtype) if gradient.dtype == torch.bfloat16 else columns
-    for a, b, tile in fp32_tiles(gradient):
-        rows = total(((gradient[a:b] if lean is not columns else tile) @ lean).to(torch.float32).div_(unit))
+    for _, _, tile in fp32_tiles(gradient):
+        rows = total(tile @ columns).div_(unit)
         gram.addmm_(rows.T, rows)
         image.addmm_(tile.T, rows)
-    image = total(image.div_(unit))
+    image = total(image).div_(unit)
     energies, turn = torch.linalg.eigh(gram)
-    captured = gram.diagonal().sum()
-    floor = (torch.finfo(torch.float32).eps * captured).clamp_min(torch.finfo(torch.float32).tiny)
-    # Y turned to orthonormal columns, of which those that are rounding errors only are made small
+    before = gram.diagonal().sum()
+    floor = (torch.finfo(torch.float32).eps * before).clamp_min(torch.finfo(torch.float32).tiny)
+    # S turned so that the columns of Y are orthonormal, but for those that are rounding errors only, made small
     basis, factor = torch.linalg.qr(image @ turn.div_(energies.clamp_min(floor).sqrt_()))
     turn, values, _ = torch.linalg.svd(factor)
-    return captured, basis @ turn, values
+    return before, basis @ turn, values
 
 
 def _better(one: Tensor, other: Tensor, samples: Tensor) -> bool:

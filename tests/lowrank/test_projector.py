@@ -169,13 +169,14 @@ def test_tall_gradients_have_the_exact_basis(shape, dtype, tile, device, monkeyp
     )
 
 
+@pytest.mark.parametrize("one_pass", [projector._pass, projector._tall_pass])
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (700, 40)])
-def test_one_pass_gives_the_singular_vectors_of_the_gradient_in_the_range_of_its_sketch(shape, device):
-    """Nyström's approximation of GᵀG from S is Gᵀ P G with P the projection onto the range of G S: against numpy, in
-    double precision, with that projection formed."""
+def test_one_pass_gives_the_singular_vectors_of_the_gradient_in_the_range_of_its_sketch(one_pass, shape, device):
+    """Against numpy, in double precision. Nyström's approximation of GᵀG from S is Gᵀ P G with P the projection onto
+    the range of G S."""
     g = gradient(shape, device, decay=0.8)
     start = projector.random_basis(shape[1], 12, random_generator(device), device)
-    captured, columns, values = projector._nystrom(g, start, torch.tensor(2.0, device=device), lambda part: part)
+    captured, columns, values = one_pass(g, start, torch.tensor(2.0, device=device), lambda part: part)
     assert_orthonormal(columns)
     wide = g.cpu().double().numpy() / 2.0
     image = wide @ start.cpu().double().numpy()
