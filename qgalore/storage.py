@@ -159,6 +159,7 @@ def _cut(entries: Entries, size: int) -> list[_Piece]:
     pieces, end = [_Piece(None, 0)], 0
     for name, value in entries.items():
         split = isinstance(value, Rows) and size > 1
+        assert not isinstance(value, Rows) or value.here.nbytes * size == value.nbytes, f"{name} is not split evenly"
         for owner in range(size) if split else (None,):
             count, start = value.nbytes // (size if split else 1), 0
             while start < count:
