@@ -119,9 +119,12 @@ def save(
     A complete checkpoint already there is left: the state after a step does not depend on how often it is reached.
     """
     contents, rest = _contents(model, optimizer_state)
+    mine = folder.with_name(
+        f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    )  # rank 0's is everyone's, and new on every disk
     try:
         with team.together("the end of a checkpoint"), _explained(folder):
-            building = team.of_first("the beginning of a checkpoint", partial(_begin, folder, contents))
+            building = team.of_first("the beginning of a checkpoint", partial(_begin, folder, mine, contents))
             if building is None:
                 return folder
             if not building.is_dir():
@@ -132,8 +135,7 @@ def save(
                 files = {name: _sealed(building / name, [share[name] for share in shares]) for name in contents}
                 _finish(folder, building, {"version": VERSION, **run_state, "optimizer": rest, "files": files})
     except Exception:
-        if team.leads:
-            _sweep(folder.parent)
+        shutil.rmtree(mine, ignore_errors=True)
         raise
     return folder
 
@@ -149,25 +151,18 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _sweep(folder: Path) -> None:
-    """Delete what unfinished writes and deletions left behind."""
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _begin(folder: Path, contents: dict[str, Entries]) -> Path | None:
-    """The hidden folder, of a name that is new on every disk, with files in their full length; None if a complete
-    checkpoint is there."""
+def _begin(folder: Path, building: Path, contents: dict[str, Entries]) -> Path | None:
+    """Make ``building``, with files in their full length, and return it; None if a complete checkpoint is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         if newest_of([folder])[0]:
             return None
         _remove(folder)
-    _sweep(folder.parent)
+    for leftover in folder.parent.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     needed, free = sum(map(_needed_bytes, contents.values())), shutil.disk_usage(folder.parent).free
     if needed > free:
         raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
-    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     building.mkdir()
     for name, tensors in contents.items():
         create(building / name, tensors)

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from test_shard import MICRO_BATCHES, Layers
 
 import qgalore
 from qgalore import checkpoint
-from qgalore.errors import ConfigError
+from qgalore.errors import ConfigError, RankError
 from qgalore.lowrank.shard_slot import share_rows
 from qgalore.parallel import ALONE, job
 
@@ -80,8 +81,13 @@ def fail(where, how):
         checkpoint.save(Path(STEPS[0]), model, state, {"position": {}}, ALONE if how == "apart" else team)
         if how == "full" and team.rank == 1:  # the operating system lets none of its files grow further
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        if how == "lost" and team.rank == 1:  # after the first of two files
+            write = checkpoint.write_share
+            checkpoint.write_share = lambda path, *rest: sys.exit(9) if "optim" in path.name else write(path, *rest)
         try:
             checkpoint.save(Path(STEPS[1]), model, state, {"position": {}}, team)
+        except RankError as error:
+            return str(error), sorted(os.listdir())
         except ConfigError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             team.meet("afterwards")
@@ -98,6 +104,12 @@ def test_a_failed_write_of_one_process_stops_all(tmp_path):
     for message, there, newest in found:
         assert "step-00000002 could not be written: [Errno 27] File too large. Older checkpoints are intact" in message
         assert (there, newest) == ([STEPS[0]], STEPS[2])
+
+
+def test_a_process_lost_while_it_writes_leaves_nothing(tmp_path):
+    (message, there), code = run_in(2, fail, tmp_path, "lost")
+    assert (code, there) == (9, [STEPS[0]])
+    assert "another process of the job has ended" in message
 
 
 def test_a_disk_that_is_not_the_same_for_all_is_found_out(tmp_path, folder):  # noqa: F811
