@@ -80,7 +80,7 @@ class Loop:
 
     ``order_for(n)`` gives the data order after n rollbacks; ``run_state`` goes into every checkpoint beside the
     position; ``folder`` is the run's own. The processes of a ``team`` share the micro-batches of a step, decide alike,
-    and leave writing to one.
+    write checkpoints together, and leave all other writing to one.
     """
 
     model: nn.Module
