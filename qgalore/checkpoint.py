@@ -1,15 +1,18 @@
 """Checkpoints: two safetensors files and one JSON in a folder that appears whole or not at all.
 
 ``model.safetensors``: the model's state dict. ``optimizer.safetensors``: inner states and fp32 masters, named
-``slot|kind|name``. ``state.json``: schedules, scalars, positions, the resolved configuration, the size and SHA-256 of
-both files, and a SHA-256 of itself. Tensors are written and read one at a time, so no second copy of the model exists.
+``slot|kind|name``. ``state.json``: schedules, scalars, positions, the resolved configuration, the sizes of both files,
+the SHA-256 of each piece of them, and of itself. Tensors are written and read a piece at a time, so no second copy of
+the model exists. The processes of a job write into the same two files, which are those that one process would write.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,9 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .lowrank.linear import LowRankLinear
 from .parallel import ALONE, Team, shards
-from .storage import Deferred, write_safetensors
+from .storage import Entries, Rows, Seal, altered, create, file_bytes, joined, write_share
 
-VERSION = 2
+VERSION = 3
 PREFIX = "step-"
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -69,20 +72,12 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _needed_bytes(tensors: dict[str, Tensor | Deferred]) -> int:
-    return sum(value.nbytes + 256 for value in tensors.values())
+def _needed_bytes(tensors: Entries) -> int:
+    return file_bytes(tensors) + 256 * len(tensors)  # for what state.json says of them
 
 
 def _seal(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync_folder(path: Path) -> None:
@@ -103,75 +98,90 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[str, Entries], dict[str, Any]]:
     """The tensors of each file, and the rest."""
     tensors, rest = _flatten(optimizer_state)
-    return dict(zip(_FILES, (_unshared(model.state_dict()), tensors), strict=True)), rest
+    files = dict(zip(_FILES, (_unshared(model.state_dict()), tensors), strict=True))
+    return {name: {key: _rows(value) for key, value in held.items()} for name, held in files.items()}, rest
 
 
-def serve(team: Team, model: nn.Module, optimizer_state: dict[str, Any]) -> None:
-    """What the other processes of ``team`` do while rank 0 is in :func:`save`: send rows of shared tensors, if any."""
-    contents, _ = _contents(model, optimizer_state)
-    shards.serve(team, [tensor for tensors in contents.values() for tensor in tensors.values()])
+def _rows(tensor: Tensor) -> Tensor | Rows:
+    return Rows(shards.local(tensor), tuple(tensor.shape)) if shards.is_shared(tensor) else tensor
 
 
 def save(
     folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any], team: Team = ALONE
 ) -> Path:
-    """:func:`_save` for the process of ``team`` that leads, whose others :func:`serve`: tensors that they share are
-    gathered one at a time."""
-    contents, rest = _contents(model, optimizer_state)
-    order = [tensor for tensors in contents.values() for tensor in tensors.values() if shards.is_shared(tensor)]
-    numbers = {id(tensor): number for number, tensor in enumerate(order)}
-    for tensors in contents.values():
-        for name, tensor in tensors.items():
-            if (number := numbers.get(id(tensor))) is not None:
-                make = partial(shards.gather_to_first, team, number, tensor)
-                tensors[name] = Deferred(tensor.dtype, tuple(tensor.shape), make)
-    try:
-        return _save(folder, contents, rest, run_state)
-    finally:
-        if order:
-            shards.finish(team)
-
-
-def _save(
-    folder: Path, contents: dict[str, dict[str, Tensor | Deferred]], rest: dict[str, Any], run_state: dict[str, Any]
-) -> Path:
-    """Write ``folder`` (…/step-00000100): into a hidden sibling, fsync'd, then renamed. Raises :class:`ConfigError` on
-    an I/O error or if the disk is too full, naming the folder; the other checkpoints stay as they are.
+    """Write ``folder`` (…/step-00000100), in every process of ``team`` its share: into a hidden sibling, fsync'd, which
+    rank 0 makes before and renames after. On every process raises :class:`ConfigError` on an I/O error in one, if the
+    disk is too full or not the same for all, naming the folder; the other checkpoints stay as they are.
 
     A complete checkpoint already there is left: the state after a step does not depend on how often it is reached.
     """
-    building = folder.with_name(f".{folder.name}.tmp")
+    contents, rest = _contents(model, optimizer_state)
+    mine = folder.with_name(
+        f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    )  # rank 0's is everyone's, and new on every disk
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            if newest_of([folder])[0]:
+        with team.together("the end of a checkpoint"), _explained(folder):
+            building = team.of_first("the beginning of a checkpoint", partial(_begin, folder, mine, contents))
+            if building is None:
                 return folder
-            _remove(folder)
-        for leftover in folder.parent.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        needed, free = sum(map(_needed_bytes, contents.values())), shutil.disk_usage(folder.parent).free
-        if needed > free:
-            raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
-        building.mkdir()
-        files = {name: write_safetensors(building / name, values) for name, values in contents.items()}
-        document = {"version": VERSION, **run_state, "optimizer": rest, "files": files}
-        with (building / "state.json").open("w", encoding="utf-8") as file:
-            json.dump({**document, "sha256": _seal(document)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(building)
-        building.rename(folder)
-        _sync_folder(folder.parent)
+            if not building.is_dir():
+                raise OSError(f"{building}, which rank 0 made, is not there; all processes must see one disk")
+            shares = {name: write_share(building / name, c, team.rank, team.size) for name, c in contents.items()}
+            shares = team.gather("what was written of a checkpoint", shares)
+            if team.leads:
+                files = {name: _sealed(building / name, [share[name] for share in shares]) for name in contents}
+                _finish(folder, building, {"version": VERSION, **run_state, "optimizer": rest, "files": files})
+    except Exception:
+        shutil.rmtree(mine, ignore_errors=True)
+        raise
+    return folder
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise ConfigError(
             f"the checkpoint {folder} could not be written: {error}. Older checkpoints are intact; free space or set "
             "another run.dir, then continue with --resume auto"
         ) from error
-    return folder
+
+
+def _begin(folder: Path, building: Path, contents: dict[str, Entries]) -> Path | None:
+    """Make ``building``, with files in their full length, and return it; None if a complete checkpoint is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        if newest_of([folder])[0]:
+            return None
+        _remove(folder)
+    for leftover in folder.parent.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    needed, free = sum(map(_needed_bytes, contents.values())), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
+    building.mkdir()
+    for name, tensors in contents.items():
+        create(building / name, tensors)
+    return building
+
+
+def _sealed(path: Path, shares: list[list[Seal]]) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"bytes": size, "pieces": joined(shares, size)}
+
+
+def _finish(folder: Path, building: Path, document: dict[str, Any]) -> None:
+    with (building / "state.json").open("w", encoding="utf-8") as file:
+        json.dump({**document, "sha256": _seal(document)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(building)
+    building.rename(folder)
+    _sync_folder(folder.parent)
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -208,38 +218,57 @@ def prune(folder: Path, keep_last: int, keep_every: int | None = None, keep_step
             raise ConfigError(f"the old checkpoint {old} could not be deleted: {error}; delete it by hand") from error
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint whose every byte is as it was written. Raises :class:`DamagedError` otherwise."""
+def read_state(folder: Path, team: Team = ALONE) -> dict[str, Any]:
+    """``state.json`` of a checkpoint whose every byte is as it was written: each process of ``team`` looks at some of
+    them. Raises :class:`DamagedError` otherwise, on every process."""
+    state, problem = {}, None
+    try:
+        state = _document(folder)
+        for name in _FILES:
+            _verify(folder / name, state["files"][name], team)
+    except DamagedError as error:
+        problem = error
+    found = team.gather(f"the bytes of {folder.name}", None if problem is None else str(problem))
+    if first := next(filter(None, found), None):
+        raise DamagedError(first) from problem
+    return state
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """``state.json``, which is its own witness."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{folder} is not a complete checkpoint: {error}") from error
     version = state.get("version") if isinstance(state, dict) else None
-    if version != VERSION:
-        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads version {VERSION}")
+    if version not in (2, VERSION):
+        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads versions 2 and {VERSION}")
     if state.pop("sha256", None) != _seal(state):
         raise DamagedError(f"{folder / 'state.json'} was altered: its SHA-256 does not match")
-    for name in _FILES:
-        path, wanted = folder / name, state["files"][name]
-        try:
-            size = path.stat().st_size
-            if size != wanted["bytes"]:
-                raise DamagedError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}")
-            found = _sha256(path)
-        except OSError as error:
-            raise DamagedError(f"{path} cannot be read: {error}") from error
-        if found != wanted["sha256"]:
-            raise DamagedError(f"{path} was altered: its SHA-256 does not match state.json")
     return state
 
 
-def newest_of(folders: list[Path]) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+def _verify(path: Path, wanted: dict[str, Any], team: Team) -> None:
+    """This process's part of the file; version 2 has one seal of the whole."""
+    pieces = wanted.get("pieces") or [(wanted["bytes"], wanted["sha256"])]
+    try:
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise DamagedError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}")
+        place = altered(path, pieces, team.rank, team.size)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if place is not None:
+        raise DamagedError(f"{path} was altered: the SHA-256 of bytes {place[0]:,} to {place[1]:,} does not match")
+
+
+def newest_of(folders: list[Path], team: Team = ALONE) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
     """The last undamaged checkpoint of ``folders`` with its state (None, None if there is none), and what is wrong
-    with each one after it."""
+    with each one after it. All processes of ``team`` ask for the same ones and get the same answer."""
     complaints = []
     for path in reversed(folders):
         try:
-            return path, read_state(path), complaints
+            return path, read_state(path, team), complaints
         except DamagedError as error:
             complaints.append(str(error))
     return None, None, complaints

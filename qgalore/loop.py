@@ -80,7 +80,7 @@ class Loop:
 
     ``order_for(n)`` gives the data order after n rollbacks; ``run_state`` goes into every checkpoint beside the
     position; ``folder`` is the run's own. The processes of a ``team`` share the micro-batches of a step, decide alike,
-    and leave writing to one.
+    write checkpoints together, and leave all other writing to one.
     """
 
     model: nn.Module
@@ -187,9 +187,9 @@ class Loop:
         return self.folder / "checkpoints" / checkpoint.name_for(step)
 
     def _newest(self) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-        """The last usable checkpoint, its state and complaints about later ones, as the process that leads finds it."""
-        folder = self.folder / "checkpoints"
-        return self.team.of_first("the newest", lambda: checkpoint.newest_of(checkpoint.steps_in(folder)))
+        """The last usable checkpoint, its state and complaints about later ones."""
+        found = self.team.of_first("the checkpoints", partial(checkpoint.steps_in, self.folder / "checkpoints"))
+        return checkpoint.newest_of(found, self.team)
 
     def _guarded_step(self) -> dict[str, Any] | None:
         """One step and its record. A step that fails numerically is skipped; None if the run went back instead."""
@@ -385,15 +385,11 @@ class Loop:
         print(f"the beginning is saved in {path} ({time.perf_counter() - started:.1f} s)", flush=True)
 
     def _save(self) -> Path:
-        """Write the state, by the process that leads, while the others wait or send what they hold of it."""
-        if not self.team.leads:
-            checkpoint.serve(self.team, self.model, self.optimizer.state_dict())
-        return self.team.of_first("a checkpoint", self._write)
-
-    def _write(self) -> Path:
+        """Write the state, each process its share, and let the one that leads delete what is too old."""
         state = {**self.run_state, "position": vars(self.position)}
         place, kept = self._checkpoint(self.position.step), self.optimizer.state_dict()
         path = checkpoint.save(place, self.model, kept, state, self.team)
-        best = self.position.best_step if self.keep_best else None
-        checkpoint.prune(self.folder / "checkpoints", self.keep_last, self.keep_every, best)
+        if self.team.leads:
+            best = self.position.best_step if self.keep_best else None
+            checkpoint.prune(self.folder / "checkpoints", self.keep_last, self.keep_every, best)
         return path

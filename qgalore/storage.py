@@ -1,17 +1,21 @@
-"""Writing safetensors files one tensor at a time.
+"""Writing safetensors files a piece at a time, by one process or by several side by side.
 
 The library's own writer serialises all tensors in memory first, which a checkpoint or an export of a model that barely
-fits cannot afford. Reading stays with the library.
+fits cannot afford. In the format a tensor is one range of bytes, and some of its rows are a range within it, so that
+processes can write one file together, each at its own places; its bytes do not tell how many they were. Reading stays
+with the library.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ _NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8",
     torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
+PIECE = 1 << 26  # bytes that one hash covers, and that are copied off a device at once, at most
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,107 @@ class Deferred:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor | Deferred], metadata: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """Write ``tensors`` in the safetensors format, fsync'd; returns ``{"bytes": size, "sha256": hex}`` of the file.
-    Prints a line with the share written and the rate every few seconds when it takes that long.
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of ``shape`` whose rows the writing processes share evenly, in their order; ``here`` are this one's."""
+
+    here: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.here.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Entries = Mapping[str, Tensor | Deferred | Rows]
+Seal = tuple[int, int, str]  # the bytes of a file from one place on: (place, how many, their SHA-256 in hex)
+
+
+@dataclass
+class _Piece:
+    """``bytes`` of a file from ``offset`` on, for process ``owner`` to write and to hash. A part is (a tensor's name,
+    "" for the header, and the first byte and the one after the last of what the owner holds of it)."""
+
+    owner: int | None
+    offset: int
+    bytes: int = 0
+    parts: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+def write_safetensors(path: Path, tensors: Entries, metadata: dict[str, str] | None = None) -> None:
+    """Write ``tensors`` in the safetensors format, fsync'd. Raises as :func:`write_share` does."""
+    create(path, tensors, metadata)
+    write_share(path, tensors, metadata=metadata)
+
+
+def create(path: Path, tensors: Entries, metadata: dict[str, str] | None = None) -> None:
+    """Make the file in its full length, for :func:`write_share` to fill. Raises ``OSError``."""
+    with path.open("wb") as file:
+        file.truncate(file_bytes(tensors, metadata))
+
+
+def file_bytes(tensors: Entries, metadata: dict[str, str] | None = None) -> int:
+    """The length of the file."""
+    return sum(value.nbytes for value in _with_header(tensors, metadata).values())
+
+
+def write_share(
+    path: Path, tensors: Entries, rank: int = 0, size: int = 1, metadata: dict[str, str] | None = None
+) -> list[Seal]:
+    """Write what process ``rank`` of ``size`` has to, of a file that one of them has :func:`create`-d, fsync'd; returns
+    the seals of its pieces. All call it with tensors of the same names, dtypes and shapes, in one order: each writes
+    its own :class:`Rows`, and an even share of the rest. Prints a line with the part of it written and the rate every
+    few seconds when it takes that long.
 
     Raises ``OSError``; ``KeyError`` for a dtype that safetensors does not have.
     """
+    entries = _with_header(tensors, metadata)
+    mine = [piece for piece in _cut(entries, size) if piece.owner == rank]
+    progress = _Progress(path, sum(piece.bytes for piece in mine))
+    bytes_of = lru_cache(maxsize=1)(lambda name: _bytes(name, entries[name]))
+    # Only for writing: a network file system then sends no byte that was not written here.
+    with os.fdopen(os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0)), "wb") as file:
+        seals = [_write(file, piece, bytes_of, progress) for piece in mine]
+        file.flush()
+        os.fsync(file.fileno())
+    return seals
+
+
+def joined(shares: Iterable[list[Seal]], size: int) -> list[tuple[int, str]]:
+    """The seals of all processes as (bytes, SHA-256) in the order of a file of ``size`` bytes, of which none is left
+    out."""
+    seals, end = sorted(chain.from_iterable(shares)), 0
+    for offset, count, _ in seals:
+        assert offset == end, f"bytes {end} to {offset} were written twice or by nobody"
+        end += count
+    assert end == size, f"{end} of {size} bytes were written"
+    return [(count, digest) for _, count, digest in seals]
+
+
+def altered(path: Path, pieces: Iterable[tuple[int, str]], rank: int = 0, size: int = 1) -> tuple[int, int] | None:
+    """(first byte, the one after the last) of a piece of the file that is not what :func:`joined` says, of those that
+    process ``rank`` of ``size`` looks at; None if there is none. Raises ``OSError``."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, (count, wanted) in enumerate(pieces):
+            if number % size == rank:
+                file.seek(offset)
+                digest, left = hashlib.sha256(), count
+                while left and (chunk := file.read(min(left, 1 << 20))):
+                    digest.update(chunk)
+                    left -= len(chunk)
+                if digest.hexdigest() != wanted:
+                    return offset, offset + count
+            offset += count
+    return None
+
+
+def _with_header(tensors: Entries, metadata: dict[str, str] | None) -> dict[str, Tensor | Deferred | Rows]:
+    """``tensors`` after what stands before them in the file, as one more of them."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name, value in tensors.items():
@@ -51,16 +149,53 @@ def write_safetensors(
         offset += value.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return {"": torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8), **tensors}
+
+
+def _cut(entries: Entries, size: int) -> list[_Piece]:
+    """The pieces of a file, in its order. What only one process has is its; the rest, so cut that each gets some of a
+    small file too, goes to whom least of it has gone to."""
+    limit = min(PIECE, -(-sum(value.nbytes for value in entries.values()) // size))
+    pieces, end = [_Piece(None, 0)], 0
+    for name, value in entries.items():
+        split = isinstance(value, Rows) and size > 1
+        assert not isinstance(value, Rows) or value.here.nbytes * size == value.nbytes, f"{name} is not split evenly"
+        for owner in range(size) if split else (None,):
+            count, start = value.nbytes // (size if split else 1), 0
+            while start < count:
+                if pieces[-1].owner != owner or pieces[-1].bytes == limit:
+                    pieces.append(_Piece(owner, end))
+                piece = pieces[-1]
+                stop = min(count, start + limit - piece.bytes)
+                piece.parts.append((name, start, stop))
+                piece.bytes += stop - start
+                start, end = stop, end + stop - start
+    load = [0] * size
+    for piece in (piece for piece in pieces if piece.owner is None):
+        piece.owner = load.index(min(load))
+        load[piece.owner] += piece.bytes
+    return pieces
+
+
+def _bytes(name: str, value: Tensor | Deferred | Rows) -> Tensor:
+    """What this process holds of a tensor, as uint8."""
+    if isinstance(value, Deferred):
+        tensor, promised = value.make(), (value.dtype, tuple(value.shape))
+        assert (tensor.dtype, tuple(tensor.shape)) == promised, f"{name} is not the {promised} that was promised"
+    else:
+        tensor = value.here if isinstance(value, Rows) else value
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _write(file: BinaryIO, piece: _Piece, bytes_of: Callable[[str], Tensor], progress: "_Progress") -> Seal:
     digest = hashlib.sha256()
-    progress = _Progress(path, 8 + len(text) + offset)
-    with path.open("wb") as file:
-        for chunk in _chunks(len(text).to_bytes(8, "little") + text, tensors):
-            file.write(chunk)
-            digest.update(chunk)
-            progress.add(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+    file.seek(piece.offset)
+    for name, start, stop in piece.parts:
+        chunk = bytes_of(name)[start:stop].cpu().numpy().data
+        file.write(chunk)
+        digest.update(chunk)
+        progress.add(len(chunk))
+    return piece.offset, piece.bytes, digest.hexdigest()
 
 
 class _Progress:
@@ -79,12 +214,3 @@ class _Progress:
             self.last = now
             rate = self.done / (now - self.started) / 1e6
             print(f"writing {self.path}: {self.done / self.total:.0%}, {rate:.0f} MB/s", flush=True)
-
-
-def _chunks(head: bytes, tensors: Mapping[str, Tensor | Deferred]) -> Iterator[Any]:
-    yield head
-    for name, value in tensors.items():
-        tensor = value.make() if isinstance(value, Deferred) else value
-        promised = (value.dtype, tuple(value.shape))
-        assert (tensor.dtype, tuple(tensor.shape)) == promised, f"{name} is not the {promised} that was promised"
-        yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qgalore import storage
-from qgalore.storage import Deferred, write_safetensors
+from qgalore.storage import Deferred, Rows, altered, create, file_bytes, joined, write_safetensors, write_share
 
 
 def test_writer_handles_odd_tensors(tmp_path):
@@ -18,9 +18,9 @@ def test_writer_handles_odd_tensors(tmp_path):
         "half": torch.ones(3, dtype=torch.bfloat16),
         "flag": torch.tensor([True, False]),
     }
-    facts = write_safetensors(tmp_path / "x.safetensors", tensors)
+    write_safetensors(tmp_path / "x.safetensors", tensors)
     read = load_file(tmp_path / "x.safetensors")
-    assert facts["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    assert (tmp_path / "x.safetensors").stat().st_size == file_bytes(tensors)
     for name, value in tensors.items():
         assert read[name].dtype == value.dtype
         assert torch.equal(read[name], value), name
@@ -53,3 +53,43 @@ def test_a_long_write_says_how_far_it_is(tmp_path, monkeypatch, capsys):
 def test_a_deferred_tensor_of_another_shape_is_a_bug(tmp_path):
     with pytest.raises(AssertionError, match="promised"):
         write_safetensors(tmp_path / "x", {"a": Deferred(torch.float32, (2,), lambda: torch.zeros(3))})
+
+
+@pytest.mark.parametrize("piece", [100, 1000, storage.PIECE])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_several_write_the_file_that_one_writes(tmp_path, monkeypatch, piece, size):
+    """Each its own rows, and an even share of what all have; every byte is sealed once."""
+    monkeypatch.setattr(storage, "PIECE", piece)
+    make = torch.Generator().manual_seed(size)
+    whole = {
+        "scalar": torch.tensor(3.5),
+        "split": torch.randint(-9, 9, (30, 7), generator=make, dtype=torch.int8),
+        "flat": torch.rand(60, generator=make, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+        "both": torch.rand(60, 11, generator=make),
+        "turned": torch.rand(40, 30, generator=make).T,
+    }
+    one, path = tmp_path / "one", tmp_path / "several"
+    write_safetensors(one, whole)
+    create(path, whole)
+    shares = []
+    for rank in reversed(range(size)):
+        mine = dict(whole)
+        for name in ("split", "flat"):
+            mine[name] = Rows(whole[name].chunk(size)[rank].clone(), tuple(whole[name].shape))
+        shares.append(write_share(path, mine, rank, size))
+    content = one.read_bytes()
+    assert path.read_bytes() == content
+    written = [sum(count for _, count, _ in share) for share in shares]
+    split = (whole["split"].nbytes + whole["flat"].nbytes) // size  # beside the rest, dealt out in pieces
+    even = (len(content) - split * size) / size
+    assert max(abs(count - split - even) for count in written) <= max(min(piece, len(content) / size), 1)
+    pieces = joined(shares, len(content))
+    assert max(count for count, _ in pieces) <= piece
+    with pytest.raises(AssertionError, match=r"by nobody|bytes were"):
+        joined(shares[1:], len(content))
+    for place in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        found = [altered(path, pieces, rank, 3) for rank in range(3)]
+        (bad,) = [span for span in found if span is not None]
+        assert bad[0] <= place < bad[1]

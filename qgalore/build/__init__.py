@@ -31,7 +31,7 @@ from .data import build_data, build_tokenizer
 from .export import check_formats, export, finish, restore_model
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
-from .resume import check_same_run, checkpoint_to_resume, restore, run_folder
+from .resume import check_same_run, check_shared, checkpoint_to_resume, restore, run_folder
 from .say import say
 
 __all__ = ["Run", "build", "export", "finish", "plan", "restore_model"]
@@ -96,7 +96,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     remarks = configuration.remarks(config)
     config = _resolved(config, device, team.size)
     folder = team.of_first("the run's folder", lambda: run_folder(config, resume))
-    source, saved = team.of_first("the checkpoint to go on from", lambda: checkpoint_to_resume(folder, resume))
+    check_shared(folder, team)
+    source, saved = checkpoint_to_resume(folder, resume, team)
     if source is not None:
         check_same_run(source, saved, config)
     say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")

@@ -1,5 +1,6 @@
 """The folder of a run, and the checkpoint it goes on from."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,39 @@ def run_folder(config: Config, resume: str | None) -> Path:
     return folder
 
 
-def checkpoint_to_resume(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:
+def check_shared(folder: Path, team: Team) -> None:
+    """Every process writes its share of a checkpoint, so each must see what rank 0 makes in ``folder``. Raises
+    :class:`ConfigError` if one of ``team`` does not."""
+    if team.size == 1:
+        return
+    mark = folder / f".{team.of_first('the name of a mark', lambda: uuid.uuid4().hex)}"  # new on every disk
+    try:
+        if team.leads:
+            mark.touch()
+        team.meet("a mark in the run's folder")
+        if not mark.exists():
+            raise ConfigError(
+                f"what rank 0 makes in {folder.absolute()} is not there for rank {team.rank}, and all processes of a "
+                "job write its checkpoints: set run.dir to a folder on a disk that all machines share"
+            )
+        team.meet("the mark, seen by all")
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
+    finally:
+        if team.leads:
+            mark.unlink(missing_ok=True)
+
+
+def checkpoint_to_resume(
+    folder: Path, resume: str | None, team: Team = ALONE
+) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint meant by ``--resume`` and its state; "auto" names a damaged one and takes the one before it."""
     if resume is None:
         return None, None
     if resume != "auto":
-        return Path(resume), checkpoint.read_state(Path(resume))
-    found, saved, complaints = checkpoint.newest_of(checkpoint.steps_in(folder / "checkpoints"))
+        return Path(resume), checkpoint.read_state(Path(resume), team)
+    there = team.of_first("the checkpoints there", lambda: checkpoint.steps_in(folder / "checkpoints"))
+    found, saved, complaints = checkpoint.newest_of(there, team)
     for complaint in complaints:
         say("resume", f"skipping a damaged checkpoint: {complaint}")
     if found is None:

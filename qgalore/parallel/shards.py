@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .team import Team, reaching
-
 PATIENCE = timedelta(minutes=5)  # for a gathering of rows, which nobody should be late for
-WRITING = "a tensor of a checkpoint"
 
 
 def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], device: torch.device) -> None:
@@ -68,30 +65,3 @@ def share(whole: Tensor, rank: int, size: int) -> Tensor:
     """The rows of ``whole``, a multiple of ``size``, that process ``rank`` holds: a view."""
     rows = whole.shape[0] // size
     return whole[rank * rows : (rank + 1) * rows]
-
-
-def gather_to_first(team: Team, number: int, tensor: Tensor) -> Tensor:
-    """The whole of a shared ``tensor`` on rank 0, whose others :func:`serve` as the ``number``-th."""
-    team.meet(WRITING, note=number + 1)
-    return _gather(team, tensor)
-
-
-def serve(team: Team, tensors: Iterable[Tensor]) -> None:
-    """On a rank other than 0: send the rows of the shared among ``tensors`` for which rank 0 asks, until it has
-    :func:`finish`-ed. Without shared ones there is nothing to do."""
-    shared = [tensor for tensor in tensors if is_shared(tensor)]
-    while shared and (number := team.meet(WRITING)):
-        _gather(team, shared[number - 1])
-
-
-def finish(team: Team) -> None:
-    """Rank 0 needs no more rows."""
-    team.meet(WRITING)
-
-
-def _gather(team: Team, tensor: Tensor) -> Tensor | None:
-    mine = local(tensor).contiguous()
-    whole = mine.new_empty(tensor.shape) if team.leads else None
-    with reaching():
-        dist.gather(mine, list(whole.chunk(team.size)) if team.leads else None)
-    return whole

@@ -27,13 +27,13 @@ from .roster import fresh_store
 
 FAILED = 0
 SMALL = 1 << 16  # elements below which tensors travel together
-PATIENCE = timedelta(minutes=30)  # the longest work of one process that the others wait for: writing a checkpoint
+PATIENCE = timedelta(minutes=30)  # the longest work of one process that the others wait for: a corpus, an evaluation
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Team:
-    """Process ``rank`` of ``size``. Rank 0, which ``leads``, alone writes files and prints."""
+    """Process ``rank`` of ``size``. Rank 0, which ``leads``, alone prints and writes files, but for checkpoints."""
 
     rank: int = 0
     size: int = 1
@@ -130,6 +130,16 @@ class Team:
         with reaching():
             dist.broadcast_object_list(value, src=0)
         return value[0]
+
+    def gather(self, place: str, value: T) -> list[T]:
+        """``value`` of every rank, in their order, on every rank. It must pickle."""
+        if self.size == 1:
+            return [value]
+        self.meet(place)
+        found: list[Any] = [None] * self.size
+        with reaching():
+            dist.all_gather_object(found, value)
+        return found
 
     def after_first(self, place: str, work: Callable[[], T]) -> T:
         """``work()`` on every rank, on rank 0 before the others: what it leaves on the disk is there for them."""

@@ -173,25 +173,34 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from qgalore import loop
+from qgalore import checkpoint, loop
 import train
-step = loop.Loop._step
-def dying(self):
-    if self.position.step == 25 and os.environ["RANK"] == "1" and not Path("killed").exists():
+step, write = loop.Loop._step, checkpoint.write_share
+def die():
+    if os.environ["RANK"] == "1" and not Path("killed").exists():
         Path("killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+def dying(self):
+    if self.position.step == 25 and {where!r} == "step":
+        die()
     return step(self)
-loop.Loop._step = dying
+def half(path, *arguments):  # one of the two files is written
+    if "step-00000030" in str(path) and path.name.startswith("optimizer") and {where!r} == "save":
+        die()
+    return write(path, *arguments)
+loop.Loop._step, checkpoint.write_share = dying, half
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_started_again_and_changes_no_bit(folder):
-    assert codes(run_in(2, live, str(folder), ["run.name=whole"])) == {0}
-    (folder / "killed.py").write_text(KILLED.format(root=str(ROOT)))
+@pytest.mark.parametrize(("where", "how"), [("step", "replicate"), ("save", "replicate"), ("save", "shard")])
+def test_a_killed_process_is_started_again_and_changes_no_bit(folder, where, how):
+    options = ["lowrank.proj_type=right", f"parallel={how}"]
+    assert codes(run_in(2, live, str(folder), [*options, "run.name=whole"])) == {0}
+    (folder / "killed.py").write_text(KILLED.format(root=str(ROOT), where=where))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
-    command = [*torchrun, "killed.py", "--config", "tiny.yaml", "run.name=cut", "--resume", "auto"]
+    command = [*torchrun, "killed.py", "--config", "tiny.yaml", *options, "run.name=cut", "--resume", "auto"]
     made = subprocess.run(command, cwd=folder, timeout=600, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert (folder / "killed").exists()
