@@ -116,10 +116,13 @@ class LowRankOptimizer(Optimizer):
             self._apply(slot)
             return
         self._arrived[slot.name] = None
-        if leaf.grad is not None:
-            slot.received(leaf)
-        # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
-        if self._is_first(slot) and (source := self._source(slot, leaf)) is not None:
+        first = self._is_first(slot)
+        source = self._source(slot, leaf) if first or slot.shared else 0
+        if source is None:
+            return
+        slot.received(leaf)
+        if first:
+            # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
             self._refresh_if_due(slot, source)
 
     def watch(self, experts: Iterable[Experts]) -> None:
