@@ -304,7 +304,7 @@ def settle(
     say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
     if processes > 1:
-        model, slots = on_paper(config, vocabulary, shares)
+        _, slots = on_paper(config, vocabulary, shares)
         sizes = wire.payload(slots, config.lowrank.update_proj_gap, whole // processes)
         sent = {name: wire.ring(size, processes, name) for name, size in sizes.items()}
         say("wire", f"{memory.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")

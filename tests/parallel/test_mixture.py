@@ -54,7 +54,7 @@ class Mixture(nn.Module):
         self.dense = nn.Parameter(torch.zeros(TOKENS))
 
     def loss(self, step, number):
-        """Every token of micro-batch ``number`` goes to two experts: to expert 0 and, by its number, to RARE or LATE."""
+        """Every token of micro-batch ``number`` goes to expert 0 and, by the number, to RARE, LATE or no other."""
         make = torch.Generator().manual_seed(step)
         order = torch.randperm(TOKENS, generator=make)
         wobble = torch.randint(0, 2, (MICRO_BATCHES, TOKENS), generator=make)[number]
