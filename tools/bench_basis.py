@@ -7,7 +7,7 @@ A run of ``--config`` with the ``key=value`` of train.py takes ``--steps`` steps
 in its first, middle and last block are then found on the next batch, and ``--ago`` steps earlier, which gives the basis
 that a warm start begins from. Printed for each block: seconds of the exact decomposition; of the randomized one, cold
 and warm, with its ratio to exact; and how much of the exact basis's captured energy ‖G P‖² the randomized one captures.
-Where one iteration is enough (``projector.ENOUGH``) cold and warm find the same basis.
+Where one iteration is enough (``projector.GAIN``) cold and warm find the same basis.
 """
 
 import argparse

@@ -4,6 +4,8 @@ A basis for the right side of G (out, in) spans the dominant right singular vect
 Gᵀ, so every function here speaks of the right.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,11 @@ from .sides import fp32_tiles, project
 
 METHODS = ("randomized", "exact")
 OVERSAMPLE = 16
-ENOUGH = 0.98  # of ‖G‖²: the exact basis captures at most 1/0.98 times as much
 TALL = 4  # rows for each column from which G itself is kept out of the decompositions (embeddings, heads)
+SAMPLES = 32  # sums of rows by which two bases are compared
+# On gradients of a 7B-wide Llama all further iterations would gain at most 0.27 of what the last half one did: where
+# that was less than 7.4 % of the energy, less than 2 % is missing (docs/results.md, "Bases").
+GAIN = 0.074
 
 
 def exact_basis(gradient: Tensor, rank: int) -> Tensor:
@@ -21,81 +26,101 @@ def exact_basis(gradient: Tensor, rank: int) -> Tensor:
 
 
 def randomized_basis(
-    gradient: Tensor, rank: int, generator: torch.Generator, warm: Tensor | None = None, power_iterations: int = 2
+    gradient: Tensor,
+    rank: int,
+    generator: torch.Generator,
+    warm: Tensor | None = None,
+    power_iterations: int = 2,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Tensor:
     """Approximate top ``rank`` right singular vectors (in, rank) of G (out, in), in descending order, fp32.
 
     Randomized range finder with oversampling (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1): Q
     spans G S, and the singular vectors of QᵀG, two products with G in all, are the answer. S spans random ±sums of
     G's rows, which are Gᵀ times a sparse sign matrix (Clarkson & Woodruff, arXiv 1207.6365): half a power iteration
-    that costs no product. Iterated, up to ``power_iterations`` times, only while less than ``ENOUGH`` of ‖G‖² is
-    captured, which no basis could exceed by much: so gradients, whose energy lies in few directions, need one. The
-    second starts from ``warm`` (in, ≤ rank), orthonormal, if that captures more of the sums than was found of G: it
+    that costs no product. Iterated, up to ``power_iterations`` times, only while the step from S to Q has gained more
+    than ``GAIN`` of the energy. The second starts from ``warm`` (in, ≤ rank), orthonormal, if that captures more: it
     does where a flat spectrum drifts slowly. Not from the first on: one iteration would leave the new basis leaning
     towards the old one, and overlaps, by which refreshes are scheduled, too high.
 
-    A very tall G, as an embedding has, goes another way (``_tall_basis``).
+    A very tall G, as an embedding has, goes another way (``_tall_pass``).
+
+    G may be one process's part of a sum: ``total`` adds up over the processes what is linear in G, in place or not, and
+    its value is the same in all; then so is the basis.
     """
     out_features, in_features = gradient.shape
     size = min(rank + OVERSAMPLE, out_features, in_features)
-    if out_features > TALL * in_features:
-        return _tall_basis(gradient, rank, size, generator, warm, power_iterations)
-    sums = _row_sums(gradient, size, generator)
-    sketch = torch.linalg.qr(sums).Q
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32))
+    one_pass = _tall_pass if out_features > TALL * in_features else _pass
+    sums = total(_row_sums(gradient, size, generator))
+    # about as large as G's elements, a power of two: small gradients' squares do not underflow, and nothing is rounded
+    unit = torch.exp2(torch.frexp(sums.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)).exponent)
+    found = torch.linalg.qr(sums.T).Q
     for left in reversed(range(power_iterations)):
-        range_basis = torch.linalg.qr(project(gradient, None, sketch)).Q
-        columns, factor = torch.linalg.qr(project(gradient, range_basis, None).T)
-        del range_basis
-        turn, values, _ = torch.linalg.svd(factor)
-        sketch = columns @ turn
+        before, found, values = one_pass(gradient, found, unit, total)
         if left == 0:
             break
+        energy = values.square().sum()
         # the memory plan, on the meta device, counts all iterations, the second from an old basis
-        share = 0.0 if gradient.is_meta else float((torch.linalg.vector_norm(values[:rank]) / norm).square())
-        if not share < ENOUGH:  # 0/0 of a zero gradient too
+        if not gradient.is_meta and not energy - before > GAIN * energy:  # NaN too
             break
-        if warm is not None and (gradient.is_meta or captured_energy(sums.T, warm) > share):
-            sketch = torch.cat((warm, sketch[:, : size - warm.shape[1]]), dim=1)
-    return sketch[:, :rank]
+        if warm is not None and _better(warm, found[:, :rank], total(_row_sums(gradient, SAMPLES, generator))):
+            found = torch.cat((warm, found[:, : size - warm.shape[1]]), dim=1)
+    return found[:, :rank]
 
 
 def _row_sums(gradient: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Random ±sums (in, size) of the rows of G (out, in): every row is in one of them, fp32."""
+    """Random ±sums (size, in) of the rows of G (out, in): every row is in one of them, fp32."""
     out_features, in_features = gradient.shape
     signs = torch.randint(0, 2, (out_features, 1), generator=generator, device=gradient.device) * 2.0 - 1.0
     sums = torch.zeros(size, in_features, device=gradient.device)
     for start in range(0, out_features, size):
         rows = gradient[start : start + size].to(torch.float32)
         sums[: len(rows)].addcmul_(rows, signs[start : start + size])
-    return sums.T
+    return sums
 
 
-def _tall_basis(
-    gradient: Tensor, rank: int, size: int, generator: torch.Generator, warm: Tensor | None, power_iterations: int
-) -> Tensor:
-    """The basis of a very tall G, met as GᵀG only, so that nothing has its height but G; this squares singular values,
-    so that directions below 2⁻¹² of the largest (2⁻²⁴ of its energy) are lost in rounding.
+def _pass(
+    gradient: Tensor, columns: Tensor, unit: Tensor, total: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """‖G S‖² for S, the orthonormal ``columns`` (in, k), and the right singular vectors (in, k) and values (k,) of
+    QᵀG with Q an orthonormal basis of G S; all of G / ``unit``."""
+    image = total(project(gradient, None, columns)).div_(unit)
+    before = torch.linalg.vector_norm(image, dim=0).square().sum()
+    range_basis = torch.linalg.qr(image).Q
+    del image
+    rows = total(project(gradient, range_basis, None)).div_(unit)
+    del range_basis
+    basis, factor = torch.linalg.qr(rows.T)
+    turn, values, _ = torch.linalg.svd(factor)
+    return before, basis @ turn, values
 
-    Power iterations from the columns of ``warm`` and Gaussian ones, and a Rayleigh–Ritz step at the end.
+
+def _tall_pass(
+    gradient: Tensor, columns: Tensor, unit: Tensor, total: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a very tall G, by Nyström's approximation of GᵀG, Z (YᵀY)⁻¹ Zᵀ with Y = G S and Z = GᵀY (Tropp,
+    Yurtsever, Udell & Cevher, arXiv 1706.05736): nothing has G's height but G. This squares singular values, so that
+    directions below 2⁻¹² of the largest (2⁻²⁴ of its energy) are lost in rounding.
     """
-    in_features = gradient.shape[1]
-    start = torch.empty(in_features, 0, device=gradient.device) if warm is None else warm
-    noise = torch.randn(in_features, size - start.shape[1], generator=generator, device=gradient.device)
-    sketch = torch.cat((start, noise * in_features**-0.5), dim=1)
-    for _ in range(power_iterations):
-        sketch = torch.linalg.qr(_gram_times(gradient, sketch)).Q
-    values = torch.linalg.eigh(sketch.T @ _gram_times(gradient, sketch))
-    return sketch @ values.eigenvectors[:, -rank:].flip(1)
-
-
-def _gram_times(gradient: Tensor, columns: Tensor) -> Tensor:
-    """GᵀG · ``columns`` / ‖G‖², (in, k): divided so that the squares of small gradients do not underflow."""
-    norm = torch.linalg.vector_norm(gradient).to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
-    total = torch.zeros_like(columns)
+    gram, image = columns.new_zeros(columns.shape[1], columns.shape[1]), torch.zeros_like(columns)
     for _, _, tile in fp32_tiles(gradient):
-        total.addmm_(tile.T, (tile @ columns).div_(norm))
-    return total.div_(norm)
+        rows = total(tile @ columns).div_(unit)
+        gram.addmm_(rows.T, rows)
+        image.addmm_(tile.T, rows)
+    image = total(image).div_(unit)
+    energies, turn = torch.linalg.eigh(gram)
+    before = gram.diagonal().sum()
+    floor = (torch.finfo(torch.float32).eps * before).clamp_min(torch.finfo(torch.float32).tiny)
+    # S turned so that the columns of Y are orthonormal, but for those that are rounding errors only, made small
+    basis, factor = torch.linalg.qr(image @ turn.div_(energies.clamp_min(floor).sqrt_()))
+    turn, values, _ = torch.linalg.svd(factor)
+    return before, basis @ turn, values
+
+
+def _better(one: Tensor, other: Tensor, samples: Tensor) -> bool:
+    """Whether ``one`` captures more of random combinations of G's rows (n, in) than ``other``."""
+    norms = [torch.linalg.vector_norm(samples @ basis) for basis in (one, other)]
+    return samples.is_meta or bool(norms[0] > norms[1])
 
 
 def random_basis(dim: int, rank: int, generator: torch.Generator, device: torch.device) -> Tensor:
