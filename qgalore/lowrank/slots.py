@@ -90,6 +90,7 @@ class Slot:
 
     by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
     shared = False  # whether other processes step other rows of the same tensor
+    deciding = ALONE  # the team, led by the rank whose gradient gives a basis
 
     def __init__(self, name: str, index: int, shape: torch.Size) -> None:
         self.name, self.index, self.shape = name, index, shape
@@ -185,8 +186,7 @@ class LowRankSlot(Slot):
         self, name: str, index: int, module: LowRankLinear, schedule: Schedule, options: RefreshOptions
     ) -> None:
         super().__init__(name, index, module.delta.shape)
-        self.module, self.schedule = module, schedule
-        self.options, self.deciding = options, options.team  # led by the rank whose gradient gives the first basis
+        self.module, self.schedule, self.options = module, schedule, options
         self.mine, self.first_row = module, 0  # what of the weight is stepped here
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
@@ -220,8 +220,7 @@ class LowRankSlot(Slot):
         team one rank decides: the first basis comes from its own gradient, the others from one that all hold in sum.
         """
         started = time.perf_counter()
-        gradient = self.module.probe.grad
-        self.module.probe.grad = None
+        gradient, self.module.probe.grad = self.module.probe.grad, None
         first = self.schedule.refreshes == 0
         waited = step - self.schedule.next_refresh  # for a gradient, as an expert without tokens does
         team = self.deciding
