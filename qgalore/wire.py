@@ -11,7 +11,8 @@ def payload(slots: Iterable[Slot], gap: int, micro_batches: int = 1) -> dict[str
     shared, what is gathered, forward and backward, and scattered for each of a process's ``micro_batches``.
 
     A layer's full gradient and fp32 basis travel once in ``gap`` steps, at most: a lazy schedule stretches its gap. The
-    first step sends no full gradients. Meetings (24 bytes a process, some ten in a step) are left out.
+    first step sends no full gradients. Of a mixture all experts count, as if each had tokens in every step. Meetings
+    (24 bytes a process, some ten in a step; two for each tensor of an expert in a fused one) are left out.
     """
     sizes = dict.fromkeys(("all-reduce Δ gradients", "all-reduce dense gradients"), 0.0)
     sizes |= dict.fromkeys(("gather weights", "reduce-scatter Δ gradients"), 0.0)

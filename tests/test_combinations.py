@@ -22,7 +22,6 @@ def mixture(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--plan", "--world-size=2", "train.grad_accumulation=2"), "it must be 1 for a mixture of experts"),
         (("--plan", "model.compile=blocks"), "set model.compile=none"),
         (("export.formats=[hf,int8]",), "export.formats is ['hf', 'int8']: MixtralForCausalLM is a mixture"),
         (("export.formats=[gguf]",), "not mixtral; use --format hf"),
@@ -34,6 +33,17 @@ def test_what_a_mixture_cannot_have(tiny_run, tmp_path, mixture, arguments, mess
     assert code == 2
     assert message in err
     assert not list(tmp_path.glob("runs/*/checkpoints/*"))  # found before anything is trained
+
+
+@pytest.mark.parametrize(
+    ("parallel", "sent"),
+    [("replicate", "all-reduce Δ gradients"), ("shard", "reduce-scatter Δ gradients")],
+)
+def test_several_processes_plan_a_mixture(tiny_run, mixture, parallel, sent):
+    two = ("--plan", "--world-size=2", "train.grad_accumulation=2", "train.optimizer=adamw", "lowrank.proj_type=right")
+    code, out, err = tiny_run(*mixture, *two, f"parallel={parallel}")
+    assert code == 0, err
+    assert sent in out
 
 
 @pytest.mark.parametrize(

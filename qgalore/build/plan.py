@@ -16,7 +16,7 @@ from .. import memory, wire
 from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
-from ..lowrank.factory import check_processes, collect_slots, part_elements
+from ..lowrank.factory import collect_slots, part_elements
 from ..lowrank.inner import CODED, make_factory
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import attach
@@ -304,8 +304,7 @@ def settle(
     say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
     if processes > 1:
-        model, slots = on_paper(config, vocabulary, shares)
-        check_processes(model, processes)
+        _, slots = on_paper(config, vocabulary, shares)
         sizes = wire.payload(slots, config.lowrank.update_proj_gap, whole // processes)
         sent = {name: wire.ring(size, processes, name) for name, size in sizes.items()}
         say("wire", f"{memory.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")

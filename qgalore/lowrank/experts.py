@@ -5,12 +5,30 @@ transformers 5 keeps the experts of a layer in two tensors, ``gate_up_proj`` (E,
 own slice alone: each slice is projected by itself.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from .linear import LowRankLinear
 
 NAMES = ("gate_up_proj", "down_proj")
+
+
+class _Idle(torch.autograd.Function):
+    """No rows, (0, n) → (0, n), in the place of an expert without tokens: calls ``tell`` in the backward pass when its
+    gradients would come, which is the same place in every process, whoever has tokens for it."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, tell: Callable[[], None]) -> Tensor:
+        ctx.tell = tell
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        ctx.tell()
+        return None, None
 
 
 class Experts(nn.Module):
@@ -20,7 +38,12 @@ class Experts(nn.Module):
     (hidden, ff). ``gating``: the module replaced, without its weights, whose ``_apply_gate`` (rows, 2·ff) → (rows, ff)
     it calls. Rows are sorted by expert and brought back before they are summed: nothing is added up in an order that
     threads decide, so that a resumed run has the same bits.
+
+    ``tell_idle``, where several processes train: called inside backward with the layers of each expert that got no
+    token here, in the order in which their gradients would have come.
     """
+
+    tell_idle: Callable[[Sequence[nn.Module]], None] | None = None
 
     def __init__(self, gating: nn.Module, gate_up_proj: list[nn.Module], down_proj: list[nn.Module]) -> None:
         super().__init__()
@@ -33,13 +56,17 @@ class Experts(nn.Module):
         tokens, chosen = top_k_index.shape
         order, sizes = self._by_expert(top_k_index.reshape(-1))
         repeated = hidden_states.unsqueeze(1).expand(-1, chosen, -1).reshape(tokens * chosen, -1)
-        outputs = [
-            down(self.gating._apply_gate(gate_up(rows)))
-            for rows, gate_up, down in zip(
-                repeated.index_select(0, order).split(sizes), self.gate_up_proj, self.down_proj, strict=True
-            )
-            if len(rows)  # an expert without tokens gets no gradient, rather than one of zeros
-        ]
+        outputs, told = [], self.tell_idle is not None and torch.is_grad_enabled()
+        for rows, gate_up, down in zip(
+            repeated.index_select(0, order).split(sizes), self.gate_up_proj, self.down_proj, strict=True
+        ):
+            if len(rows):  # an expert without tokens gets no gradient, rather than one of zeros
+                outputs.append(down(self.gating._apply_gate(gate_up(rows))))
+            elif told:
+                nothing = hidden_states.new_empty(0, hidden_states.shape[1], requires_grad=True)
+                outputs.append(_Idle.apply(nothing, partial(self.tell_idle, (down, gate_up))))
+        dtype = next(rows.dtype for rows in outputs if len(rows))  # of no rows it must not decide
+        outputs = [rows.to(dtype) for rows in outputs]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         found = torch.cat(outputs).index_select(0, back).view(tokens, chosen, -1)
         return (found * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)

@@ -40,17 +40,6 @@ def _refuse_several_processes(team: Team) -> None:
         )
 
 
-def check_processes(model: nn.Module, processes: int) -> None:
-    """Raise :class:`ConfigError` for a converted model that so many processes cannot train together."""
-    mixture = any(isinstance(module, Experts) for module in model.modules())
-    _require(
-        processes == 1 or not mixture,
-        "the number of processes",
-        processes,
-        "1 for a mixture of experts, whose tokens, and so gradients, differ from process to process",
-    )
-
-
 def part_elements(inner: str | type[Optimizer]) -> int:
     """The size above which a tensor steps in parts: an optimizer that looks at a matrix as one (Adafactor) must see it
     whole."""
@@ -168,7 +157,6 @@ def optimizer(
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
     _refuse_several_processes(team)
-    check_processes(model, team.size)
     _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
     _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
     _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
@@ -212,7 +200,7 @@ def optimizer(
             inner_optimizers.check_rotates(factory, device)
         if inner in inner_optimizers.CODED:
             inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
-    return LowRankOptimizer(
+    made = LowRankOptimizer(
         low_rank,
         dense,
         lr=lr,
@@ -224,3 +212,6 @@ def optimizer(
         part_elements=part_elements(inner),
         team=team,
     )
+    if team.size > 1:
+        made.watch(module for module in model.modules() if isinstance(module, Experts))
+    return made

@@ -5,14 +5,15 @@ Two ways to step give the same weights. *Deferred*: gradients of Δ are kept unt
 gradient is freed at once; ``step()`` then only closes the step.
 
 In a team of processes a gradient is summed over them before anything looks at it: when it arrives (fused), or all in
-``refresh()`` (deferred). Only the very first bases are found in rank 0's share of it, its first micro-batch.
+``refresh()`` (deferred). Only the very first bases are found in rank 0's share of it, its first micro-batch; those of a
+mixture's expert in the first micro-batch that has tokens for it.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, NumericalError
@@ -20,6 +21,7 @@ from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
 from . import inner as inner_optimizers
 from . import ranks, rule_slot
+from .experts import Experts
 from .slots import DenseSlot, LowRankSlot, Scratch, Slot
 
 
@@ -47,6 +49,7 @@ class LowRankOptimizer(Optimizer):
         team: Team = ALONE,
     ) -> None:
         self.team, self._summed = team, False
+        self._sometimes: dict[int, Slot] = {}  # by the identity of their leaves: of a mixture's experts
         self.slots: list[Slot] = [*low_rank, *dense]
         self.stepping, self.seed = stepping, seed
         self.step_count = 0
@@ -93,16 +96,19 @@ class LowRankOptimizer(Optimizer):
         return bool(self._stepped)
 
     def _gradient_arrived(self, slot: Slot, leaf: Tensor) -> None:
-        """Autograd hook: ``leaf.grad`` now holds a micro-batch's contribution."""
+        """Autograd hook: ``leaf.grad`` now holds a micro-batch's contribution, or an expert's has none."""
         if self.stepping == "fused":
             if slot.name in self._stepped:
                 raise RuntimeError(
                     f"{slot.name} received a second gradient before step(): fused stepping takes one backward pass a "
                     "step. For gradient accumulation build the optimizer with stepping='deferred'."
                 )
+            source = self._source(slot, leaf)
+            if source is None:
+                return
             self._begin()
             if first := self._is_first(slot):
-                self._refresh_if_due(slot)
+                self._refresh_if_due(slot, source)
             arrived = slot.gradient() if first else leaf.grad
             self.team.sum_(f"the gradient of {slot.name}", [arrived])
             self._refresh_if_due(slot)
@@ -110,10 +116,38 @@ class LowRankOptimizer(Optimizer):
             self._apply(slot)
             return
         self._arrived[slot.name] = None
+        first = self._is_first(slot)
+        source = self._source(slot, leaf) if first or slot.shared else 0
+        if source is None:
+            return
         slot.received(leaf)
-        if self._is_first(slot):
+        if first:
             # Every layer's first basis comes from the first micro-batch, so that their full gradients never coexist.
-            self._refresh_if_due(slot)
+            self._refresh_if_due(slot, source)
+
+    def watch(self, experts: Iterable[Experts]) -> None:
+        """In a team: hear of experts without tokens here, whose gradients others may have."""
+        leaves = {id(leaf): slot for slot in self.slots for leaf in slot.leaves()}
+        for module in experts:
+            own = (id(parameter) for parameter in module.parameters())
+            self._sometimes |= {leaf: leaves[leaf] for leaf in own if leaf in leaves}
+            module.tell_idle = self._nothing_came
+
+    def _nothing_came(self, layers: Iterable[nn.Module]) -> None:
+        """No token of a micro-batch has come to ``layers``: all meet here, as others may have some."""
+        inside = [p for layer in layers for p in reversed(list(layer.parameters()))]  # in the order of a backward pass
+        for leaf in [p for p in inside if p.requires_grad]:  # which a refresh changes
+            if id(leaf) in self._sometimes:
+                self._gradient_arrived(self._sometimes[id(leaf)], leaf)
+
+    def _source(self, slot: Slot, leaf: Tensor) -> int | None:
+        """The lowest rank with a gradient in ``leaf``, where the others then have zeros; None if none has one."""
+        if id(leaf) not in self._sometimes:
+            return 0
+        source = self.team.lowest(f"the tokens of {slot.name}", leaf.grad is not None)
+        if source is not None and leaf.grad is None:
+            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        return source
 
     def _is_first(self, slot: Slot) -> bool:
         """Whether ``slot`` looks for its first basis."""
@@ -137,11 +171,12 @@ class LowRankOptimizer(Optimizer):
         if not self._stepped:
             self._squares = []
 
-    def _refresh_if_due(self, slot: Slot) -> None:
+    def _refresh_if_due(self, slot: Slot, source: int = 0) -> None:
         if not rule_slot.awaits_refresh(slot):
             return
         if not torch.isfinite(torch.linalg.vector_norm(slot.module.probe.grad)):
             self._complain(slot)
+        slot.deciding = self.team.led_by(source)
         if (record := slot.refresh(self.step_count)) is not None:
             self.events.append(record)
 

@@ -4,8 +4,6 @@ A basis for the right side of G (out, in) spans the dominant right singular vect
 Gᵀ, so every function here speaks of the right.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,6 @@ def randomized_basis(
     generator: torch.Generator,
     warm: Tensor | None = None,
     power_iterations: int = 2,
-    total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Tensor:
     """Approximate top ``rank`` right singular vectors (in, rank) of G (out, in), in descending order, fp32.
 
@@ -44,26 +41,23 @@ def randomized_basis(
     towards the old one, and overlaps, by which refreshes are scheduled, too high.
 
     A very tall G, as an embedding has, goes another way (``_tall_pass``).
-
-    G may be one process's part of a sum: ``total`` adds up over the processes what is linear in G, in place or not, and
-    its value is the same in all; then so is the basis.
     """
     out_features, in_features = gradient.shape
     size = min(rank + OVERSAMPLE, out_features, in_features)
     one_pass = _tall_pass if out_features > TALL * in_features else _pass
-    sums = total(_row_sums(gradient, size, generator))
+    sums = _row_sums(gradient, size, generator)
     # about as large as G's elements, a power of two: small gradients' squares do not underflow, and nothing is rounded
     unit = torch.exp2(torch.frexp(sums.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)).exponent)
     found = torch.linalg.qr(sums.T).Q
     for left in reversed(range(power_iterations)):
-        before, found, values = one_pass(gradient, found, unit, total)
+        before, found, values = one_pass(gradient, found, unit)
         if left == 0:
             break
         energy = values.square().sum()
         # the memory plan, on the meta device, counts all iterations, the second from an old basis
         if not gradient.is_meta and not energy - before > GAIN * energy:  # NaN too
             break
-        if warm is not None and _better(warm, found[:, :rank], total(_row_sums(gradient, SAMPLES, generator))):
+        if warm is not None and _better(warm, found[:, :rank], _row_sums(gradient, SAMPLES, generator)):
             found = torch.cat((warm, found[:, : size - warm.shape[1]]), dim=1)
     return found[:, :rank]
 
@@ -79,35 +73,31 @@ def _row_sums(gradient: Tensor, size: int, generator: torch.Generator) -> Tensor
     return sums
 
 
-def _pass(
-    gradient: Tensor, columns: Tensor, unit: Tensor, total: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """‖G S‖² for S, the orthonormal ``columns`` (in, k), and the right singular vectors (in, k) and values (k,) of
     QᵀG with Q an orthonormal basis of G S; all of G / ``unit``."""
-    image = total(project(gradient, None, columns)).div_(unit)
+    image = project(gradient, None, columns).div_(unit)
     before = torch.linalg.vector_norm(image, dim=0).square().sum()
     range_basis = torch.linalg.qr(image).Q
     del image
-    rows = total(project(gradient, range_basis, None)).div_(unit)
+    rows = project(gradient, range_basis, None).div_(unit)
     del range_basis
     basis, factor = torch.linalg.qr(rows.T)
     turn, values, _ = torch.linalg.svd(factor)
     return before, basis @ turn, values
 
 
-def _tall_pass(
-    gradient: Tensor, columns: Tensor, unit: Tensor, total: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _tall_pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a very tall G, by Nyström's approximation of GᵀG, Z (YᵀY)⁻¹ Zᵀ with Y = G S and Z = GᵀY (Tropp,
     Yurtsever, Udell & Cevher, arXiv 1706.05736): nothing has G's height but G. This squares singular values, so that
     directions below 2⁻¹² of the largest (2⁻²⁴ of its energy) are lost in rounding.
     """
     gram, image = columns.new_zeros(columns.shape[1], columns.shape[1]), torch.zeros_like(columns)
     for _, _, tile in fp32_tiles(gradient):
-        rows = total(tile @ columns).div_(unit)
+        rows = (tile @ columns).div_(unit)
         gram.addmm_(rows.T, rows)
         image.addmm_(tile.T, rows)
-    image = total(image).div_(unit)
+    image.div_(unit)
     energies, turn = torch.linalg.eigh(gram)
     before = gram.diagonal().sum()
     floor = (torch.finfo(torch.float32).eps * before).clamp_min(torch.finfo(torch.float32).tiny)

@@ -64,7 +64,7 @@ class AutoRankSlot(LowRankSlot):
     def _find(self, gradient: Tensor, old, generator: torch.Generator) -> tuple[list[Tensor | None], str | None]:
         """As for a fixed rank, at the ceiling; then cut to the rank that is enough."""
         found, failure = super()._find(gradient, old, generator)
-        rank = self.options.team.of_first(
+        rank = self.deciding.of_first(
             f"the rank of {self.name}",
             lambda: self.module.rank if failure is not None else self._decide(gradient, found, old),
         )

@@ -90,6 +90,7 @@ class Slot:
 
     by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
     shared = False  # whether other processes step other rows of the same tensor
+    deciding = ALONE  # the team, led by the rank whose gradient gives a basis
 
     def __init__(self, name: str, index: int, shape: torch.Size) -> None:
         self.name, self.index, self.shape = name, index, shape
@@ -189,7 +190,7 @@ class LowRankSlot(Slot):
         self.mine, self.first_row = module, 0  # what of the weight is stepped here
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
-        self._unfinished: tuple[dict[str, Any], health.Lines | None] | None = None  # a record that waits for the merge
+        self._unfinished: tuple[dict[str, Any], health.Lines | None] | None = None  # a record that waits for a merge
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.delta, self.module.probe]
@@ -216,14 +217,13 @@ class LowRankSlot(Slot):
         None if the schedule has only looked at the gradient and keeps the basis.
 
         Afterwards Δ receives any further micro-batch of this step. If no basis can be found the old one stays. In a
-        team rank 0 decides: the first basis comes from its own gradient, the others from one that all hold in sum.
+        team one rank decides: the first basis comes from its own gradient, the others from one that all hold in sum.
         """
         started = time.perf_counter()
-        gradient = self.module.probe.grad
-        self.module.probe.grad = None
+        gradient, self.module.probe.grad = self.module.probe.grad, None
         first = self.schedule.refreshes == 0
         waited = step - self.schedule.next_refresh  # for a gradient, as an expert without tokens does
-        team = self.options.team
+        team = self.deciding
         if not team.of_first(f"the refresh of {self.name}", lambda: bool(gradient.any())):
             return self._postpone(step, first)
         generator = torch.Generator(gradient.device)

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,14 +33,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Team:
-    """Process ``rank`` of ``size``. Rank 0, which ``leads``, alone prints and writes files, but for checkpoints."""
+    """Process ``rank`` of ``size``. Rank 0, which ``leads``, alone prints and writes files, but for checkpoints. Rank
+    ``first`` is the one whose values all take (:meth:`of_first`, :meth:`receive_`)."""
 
     rank: int = 0
     size: int = 1
+    first: int = 0
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def led_by(self, rank: int) -> "Team":
+        """The team, in which ``rank`` decides."""
+        return self if rank == self.first else replace(self, first=rank)
 
     def deal(self, items: Sequence[T]) -> list[T]:
         """This process's share of ``items``: one to each in turn, the first to rank 0."""
@@ -66,8 +72,8 @@ class Team:
             raise _told(
                 RankError(
                     f"rank 0 came to: {places[0]}; rank {other} to: {places[other]}. They must take the same way: a "
-                    "layer that some micro-batches do not use (a mixture's expert) cannot be trained in several "
-                    "processes yet; train it in one"
+                    "layer that some micro-batches do not use, unless it is an expert of a mixture that was converted, "
+                    "cannot be trained in several processes; train it in one"
                 )
             )
         if len({row[1] for row in rows}) > 1:
@@ -122,13 +128,13 @@ class Team:
             self.tell(error)
 
     def of_first(self, place: str, make: Callable[[], T]) -> T:
-        """What ``make()`` gives on rank 0, on every rank; only rank 0 calls it. The value must pickle."""
+        """What ``make()`` gives on rank ``first``, on every rank; only that calls it. The value must pickle."""
         if self.size == 1:
             return make()
-        value = [make() if self.leads else None]
+        value = [make() if self.rank == self.first else None]
         self.meet(place)
         with reaching():
-            dist.broadcast_object_list(value, src=0)
+            dist.broadcast_object_list(value, src=self.first)
         return value[0]
 
     def gather(self, place: str, value: T) -> list[T]:
@@ -158,6 +164,11 @@ class Team:
         with reaching():
             dist.all_gather(parts, mine)
         return sum(part.item() for part in parts)
+
+    def lowest(self, place: str, holds: bool) -> int | None:
+        """The lowest rank that ``holds`` something, None if none does."""
+        note = self.meet(place, note=self.size - self.rank if holds else 0)
+        return self.size - note if note else None
 
     def any(self, place: str, flags: list[bool]) -> list[bool]:
         """For each flag, whether a rank has set it."""
@@ -203,13 +214,13 @@ class Team:
         return mine
 
     def receive_(self, place: str, tensors: list[Tensor]) -> None:
-        """Replace each tensor by rank 0's."""
+        """Replace each tensor by that of rank ``first``."""
         if self.size == 1:
             return
         self.meet(place)
         for tensor in tensors:
             with reaching():
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor, src=self.first)
 
 
 ALONE = Team()
