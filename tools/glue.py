@@ -50,6 +50,7 @@ class Task:
 TASKS = {
     "CoLA": Task(("3",), "1", "matthews", header=False),
     "MRPC": Task(("#1 String", "#2 String"), "Quality", "accuracy"),
+    "QNLI": Task(("question", "sentence"), "label", "accuracy"),
     "RTE": Task(("sentence1", "sentence2"), "label", "accuracy"),
     "SST-2": Task(("sentence",), "label", "accuracy"),
     "STS-B": Task(("sentence1", "sentence2"), "score", "spearman", label_type="number"),
