@@ -62,7 +62,7 @@ def captured(settings: config.Config, layer: str, depths: list[str], steps: int,
         if number in (steps - ago, steps):
             for depth, gradient in zip(depths, gradients(loop, batch, list(layers.values())), strict=True):
                 tall = gradient.shape[0] >= gradient.shape[1]
-                found[depth].append((gradient if tall else gradient.T).float().contiguous())
+                found[depth].append((gradient if tall else gradient.T).contiguous())
         if number < steps:
             (loop["loss"](loop["model"], batch) / batch["labels"].numel()).backward()
             loop["optimizer"].step()
