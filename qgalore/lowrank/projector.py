@@ -75,31 +75,16 @@ def _row_sums(gradient: Tensor, size: int, generator: torch.Generator) -> Tensor
 
 def _pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """‖G S‖² for S, the orthonormal ``columns`` (in, k), and the right singular vectors (in, k) and values (k,) of
-    QᵀG with Q an orthonormal basis of G S; all of G / ``unit``. Products with a G in bf16 are made in bf16: next to the
-    rounding of G itself that blurs nothing (docs/results.md, "Bases")."""
-    image = _times(gradient, columns).div_(unit)
+    QᵀG with Q an orthonormal basis of G S; all of G / ``unit``."""
+    image = project(gradient, None, columns).div_(unit)
     before = torch.linalg.vector_norm(image, dim=0).square().sum()
     range_basis = torch.linalg.qr(image).Q
     del image
-    rows = _times_left(gradient, range_basis).div_(unit)
+    rows = project(gradient, range_basis, None).div_(unit)
     del range_basis
     basis, factor = torch.linalg.qr(rows.T)
     turn, values, _ = torch.linalg.svd(factor)
     return before, basis @ turn, values
-
-
-def _times(gradient: Tensor, columns: Tensor) -> Tensor:
-    """G S in fp32."""
-    if gradient.dtype == torch.bfloat16:
-        return (gradient @ columns.to(torch.bfloat16)).to(torch.float32)
-    return project(gradient, None, columns)
-
-
-def _times_left(gradient: Tensor, columns: Tensor) -> Tensor:
-    """QᵀG in fp32."""
-    if gradient.dtype == torch.bfloat16:
-        return (columns.to(torch.bfloat16).T @ gradient).to(torch.float32)
-    return project(gradient, columns, None)
 
 
 def _tall_pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:

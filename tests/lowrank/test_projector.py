@@ -36,10 +36,9 @@ def test_exact_basis_is_scipys(shape, device):
     assert np.max(subspace_angles(basis.cpu().double().numpy(), reference)) < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_randomized_basis_captures_what_the_exact_one_does(shape, dtype, device):
-    g = gradient(shape, device, decay=0.9).to(dtype)
+def test_randomized_basis_captures_what_the_exact_one_does(shape, device):
+    g = gradient(shape, device, decay=0.9)
     basis = projector.randomized_basis(g, 6, random_generator(device))
     assert basis.shape == (shape[1], 6)
     assert_orthonormal(basis)
