@@ -102,3 +102,15 @@ def recorded(tiny_run, tmp_path):
     for name in ("config.yaml", "metrics.jsonl", "subspace.jsonl"):
         (folder / name).write_text(_RECORDS[name])
     return folder, _RECORDS["output"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Holds ``tiny.yaml`` for several processes: 50 steps of four micro-batches, refreshes at every seventh."""
+    config = {**TINY, "data": {**TINY["data"], "train": str(ROOT / "configs/quickstart_data/valid.jsonl.gz")}}
+    train = {"grad_accumulation": 4, "micro_batch_size": 1, "max_steps": 50, "eval_every": 25, "save_every": 10}
+    config["train"] = {**config["train"], **train}
+    config["lowrank"] = {**config["lowrank"], "update_proj_gap": 7}
+    config["export"] = {"formats": []}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path

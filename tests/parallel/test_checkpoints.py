@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from processes import run_in
 from safetensors.torch import load_file
-from test_runs import assert_same, codes, folder, live  # noqa: F401 - folder is a fixture
+from test_runs import assert_same, codes, live
 from test_shard import MICRO_BATCHES, Layers
 
 import qgalore
@@ -112,7 +112,7 @@ def test_a_process_lost_while_it_writes_leaves_nothing(tmp_path):
     assert "another process of the job has ended" in message
 
 
-def test_a_disk_that_is_not_the_same_for_all_is_found_out(tmp_path, folder):  # noqa: F811
+def test_a_disk_that_is_not_the_same_for_all_is_found_out(tmp_path, folder):
     for message, there, newest in run_in(2, fail, tmp_path, "apart"):
         assert "which rank 0 made, is not there; all processes must see one disk" in message
         assert (there, newest) == ([STEPS[0]], STEPS[0])

@@ -11,26 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT
 from processes import run_in
 from safetensors.torch import load_file
 
 from qgalore import build
 
 STEPS = 50
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Holds ``tiny.yaml``: four micro-batches a step, refreshes at every seventh."""
-    config = {**TINY, "data": {**TINY["data"], "train": str(ROOT / "configs/quickstart_data/valid.jsonl.gz")}}
-    train = {"grad_accumulation": 4, "micro_batch_size": 1, "max_steps": STEPS, "eval_every": 25, "save_every": 10}
-    config["train"] = {**config["train"], **train}
-    config["lowrank"] = {**config["lowrank"], "update_proj_gap": 7}
-    config["export"] = {"formats": []}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
 
 
 def live(folder, arguments, fault=None):

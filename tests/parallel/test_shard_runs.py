@@ -12,14 +12,14 @@ import torch
 from conftest import ROOT
 from processes import run_in
 from safetensors.torch import load_file
-from test_runs import assert_same, codes, folder, live, rows, state  # noqa: F401 - folder is a fixture
+from test_runs import assert_same, codes, live, rows, state
 
 from qgalore import build
 
 SHARD = ["parallel=shard", "lowrank.proj_type=right"]
 
 
-def test_two_processes_train_save_and_one_goes_on(folder):  # noqa: F811
+def test_two_processes_train_save_and_one_goes_on(folder):
     short = [*SHARD, "train.eval_every=4", "train.save_every=2", "train.eval_batches=2", "train.clip_grad_norm=0.5"]
     first = [*short, "train.max_steps=4"]
     assert codes(run_in(2, live, str(folder), first, (1, 2, "nan"))) == {0}
@@ -35,7 +35,7 @@ def test_two_processes_train_save_and_one_goes_on(folder):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_the_same_run_in_one_two_and_four_processes(folder):  # noqa: F811
+def test_the_same_run_in_one_two_and_four_processes(folder):
     """As in ``test_runs``: losses differ by the order of fp32 sums. Evaluation is that of one process."""
     plain = [*SHARD, "method=galore", "lowrank.policy=fixed", "train.clip_grad_norm=0.5", "train.optimizer=adamw"]
     for size in (1, 2, 4):
@@ -51,7 +51,7 @@ def test_the_same_run_in_one_two_and_four_processes(folder):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_saved_by_one_four_and_two_exported_by_one(folder):  # noqa: F811
+def test_saved_by_one_four_and_two_exported_by_one(folder):
     first = [*SHARD, "run.name=r", "train.lr_schedule=constant", "train.activation_checkpointing=true"]
     assert codes(run_in(1, live, str(folder), [*first, "train.max_steps=4"])) == {0}
     assert codes(run_in(4, live, str(folder), [*first, "train.max_steps=20", "--resume", "auto"])) == {0}
@@ -69,7 +69,7 @@ def test_saved_by_one_four_and_two_exported_by_one(folder):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_what_four_saved_is_what_they_held(folder):  # noqa: F811
+def test_what_four_saved_is_what_they_held(folder):
     """Four go on from their checkpoint of step 20 to the same bits as without a stop; so what is read is what was."""
     run = [*SHARD, "train.max_steps=30", "train.clip_grad_norm=0"]
     assert codes(run_in(4, live, str(folder), [*run, "run.name=whole"])) == {0}
@@ -97,7 +97,7 @@ def planned_and_real(where, arguments):
         return {name: made.planned.resident[name] for name in real}, real
 
 
-def test_what_each_process_keeps_is_what_the_plan_says(folder):  # noqa: F811
+def test_what_each_process_keeps_is_what_the_plan_says(folder):
     short = [*SHARD, "train.max_steps=2", "train.eval_batches=1", "lowrank.weight_format=int8"]
     found = run_in(2, planned_and_real, str(folder), short)
     (alone, _), *_ = run_in(1, planned_and_real, str(folder), [*short, "run.name=one"])
