@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -34,7 +34,8 @@ class Result:
 @dataclass(frozen=True)
 class Summary:
     """A variant at ``rate``, the one of the lowest loss with the first seed. ``losses``: of all seeds there, by seed;
-    ``tried``: the loss of every rate with the first seed, nan where that run failed; ``refreshes``: the seeds' mean."""
+    ``tried``: the loss of every rate with the first seed, nan where that run failed; ``speeds``: tokens/s of those
+    runs; ``refreshes``: the seeds' mean."""
 
     variant: Variant
     rate: str | None
@@ -42,7 +43,7 @@ class Summary:
     tried: dict[str | None, float]
     kept: int | None
     peak: int | None
-    speed: float
+    speeds: tuple[float, ...]
     steps: int = 0
     refreshes: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -54,7 +55,25 @@ class Summary:
     @property
     def spread(self) -> float:
         """The standard deviation over seeds (n − 1); 0 for one seed."""
-        return stdev(self.losses.values()) if len(self.losses) > 1 else 0.0
+        return _spread(list(self.losses.values()))
+
+    @property
+    def speed(self) -> float:
+        return median(self.speeds)
+
+    @property
+    def speed_spread(self) -> float:
+        return _spread(self.speeds)
+
+    def beyond(self, other: "Summary") -> tuple[float, float] | None:
+        """How much more its loss is than ``other``'s, seed by seed: mean and standard error (0 for one seed); None if
+        no seed has ended in both. Seeds that are hard for both drop out, which ``spread`` has in it."""
+        differences = [self.losses[seed] - other.losses[seed] for seed in self.losses.keys() & other.losses.keys()]
+        return (mean(differences), _spread(differences) / math.sqrt(len(differences))) if differences else None
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def read_result(job: Job, folder: Path) -> Result | None:
@@ -107,7 +126,7 @@ def summarise(variants: list[Variant], results: list[Result], seeds: list[int]) 
                 tried,
                 first.kept,
                 first.peak,
-                median(result.speed for result in at_best),
+                tuple(result.speed for result in at_best),
                 first.steps,
                 mean(result.refreshes for result in at_best),
                 _notes(variant, rate, len(at_best), len(seeds)),

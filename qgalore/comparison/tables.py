@@ -10,8 +10,8 @@ from .outcome import Result, Summary, front
 from .runner import Failure
 
 HEAD = (
-    "variant", "best lr", "held-out loss", "seeds", "perplexity", "SVDs", "weights + optimizer", "planned peak",
-    "tokens/s",
+    "variant", "best lr", "held-out loss", "to the best", "seeds", "perplexity", "SVDs", "weights + optimizer",
+    "planned peak", "tokens/s",
 )  # fmt: skip
 MIB = 1 << 20
 
@@ -20,7 +20,15 @@ def _size(value: int | None) -> str:
     return "-" if value is None else f"{value / MIB:,.2f} MiB"
 
 
-def cells(summary: Summary) -> list[str]:
+def _difference(summary: Summary, best: Summary) -> str:
+    """That of the losses, with its standard error where several seeds have ended in both."""
+    if summary is best or (found := summary.beyond(best)) is None:
+        return "-"
+    several = len(summary.losses.keys() & best.losses.keys()) > 1
+    return f"{found[0]:+.4f}" + (f" ± {found[1]:.4f}" if several else "")
+
+
+def cells(summary: Summary, best: Summary) -> list[str]:
     """A line of the table, as texts in the order of ``HEAD``."""
     several = len(summary.losses) > 1
     perplexity = math.exp(summary.loss)
@@ -28,13 +36,18 @@ def cells(summary: Summary) -> list[str]:
         summary.variant.name,
         summary.rate or "as configured",
         f"{summary.loss:.4f}" + (f" ± {summary.spread:.4f}" if several else ""),
+        _difference(summary, best),
         str(len(summary.losses)),
         f"{perplexity:.2f}" + (f" ± {perplexity * summary.spread:.2f}" if several else ""),
         f"{summary.refreshes:,.0f}",
         _size(summary.kept),
         _size(summary.peak),
-        f"{summary.speed:,.0f}",
+        f"{summary.speed:,.0f}" + (f" ± {summary.speed_spread:,.0f}" if several else ""),
     ]
+
+
+def _lines(summaries: list[Summary]) -> list[list[str]]:
+    return [cells(summary, summaries[0]) for summary in summaries]
 
 
 def _notes(summaries: list[Summary], failures: list[Failure]) -> list[str]:
@@ -49,8 +62,9 @@ def _notes(summaries: list[Summary], failures: list[Failure]) -> list[str]:
 
 
 def text(summaries: list[Summary], failures: list[Failure]) -> str:
-    """For a terminal. ``±``: the standard deviation over seeds, a perplexity's to first order from the loss's."""
-    rows = [list(HEAD), *map(cells, summaries)]
+    """For a terminal. ``±``: the standard deviation over seeds, a perplexity's to first order from the loss's; but of a
+    difference ("to the best", seed by seed) the standard error of its mean."""
+    rows = [list(HEAD), *_lines(summaries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -61,7 +75,7 @@ def text(summaries: list[Summary], failures: list[Failure]) -> str:
 
 
 def markdown(summaries: list[Summary], failures: list[Failure]) -> str:
-    rows = [HEAD, ["---"] * len(HEAD), *map(cells, summaries)]
+    rows = [HEAD, ["---"] * len(HEAD), *_lines(summaries)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return table + "\n\n" + "".join(f"- {line}\n" for line in _notes(summaries, failures))
 

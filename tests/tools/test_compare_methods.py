@@ -155,11 +155,25 @@ def test_the_best_rate_is_that_of_the_first_seed_and_an_edge_is_said():
     results += [result("a", 3.0, 1, "2", 1), result("a", 1.0, 1, "4", 1)]
     (summary,) = outcome.summarise([results[0].job.variant], results, [0, 1])
     assert (summary.rate, summary.loss, summary.spread, summary.notes) == ("2", 2.5, 0.5**0.5, [])
-    (noted,) = tables.cells(summary)[2:3]
-    assert noted == "2.5000 ± 0.7071"
+    assert tables.cells(summary, summary)[2:4] == ["2.5000 ± 0.7071", "-"]
     (edge,) = outcome.summarise([results[0].job.variant], results[:1], [0, 1])
     assert edge.notes == ["best rate at the edge of those tried", "1 of 2 seeds"]
     assert math.isnan(edge.tried["4"])
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    """Seeds 0, 1, 2 of losses 2, 3, 5 beside 2.1, 3.1, 5.4: +0.2, with a standard error of √0.03 / √3 = 0.1."""
+    results = [result("a", loss, 1, "2", seed) for seed, loss in enumerate((2.0, 3.0, 5.0))]
+    results += [result("b", loss, 1, "2", seed) for seed, loss in enumerate((2.1, 3.1, 5.4))]
+    results += [result("c", 9.0, 1, "2", 1), result("d", 9.0, 1, "2", 7)]
+    variants = list(dict.fromkeys(one.job.variant for one in results))
+    summaries = outcome.summarise(variants, results, [0, 1, 2])
+    assert summaries[1].beyond(summaries[0]) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert [tables.cells(s, summaries[0])[3] for s in summaries[:2]] == ["-", "+0.2000 ± 0.1000"]
+    alone = outcome.summarise(variants[:3], results, [1])
+    assert tables.cells(alone[-1], alone[0])[3] == "+6.0000"
+    assert outcome.summarise(variants[3:], results, [7])[0].beyond(summaries[0]) is None
+    assert tables.cells(summaries[0], summaries[0])[-1] == "10 ± 0"
 
 
 def test_a_plan_that_is_missing_leaves_a_gap(tmp_path):
