@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError
-from .sections import METHODS, RULES, Config
+from .sections import METHODS, RULES, THRESHOLDS, Config
 
 
 def _micro_batches(config: Config, processes: int) -> int:
@@ -32,6 +32,8 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
     _, weight_format, basis_format, optimizer = METHODS[config.method]
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank
+    policy = lowrank.similarity or lowrank.policy
+    threshold = THRESHOLDS.get(policy) if lowrank.cos_threshold is None else lowrank.cos_threshold
     stepping, mine = train.stepping, _micro_batches(config, processes)
     if stepping == "auto":
         kept = mine > 1 or train.clip_grad_norm > 0 or (config.parallel == "shard" and processes > 1)
@@ -43,7 +45,8 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
             "train": train.model_copy(update={"stepping": stepping, "optimizer": train.optimizer or optimizer}),
             "lowrank": lowrank.model_copy(
                 update={
-                    "policy": lowrank.similarity or lowrank.policy,
+                    "policy": policy,
+                    "cos_threshold": threshold,
                     "similarity": None,
                     "scale": lowrank.scale or RULES[lowrank.rule][0],
                     "weight_format": lowrank.weight_format or weight_format,

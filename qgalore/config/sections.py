@@ -114,7 +114,7 @@ class LowRankSection(Section):
     scale: float | None = Field(None, gt=0)  # None: the rule's own
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     update_proj_gap: PositiveInt = 200
-    cos_threshold: float = 0.4
+    cos_threshold: float | None = None  # None: the policy's own
     gamma_proj: float = Field(2.0, ge=1)
     queue_size: PositiveInt = 5
     max_gap: PositiveInt | None = None
@@ -351,6 +351,9 @@ METHODS: dict[str, tuple[bool, str, str | None, str]] = {
     "adamw": (False, "none", None, "adamw"),
     "adamw8bit": (False, "none", None, "adamw8bit"),
 }
+
+# The cos_threshold of a policy that reads one: measured for overlap (docs/results.md), published for the others.
+THRESHOLDS = {"overlap": 0.2, "first_vector": 0.4, "signed_cosine": 0.4}
 
 # What a rule means: (its scale, whether it uses stored bases, the other low-rank keys that it reads).
 RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {

@@ -18,7 +18,7 @@ from .linear import LowRankLinear
 from .lora import LoraLinear
 from .moments import POLICIES as MOMENTS
 from .optimizer import LowRankOptimizer
-from .policies import POLICIES, make_schedules
+from .policies import POLICIES, THRESHOLDS, make_schedules
 from .projector import METHODS
 from .rules import RuleOptions
 from .shard_slot import shareable
@@ -116,7 +116,7 @@ def optimizer(
     stepping: str = "deferred",
     full_gradients: str = "free",
     update_proj_gap: int = 200,
-    cos_threshold: float = 0.4,
+    cos_threshold: float | None = None,
     gamma_proj: float = 2.0,
     queue_size: int = 5,
     max_gap: int | None = None,
@@ -143,7 +143,8 @@ def optimizer(
       the three named ones, others take ``inner_options``.
     stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
-      defaults to 16 · update_proj_gap; cos_threshold > 1 never stretches a gap.
+      defaults to 16 · update_proj_gap, cos_threshold to the policy's (0.2 for overlap, 0.4 for the cosines); one > 1
+      never stretches a gap.
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
     team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;
       the loss of each must be its share of the whole batch's.
@@ -181,7 +182,8 @@ def optimizer(
         feedback.check(inner, options)
     merging = {"rounding": weight_rounding, "scales": weight_scales}
     find = RefreshOptions(projector, policy, moments, seed=seed, team=team, energy=energy, **merging)
-    lazy = {"cos_threshold": cos_threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
+    threshold = THRESHOLDS.get(policy) if cos_threshold is None else cos_threshold
+    lazy = {"cos_threshold": threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
     _check_shares(modules, team, inner, rule, stepping, weight_rounding)

@@ -12,7 +12,7 @@ from qgalore import checkpoint, config
 from qgalore.errors import ConfigError
 from qgalore.lowrank import projector
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.policies import POLICIES, layers_at_once, make_schedules
+from qgalore.lowrank.policies import POLICIES, THRESHOLDS, layers_at_once, make_schedules
 from qgalore.lowrank.schedule import EnergySchedule
 from qgalore.models.convert import convert
 
@@ -195,3 +195,19 @@ def test_the_old_key_works_and_says_so():
         "lowrank.queue_size has no effect with policy: energy" in line
         for line in config.remarks(config.load("quickstart.yaml", ["lowrank.policy=energy"]))
     )
+
+
+def test_each_policy_has_a_threshold_of_its_own(tiny_llama):
+    assert THRESHOLDS == config.sections.THRESHOLDS
+    for policy in POLICIES:
+        for given, wanted in (([], THRESHOLDS.get(policy)), (["lowrank.cos_threshold=0.7"], 0.7)):
+            loaded = config.load("quickstart.yaml", [f"lowrank.policy={policy}", *given])
+            assert config.resolve(loaded, "cpu", False).lowrank.cos_threshold == wanted
+    schedules = {
+        name: next(
+            s.schedule for s in built(tiny_llama, "cpu", name, cos_threshold=None)[1].slots if hasattr(s, "schedule")
+        )
+        for name in POLICIES
+    }
+    assert {name: schedules[name].cos_threshold for name in THRESHOLDS} == THRESHOLDS
+    assert schedules["fixed"].cos_threshold > 1
