@@ -61,7 +61,7 @@ def test_a_comparison_tunes_goes_on_and_writes_everything(tiny_run, tool, capfd)
     mean, deviation = (losses[1] + losses[2]) / 2, abs(losses[1] - losses[2]) / 2**0.5
     assert [row["refreshes"] for row in rows] == ["0"] * 3  # the rule has no bases
     table = Path("cmp/comparison.md").read_text()
-    assert f"| scale | 0.01 | {mean:.4f} ± {deviation:.4f} | 2 | {math.exp(mean):.2f} ± " in table
+    assert f"| scale | 0.01 | {mean:.4f} ± {deviation:.4f} | - | 2 | {math.exp(mean):.2f} ± " in table
     assert "ETA" in out
     assert "best rate at the edge" in out
     page = Path("cmp/comparison.html").read_text()
