@@ -65,3 +65,10 @@ def test_a_world_size_that_means_nothing_is_refused(tiny_run, arguments):
     with pytest.raises(SystemExit) as stopped:
         tiny_run(*arguments)
     assert stopped.value.code == 2
+
+
+def test_a_plan_names_the_keys_without_effect(tiny_run):
+    code, out, err = tiny_run("--plan", "lowrank.policy=fixed", "lowrank.cos_threshold=0.3")
+    assert code == 0, err
+    (note,) = (line for line in out.splitlines() if line.endswith("no effect with policy: fixed"))
+    assert "lowrank.cos_threshold" in note

@@ -84,8 +84,11 @@ def plan(config: Config, processes: int = 1) -> None:
     vocabulary = Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config))
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=labelled.PLANNED)
+    remarks = configuration.remarks(config)
     config = _resolved(config, device, processes)
     say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
+    for remark in remarks:
+        say("note", remark)
     settle(config, vocabulary, device, processes)
 
 
