@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors"},
-    {"config"},
+    {"config", "atomic"},
     {"quant", "storage", "metrics", "parallel", "on_paper"},
     {"lowrank", "data"},
     {
