@@ -211,7 +211,7 @@ def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, kind, again):
         try:
             with Fault(at, FAULTS[kind]) as fault:
                 checkpoint.save(folder / checkpoint.name_for(3), model, state, TEXT)
-                checkpoint.prune(folder, 2)
+                checkpoint.prune(folder / checkpoint.name_for(3), 2)
             finished = fault.seen < at
         except (ConfigError, Crash):
             assert fault.seen >= at
@@ -219,7 +219,7 @@ def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, kind, again):
         assert found is not None
         assert document["position"] == TEXT["position"]
         checkpoint.save(folder / checkpoint.name_for(4), model, state, TEXT)
-        checkpoint.prune(folder, 2)
+        checkpoint.prune(folder / checkpoint.name_for(4), 2)
         assert checkpoint.newest_of(checkpoint.steps_in(folder))[0].name == checkpoint.name_for(4)
         assert not list(folder.glob(".*"))
     assert at > 8
@@ -254,7 +254,7 @@ def test_prune_keeps_the_newest(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
     for step in (1, 5, 10, 100):
         checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path / checkpoint.name_for(100), 2)
     assert [p.name for p in checkpoint.steps_in(tmp_path)] == ["step-00000010", "step-00000100"]
 
 

@@ -9,12 +9,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors"},
     {"config", "atomic"},
-    {"quant", "storage", "metrics", "parallel", "on_paper"},
+    {"quant", "storage", "metrics", "parallel", "on_paper", "checkpoint_folder"},
     {"lowrank", "data"},
+    {"filling"},
+    {"checkpoint", "position", "run_lock"},
     {
+        "keeping",
         "models",
         "memory",
-        "checkpoint",
         "export",
         "stats",
         "evaluate",
