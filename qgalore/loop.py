@@ -259,8 +259,8 @@ class Loop:
             raise NumericalError(
                 f"{error}. No usable checkpoint is left in {self.folder / 'checkpoints'} to replay from "
                 f"({'; '.join(map(str, complaints)) or 'all are gone'}), though one was written before the first step; "
-                "find out what changes that folder, or set train.stepping=deferred, which looks at all gradients before "
-                "it steps"
+                "find out what changes that folder, or set train.stepping=deferred, which looks at all gradients "
+                "before it steps"
             ) from error
         self._return_to(found, state, order=self.position.order, skip=[*self.position.skip, self.position.step])
         print(f"{error}: replaying from {found} without that step", flush=True)

@@ -50,8 +50,8 @@ class RunLock:
             _lock(descriptor)
         except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as systems differ
             raise ConfigError(
-                f"{folder} is in use: {_holder(descriptor)} trains this run and holds its lock. Wait for it, stop it or "
-                "choose another run.name"
+                f"{folder} is in use: {_holder(descriptor)} trains this run and holds its lock. Wait for it, stop it, "
+                "or choose another run.name"
             ) from None
         except OSError as error:
             print(
