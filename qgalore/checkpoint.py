@@ -213,7 +213,7 @@ def read_state(folder: Path, team: Team = ALONE) -> dict[str, Any]:
 def _document(folder: Path) -> dict[str, Any]:
     """``state.json``, which is its own witness."""
     if not folder.is_dir():
-        raise DamagedError(f"{folder} does not exist or is no folder; a checkpoint is RUN/checkpoints/step-…")
+        raise DamagedError(f"{folder} is not a complete checkpoint: it is no folder; give RUN/checkpoints/step-…")
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
