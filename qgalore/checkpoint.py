@@ -32,7 +32,7 @@ from .checkpoint_folder import (
     steps_in,
 )
 from .errors import ConfigError
-from .filling import flatten, load_into, load_model
+from .filling import KINDS, flatten, load_into, load_model
 from .parallel import ALONE, Team, shards
 from .storage import Entries, Rows, Seal, altered, create, file_bytes, joined, write_share
 
@@ -242,6 +242,7 @@ def _has_its_parts(state: dict[str, Any]) -> bool:
         and {"step_count", "groups", "slots"} <= optimizer.keys()
         and isinstance(optimizer["slots"], dict)
         and all(isinstance(slot, dict) for slot in optimizer["slots"].values())
+        and all(isinstance(slot.get(kind), dict) for slot in optimizer["slots"].values() for kind in KINDS)
         and isinstance(files, dict)
         and all(name in files and _is_seal(files[name]) for name in FILES)
         and all(isinstance(state.get(key, {}), dict) for key in ("position", "config", "model_config"))

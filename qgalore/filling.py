@@ -40,10 +40,7 @@ def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _unflatten(tensors: Iterator[tuple[str, Tensor]], rest: dict[str, Any]) -> dict[str, Any]:
     """Inverse of :func:`flatten`. Raises ``ValueError`` for a tensor that belongs to no slot, or is not finite."""
-    slots = {
-        slot: {**parts, **{kind: dict(parts.get(kind) or {}) for kind in KINDS}}
-        for slot, parts in rest["slots"].items()
-    }
+    slots = {slot: {**parts, **{kind: dict(parts[kind]) for kind in KINDS}} for slot, parts in rest["slots"].items()}
     for key, value in tensors:
         slot, kind, name = (*key.rsplit("|", 2), "", "")[:3]
         if slot not in slots or kind not in KINDS:
@@ -184,7 +181,7 @@ def _made_by_a_step(part: Part) -> dict[str, Any]:
 
 def like(wanted: Any, value: Any) -> bool:
     """Whether ``value``, read from JSON, is of the same make as ``wanted``: no key that this has not, lists of numbers,
-    finite numbers below 2⁶³, an int where there is one."""
+    finite numbers below 2⁶³, all of the same type."""
     if isinstance(wanted, dict):
         return isinstance(value, dict) and all(key in wanted and like(wanted[key], value[key]) for key in value)
     if isinstance(wanted, (list, tuple)):
@@ -192,12 +189,10 @@ def like(wanted: Any, value: Any) -> bool:
             return False
         if wanted and len(wanted) == len(value):
             return all(map(like, wanted, value))
-        return all(like(0.0, item) for item in value)
-    if wanted is None or isinstance(wanted, (bool, str)) or isinstance(value, (bool, str)):
-        return type(wanted) is type(value)
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) >= 2**63:
+        return all(like(0.0, item) or like(0, item) for item in value)
+    if type(wanted) is not type(value):
         return False
-    return isinstance(value, int) or not isinstance(wanted, int)
+    return not isinstance(value, (int, float)) or (math.isfinite(value) and abs(value) < 2**63)
 
 
 def _fit_ranks(model: nn.Module, files: list[Path]) -> None:

@@ -21,7 +21,8 @@ def test_records_append_and_cut_back(tmp_path):
 
 
 NO_ROWS = [b"null", b"3", b"[]", b"{}", b'{"step": "4"}', b'{"step": true}', b'{"step": 1.0}', b'{"step": -1}',
-           b"\xff\xfe", b'{"step": NaN}', b"\0\0\0", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b'"step"']  # fmt: skip
+           b"\xff\xfe", b'{"step": NaN}', b"\0\0\0", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}",
+           b'"step"']  # fmt: skip
 
 
 def test_what_is_no_row_is_set_aside_and_rows_keep_their_bytes(tmp_path, capsys):
