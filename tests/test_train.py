@@ -421,7 +421,7 @@ def test_a_record_that_cannot_be_written_is_one_clear_message(tiny_run):
     Path("runs/tiny/subspace.jsonl").mkdir(parents=True)
     code, _, err = tiny_run()
     assert code == 2
-    assert "subspace.jsonl cannot be written" in err
+    assert "subspace.jsonl could not be written" in err
     assert "Traceback" not in err
 
 
