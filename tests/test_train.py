@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_run_lock import another_process_holds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,6 +297,32 @@ def test_lines_that_are_no_records_are_set_aside(tiny_run):
     assert Path("runs/tiny/metrics.jsonl.set-aside").read_bytes() == b"null\n"
 
 
+def test_a_run_that_another_process_trains_is_left_alone(tiny_run):
+    assert tiny_run("train.max_steps=1", "export.formats=[]")[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}
+    with another_process_holds(Path("runs/tiny")) as child:
+        for arguments in (["--resume", "auto"], []):
+            code, out, err = tiny_run("train.max_steps=2", "export.formats=[]", *arguments)
+            assert (code, f"runs/tiny is in use: process {child}" in err, out) == (2, True, "")
+    assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
+    assert tiny_run("train.max_steps=2", "export.formats=[]", "--resume", "auto")[0] == 0
+
+
+def test_what_a_run_is_made_of_is_written_whole(tiny_run, monkeypatch):
+    """The disk fills up in the middle of a library's own write: one message, and nothing under the final name."""
+    from transformers import PreTrainedTokenizerBase
+
+    def full(self, folder, **options):
+        (Path(folder) / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")  # as the package tokenizers does
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    code, _, err = tiny_run("data.tokenizer=null")
+    assert (code, err.count("error:"), "Traceback" in err) == (2, 1, False)
+    assert "No space left on device" in err
+    assert not [path for path in Path("runs/tiny").iterdir() if "tokenizer" in path.name]
+
+
 def test_a_second_run_does_not_overwrite_the_first(tiny_run):
     assert tiny_run("train.max_steps=1")[0] == 0
     code, _, err = tiny_run("train.max_steps=1")
@@ -405,10 +432,6 @@ def test_a_signal_saves_and_the_run_goes_on(tiny_run, number, code):
         if Path("runs/cut/metrics.jsonl").exists():
             break
         time.sleep(0.01)
-    code_of_another, _, err = tiny_run("--resume", "auto", *arguments)
-    if process.poll() is None:  # it trains still, so it held the run all the while
-        assert code_of_another == 2
-        assert "is in use: process" in err
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == code, output
