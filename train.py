@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     except errors.QGaloreError as error:
         print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
         return error.exit_code
-    print(f"done: {result}; everything is in {made.folder}")
+    print(f"done: {build.ending(settings, result, training.position)}; everything is in {made.folder}")
     return 0
 
 

@@ -10,53 +10,45 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .atomic import sync_folder
+from .checkpoint_folder import (
+    FILES,
+    STATE,
+    clear_leftovers,
+    fresh_sibling,
+    move_aside,
+    name_for,
+    remove,
+    set_aside,
+    step_of,
+    steps_in,
+)
 from .errors import ConfigError
-from .lowrank.linear import LowRankLinear
+from .filling import KINDS, flatten, load_into, load_model
 from .parallel import ALONE, Team, shards
 from .storage import Entries, Rows, Seal, altered, create, file_bytes, joined, write_share
 
+__all__ = [
+    "DamagedError", "NewerError", "load_into", "load_model", "name_for", "newest_in", "newest_of", "prune",
+    "read_state", "save", "set_aside", "step_of", "steps_in",
+]  # fmt: skip
 VERSION = 3
-PREFIX = "step-"
-_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class DamagedError(ConfigError):
-    """A checkpoint that is incomplete, altered, or of another version."""
+    """A checkpoint that cannot be used: incomplete, altered, or of another version."""
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state dict into tensors and what JSON can hold."""
-    tensors: dict[str, Tensor] = {}
-    rest = {"step_count": state["step_count"], "groups": state["groups"], "slots": {}}
-    for slot, parts in state["slots"].items():
-        scalars: dict[str, Any] = {"inner": {}, "extra": {}}
-        for kind in ("inner", "extra"):
-            for name, value in parts[kind].items():
-                if torch.is_tensor(value):
-                    tensors[f"{slot}|{kind}|{name}"] = value
-                else:
-                    scalars[kind][name] = value
-        rest["slots"][slot] = {**scalars, **{k: v for k, v in parts.items() if k not in ("inner", "extra")}}
-    return tensors, rest
-
-
-def _unflatten(tensors: Iterator[tuple[str, Tensor]], rest: dict[str, Any]) -> dict[str, Any]:
-    state = {**rest, "slots": {slot: {**parts} for slot, parts in rest["slots"].items()}}
-    for key, value in tensors:
-        slot, kind, name = key.rsplit("|", 2)
-        state["slots"][slot][kind][name] = value
-    return state
+class NewerError(DamagedError):
+    """A checkpoint that a later version of this program wrote."""
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,28 +72,10 @@ def _seal(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders; its renames are journalled
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that no moment shows half of it under its own name."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[str, Entries], dict[str, Any]]:
     """The tensors of each file, and the rest."""
-    tensors, rest = _flatten(optimizer_state)
-    files = dict(zip(_FILES, (_unshared(model.state_dict()), tensors), strict=True))
+    tensors, rest = flatten(optimizer_state)
+    files = dict(zip(FILES, (_unshared(model.state_dict()), tensors), strict=True))
     return {name: {key: _rows(value) for key, value in held.items()} for name, held in files.items()}, rest
 
 
@@ -116,15 +90,15 @@ def save(
     rank 0 makes before and renames after. On every process raises :class:`ConfigError` on an I/O error in one, if the
     disk is too full or not the same for all, naming the folder; the other checkpoints stay as they are.
 
-    A complete checkpoint already there is left: the state after a step does not depend on how often it is reached.
+    A complete checkpoint of the same position already there is left: the state after a step does not depend on how
+    often it is reached. Anything else of that name is renamed to ``left-…``.
     """
     contents, rest = _contents(model, optimizer_state)
-    mine = folder.with_name(
-        f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
-    )  # rank 0's is everyone's, and new on every disk
+    mine = fresh_sibling(folder, "tmp")  # rank 0's is everyone's, and new on every disk
     try:
         with team.together("the end of a checkpoint"), _explained(folder):
-            building = team.of_first("the beginning of a checkpoint", partial(_begin, folder, mine, contents))
+            position = run_state.get("position")
+            building = team.of_first("the beginning of a checkpoint", partial(_begin, folder, mine, contents, position))
             if building is None:
                 return folder
             if not building.is_dir():
@@ -151,15 +125,15 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _begin(folder: Path, building: Path, contents: dict[str, Entries]) -> Path | None:
-    """Make ``building``, with files in their full length, and return it; None if a complete checkpoint is there."""
+def _begin(folder: Path, building: Path, contents: dict[str, Entries], position: dict[str, Any] | None) -> Path | None:
+    """Make ``building``, with files in their full length, and return it; None if that checkpoint is there already."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        if newest_of([folder])[0]:
+    if os.path.lexists(folder):
+        _, there, _ = newest_of([folder])
+        if there is not None and there.get("position") == json.loads(json.dumps(position)):
             return None
-        _remove(folder)
-    for leftover in folder.parent.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        print(f"note: what stands under the name {folder} is kept as {move_aside(folder)}", flush=True)
+    clear_leftovers(folder.parent)
     needed, free = sum(map(_needed_bytes, contents.values())), shutil.disk_usage(folder.parent).free
     if needed > free:
         raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
@@ -175,47 +149,48 @@ def _sealed(path: Path, shares: list[list[Seal]]) -> dict[str, Any]:
 
 
 def _finish(folder: Path, building: Path, document: dict[str, Any]) -> None:
-    with (building / "state.json").open("w", encoding="utf-8") as file:
+    with (building / STATE).open("w", encoding="utf-8") as file:
         json.dump({**document, "sha256": _seal(document)}, file)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(building)
+    sync_folder(building)
     building.rename(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
-def steps_in(folder: Path) -> list[Path]:
-    """The checkpoints under ``folder``, oldest first; they may yet be damaged (see :func:`read_state`)."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit())
+def prune(
+    newest: Path, keep_last: int, keep_every: int | None = None, keep_steps: Iterable[int] = (), team: Team = ALONE
+) -> None:
+    """Delete the checkpoints beside ``newest`` that are older, but for the ``keep_last`` newest, itself included, those
+    of steps that are multiples of ``keep_every`` and those of ``keep_steps``. Called in every process of ``team``.
 
-
-def name_for(step: int) -> str:
-    return f"{PREFIX}{step:08d}"
-
-
-def set_aside(folder: Path, step: int) -> list[Path]:
-    """Rename checkpoints of steps after ``step`` to ``left-step-…`` and return their new paths: a run that goes on from
-    ``step`` takes another course, and neither --resume auto nor pruning may mix the two."""
-    moved = []
-    for path in steps_in(folder):
-        if int(path.name.removeprefix(PREFIX)) > step:
-            target = folder / f"left-{path.name}"
-            shutil.rmtree(target, ignore_errors=True)
-            moved.append(path.rename(target))
-    return moved
-
-
-def prune(folder: Path, keep_last: int, keep_every: int | None = None, keep_step: int | None = None) -> None:
-    """Delete all checkpoints under ``folder`` but the newest ``keep_last``, those of steps that are multiples of
-    ``keep_every`` and that of ``keep_step``. Raises :class:`ConfigError` if it cannot."""
-    for old in steps_in(folder)[:-keep_last]:
-        step = int(old.name.removeprefix(PREFIX))
-        if step == keep_step or (keep_every and step % keep_every == 0):
-            continue
+    Before anything is deleted, ``newest`` is read again and held against its seals. Later checkpoints are of another
+    course: they neither count nor go. Raises :class:`ConfigError` if it was not written as it should be, or on I/O.
+    """
+    doomed = team.of_first("the old checkpoints", partial(_too_old, newest, keep_last, keep_every, set(keep_steps)))
+    if not doomed:
+        return
+    try:
+        read_state(newest, team)
+    except DamagedError as error:
+        raise ConfigError(
+            f"{newest} was written and does not read back as it was: {error}. Older checkpoints are kept. Check the "
+            "disk, then go on with --resume auto"
+        ) from error
+    for old in doomed if team.leads else ():
         try:
-            _remove(old)
+            remove(old)
         except OSError as error:
             raise ConfigError(f"the old checkpoint {old} could not be deleted: {error}; delete it by hand") from error
+
+
+def _too_old(newest: Path, keep_last: int, keep_every: int | None, keep_steps: set[int]) -> list[Path]:
+    older = [path for path in steps_in(newest.parent) if step_of(path) < step_of(newest)]
+    older = older[: max(0, len(older) + 1 - keep_last)]
+    steps = {path: step_of(path) for path in older}
+    return [
+        path for path, step in steps.items() if step not in keep_steps and not (keep_every and step % keep_every == 0)
+    ]
 
 
 def read_state(folder: Path, team: Team = ALONE) -> dict[str, Any]:
@@ -224,33 +199,70 @@ def read_state(folder: Path, team: Team = ALONE) -> dict[str, Any]:
     state, problem = {}, None
     try:
         state = _document(folder)
-        for name in _FILES:
+        for name in FILES:
             _verify(folder / name, state["files"][name], team)
     except DamagedError as error:
-        problem = error
-    found = team.gather(f"the bytes of {folder.name}", None if problem is None else str(problem))
+        problem = type(error), str(error)
+    found = team.gather(f"the bytes of {folder.name}", problem)
     if first := next(filter(None, found), None):
-        raise DamagedError(first) from problem
+        kind, message = first
+        raise kind(message)
     return state
 
 
 def _document(folder: Path) -> dict[str, Any]:
     """``state.json``, which is its own witness."""
+    if not folder.is_dir():
+        raise DamagedError(f"{folder} is not a complete checkpoint: it is no folder; give RUN/checkpoints/step-…")
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{folder} is not a complete checkpoint: {error}") from error
     version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is int and version > VERSION:
+        raise NewerError(
+            f"{folder} was written by a newer qgalore: its version is {version}, and this program reads 2 and "
+            f"{VERSION}; update qgalore"
+        )
     if version not in (2, VERSION):
         raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads versions 2 and {VERSION}")
     if state.pop("sha256", None) != _seal(state):
-        raise DamagedError(f"{folder / 'state.json'} was altered: its SHA-256 does not match")
+        raise DamagedError(f"{folder / STATE} was altered: its SHA-256 does not match")
+    if not _has_its_parts(state):
+        raise DamagedError(f"{folder / STATE} was not written by this program: a part is missing or of another kind")
     return state
+
+
+def _has_its_parts(state: dict[str, Any]) -> bool:
+    """Whether what every reader relies on is of the right kind: the files with seals of all their bytes, the optimizer,
+    the position and, where there is one, the configuration."""
+    optimizer, files = state.get("optimizer"), state.get("files")
+    return (
+        isinstance(optimizer, dict)
+        and {"step_count", "groups", "slots"} <= optimizer.keys()
+        and isinstance(optimizer["slots"], dict)
+        and all(isinstance(slot, dict) for slot in optimizer["slots"].values())
+        and all(isinstance(slot.get(kind), dict) for slot in optimizer["slots"].values() for kind in KINDS)
+        and isinstance(files, dict)
+        and all(name in files and _is_seal(files[name]) for name in FILES)
+        and all(isinstance(state.get(key, {}), dict) for key in ("position", "config", "model_config"))
+    )
+
+
+def _is_seal(file: Any) -> bool:
+    if not isinstance(file, dict) or type(file.get("bytes")) is not int:
+        return False
+    pieces = file.get("pieces")
+    if pieces is None:
+        return isinstance(file.get("sha256"), str)
+    pairs = isinstance(pieces, list) and all(isinstance(piece, list) and len(piece) == 2 for piece in pieces)
+    counted = pairs and all(type(count) is int and count >= 0 for count, _ in pieces)
+    return counted and sum(count for count, _ in pieces) == file["bytes"]
 
 
 def _verify(path: Path, wanted: dict[str, Any], team: Team) -> None:
     """This process's part of the file; version 2 has one seal of the whole."""
-    pieces = wanted.get("pieces") or [(wanted["bytes"], wanted["sha256"])]
+    pieces = wanted.get("pieces", [(wanted["bytes"], wanted.get("sha256"))])
     try:
         size = path.stat().st_size
         if size != wanted["bytes"]:
@@ -262,70 +274,26 @@ def _verify(path: Path, wanted: dict[str, Any], team: Team) -> None:
         raise DamagedError(f"{path} was altered: the SHA-256 of bytes {place[0]:,} to {place[1]:,} does not match")
 
 
-def newest_of(folders: list[Path], team: Team = ALONE) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-    """The last undamaged checkpoint of ``folders`` with its state (None, None if there is none), and what is wrong
-    with each one after it. All processes of ``team`` ask for the same ones and get the same answer."""
+def newest_of(folders: list[Path], team: Team = ALONE) -> tuple[Path | None, dict[str, Any] | None, list[DamagedError]]:
+    """The last usable checkpoint of ``folders`` with its state (None, None if there is none), and what is wrong with
+    each one after it. All processes of ``team`` ask for the same ones and get the same answer."""
     complaints = []
     for path in reversed(folders):
         try:
             return path, read_state(path, team), complaints
         except DamagedError as error:
-            complaints.append(str(error))
+            complaints.append(error)
     return None, None, complaints
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-            yield name, file.get_tensor(name).clone()  # the library's own may be backed by the file
-
-
-def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) -> None:
-    """Fill ``model`` and ``optimizer`` (a LowRankOptimizer) from a checkpoint whose ``state`` :func:`read_state` gave.
-
-    Raises :class:`ConfigError` if the tensors are those of another model.
-    """
-    load_model(folder, model)
-    try:
-        optimizer.load_state_dict(_unflatten(_tensors(folder / "optimizer.safetensors"), state["optimizer"]))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error
-
-
-def _fit_ranks(model: nn.Module, files: list[Path]) -> None:
-    """Give the layers of ``model`` whose rank is free to move the ranks that ``files`` have."""
-    shapes = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            module.fit(shapes, f"{name}.")
-
-
-def load_model(folder: Path, model: nn.Module) -> None:
-    """Fill ``model`` alone from ``model.safetensors`` or its shards; of tied tensors one name is enough. Raises
-    :class:`ConfigError` if the tensors are those of another model."""
-    try:
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise OSError("it has no model.safetensors")
-        _fit_ranks(model, files)
-        own = model.state_dict()
-        loaded = set()
-        for name, value in (item for path in files for item in _tensors(path)):
-            if name not in own:
-                raise ValueError(f"the model has no tensor {name}")
-            if own[name].shape != value.shape or own[name].dtype != value.dtype:
-                raise ValueError(
-                    f"{name} is {tuple(value.shape)} {value.dtype} in the checkpoint and {tuple(own[name].shape)} "
-                    f"{own[name].dtype} in the model"
-                )
-            here = shards.local(own[name])
-            with torch.no_grad():
-                here.copy_(shards.rows_of(own[name], value))
-            loaded.add(here.data_ptr())
-        if absent := [n for n, value in own.items() if value.numel() and shards.local(value).data_ptr() not in loaded]:
-            raise ValueError(f"the checkpoint has no tensor {min(absent)}")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error
+def newest_in(run: Path) -> Path:
+    """The newest usable checkpoint of the run in folder ``run``, for what reads a run from outside; later ones that
+    cannot be used are named. Raises :class:`ConfigError` if there is none."""
+    there = steps_in(run / "checkpoints")
+    found, _, complaints = newest_of(there)
+    for complaint in complaints if found is not None else ():
+        print(f"note: an unusable checkpoint is passed over: {complaint}", flush=True)
+    if found is None:
+        why = "".join(f"\n  {complaint}" for complaint in complaints) or " it has saved none yet"
+        raise ConfigError(f"{run / 'checkpoints'} holds no usable checkpoint (step-00000100 or the like):{why}")
+    return found

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,38 +15,15 @@ from . import checkpoint
 from .data.order import SampleOrder
 from .errors import DoesNotFitError, Interrupted, NumericalError
 from .faults import WINDOW, is_spike
+from .filling import first_not_finite
+from .keeping import PATIENCE, Keeper
 from .lowrank.optimizer import LowRankOptimizer
 from .models.loss import Loss
 from .parallel import ALONE, Team
+from .position import Position
 from .quant.counter import derive_key
-from .stats import ProgressLine, Records, Silence, memory_bytes, memory_row
+from .stats import ProgressLine, Records, Silence, human_time, memory_bytes, memory_row
 from .stopping import StopSignal
-
-
-@dataclass
-class Position:
-    """Where a run is: optimizer steps done (skipped ones included), (epoch, index) of the next sample, target tokens
-    seen, and what decides about faults: the last losses, steps skipped in all and in a row, ``skip``, the steps (from
-    0) that a replay passes over, and ``order``, how often the run was rolled back to go on in another data order.
-    Of the evaluations: the lowest loss, its step, and how many were made since."""
-
-    step: int = 0
-    sample: tuple[int, int] = (0, 0)
-    tokens: int = 0
-    losses: list[float] = field(default_factory=list)
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    skip: list[int] = field(default_factory=list)
-    order: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    since_best: int = 0
-
-    def evaluated(self, loss: float) -> "Position":
-        """After an evaluation. A loss that is equal, or not finite, is no better."""
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            return replace(self, best_loss=loss, best_step=self.step, since_best=0)
-        return replace(self, since_best=self.since_best + 1)
 
 
 class Samples(Protocol):
@@ -120,17 +97,26 @@ class Loop:
         kind = Records if self.team.leads else Silence
         self.metrics = kind(self.folder / "metrics.jsonl")
         self.subspace = kind(self.folder / "subspace.jsonl")
+        how = {"save_every": self.save_every, "keep_last": self.keep_last, "keep_every": self.keep_every}
+        self.keeper = Keeper(self.folder / "checkpoints", **how, team=self.team)
 
     def run(self) -> Evaluation:
         """Train, evaluate, record, save, to ``max_steps`` or until ``early_stopping`` evaluations in a row brought no
         lower loss. Returns the last evaluation.
 
         A step whose loss or gradient is not finite is skipped; after ``max_skipped_in_a_row`` of them the state is
-        saved and :class:`NumericalError` raised. After a signal the state is saved and :class:`Interrupted` raised.
+        saved and :class:`NumericalError` raised, as it is at the end if the last evaluation or a weight is not finite.
+        After a signal the state is saved and :class:`Interrupted` raised.
         """
         progress = ProgressLine(self.max_steps, unit=self.unit)
         self.model.train()
         latest = None
+        if self.save_every is None:
+            print(
+                f"note: train.save_every is not set: a checkpoint is saved after every {human_time(PATIENCE)} of work, "
+                "and at the end",
+                flush=True,
+            )
         if self.position.step == 0 and self.optimizer.stepping == "fused":
             self._save_beginning()
         self._look_for_best()
@@ -147,14 +133,18 @@ class Loop:
                     progress.show(row, self.optimizer.refresh_counts(), self.optimizer.waiting())
                 step = self.position.step
                 # what all must agree on: the gradients' norm, whose bits tell of any difference, and whether to stop
-                signalled = self.team.meet(f"step {step}", digest=row["grad_norm"] or 0.0, note=stop.number or 0)
+                # or, by the clock of the one that leads, to save
+                note = 2 * (stop.number or 0) + self.keeper.overdue
+                signalled, overdue = divmod(
+                    self.team.meet(f"step {step}", digest=row["grad_norm"] or 0.0, note=note), 2
+                )
                 last = save = step == self.max_steps
                 if last or step % self.eval_every == 0:
                     latest = self._evaluate()
                     self.position = self.position.evaluated(latest.loss)
                     last = last or self._stops_early()
                     save = last or (self.keep_best and self.position.best_step == step)
-                if save or (self.save_every and step % self.save_every == 0) or signalled:
+                if save or self.keeper.due(step) or overdue or signalled:
                     self._save()
                 if signalled and not last:
                     raise Interrupted(f"stopped by a signal; step {step} is saved, go on with --resume auto", signalled)
@@ -166,7 +156,18 @@ class Loop:
                 "state is saved, a larger number goes on with --resume auto",
                 flush=True,
             )
-        return latest or self._evaluate()
+        return self._finite(latest or self._evaluate())
+
+    def _finite(self, latest: Evaluation) -> Evaluation:
+        """``latest``, the last evaluation, if it and all weights are finite. No run ends well with NaN in its model."""
+        name = first_not_finite(self.model)
+        if math.isfinite(latest.loss) and name is None:
+            return latest
+        what = f"the held-out loss is {latest.loss}" if name is None else f"{name} holds values that are not finite"
+        raise NumericalError(
+            f"{what} after the last step, {self.position.step}, so nothing is exported. Lower train.lr, lengthen "
+            "train.warmup_steps or set train.clip_grad_norm; an earlier checkpoint can be exported with tools/export.py"
+        )
 
     def _stops_early(self) -> bool:
         return self.early_stopping is not None and self.position.since_best >= self.early_stopping
@@ -176,20 +177,12 @@ class Loop:
         step = self.position.best_step
         if not self.keep_best or step is None:
             return
-        if not self.team.of_first("the best checkpoint", self._checkpoint(step).exists):
+        if not self.team.of_first("the best checkpoint", self.keeper.path(step).exists):
             print(
                 f"note: the best checkpoint so far, of step {step}, is gone; the best is sought from here on",
                 flush=True,
             )
             self.position = replace(self.position, best_loss=None, best_step=None)
-
-    def _checkpoint(self, step: int) -> Path:
-        return self.folder / "checkpoints" / checkpoint.name_for(step)
-
-    def _newest(self) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-        """The last usable checkpoint, its state and complaints about later ones."""
-        found = self.team.of_first("the checkpoints", partial(checkpoint.steps_in, self.folder / "checkpoints"))
-        return checkpoint.newest_of(found, self.team)
 
     def _guarded_step(self) -> dict[str, Any] | None:
         """One step and its record. A step that fails numerically is skipped; None if the run went back instead."""
@@ -246,9 +239,9 @@ class Loop:
 
     def _roll_back(self, error: Spike) -> bool:
         """Return to the newest checkpoint and go on from it in another data order; False if that cannot be done."""
-        found, state, _ = self._newest()
+        found, state, _ = self.keeper.newest(lambda: self.keeper.regular(self._best_step()))
         if found is None or self.position.order >= self.max_rollbacks:
-            why = "there is no checkpoint yet" if found is None else f"{self.max_rollbacks} rollbacks were made"
+            why = "there is no regular checkpoint yet" if found is None else f"{self.max_rollbacks} rollbacks were made"
             print(f"no rollback: {why}; the step is skipped instead", flush=True)
             return False
         self._return_to(found, state, order=self.position.order + 1, skip=self.position.skip)
@@ -261,12 +254,13 @@ class Loop:
 
         Raises :class:`NumericalError` if every checkpoint was damaged or deleted from outside.
         """
-        found, state, complaints = self._newest()
+        found, state, complaints = self.keeper.newest()
         if found is None:
             raise NumericalError(
                 f"{error}. No usable checkpoint is left in {self.folder / 'checkpoints'} to replay from "
-                f"({'; '.join(complaints) or 'all are gone'}), though one was written before the first step; find out "
-                "what changes that folder, or set train.stepping=deferred, which looks at all gradients before it steps"
+                f"({'; '.join(map(str, complaints)) or 'all are gone'}), though one was written before the first step; "
+                "find out what changes that folder, or set train.stepping=deferred, which looks at all gradients "
+                "before it steps"
             ) from error
         self._return_to(found, state, order=self.position.order, skip=[*self.position.skip, self.position.step])
         print(f"{error}: replaying from {found} without that step", flush=True)
@@ -276,8 +270,8 @@ class Loop:
         self.optimizer.skip()
         checkpoint.load_into(path, state, self.model, self.optimizer)
         self.optimizer.events.clear()
-        self.position = replace(Position(**state["position"]), **changes)
-        self.position.sample = tuple(self.position.sample)
+        self.position = replace(Position.read(state["position"]), **changes)
+        self.keeper.leave(self.position.step)
         for records in (self.metrics, self.subspace):
             records.cut_back(self.position.step)
 
@@ -372,24 +366,21 @@ class Loop:
         batches = [partial(self.valid.batch, range(s, min(s + size, len(self.valid)))) for s in starts]
         result = self.evaluate(self.model, batches, device=self.device)
         result = self.team.of_first("an evaluation", lambda: result)
-        self.metrics.append([{"step": self.position.step, **result.row()}])
+        self.metrics.append_evaluation({"step": self.position.step, **result.row()})
         print(f"step {self.position.step}/{self.max_steps} | {result}", flush=True)
         return result
 
     def _save_beginning(self) -> None:
         """A checkpoint before the first step, with which fused stepping can undo one (:meth:`_replay`) at any time."""
-        if self.team.leads:
-            for path in checkpoint.set_aside(self.folder / "checkpoints", self.position.step):
-                print(f"a later checkpoint of the course left is kept as {path}", flush=True)
+        self.keeper.leave(self.position.step)
         started, path = time.perf_counter(), self._save()
         print(f"the beginning is saved in {path} ({time.perf_counter() - started:.1f} s)", flush=True)
 
+    def _best_step(self) -> int | None:
+        return self.position.best_step if self.keep_best else None
+
     def _save(self) -> Path:
-        """Write the state, each process its share, and let the one that leads delete what is too old."""
-        state = {**self.run_state, "position": vars(self.position)}
-        place, kept = self._checkpoint(self.position.step), self.optimizer.state_dict()
-        path = checkpoint.save(place, self.model, kept, state, self.team)
-        if self.team.leads:
-            best = self.position.best_step if self.keep_best else None
-            checkpoint.prune(self.folder / "checkpoints", self.keep_last, self.keep_every, best)
-        return path
+        rollback = self.loss_spike == "rollback"
+        return self.keeper.save(
+            self.position, self.model, self.optimizer, self.run_state, best=self._best_step(), for_rollback=rollback
+        )

@@ -1,60 +1,137 @@
 """What a run writes about itself: JSON-lines records, memory in use, and the progress line."""
 
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import ConfigError
+from . import atomic
 
 
 class Records:
-    """An append-only ``.jsonl`` file whose rows carry ``step``. Its methods raise ConfigError on an I/O error."""
+    """An append-only ``.jsonl`` file whose rows carry ``step``. Its methods raise ConfigError on an I/O error.
+
+    What is no row, such as the line that a killed run was writing, is set aside: its bytes go to ``NAME.set-aside``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._evaluations: dict[int, str] | None = None  # the last row of an evaluation by step; None: not read yet
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         if rows:
             with self._writing(), self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(_line(row) + "\n" for row in rows)
+
+    def append_evaluation(self, row: dict[str, Any]) -> None:
+        """Append the row of an evaluation, in place of another of the same step: a finished run that is asked to go on
+        looks at the held-out data once more."""
+        if self._evaluations is None:
+            with self._writing():
+                self._evaluations = {number: text for number, text, is_one in self._read() if is_one}
+        there, text = self._evaluations.get(row["step"]), _line(row)
+        if there == text:
+            return
+        if there is not None:
+            self._rewrite(lambda number, is_one: not (is_one and number == row["step"]))
+        self.append([row])
+        self._evaluations[row["step"]] = text
 
     def cut_back(self, step: int) -> None:
         """Drop the rows of steps above ``step``: a resumed run writes them again."""
+        self._rewrite(lambda number, is_one: number <= step)
+        self._evaluations = None
+
+    def _rewrite(self, keep: Callable[[int, bool], bool]) -> None:
+        """Leave the rows for which ``keep(step, whether it is an evaluation's)`` holds, of evaluations of one step the
+        last alone. Bytes that stay are not changed."""
         with self._writing():
-            if not self.path.exists():
-                return
-            kept = []
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the line that a killed run was writing
-                    continue
-                if row["step"] <= step:
-                    kept.append(line)
-            fresh = self.path.with_name(f"{self.path.name}.tmp")
-            fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            fresh.replace(self.path)
+            rows = self._read()
+            last = {number: place for place, (number, _, is_one) in enumerate(rows) if is_one}
+            kept = [
+                text
+                for place, (number, text, is_one) in enumerate(rows)
+                if keep(number, is_one) and not (is_one and last[number] != place)
+            ]
+            content = "".join(text + "\n" for text in kept)
+            if self.path.exists() and self.path.read_bytes() != content.encode():
+                atomic.write_text(self.path, content)
+
+    def _read(self) -> list[tuple[int, str, bool]]:
+        """(step, line, whether it is an evaluation's) of each row. Other lines are moved out of the file first."""
+        rows, others = [], []
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        for place, line in enumerate(lines, start=1):
+            row = _row(line)
+            if row is not None:
+                rows.append((row["step"], line.decode(), "eval_loss" in row))
+            elif line.strip():
+                others.append((place, line))
+        if others:
+            aside = self.path.with_name(f"{self.path.name}.set-aside")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for _, line in others)
+                file.flush()
+                os.fsync(file.fileno())
+            atomic.write_text(self.path, "".join(text + "\n" for _, text, _ in rows))
+            print(
+                f"note: {len(others)} line{'s' if len(others) > 1 else ''} of {self.path} (the first is line "
+                f"{others[0][0]}) cannot be read as a record; kept in {aside}",
+                flush=True,
+            )
+        return rows
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        try:
+        with atomic.explained(
+            str(self.path), "checkpoints so far are intact; free space, then go on with --resume auto"
+        ):
             yield
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path} cannot be written: {error}. Checkpoints so far are intact; go on with --resume auto"
-            ) from error
+
+
+def _line(row: dict[str, Any]) -> str:
+    """The row as JSON proper, which has no NaN and no infinity: they become null."""
+    try:
+        return json.dumps(row, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(row), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if there is none: a JSON object with a whole ``step`` from 0 on."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
+    return row if whole else None
 
 
 class Silence(Records):
     """The records of a process that leaves writing to another."""
 
     def append(self, rows: list[dict[str, Any]]) -> None:
+        """Write nothing."""
+
+    def append_evaluation(self, row: dict[str, Any]) -> None:
         """Write nothing."""
 
     def cut_back(self, step: int) -> None:

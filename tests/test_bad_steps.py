@@ -143,18 +143,60 @@ def test_the_checkpoint_of_the_beginning_is_pruned_and_resumed_like_any_other(ti
     assert [row["step"] for row in rows("runs/cut/metrics.jsonl") if "lr" in row] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
-def test_damaged_checkpoints_do_not_push_out_the_beginning(tiny_run):
-    """All are damaged: the run begins again, and pruning to the newest two must not count what is unreadable."""
-    assert tiny_run("run.name=whole")[0] == 0
-    assert tiny_run("run.name=cut")[0] == 0
+@pytest.mark.parametrize("stepping", ["fused", "deferred"])
+def test_a_run_does_not_begin_again_beside_checkpoints_it_cannot_use(tiny_run, stepping):
+    """All are damaged: each is named with its fault, nothing is touched, and both remedies work."""
+    how = ("run.name=cut", f"train.stepping={stepping}", "export.formats=[]")
+    assert tiny_run(*how)[0] == 0
     for path in Path("runs/cut/checkpoints").iterdir():
         (path / "state.json").write_text("{}")
-    code, out, err = tiny_run("run.name=cut", "--resume", "auto")
+    before = {
+        path: path.read_bytes() for path in Path("runs/cut").rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    code, _, err = tiny_run(*how, "--resume", "auto")
+    assert code == 2
+    for part in ("step-00000004 has checkpoint version None", "step-00000006 has", "run.name", "move runs/cut/checkp"):
+        assert part in err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    Path("runs/cut/checkpoints").rename("old")
+    code, out, err = tiny_run(*how, "--resume", "auto")
     assert code == 0, err
     assert "starting from the beginning" in out
+    assert [row["step"] for row in rows("runs/cut/metrics.jsonl") if "lr" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_a_newer_version_is_named_as_that(tiny_run):
+    assert tiny_run("export.formats=[]")[0] == 0
+    path = Path("runs/tiny/checkpoints/step-00000006/state.json")
+    path.write_text(path.read_text().replace('"version": 3', '"version": 4'))
+    code, out, err = tiny_run("--resume", "auto", "export.formats=[]")
+    assert (code, "damaged" in out + err) == (2, False)
+    assert "was written by a newer qgalore: its version is 4" in err
+    remedy = "--resume runs/tiny/checkpoints/step-00000004"
+    assert remedy in err
+    code, out, err = tiny_run(*remedy.split(), "export.formats=[]")
+    assert code == 0, err
     assert "left-step-00000006" in out
-    assert_same(final_state("runs/whole"), final_state("runs/cut"))
+
+
+def test_a_rollback_goes_where_a_run_without_a_clock_would(tiny_run, monkeypatch):
+    """Checkpoints that the clock asks for are no places to roll back to: they would make the weights depend on it."""
+    from qgalore import keeping
+
+    how = ("train.loss_spike=rollback", "train.save_every=null", "train.max_steps=28", "train.eval_every=28")
+    how += ("train.lr=0.001", "export.formats=[]", "train.keep_last=1")
+    Poison(monkeypatch, {25}, 10.0)
+    assert tiny_run("run.name=slow", *how)[0] == 0
+    hours = iter(range(0, 10**9, 300))
+    monkeypatch.setattr(
+        keeping.Keeper.__init__, "__kwdefaults__", {"team": keeping.ALONE, "clock": lambda: next(hours)}
+    )
+    Poison(monkeypatch, {25}, 10.0)
+    code, out, err = tiny_run("run.name=fast", *how)
+    assert code == 0, err
+    assert "rolled back to runs/fast/checkpoints/step-00000000 and another data order" in out
+    assert "a later checkpoint of the course left is kept as" in out
+    assert_same(final_state("runs/slow", 28), final_state("runs/fast", 28))
 
 
 def test_deferred_stepping_saves_no_beginning(tiny_run):

@@ -55,6 +55,9 @@ def test_the_best_checkpoint_is_kept_and_exported(tiny_run):
     assert steps("tiny") == [best, 12]
     assert (position("tiny", 12)["best_step"], position("tiny", 12)["best_loss"]) == (best, losses[best])
     assert f"step-{best:08d}" in out
+    last_line = out.splitlines()[-1]
+    assert f"done: the exported weights are the best, of step {best} with held-out loss {losses[best]:.4f}" in last_line
+    assert f"(the last: held-out loss {losses[12]:.4f}" in last_line
     exported = load_file("runs/tiny/export/hf/model.safetensors")
     kept = load_file(f"runs/tiny/checkpoints/step-{best:08d}/model.safetensors")
     last = load_file("runs/tiny/checkpoints/step-00000012/model.safetensors")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -211,7 +212,7 @@ def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, kind, again):
         try:
             with Fault(at, FAULTS[kind]) as fault:
                 checkpoint.save(folder / checkpoint.name_for(3), model, state, TEXT)
-                checkpoint.prune(folder, 2)
+                checkpoint.prune(folder / checkpoint.name_for(3), 2)
             finished = fault.seen < at
         except (ConfigError, Crash):
             assert fault.seen >= at
@@ -219,7 +220,7 @@ def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, kind, again):
         assert found is not None
         assert document["position"] == TEXT["position"]
         checkpoint.save(folder / checkpoint.name_for(4), model, state, TEXT)
-        checkpoint.prune(folder, 2)
+        checkpoint.prune(folder / checkpoint.name_for(4), 2)
         assert checkpoint.newest_of(checkpoint.steps_in(folder))[0].name == checkpoint.name_for(4)
         assert not list(folder.glob(".*"))
     assert at > 8
@@ -254,8 +255,104 @@ def test_prune_keeps_the_newest(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
     for step in (1, 5, 10, 100):
         checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path / checkpoint.name_for(100), 2)
     assert [p.name for p in checkpoint.steps_in(tmp_path)] == ["step-00000010", "step-00000100"]
+
+
+def test_pruning_counts_older_ones_and_verifies_the_newest_first(tiny_llama, tmp_path):
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+
+    def names():
+        return [checkpoint.step_of(p) for p in checkpoint.steps_in(tmp_path)]
+
+    for step in (1, 2, 3, 9):
+        checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
+    newest = tmp_path / checkpoint.name_for(3)
+    checkpoint.prune(newest, 7)  # more than there are
+    assert names() == [1, 2, 3, 9]
+    good = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"does not read back as it was: .*was altered.*Older checkpoints are kept"):
+        checkpoint.prune(newest, 1)
+    assert names() == [1, 2, 3, 9]
+    (newest / "model.safetensors").write_bytes(good)
+    checkpoint.prune(newest, 2, keep_steps=[1])
+    assert names() == [1, 2, 3, 9]
+    checkpoint.prune(newest, 1, keep_steps=[1])
+    assert names() == [1, 3, 9]  # 9 is later: of another course, neither counted nor deleted
+
+
+def test_nothing_that_is_not_ours_is_deleted(tiny_llama, tmp_path, capsys):
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    theirs = (".git", ".snapshot", ".step-notes", ".step-00000001.backup", "step-²", "step-1", "step-00000001.bak", "x")
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_text("mine")
+    for name in (".step-00000007.0123abcd.tmp", ".step-00000007.0123abcd.old", ".step-00000003.deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    (tmp_path / ".step-00000003.deleted" / "mine.txt").write_text("mine")
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
+    (tmp_path / "step-00000001" / "notes.txt").write_text("mine")
+    assert [checkpoint.step_of(p) for p in checkpoint.steps_in(tmp_path)] == [1, 2, 3]
+    checkpoint.prune(tmp_path / "step-00000003", 1)
+    left = {"left-step-00000001", "left-step-00000003"}
+    assert {p.name for p in tmp_path.iterdir()} == {*theirs, *left, "step-00000003"}
+    assert all((tmp_path / name / "kept").read_text() == "mine" for name in theirs)
+    assert [p.name for p in (tmp_path / "left-step-00000001").iterdir()] == ["notes.txt"]
+    assert "left-step-00000001 holds notes.txt, which no run wrote" in capsys.readouterr().out
+    (tmp_path / "step-00000003").rename(tmp_path / "step-00000004")
+    assert checkpoint.set_aside(tmp_path, 3) == [tmp_path / "left-step-00000004"]
+    (tmp_path / "step-00000005").write_text("a file of that name")
+    checkpoint.save(tmp_path / "step-00000005", model, opt.state_dict(), TEXT)
+    assert (tmp_path / "left-step-00000005").read_text() == "a file of that name"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ConfigError, match="cannot be listed"):
+        checkpoint.steps_in(tmp_path / "checkpoints")
+    assert checkpoint.steps_in(tmp_path / "nowhere") == []
+    for step in (99_999_999, 100_000_000):
+        (tmp_path / checkpoint.name_for(step)).mkdir()
+    assert [checkpoint.step_of(p) for p in checkpoint.steps_in(tmp_path)] == [99_999_999, 100_000_000]
+
+
+def test_another_position_under_the_same_name_is_kept_aside(tiny_llama, tmp_path):
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    other = {**TEXT, "position": {**TEXT["position"], "order": 1}}
+    checkpoint.save(path, model, opt.state_dict(), other)
+    assert checkpoint.read_state(path)["position"]["order"] == 1
+    assert checkpoint.read_state(tmp_path / "left-step-00000001")["position"] == TEXT["position"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight_scale", "inner"])
+def test_values_that_are_not_finite_are_refused_by_name(tiny_llama, tmp_path, bad, where):
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    state = opt.state_dict()
+    if where == "inner":
+        slot, parts = next((n, p) for n, p in state["slots"].items() if "absmax2" in p["inner"])
+        parts["inner"]["absmax2"].view(-1)[0] = bad
+        where = f"{slot}|inner|absmax2"
+    else:
+        model.state_dict()[where].view(-1)[-1] = bad
+    path = checkpoint.save(tmp_path / "step-00000001", model, state, TEXT)
+    other, fresh = trained(tiny_llama, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match=re.escape(f"{where} holds values that are not finite")):
+        checkpoint.load_into(path, checkpoint.read_state(path), other, fresh)
+
+
+def test_the_newest_usable_checkpoint_of_a_run(tiny_llama, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"no usable checkpoint.*saved none yet"):
+        checkpoint.newest_in(tmp_path)
+    model, opt = trained(tiny_llama, num_hidden_layers=1)
+    path = checkpoint.save(tmp_path / "checkpoints" / "step-00000001", model, opt.state_dict(), TEXT)
+    (tmp_path / "checkpoints" / "step-00000002").mkdir()
+    assert checkpoint.newest_in(tmp_path) == path
+    assert "step-00000002 is not a complete checkpoint" in capsys.readouterr().out
 
 
 def test_a_complete_checkpoint_of_the_step_is_left_alone(tiny_llama, tmp_path):

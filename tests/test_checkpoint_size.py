@@ -49,7 +49,7 @@ def test_saving_a_billion_weights_makes_no_second_copy(tmp_path):
     figures["verify"] = measured(lambda: checkpoint.read_state(folder))
     state = checkpoint.read_state(folder)
     figures["load"] = measured(lambda: checkpoint.load_into(folder, state, model, opt))
-    tensors, _ = checkpoint._flatten(opt.state_dict())
+    tensors, _ = checkpoint.flatten(opt.state_dict())
     tensors = {n: v.contiguous() for n, v in {**checkpoint._unshared(model.state_dict()), **tensors}.items()}
     figures["torch.save"] = measured(lambda: torch.save(tensors, tmp_path / "x.pt"))
     (tmp_path / "x.pt").unlink()

@@ -8,13 +8,15 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors"},
-    {"config"},
-    {"quant", "storage", "metrics", "parallel", "on_paper"},
+    {"config", "atomic"},
+    {"quant", "storage", "metrics", "parallel", "on_paper", "checkpoint_folder"},
     {"lowrank", "data"},
+    {"filling"},
+    {"checkpoint", "position", "run_lock"},
     {
+        "keeping",
         "models",
         "memory",
-        "checkpoint",
         "export",
         "stats",
         "evaluate",

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_run_lock import another_process_holds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,6 +232,101 @@ def test_a_pretrained_folder_is_continued(tiny_run):
     assert began == pytest.approx(ended, abs=0.02)
 
 
+def test_a_finished_run_that_is_resumed_records_nothing_twice(tiny_run):
+    first = None
+    for _ in range(3):
+        code, _, err = tiny_run("train.max_steps=4", "train.eval_every=2", "export.formats=[]", "--resume", "auto")
+        assert code == 0, err
+        first = first or Path("runs/tiny/metrics.jsonl").read_bytes()
+        assert Path("runs/tiny/metrics.jsonl").read_bytes() == first
+    assert [row["step"] for row in rows("runs/tiny/metrics.jsonl") if "eval_loss" in row] == [2, 4]
+    code, _, err = tiny_run("--resume", "runs/tiny", "train.max_steps=4")
+    assert (code, "give auto" in err, "runs/tiny/checkpoints/step-00000004" in err) == (2, True, True)
+
+
+def test_a_run_without_save_every_saves_by_the_clock(tiny_run, monkeypatch):
+    """Half an hour passes in each step: every one is saved, the weights are those of a run that saves at its end."""
+    from qgalore import keeping
+
+    plain = ("train.save_every=null", "train.keep_last=9", "export.formats=[]", "train.stepping=deferred")
+    code, out, err = tiny_run("run.name=end", *plain)
+    assert code == 0, err
+    assert "note: train.save_every is not set: a checkpoint is saved after every 30m00s of work" in out
+    assert [path.name for path in Path("runs/end/checkpoints").iterdir()] == ["step-00000006"]
+    hours = iter(range(0, 10**9, 1800))
+    monkeypatch.setattr(
+        keeping.Keeper.__init__, "__kwdefaults__", {"team": keeping.ALONE, "clock": lambda: next(hours)}
+    )
+    assert tiny_run("run.name=clock", *plain)[0] == 0
+    assert sorted(path.name for path in Path("runs/clock/checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in range(1, 7)
+    ]
+    assert_same(final_state("runs/end"), final_state("runs/clock"))
+
+
+def test_a_run_that_ends_in_nan_is_not_done(tiny_run, monkeypatch):
+    """A weight that is not finite, of which no step said anything, and a held-out loss that is not."""
+    from qgalore import loop
+
+    evaluate = loop.Loop._evaluate
+
+    def spoilt(self):
+        result = evaluate(self)
+        self.model.model.norm.weight.data[3] = float("nan")
+        return result
+
+    monkeypatch.setattr(loop.Loop, "_evaluate", spoilt)
+    code, out, err = tiny_run("run.name=weight", "train.max_steps=2")
+    assert code == 4
+    assert "model.norm.weight holds values that are not finite after the last step" in err
+    assert "done:" not in out
+    assert not Path("runs/weight/export").exists()
+    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self: type(evaluate(self))(float("nan"), 1))
+    code, out, err = tiny_run("run.name=loss", "train.max_steps=2")
+    assert (code, "the held-out loss is nan after the last step, 2" in err, "done:" in out) == (4, True, False)
+
+
+def test_lines_that_are_no_records_are_set_aside(tiny_run):
+    assert tiny_run("train.max_steps=2", "export.formats=[]")[0] == 0
+    good = Path("runs/tiny/metrics.jsonl").read_bytes()
+    Path("runs/tiny/metrics.jsonl").write_bytes(good + b"null\n")
+    code, out, err = tiny_run("train.max_steps=2", "export.formats=[]", "--resume", "auto")
+    assert code == 0, err
+    assert "1 line of runs/tiny/metrics.jsonl" in out
+    assert Path("runs/tiny/metrics.jsonl").read_bytes() == good
+    assert Path("runs/tiny/metrics.jsonl.set-aside").read_bytes() == b"null\n"
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tiny_run):
+    assert tiny_run("train.max_steps=1", "export.formats=[]")[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}
+    with another_process_holds(Path("runs/tiny")) as child:
+        for arguments in (["--resume", "auto"], []):
+            code, out, err = tiny_run("train.max_steps=2", "export.formats=[]", *arguments)
+            assert (code, f"runs/tiny is in use: process {child}" in err, out) == (2, True, "")
+    assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
+    assert tiny_run("train.max_steps=2", "export.formats=[]", "--resume", "auto")[0] == 0
+
+
+def test_what_a_run_is_made_of_is_written_whole(tiny_run, monkeypatch):
+    """The disk fills up in the middle of a library's own write: one message, and nothing under the final name."""
+    from transformers import PreTrainedTokenizerBase
+
+    real = PreTrainedTokenizerBase.save_pretrained
+
+    def full(self, folder, **options):
+        if "runs" not in Path(folder).parts:  # in the cache there is room
+            return real(self, folder, **options)
+        (Path(folder) / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")  # as the package tokenizers does
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    code, _, err = tiny_run()
+    assert (code, err.count("error:"), "Traceback" in err) == (2, 1, False)
+    assert "No space left on device" in err
+    assert not [path for path in Path("runs/tiny").iterdir() if "tokenizer" in path.name]
+
+
 def test_a_second_run_does_not_overwrite_the_first(tiny_run):
     assert tiny_run("train.max_steps=1")[0] == 0
     code, _, err = tiny_run("train.max_steps=1")
@@ -283,7 +379,8 @@ BAD_INPUT = {
     "empty prompt": (["sample.prompt=''"], "sample.prompt has 0 tokens"),
     "moments that do not rotate": (["train.optimizer=torch.optim.RMSprop"], "lowrank.moments=keep"),
     "no ordinary optimizer": (["train.optimizer=torch.optim.LBFGS"], "trial step"),
-    "missing checkpoint": (["--resume", "runs/nowhere"], "not a complete checkpoint"),
+    "missing checkpoint": (["--resume", "runs/nowhere"], "--resume runs/nowhere does not exist"),
+    "a file to resume": (["--resume", "empty.txt"], "--resume empty.txt is a file"),
 }
 
 
@@ -320,7 +417,12 @@ def test_odd_widths_train(tiny_run):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+    ("number", "code"),
+    [
+        (signal.SIGHUP, 129),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_run_goes_on(tiny_run, number, code):
     assert tiny_run("run.name=whole", "train.max_steps=15", "train.eval_every=15", "train.save_every=null")[0] == 0
@@ -346,7 +448,7 @@ def test_a_record_that_cannot_be_written_is_one_clear_message(tiny_run):
     Path("runs/tiny/subspace.jsonl").mkdir(parents=True)
     code, _, err = tiny_run()
     assert code == 2
-    assert "subspace.jsonl cannot be written" in err
+    assert "subspace.jsonl could not be written" in err
     assert "Traceback" not in err
 
 

@@ -26,15 +26,16 @@ from ..models.sample import prompt_ids
 from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
+from ..run_lock import RunLock
 from . import labelled
 from .data import build_data, build_tokenizer
 from .export import check_formats, export, finish, restore_model
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
-from .resume import check_same_run, check_shared, checkpoint_to_resume, restore, run_folder
+from .resume import check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .say import say
 
-__all__ = ["Run", "build", "export", "finish", "plan", "restore_model"]
+__all__ = ["Run", "build", "ending", "export", "finish", "plan", "restore_model"]
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Run:
     planned: memory.Plan
     loop: dict[str, Any]
     position: dict[str, Any] = field(default_factory=dict)  # of the checkpoint resumed from
+    lock: RunLock | None = None  # of the folder; it lasts as long as this object
 
 
 def choose_device(config: Config) -> torch.device:
@@ -98,8 +100,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     device = choose_device(config)
     remarks = configuration.remarks(config)
     config = _resolved(config, device, team.size)
-    folder = team.of_first("the run's folder", lambda: run_folder(config, resume))
-    check_shared(folder, team)
+    folder, lock = enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
     if source is not None:
         check_same_run(source, saved, config)
@@ -153,7 +154,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         **_loop_settings(config, len(data.train)),
         **(_token_settings(loss, evaluating) if examples is None else labelled.loop_settings(config, examples.labels)),
     }
-    run = Run(config, folder, model, tokenizer, data.valid, planned, loop)
+    run = Run(config, folder, model, tokenizer, data.valid, planned, loop, lock=lock)
     run.position = restore(
         source,
         saved,
@@ -165,19 +166,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         team=team,
     )
     if team.leads:
-        _describe(run)
+        describe(folder, config, vars(planned), tokenizer)
     return run
-
-
-def _describe(run: Run) -> None:
-    """Write what the run was made of into its folder."""
-    folder, config, tokenizer = run.folder, run.config, run.tokenizer
-    try:
-        (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-        (folder / "plan.json").write_text(json.dumps(vars(run.planned), indent=1), encoding="utf-8")
-        tokenizer.save_pretrained(folder / "tokenizer")
-    except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
 
 
 def _token_settings(loss: Loss, team: Team) -> dict[str, Any]:

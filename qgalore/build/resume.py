@@ -1,35 +1,77 @@
 """The folder of a run, and the checkpoint it goes on from."""
 
+import json
 import uuid
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from .. import checkpoint
+from .. import atomic, checkpoint
 from .. import config as configuration
 from ..config import Config
 from ..errors import ConfigError
 from ..lowrank.optimizer import LowRankOptimizer
 from ..parallel import ALONE, Team
+from ..position import Position
+from ..run_lock import RunLock
 from ..stats import Records
 from .say import say
 
 
-def run_folder(config: Config, resume: str | None) -> Path:
-    """The run's folder. Raises :class:`ConfigError` rather than mix a new run into an old one's files."""
-    folder = Path(config.run.dir) / config.run.name
-    inside = resume == "auto" or (resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
-    if not inside and ((folder / "metrics.jsonl").exists() or checkpoint.steps_in(folder / "checkpoints")):
+def enter(config: Config, resume: str | None, team: Team = ALONE) -> tuple[Path, RunLock | None]:
+    """The run's folder, made and locked against other processes, and the lock, which is to be kept: rank 0 of ``team``
+    holds it for all. Raises :class:`ConfigError` rather than mix a new run into an old one's files."""
+    lock: list[RunLock] = []
+
+    def claim() -> Path:
+        folder = Path(config.run.dir) / config.run.name
+        _check_meant(folder, resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the run folder {folder} cannot be made: {error}; set run.dir") from error
+        lock.append(RunLock(folder))
+        holds_one = (folder / "metrics.jsonl").exists() or checkpoint.steps_in(folder / "checkpoints")
+        if resume != "auto" and not _is_own(folder, resume) and holds_one:
+            raise ConfigError(
+                f"{folder} already holds a run; continue it with --resume auto or one of its own checkpoints, choose "
+                "another run.name, or delete it"
+            )
+        if lock[0].works:
+            atomic.sweep(folder)
+        return folder
+
+    folder = team.of_first("the run's folder", claim)
+    check_shared(folder, team)
+    return folder, lock[0] if lock else None
+
+
+def _is_own(folder: Path, resume: str | None) -> bool:
+    return resume is not None and Path(resume).resolve().parent == (folder / "checkpoints").resolve()
+
+
+def _check_meant(folder: Path, resume: str | None) -> None:
+    """Raise :class:`ConfigError` for a ``--resume PATH`` that is no checkpoint to go on from."""
+    if resume in (None, "auto"):
+        return
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        found = checkpoint.steps_in(path / "checkpoints")
+        example = found[-1] if found else path / "checkpoints" / checkpoint.name_for(100)
         raise ConfigError(
-            f"{folder} already holds a run; continue it with --resume auto or one of its own checkpoints, choose "
-            "another run.name, or delete it"
+            f"--resume {resume} is a run's folder, not a checkpoint; give auto to continue run.name, or a checkpoint "
+            f"such as {example}"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be made: {error}; set run.dir") from error
-    return folder
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ConfigError(f"--resume {resume} {what}; give auto, or a checkpoint's folder: RUN/checkpoints/step-…")
+    if _is_own(folder, resume) and checkpoint.step_of(path.resolve()) is None:
+        raise ConfigError(
+            f"--resume {resume} does not have the name of a checkpoint of this run's present course; to go on from it, "
+            "set another run.name"
+        )
 
 
 def check_shared(folder: Path, team: Team) -> None:
@@ -58,28 +100,62 @@ def check_shared(folder: Path, team: Team) -> None:
 def checkpoint_to_resume(
     folder: Path, resume: str | None, team: Team = ALONE
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint meant by ``--resume`` and its state; "auto" names a damaged one and takes the one before it."""
+    """The checkpoint meant by ``--resume`` and its state; "auto" names a damaged one and takes the one before it.
+
+    Raises :class:`ConfigError` where "auto" finds checkpoints and can use none, or one that a newer version wrote. A
+    run that began again, or went back, beside them would leave days of work behind without being asked.
+    """
     if resume is None:
         return None, None
     if resume != "auto":
         return Path(resume), checkpoint.read_state(Path(resume), team)
-    there = team.of_first("the checkpoints there", lambda: checkpoint.steps_in(folder / "checkpoints"))
+    place = folder / "checkpoints"
+    there = team.of_first("the checkpoints there", lambda: checkpoint.steps_in(place))
     found, saved, complaints = checkpoint.newest_of(there, team)
+    newer = [complaint for complaint in complaints if isinstance(complaint, checkpoint.NewerError)]
+    if newer and found is not None:
+        raise ConfigError(f"{newer[0]}, or go back to an older one with --resume {found}")
+    if complaints and found is None:
+        reasons = "".join(f"\n  {complaint}" for complaint in complaints)
+        raise ConfigError(
+            f"none of the {len(complaints)} checkpoints in {place} can be used, and a run does not begin again beside "
+            f"them:{reasons}\nTo begin anew, choose another run.name, or move {place} away and say --resume auto"
+        )
     for complaint in complaints:
         say("resume", f"skipping a damaged checkpoint: {complaint}")
     if found is None:
-        say("resume", f"no usable checkpoint in {folder / 'checkpoints'}; starting from the beginning")
+        say("resume", f"no checkpoint in {place}; starting from the beginning")
     return found, saved
 
 
 def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> None:
-    different = configuration.differences(saved["config"], config)
+    before = saved.get("config", {})
+    if not all(isinstance(before.get(section), dict) for section in ("run", "model", "data", "train", "lowrank")):
+        raise ConfigError(f"{source} cannot be used: its state.json does not say what configuration it was made with")
+    different = configuration.differences(before, config)
     if different:
         listing = "\n".join(f"  {line}" for line in different)
         raise ConfigError(
             f"{source} was made with another configuration:\n{listing}\n"
             f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
         )
+
+
+def _position(source: Path, saved: dict[str, Any]) -> Position:
+    """Where the run was. Raises :class:`ConfigError` if that is not a position, or not that of the folder's name."""
+    try:
+        position = Position.read(saved.get("position", {}))
+    except ValueError as error:
+        raise ConfigError(f"{source} cannot be used: its state.json says that {error}") from error
+    named = checkpoint.step_of(source)
+    if named is not None and named != position.step:
+        raise ConfigError(
+            f"{source} holds the state after step {position.step}: it was renamed. Give it its own name, "
+            f"{checkpoint.name_for(position.step)}, or move it away"
+        )
+    if saved["optimizer"]["step_count"] != position.step:
+        raise ConfigError(f"{source} cannot be used: its optimizer and its position are after different steps")
+    return position
 
 
 def restore(
@@ -100,16 +176,16 @@ def restore(
     """
     step, position = 0, {}
     if source is not None:
-        if saved["data"] != data:
+        if saved.get("data") != data:
             raise ConfigError(
                 f"{source} was made with other tokens: the text of data.train, its tokenizer or how much was read "
                 "has changed (for a hub dataset set data.max_tokens, which otherwise follows train.max_steps)"
             )
-        step = saved["position"]["step"]
+        position = vars(_position(source, saved))
+        step = position["step"]
         if step > max_steps:
             raise ConfigError(f"{source} is after step {step}, beyond train.max_steps ({max_steps})")
         checkpoint.load_into(source, saved, model, optimizer)
-        position = {**saved["position"], "sample": tuple(saved["position"]["sample"])}
         say("resume", f"{source}, after step {step}")
     team.meet("the state of the checkpoint")
     if not team.leads:
@@ -119,3 +195,23 @@ def restore(
     for name in ("metrics.jsonl", "subspace.jsonl"):
         Records(folder / name).cut_back(step)
     return position
+
+
+def describe(folder: Path, config: Config, plan: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what the run is made of into its folder, each file whole or not at all."""
+    with atomic.explained(f"the run folder {folder}", "free space or set run.dir, then go on with --resume auto"):
+        atomic.write_text(folder / "config.yaml", configuration.dump(config))
+        atomic.write_text(folder / "plan.json", json.dumps(plan, indent=1))
+        with atomic.replacing_folder(folder / "tokenizer") as fresh:
+            tokenizer.save_pretrained(fresh)
+
+
+def ending(config: Config, result: Any, position: Position) -> str:
+    """What the last line of a run says of its ``result``, the last evaluation: with ``export.which: best`` first of all
+    the loss of the weights that were exported."""
+    if config.export.which != "best" or position.best_step is None:
+        return str(result)
+    return (
+        f"the exported weights are the best, of step {position.best_step} with held-out loss {position.best_loss:.4f} "
+        f"(the last: {result})"
+    )

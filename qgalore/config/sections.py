@@ -85,7 +85,7 @@ class TrainSection(Section):
     activation_checkpointing: bool | Literal["auto", "offload"] = "auto"  # auto: the fastest that the plan has room for
     eval_every: PositiveInt = 100
     eval_batches: PositiveInt | None = None  # None: all of the held-out text
-    save_every: PositiveInt | None = None  # None: at the end only
+    save_every: PositiveInt | None = None  # None: after every 30 minutes of work, and at the end
     keep_last: PositiveInt = 2  # checkpoints kept, the newest
     keep_every: PositiveInt | None = None  # and those of steps that are multiples of this
     keep_best: bool = False  # and the one with the lowest held-out loss, saved when it is evaluated

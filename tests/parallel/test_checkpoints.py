@@ -144,7 +144,7 @@ def read_damaged(where):
                     path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
                 team.meet("damaged")
                 found, _, complaints = checkpoint.newest_of(checkpoint.steps_in(where), team)
-                answers.append((name, place, found.name, complaints))
+                answers.append((name, place, found.name, [str(complaint) for complaint in complaints]))
             path.write_bytes(good)
         return answers
 

@@ -1,0 +1,93 @@
+"""Files and folders are written whole or not at all, with ordinary permissions and one message."""
+
+import os
+import resource
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qgalore import atomic
+from qgalore.errors import ConfigError
+
+
+@pytest.fixture
+def small_files():
+    """The operating system lets no file grow past 100 bytes, as a full disk would not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_file_is_replaced_and_looks_like_any_other(tmp_path):
+    path, plain = tmp_path / "a", tmp_path / "plain"
+    plain.touch()
+    for text in ("old", "nëw\n"):
+        atomic.write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    with atomic.replacing(tmp_path / "b") as fresh:
+        fresh.unlink()  # a library may make the file anew, and closed to others
+        os.close(os.open(fresh, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert mode(path) == mode(tmp_path / "b") == mode(plain)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "plain"}
+
+
+def test_an_error_leaves_the_old_content(tmp_path, small_files):
+    path = tmp_path / "a"
+    atomic.write_text(path, "old")
+    message = r"the record could not be written: .*too large.*; free space"
+    with pytest.raises(ConfigError, match=message), atomic.explained("the record", "free space"):
+        atomic.write_text(path, "x" * 200)
+    with pytest.raises(OSError, match="too large"), atomic.replacing(path) as fresh:
+        save_file({"w": torch.zeros(100)}, fresh)  # SafetensorError, in the library's own words
+    with pytest.raises(KeyError), atomic.replacing(path) as fresh:
+        raise KeyError("a fault of ours stays one")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "out"
+    for name in ("one", "two"):
+        with atomic.replacing_folder(target) as fresh:
+            (fresh / "inner").mkdir()
+            (fresh / "inner" / name).write_text(name)
+            (fresh / "inner" / name).chmod(0o600)
+            assert not (target / "inner" / name).exists()
+        assert [p.name for p in (target / "inner").iterdir()] == [name]
+    (tmp_path / "plain").touch()
+    assert mode(target / "inner" / "two") == mode(tmp_path / "plain")
+    with pytest.raises(FileNotFoundError), atomic.replacing_folder(target) as fresh:
+        (fresh / "half").rename(fresh / "gone" / "whole")
+    assert (target / "inner" / "two").read_text() == "two"
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "plain"}
+
+
+def test_links_stay_links(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "file").write_text("old")
+    (tmp_path / "file").symlink_to("real/file")
+    atomic.write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "new"
+    with atomic.replacing_folder(tmp_path / "link") as fresh:
+        (fresh / "other").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["other"]
+
+
+def test_only_our_own_leftovers_are_swept(tmp_path):
+    theirs = (".git", ".snapshot", ".a.tmp", "a.12345678.tmp", ".a.1234567x.tmp")
+    for name in theirs:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".config.yaml.0123abcd.tmp").touch()
+    (tmp_path / ".export.0123abcd.old").mkdir()
+    atomic.sweep(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == set(theirs)

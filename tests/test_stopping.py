@@ -1,0 +1,56 @@
+"""Signals become requests; a terminal that is gone does not cost the state."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from qgalore.stopping import StopSignal
+
+
+class Gone:
+    """A terminal after a hang-up."""
+
+    def write(self, text=""):
+        raise OSError(5, "Input/output error")
+
+    flush = write
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def test_a_hangup_is_a_request_and_may_come_twice(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    before = signal.getsignal(signal.SIGHUP)
+    with StopSignal() as stop:
+        send(signal.SIGHUP)
+        send(signal.SIGHUP)
+        print("still here", flush=True)
+        print("here too", file=sys.stderr)
+        assert stop.number == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_a_hangup_after_another_signal_is_no_second_one(capsys):
+    with StopSignal() as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGHUP)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):  # a second one acts at once
+            send(signal.SIGINT)
+    assert "SIGTERM: finishing this step" in capsys.readouterr().out
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            send(signal.SIGHUP)
+            assert stop.number is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
