@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qgalore.data import tokenizing
 from qgalore.data.tokenizer import train_tokenizer
-from qgalore.data.tokens import TokenFile, tokenize_to_disk, tokenizer_fingerprint
+from qgalore.data.cache import tokenizer_fingerprint
+from qgalore.data.tokens import TokenFile, tokenize_to_disk
 from qgalore.errors import ConfigError
 
 TEXTS = [f"Document {n} tells of the sea. " * (n % 5 + 1) for n in range(40)]
