@@ -82,6 +82,16 @@ def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> None:
         )
 
 
+def check_same_bytes(source: Path | None, saved: dict[str, Any] | None, checksum: str) -> None:
+    """Raise :class:`ConfigError` if the tokens on the disk are not those that ``source`` was made with, to the byte."""
+    before = (saved or {}).get("data_checksum")
+    if before and before != checksum:
+        raise ConfigError(
+            f"{source} was made with other tokens: the text of data.train, its tokenizer or how it is read has changed; "
+            "bring back what the run began with, or begin a new one under another run.name"
+        )
+
+
 def restore(
     source: Path | None,
     saved: dict[str, Any] | None,

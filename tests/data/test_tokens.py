@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qgalore.data import tokenizing
-from qgalore.data.tokenizer import train_tokenizer
 from qgalore.data.cache import tokenizer_fingerprint
+from qgalore.data.tokenizer import train_tokenizer
 from qgalore.data.tokens import TokenFile, tokenize_to_disk
 from qgalore.errors import ConfigError
 
