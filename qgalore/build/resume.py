@@ -87,8 +87,9 @@ def check_same_bytes(source: Path | None, saved: dict[str, Any] | None, checksum
     before = (saved or {}).get("data_checksum")
     if before and before != checksum:
         raise ConfigError(
-            f"{source} was made with other tokens: the text of data.train, its tokenizer or how it is read has changed; "
-            "bring back what the run began with, or begin a new one under another run.name"
+            f"{source} was made with other tokens: the text of data.train, its tokenizer or how it is read has changed "
+            "(for a hub dataset set data.max_tokens, which otherwise follows train.max_steps); bring back what the run "
+            "began with, or begin a new one under another run.name"
         )
 
 

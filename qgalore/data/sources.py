@@ -74,7 +74,7 @@ def documents(source: str, *, text_key: str = "text", split: str = "train") -> D
         files = local_files(source, ENDINGS, notes)
         texts = (text for path in files for text in _file_texts(path, text_key, notes))
     else:
-        texts = (_row_text(row, text_key, where) for row, where in dataset_rows(source, split, ENDINGS))
+        texts = _dataset_texts(source, split, text_key)
     return DocumentStream(source, texts, notes)
 
 
@@ -184,6 +184,10 @@ def _file_texts(path: Path, text_key: str, notes: Notes) -> Iterator[Any]:
         found = _file_rows(path, notes)
     for row, where in found:
         yield _row_text(row, text_key, where)
+
+
+def _dataset_texts(source: str, split: str, text_key: str) -> Iterator[str | None]:
+    return (_row_text(row, text_key, where) for row, where in dataset_rows(source, split, ENDINGS))
 
 
 def _file_rows(path: Path, notes: Notes) -> Iterator[tuple[dict, str]]:

@@ -42,7 +42,10 @@ def test_layouts(row, expected):
         ({"messages": [{"role": "user"}]}, "turn 1 has the keys 'role'; it needs role and content"),
         ({"messages": [*TWO, {"role": "tool", "content": "x"}]}, "turn 3 has the role 'tool'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1 has the role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' is of type list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "'content' has a part of type 'image' that is no text",
+        ),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "calls tools"),
         ({"messages": TWO, "tools": [{"name": "clock"}]}, "offers tools"),
         ({"prompt": 3, "completion": "A"}, "'prompt' is of type int"),
