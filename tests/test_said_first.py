@@ -61,7 +61,8 @@ def test_a_stored_model_is_looked_at_before_its_data(tiny_run, pretrained):
 
 
 def test_a_damaged_tokenizer_is_trained_again(tiny_run):
-    arguments = ("train.max_steps=1", "export.formats=[]")
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": f"the old sea {n} " * 8}) + "\n" for n in range(30)))
+    arguments = ("data.train=rows.jsonl", "data.vocab_size=270", "train.max_steps=1", "export.formats=[]")
     code, out, err = tiny_run(*arguments)
     assert code == 0, err
     assert "characters read; choosing the entries" in out

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from qgalore.data.notes import Notes
+from qgalore.data.notes import Notes, listed
 from qgalore.data.sources import rows
 from qgalore.data.turns import FLAGS, Turn, learns, refuse_keys, text_of, turns_of
 from qgalore.errors import ConfigError
@@ -83,7 +83,7 @@ def _layout(row: dict[str, Any], where: str, notes: Notes) -> tuple[tuple[str, .
             question += "\n\n" + text_of(row["input"], where, "input")
         exchange = _exchange(question, text_of(row["output"], where, "output"))
         return ("instruction", "input", "output", "history"), _history(row, where) + exchange
-    raise ConfigError(f"{where} has the keys {', '.join(map(repr, row)) or 'none'}; {_EXPECTED}.")
+    raise ConfigError(f"{where} has the keys {listed(row)}; {_EXPECTED}.")
 
 
 def _completed(row: dict[str, Any], where: str, notes: Notes) -> Messages:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from .notes import Notes
+from .notes import Notes, listed, short
 from .paths import close_names
 from .tables import ENDINGS, table_rows
 
@@ -46,7 +46,7 @@ class Labels:
             return cls(None)
         found = {example.label for example in examples}
         if len(found) < 2:
-            raise ConfigError(f"data.train has only the label {min(found)!r}; a classifier needs at least two")
+            raise ConfigError(f"data.train has only the label {short(min(found))}; a classifier needs at least two")
         whole = all(re.fullmatch("-?[0-9]{1,18}", label) for label in found)
         return cls(tuple(sorted(found, key=(lambda label: (int(label), label)) if whole else str)))
 
@@ -57,10 +57,9 @@ class Labels:
         ids = {name: number for number, name in enumerate(self.names)}
         for example in examples:
             if example.label not in ids:
-                known = ", ".join(map(repr, self.names[:20])) + (", …" if len(self.names) > 20 else "")
                 raise ConfigError(
-                    f"{key} has the label {example.label!r}, and data.train has only {known}; add examples of it to "
-                    "data.train, or take it out"
+                    f"{key} has the label {short(example.label)}, and data.train has only "
+                    f"{listed(self.names)}; add examples of it to data.train, or take it out"
                 )
         return np.array([ids[example.label] for example in examples], dtype=np.int64)
 
@@ -71,7 +70,9 @@ def _number(text: str, key: str) -> float:
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
-        raise ConfigError(f"{key} has the label {text!r}, which is not a number; set data.label_type=class for names")
+        raise ConfigError(
+            f"{key} has the label {short(text)}, which is not a number; set data.label_type=class for names"
+        )
     return value
 
 
@@ -109,7 +110,7 @@ def _cell(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if value is None:
         raise ConfigError(
-            f"{where} has no {key!r}; its keys are {', '.join(map(repr, row))}: set data.text_keys and "
+            f"{where} has no {key!r}; its keys are {listed(row)}: set data.text_keys and "
             "data.label_key (and data.header: false for a table without a first line of names)"
         )
     if not isinstance(value, (str, int, float)) or value != value:

@@ -1,6 +1,6 @@
 """What a reader noticed about its source that is no error: it is printed once, at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,18 @@ _HALVES = range(
     0xD800, 0xE000
 )  # halves of a UTF-16 pair; alone they are no characters, and UTF-8 has no bytes for them
 _REPLACE = dict.fromkeys(_HALVES, "\N{REPLACEMENT CHARACTER}")
+
+
+def short(value: Any) -> str:
+    """``value`` as Python writes it, cut where it would fill a screen."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def listed(names: Iterable[Any]) -> str:
+    """The names of keys for a message, cut where they would fill a screen."""
+    names = list(names)
+    return (", ".join(map(short, names[:20])) + (", …" if len(names) > 20 else "")) or "none"
 
 
 @dataclass
@@ -56,7 +68,9 @@ class Notes:
                 f"{self.first_surrogate}"
             )
         if self.ignored:
-            keys = ", ".join(f"{key!r} ({count} times)" for key, (count, _) in sorted(self.ignored.items()))
+            shown = sorted(self.ignored.items())
+            keys = ", ".join(f"{short(key)} ({count} times)" for key, (count, _) in shown[:20])
+            keys += ", …" if len(shown) > 20 else ""
             first = next(iter(self.ignored.values()))[1]
             yield f"keys that are not read: {keys}; the first stands in {first}"
         if self.not_learned:

@@ -11,7 +11,7 @@ from qgalore.data.checksums import content_digest
 from qgalore.data.columns import parquet_names, parquet_rows
 from qgalore.data.hub import dataset_rows
 from qgalore.data.jsons import json_rows, jsonl_rows
-from qgalore.data.notes import Notes
+from qgalore.data.notes import Notes, listed
 from qgalore.data.opening import Unfinished, in_pieces, text_chunks, unreadable
 from qgalore.data.paths import close_names, looks_like_path
 from qgalore.errors import ConfigError
@@ -216,7 +216,6 @@ def _row_text(row: dict, text_key: str, where: str) -> str | None:
 
 
 def _no_text_key(text_key: str, present: list[str], where: str) -> ConfigError:
-    keys = ", ".join(map(repr, present)) or "none"
     return ConfigError(
-        f"{where} has no {text_key!r}; the keys present are {keys}: set text_key to the one with the text."
+        f"{where} has no {text_key!r}; the keys present are {listed(present)}: set text_key to the one with the text."
     )

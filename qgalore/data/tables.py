@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qgalore.data.columns import parquet_rows
+from qgalore.data.columns import parquet_names, parquet_rows
 from qgalore.data.jsons import json_rows, jsonl_rows
-from qgalore.data.notes import Notes
+from qgalore.data.notes import Notes, listed
 from qgalore.data.opening import byte_lines, decode
 from qgalore.errors import ConfigError
 
@@ -25,6 +25,11 @@ def table_rows(path: Path, header: bool, wanted: Sequence[str], notes: Notes) ->
     """
     name = path.name.lower().removesuffix(".gz")
     if name.endswith(".parquet"):
+        names = parquet_names(path)
+        if missing := [key for key in wanted if key not in names]:
+            raise ConfigError(
+                f"{path} has no {missing[0]!r}; its keys are {listed(names)}: set data.text_keys and data.label_key"
+            )
         yield from parquet_rows(path, list(wanted))
     elif name.endswith((".jsonl", ".json")):
         for row, where in (jsonl_rows if name.endswith(".jsonl") else json_rows)(path, notes):

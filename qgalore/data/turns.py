@@ -2,7 +2,7 @@
 
 from typing import Any, TypedDict
 
-from qgalore.data.notes import Notes
+from qgalore.data.notes import Notes, listed, short
 from qgalore.errors import ConfigError
 
 
@@ -38,13 +38,8 @@ def refuse_keys(row: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
             what = "calls tools" if key in ("tool_calls", "function_call", "tool_call_id") else f"has the key {key!r}"
             raise ConfigError(
                 f"{where} {what}, which is not supported; leave such rows out, or take the key out if it does not "
-                f"matter (it is {_short(row[key])})."
+                f"matter (it is {short(row[key])})."
             )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def learns(row: dict[str, Any], where: str) -> bool | None:
@@ -56,7 +51,7 @@ def learns(row: dict[str, Any], where: str) -> bool | None:
     for key, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ConfigError(
-                f"{where}: {key!r} is {_short(value)}; it must be 1 or true (to be learned), or 0 or false (not)."
+                f"{where}: {key!r} is {short(value)}; it must be 1 or true (to be learned), or 0 or false (not)."
             )
     if len({bool(value) for value in given.values()}) > 1:
         raise ConfigError(f"{where}: {' and '.join(map(repr, given))} contradict each other; keep one of them.")
@@ -79,10 +74,12 @@ def text_of(value: Any, where: str, key: str) -> str:
             text, kind = part.get("text"), part.get("type") or "text"
             if other := [name for name, held in part.items() if name not in ("type", "text") and held is not None]:
                 raise ConfigError(
-                    f"{where}: {key!r} has a part with {other[0]!r}, which is not supported; only text is."
+                    f"{where}: {key!r} has a part with {short(other[0])}, which is not supported; only text is."
                 )
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            raise ConfigError(f"{where}: {key!r} has a part of type {kind!r} that is no text; only text is supported.")
+            raise ConfigError(
+                f"{where}: {key!r} has a part of type {short(kind)} that is no text; only text is supported."
+            )
         texts.append(text)
     return "\n".join(texts)
 
@@ -102,11 +99,10 @@ def _turn(turn: Any, where: str, notes: Notes) -> Turn:
     refuse_keys(turn, _REFUSED, where)
     keys = next((pair for pair in _PAIRS if all(turn.get(key) is not None for key in pair)), None)
     if keys is None:
-        present = ", ".join(map(repr, turn)) or "none"
-        raise ConfigError(f"{where} has the keys {present}; it needs role and content, or from and value.")
+        raise ConfigError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value.")
     name = turn[keys[0]]
     if not isinstance(name, str) or name.lower() not in _ROLES:
-        raise ConfigError(f"{where} has the {keys[0]} {name!r}; it must be one of {', '.join(_ROLES)}.")
+        raise ConfigError(f"{where} has the {keys[0]} {short(name)}; it must be one of {', '.join(_ROLES)}.")
     role = _ROLES[name.lower()]
     for key, value in turn.items():
         if key not in (*keys, *FLAGS, *_REFUSED) and value is not None:
