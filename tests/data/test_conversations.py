@@ -71,7 +71,11 @@ def test_files_and_folders(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
-    [("x.txt", "hello", "has no rows"), ("x.jsonl", "[1]\n", "not an object"), ("x.jsonl", "\n", "it is empty")],
+    [
+        ("x.txt", "hello", "an ending that is not read here; convert it to .jsonl"),
+        ("x.jsonl", "[1]\n", "not an object"),
+        ("x.jsonl", "\n", "it is empty"),
+    ],
 )
 def test_files_without_conversations(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
