@@ -14,7 +14,7 @@ MAX_LINE = 1 << 26  # bytes of a line, or of an item of a JSON array; a long boo
 PIECE = 1 << 20  # characters of a document that are tokenized together
 CHUNK = 1 << 20
 # Text seldom shrinks to a tenth. What expands this much is made to fill a memory or a disk.
-_BOMB_BYTES, _BOMB_RATIO = 1 << 25, 500
+_BOMB_BYTES, _BOMB_RATIO = 1 << 22, 500
 _CUT = re.compile(r"(?<=\S)[ \n](?=\S)")  # where tokenizers part words anyway
 _SEARCHED = 1 << 16
 
