@@ -1,7 +1,7 @@
 """Draws memory_7b.svg: what full-parameter training of a 7B model needs on one GPU. Run it from this folder.
 
-Published figures are of LLaMA-7B on one GPU without offload; their sources stand beside them. Ours is the planned peak in GB,
-which `python train.py --config llama7b_16gb.yaml --plan` prints in GiB, for one sequence of 2,048 tokens.
+Published figures are of LLaMA-7B on one GPU without offload; their sources stand beside them. Ours is the planned
+peak in GB, which `python train.py --config llama7b_16gb.yaml --plan` prints in GiB, for one sequence of 2,048 tokens.
 """
 
 from pathlib import Path

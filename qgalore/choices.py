@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .data.sources import rows
+from .data.tokenizing import leading_ids
 from .errors import ConfigError
 
 _LOGITS = 1 << 26  # values of logits at once: 256 MiB in fp32
@@ -133,7 +134,7 @@ def score(
     """The log-likelihood of every choice behind its prompt and a space, under ``model`` (causal, on any device).
 
     The tokens that count are those of prompt and choice together, from the first that the prompt alone does not have.
-    Texts begin with bos if the tokenizer has one other than eos, as in training. What is longer than the model's
+    Texts begin with bos if the tokenizer itself puts it there, as in training. What is longer than the model's
     positions loses its beginning. Texts of like length go together, padded at the end, which causal attention does not
     see. Raises ConfigError for a choice that has no room.
     """
@@ -157,8 +158,7 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], longest: int | None
 ) -> tuple[list[tuple[list[int], int]], int]:
     """(ids, how many of the last of them count) of every choice, and how many had to be cut."""
-    bos = tokenizer.bos_token_id
-    front = [] if bos is None or bos == tokenizer.eos_token_id else [bos]
+    front = leading_ids(tokenizer)
     items, cut = [], 0
     for question in questions:
         prompt = [*front, *tokenizer(question.prompt, add_special_tokens=False)["input_ids"]]

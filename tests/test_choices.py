@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import processors
 
 from qgalore.choices import Question, Scores, read_questions, score, with_examples
 from qgalore.data.tokenizer import train_tokenizer
@@ -34,13 +35,16 @@ def test_values_are_those_of_each_text_on_its_own(tiny_llama, bos):
     tokenizer = train_tokenizer(texts, vocab_size=300, report=lambda line: None)
     if bos:
         tokenizer.add_special_tokens({"bos_token": bos})
+        puts = {"single": f"{bos} $A", "special_tokens": [(bos, tokenizer.bos_token_id)]}
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**puts)
     model = tiny_llama(vocab_size=320, max_position_embeddings=128).eval()
     made = score(model, tokenizer, QUESTIONS, batch_size=5)
     assert made.cut == 0
     for question, values in zip(QUESTIONS, made.log_likelihoods, strict=True):
         for choice, value in zip(question.choices, values, strict=True):
-            ids = tokenizer(f"{bos or ''}{question.prompt} {choice}", return_tensors="pt")["input_ids"]
-            tail = len(tokenizer(f" {choice}")["input_ids"])
+            ids = tokenizer(f"{question.prompt} {choice}", return_tensors="pt")["input_ids"]
+            assert bos is None or ids[0, 0] == tokenizer.bos_token_id
+            tail = len(tokenizer(f" {choice}", add_special_tokens=False)["input_ids"])
             labels = ids.clone()
             labels[0, :-tail] = -100
             with torch.no_grad():

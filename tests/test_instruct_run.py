@@ -1,11 +1,17 @@
 """Whole runs on conversations: the same bits after a resume, a changed mask refused, the answers learnt."""
 
 import json
+import shutil
+from datetime import date
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+
+from qgalore import build
+from qgalore.data.chat import PLAIN_TEMPLATE
+from qgalore.data.tokenizer import train_tokenizer
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"Say {w} twice."}, {"role": "assistant", "content": f"{w} {w}"}]}
@@ -65,3 +71,39 @@ def test_a_sample_is_asked_as_a_user_asks(tiny_run):
     code, out, err = tiny_run(*INSTRUCT, "train.max_steps=1", "sample.prompt=Say gold twice.", "export.formats=[]")
     assert code == 0, err
     assert "### User:\nSay gold twice.\n\n### Assistant:\n" in out
+
+
+def test_a_template_with_a_date_keeps_that_of_the_first_day(tiny_run, monkeypatch):
+    class Later(date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 2, 3)
+
+    write_rows(ROWS)
+    tokenizer = train_tokenizer([str(row) for row in ROWS], vocab_size=300, report=lambda line: None)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + PLAIN_TEMPLATE
+    tokenizer.save_pretrained("dated")
+    arguments = (*INSTRUCT[:2], *INSTRUCT[3:], "data.tokenizer=dated", "train.max_steps=4", "export.formats=[]")
+    code, out, err = tiny_run(*arguments)
+    assert code == 0, err
+    assert f"in this run it is {date.today().isoformat()}, also when resumed" in out
+    monkeypatch.setattr(build, "date", Later)
+    shutil.rmtree("cache")
+    code, out, err = tiny_run(*arguments, "--resume", "runs/tiny/checkpoints/step-00000002")
+    assert code == 0, err
+    assert f"in this run it is {date.today().isoformat()}" in out
+    code, out, err = tiny_run(*arguments, "run.name=later")
+    assert code == 0, err
+    assert "in this run it is 2031-02-03" in out
+
+
+def test_an_array_of_alpaca_rows_trains_as_its_lines_do(tiny_run):
+    rows = [{"instruction": f"Add {n} and 1.", "input": "", "output": f"{n + 1}."} for n in range(40)]
+    write_rows(rows)
+    Path("rows.json").write_text(json.dumps(rows, indent=1))
+    counts = []
+    for name in ("rows.jsonl", "rows.json"):
+        code, out, err = tiny_run(*INSTRUCT, f"data.train={name}", f"run.name={name}", "train.max_steps=1")
+        assert code == 0, err
+        counts.append(out.split("tokens: ")[1].split(" documents")[0].split(": ")[1])
+    assert counts[0] == counts[1]

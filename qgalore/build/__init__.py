@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
 from ..run_lock import RunLock
 from . import labelled
-from .data import build_data, build_tokenizer
+from .checks import check_data, check_model
+from .data import build_data, build_tokenizer, given_tokenizer
 from .export import check_formats, export, finish, restore_model
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
-from .resume import check_same_run, checkpoint_to_resume, describe, ending, enter, restore
+from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .say import say
 
 __all__ = ["Run", "build", "ending", "export", "finish", "plan", "restore_model"]
@@ -83,7 +85,9 @@ def plan(config: Config, processes: int = 1) -> None:
     stated = section.path is not None or Path(section.config).exists()
     stated = stated or "vocab_size" in {**section.overrides, **PRESETS.get(section.config, {})}
     rows = section.overrides.get("vocab_size", 1)  # a folder's config.json has its own
-    vocabulary = Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config))
+    vocabulary = (
+        Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config, given_tokenizer(config)))
+    )
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=labelled.PLANNED)
     remarks = configuration.remarks(config)
@@ -119,7 +123,10 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         int8_products.check(device)
     if config.model.compile == "blocks":
         check_compiler(device)
-    tokenizer = team.after_first("the tokenizer", lambda: build_tokenizer(config))
+    check_data(config)
+    given = given_tokenizer(config)
+    check_model(config, given)
+    tokenizer = team.after_first("the tokenizer", lambda: build_tokenizer(config, given))
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)
     vocabulary = Vocabulary.of(tokenizer)
@@ -128,7 +135,11 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         vocabulary = examples.vocabulary(vocabulary)
     config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
-    data = team.after_first("the data", lambda: build_data(config, tokenizer) if examples is None else examples.data())
+    day = _day(saved, team)
+    data = team.after_first(
+        "the data", lambda: build_data(config, tokenizer, day) if examples is None else examples.data()
+    )
+    check_same_bytes(source, saved, data.checksum)
     model, loss = build_model(config, vocabulary, data.highest_id, device, team)
     check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
@@ -137,6 +148,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     run_state = {
         "config": config.model_dump(mode="json"),
         "data": data.description,
+        "data_checksum": data.checksum,
+        "day": day.isoformat(),
         "model_config": json.loads(model.config.to_json_string(use_diff=False)),
         "torch": torch.__version__,
     }
@@ -168,6 +181,12 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     if team.leads:
         describe(folder, config, vars(planned), tokenizer)
     return run
+
+
+def _day(saved: dict[str, Any] | None, team: Team) -> date:
+    """The date that a chat template writes in this run: that of its beginning, the same for all of ``team``."""
+    stated = team.of_first("the date", lambda: (saved or {}).get("day") or date.today().isoformat())
+    return date.fromisoformat(stated)
 
 
 def _token_settings(loss: Loss, team: Team) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
 from ..data.labelled import LabelledTexts, Labels, read_examples
+from ..data.notes import Notes
 from ..metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
 from .data import Data
@@ -37,7 +38,14 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
     """Read and tokenize ``data.train`` and ``data.valid``. Raises :class:`ConfigError` for what cannot be used."""
     data = config.data
     keys = {"text_keys": data.text_keys, "label_key": data.label_key, "header": data.header}
-    examples = {key: read_examples(getattr(data, key), **keys) for key in ("train", "valid")}
+    examples = {}
+    for key in ("train", "valid"):
+        notes = Notes()
+        examples[key] = read_examples(getattr(data, key), notes=notes, **keys)
+        for line in notes.lines():
+            say("note", f"data.{key}: {line}")
+    if data.max_tokens is not None:
+        say("note", "data.max_tokens has no effect with data.task: classify, which reads all examples")
     labels = Labels.of(examples["train"], data.label_type)
     texts = {}
     for key, rows in examples.items():

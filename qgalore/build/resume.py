@@ -158,6 +158,17 @@ def _position(source: Path, saved: dict[str, Any]) -> Position:
     return position
 
 
+def check_same_bytes(source: Path | None, saved: dict[str, Any] | None, checksum: str) -> None:
+    """Raise :class:`ConfigError` if the tokens on the disk are not those that ``source`` was made with, to the byte."""
+    before = (saved or {}).get("data_checksum")
+    if before and before != checksum:
+        raise ConfigError(
+            f"{source} was made with other tokens: the text of data.train, its tokenizer or how it is read has changed "
+            "(for a hub dataset set data.max_tokens, which otherwise follows train.max_steps); bring back what the run "
+            "began with, or begin a new one under another run.name"
+        )
+
+
 def restore(
     source: Path | None,
     saved: dict[str, Any] | None,

@@ -1,14 +1,16 @@
 """Conversations as tokens, with a mark on every token that an assistant would have to say."""
 
-import re
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qgalore.data.conversations import Messages
+from qgalore.data.templates import Template
+from qgalore.data.turns import Turn
 from qgalore.errors import ConfigError
 
 # For a tokenizer without a template of its own. An answer ends with the end-of-text token: a model must learn to stop.
@@ -20,15 +22,16 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation: ``ids`` (n,) int64, and ``answer`` (n,) bool, whether a token is the assistant's to say."""
+    """One conversation: ``ids`` (n,) int64, and ``answer`` (n,) bool, whether a token is the assistant's to say.
+    ``endless``: how many of its answers end without a mark."""
 
     ids: np.ndarray
     answer: np.ndarray
+    endless: int = 0
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -36,125 +39,157 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.chat_template)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[Messages, str]]) -> list[Rendered]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[tuple[Messages, str]],
+    day: date | None = None,
+    longest: int | None = None,
+) -> list[Rendered]:
     """The conversations of ``batch`` (each with its place, for errors) rendered with the tokenizer's chat template.
 
     The text is tokenized whole, as it is. A token is part of an answer if it begins in one; an answer is what the
-    template writes for an assistant's turn after the prompt for it, with the mark that ends the turn and without white
-    space after that mark. Answers that are blank do not count.
-    Where the template has ``{% generation %}`` blocks, these say what an answer is.
+    template writes for an assistant's turn after the prompt for it, up to the mark that ends the turn. Answers that are
+    blank, or not to be learned, do not count.
+    Where the template has ``{% generation %}`` blocks, these say what an answer is. ``day`` is the date for a template
+    that writes today's. ``longest``: characters of a conversation beyond which nothing is tokenized.
 
     Raises ConfigError for a tokenizer without a template or without character offsets, for a conversation that the
     template refuses, and where the template writes a turn so that the answer cannot be found in the whole.
     """
-    if not has_template(tokenizer):
-        raise ConfigError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; set its chat_template.")
+    template = Template(tokenizer, day)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"tokenizer {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) does not tell where in the text its "
             "tokens are, which data.task=instruct needs; give one with a tokenizer.json."
         )
-    if isinstance(tokenizer.chat_template, str) and _GENERATION.search(tokenizer.chat_template):
-        return [_by_tags(tokenizer, messages, where) for messages, where in batch]
-    texts = [_render(tokenizer, messages, where) for messages, where in batch]
-    spans = [answer_spans(tokenizer, *item, text) for item, text in zip(batch, texts, strict=True)]
+    if template.tagged:
+        return [_by_tags(template, messages, where) for messages, where in batch]
+    texts = [template.render(messages, where) for messages, where in batch]
+    found = [answer_spans(template, *item, text) for item, text in zip(batch, texts, strict=True)]
     encoded = tokenizer(
-        texts,
+        [text[:longest] for text in texts],
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=True,
         verbose=False,
+        **_marks_are_tokens(tokenizer),
     )
-    return [_marked(*one) for one in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)]
+    return [_marked(*one) for one in zip(encoded["input_ids"], encoded["offset_mapping"], found, strict=True)]
 
 
-def _marked(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Rendered:
+def _marks_are_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """The template's marks are tokens even if the tokenizer is set to read such strings as text."""
+    return {"split_special_tokens": False} if getattr(tokenizer, "split_special_tokens", False) else {}
+
+
+def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the tokens that end an assistant's turn as conversations are trained; [] if there are none.
+
+    It is the last token that is learned of an answer, if that is a token of its own (an added one, such as
+    ``<|im_end|>``) and not a piece of text. Only meant for a tokenizer whose chat template was trained with.
+    """
+    if not has_template(tokenizer) or not tokenizer.is_fast:
+        return []
+    question, answer = Turn(role="user", content="Hello"), Turn(role="assistant", content="word")
+    for messages in ([question, answer], [Turn(role="system", content="Help."), question, answer]):
+        try:
+            (made,) = encode(tokenizer, [(messages, "a trial")])
+        except ConfigError:  # a template may insist on a system turn, or refuse one
+            continue
+        last = made.ids[made.answer][-1:].tolist()
+        known = {number for mark, number in tokenizer.get_added_vocab().items() if mark.strip()}
+        if made.endless == 0 and set(last) <= known:
+            return last
+    return []
+
+
+def _marked(ids: list[int], offsets: list[tuple[int, int]], found: list["Answer"]) -> Rendered:
     starts = np.array([start for start, _ in offsets], dtype=np.int64)
     answer = np.zeros(len(ids), dtype=bool)
-    for first, last in spans:
-        answer |= (starts >= first) & (starts < last)
-    return Rendered(np.array(ids, dtype=np.int64), answer)
+    for one in found:
+        answer |= (starts >= one.first) & (starts < one.last)
+    return Rendered(np.array(ids, dtype=np.int64), answer, sum(not one.marked for one in found))
 
 
-def _by_tags(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str) -> Rendered:
-    made = _apply(
-        tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, verbose=False
+def _by_tags(template: Template, messages: Messages, where: str) -> Rendered:
+    options = _marks_are_tokens(template.tokenizer)
+    made = template.apply(
+        messages,
+        where,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False, **options},
     )
-    return Rendered(np.array(made["input_ids"], dtype=np.int64), np.array(made["assistant_masks"], dtype=bool))
+    ids, answer = np.array(made["input_ids"], dtype=np.int64), np.array(made["assistant_masks"], dtype=bool)
+    turns = [turn for turn in messages if turn["role"] == "assistant"]
+    runs = [list(run) for counts, run in itertools.groupby(range(len(ids)), key=lambda i: answer[i]) if counts]
+    if any(not turn.get("learn", True) for turn in turns):
+        if len(runs) != len(turns):
+            raise ConfigError(
+                f"{where} has turns that are not to be learned (by weight or train), and the {{% generation %}} blocks "
+                f"of the chat template mark {len(runs)} answers of {len(turns)} turns, so it is not clear which; leave "
+                "the row out, or use a template without such blocks."
+            )
+        for turn, run in zip(turns, runs, strict=True):
+            answer[run] = turn.get("learn", True)
+    known = set(template.tokenizer.get_added_vocab().values())
+    return Rendered(ids, answer, sum(int(ids[run[-1]]) not in known for run in runs if answer[run[-1]]))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str, **options):
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ConfigError(
-            f"{where}: the tokenizer's chat template refuses this conversation ({roles}): {error}. Change the row, or "
-            "give a tokenizer whose template takes it."
-        ) from error
+@dataclass(frozen=True)
+class Answer:
+    """Characters ``first`` … ``last`` − 1 of a text; ``marked``: whether a mark ends them."""
+
+    first: int
+    last: int
+    marked: bool
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str, *, prompt: bool = False) -> str:
-    return _apply(tokenizer, messages, where, tokenize=False, add_generation_prompt=prompt)
+def answer_spans(template: Template, messages: Messages, where: str, text: str) -> list[Answer]:
+    """Where in ``text``, the whole conversation rendered, the assistant's answers are that are to be learned.
 
-
-def answer_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str, text: str
-) -> list[tuple[int, int]]:
-    """Where in ``text``, the whole conversation rendered, the assistant's answers are: (first, last + 1) characters.
-
-    Each is what rendering adds with the turn to the conversation before it. A template that writes a turn in another
-    way once others follow (Qwen3 drops earlier reasoning) has it found by its content and the mark that ends the last.
+    Each is what rendering adds with the turn to the conversation before it, up to the mark that ends the answer. A
+    template that writes a turn in another way once others follow (Qwen3 drops earlier reasoning) has it found by its
+    content and that mark.
     """
-    spans: list[tuple[int, int]] = []
-    tail = None
+    spans: list[Answer] = []
+    ending = template.known
     for number, message in enumerate(messages):
-        if message["role"] != "assistant" or not message["content"].strip():
+        if message["role"] != "assistant" or not message["content"].strip() or not message.get("learn", True):
             continue
         content = message["content"].strip()
-        before = _before(tokenizer, messages, number, where, text)
-        after = _render(tokenizer, messages[: number + 1], where)
-        if text.startswith(after) and len(after) > len(before):
-            last = len(after)
+        before = _before(template, messages, number, where, text)
+        after = template.render(messages[: number + 1], where)
+        if ending is None or not after.endswith(ending.tail):
+            ending = template.ending(messages[:number], where)
+        if text.startswith(after) and len(after) > len(before) and after.endswith(ending.tail):
+            last = len(after) - len(ending.tail) + len(ending.own)
         else:
-            if tail is None:
-                tail = _last_tail(tokenizer, messages[: number + 1], content, where)
             place = text.find(content, len(before))
             if place < 0 or text[len(before) : place].strip():
                 raise _lost(where, number)
             last = place + len(content)
-            last += len(tail) if text.startswith(tail, last) else 0
-        ended = text[len(before) : last].rstrip()
-        if not ended.endswith(content):  # something marks the end of the turn: what is blank after it is not said
-            last = len(before) + len(ended)
-        spans.append((len(before), last))
+            last += len(ending.own) if text.startswith(ending.own, last) else 0
+        if ending.marked:  # what is blank after the mark is not said
+            last = len(before) + len(text[len(before) : last].rstrip())
+        spans.append(Answer(len(before), last, ending.marked))
     return spans
 
 
-def _before(tokenizer: PreTrainedTokenizerBase, messages: Messages, number: int, where: str, text: str) -> str:
+def _before(template: Template, messages: Messages, number: int, where: str, text: str) -> str:
     """The part of ``text`` up to where the assistant's turn ``number`` has to say something."""
     if number == 0:  # no template renders nothing
         return text[: max(text.find(messages[0]["content"].strip()), 0)]
-    prompt = _render(tokenizer, messages[:number], where, prompt=True)
+    prompt = template.render(messages[:number], where, prompt=True)
     if text.startswith(prompt):
         return prompt
     # The prompt for an answer may go on as this answer does not, with an opened <think> for instance.
     shared = next((i for i, (one, other) in enumerate(zip(prompt, text, strict=False)) if one != other), len(text))
-    if shared < len(_render(tokenizer, messages[:number], where)):
+    if shared < len(template.render(messages[:number], where)):
         raise _lost(where, number)
     return text[:shared]
-
-
-def _last_tail(tokenizer: PreTrainedTokenizerBase, messages: Messages, content: str, where: str) -> str:
-    """What the template writes after ``content``, the last turn's; no further than the first token of its own, if it
-    begins with one: what follows may end the whole text (Phi 3.5), not the turn."""
-    text = _render(tokenizer, messages, where)
-    place = text.rfind(content)
-    tail = text[place + len(content) :] if place >= 0 else ""
-    blank = len(tail) - len(tail.lstrip())
-    marks = [mark for mark in tokenizer.get_added_vocab() if tail.startswith(mark, blank)]
-    return tail[: blank + max(map(len, marks))] if marks else tail
 
 
 def _lost(where: str, number: int) -> ConfigError:

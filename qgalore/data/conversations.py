@@ -3,85 +3,141 @@
 from collections.abc import Iterator
 from typing import Any
 
+from qgalore.data.notes import Notes, listed
 from qgalore.data.sources import rows
+from qgalore.data.turns import FLAGS, Turn, learns, refuse_keys, text_of, turns_of
 from qgalore.errors import ConfigError
 
-Messages = list[dict[str, str]]
+Messages = list[Turn]
 
-_ROLES = {
-    "system": "system", "user": "user", "assistant": "assistant",
-    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-}  # fmt: skip
 _EXPECTED = (
     "a row needs 'messages' (a list of role and content), 'conversations' (a list of from and value), 'prompt' and "
     "'completion', or 'instruction' and 'output' (with 'input' if there is one)"
 )
+# Keys that say what a model may do, is shown, or should rather not answer.
+_REFUSED = (
+    "functions", "documents", "images", "image", "videos", "audios", "audio", "chosen", "rejected", "mask",
+    "loss_mask", "chat_template_kwargs", "chat_template",
+)  # fmt: skip
+_SYSTEM = ("system", "system_prompt")
 
 
-def conversations(source: str, *, split: str = "train") -> Iterator[tuple[Messages, str]]:
+def conversations(source: str, *, split: str = "train", notes: Notes | None = None) -> Iterator[tuple[Messages, str]]:
     """Stream the conversations of ``source`` (see ``sources.rows``), each with a description of its place.
 
-    A conversation is a list of ``{"role": "system" | "user" | "assistant", "content": text}``, never empty.
+    A conversation is a list of ``{"role": "system" | "user" | "assistant", "content": text}``, never empty; an answer
+    that is not to be learned also has ``"learn": False``. notes: gets what is left out, changed or not read.
     Raises ConfigError as ``rows`` and ``messages_of`` do, and for a source without a row.
     """
+    notes = Notes() if notes is None else notes
     found = False
-    for row, where in rows(source, split=split):
+    for row, where in rows(source, split=split, notes=notes):
         found = True
-        yield messages_of(row, where), where
+        yield messages_of(row, where, notes), where
     if not found:
         raise ConfigError(f"data source {source!r} has no rows (it is empty); {_EXPECTED}.")
 
 
-def messages_of(row: dict[str, Any], where: str) -> Messages:
+def messages_of(row: dict[str, Any], where: str, notes: Notes | None = None) -> Messages:
     """The conversation in ``row``, which is at ``where``: the first of these layouts that its keys match.
 
     ``messages``: role and content, or ``conversations``: from and value, with ShareGPT's names of roles (either pair
-    of keys in either list); ``prompt`` and ``completion``; Alpaca's ``instruction``, ``input`` (may be absent or
-    empty) and ``output``. Raises ConfigError, naming the place and what was expected, for any other row.
+    of keys in either list); ``prompt`` and ``completion``, texts or lists of turns, of which those of the prompt are
+    not learned; Alpaca's ``instruction``, ``input`` (may be absent or empty) and ``output``, with the earlier questions
+    and answers in ``history``. Beside any of them ``system`` is the first turn, and a false ``train`` or a ``weight``
+    of 0 says that none of the answers is learned. ``notes`` counts keys that are not read.
+
+    Raises ConfigError, naming the place and what was expected, for any other row, and for keys with a meaning that is
+    not supported, such as tools, images and answers to be avoided.
     """
+    notes = Notes() if notes is None else notes
     if row.get("tools") not in (None, [], "", "[]"):
         raise ConfigError(f"{where} offers tools, which is not supported; leave such conversations out.")
+    refuse_keys(row, _REFUSED, where)
+    used, messages = _layout(row, where, notes)
+    messages = _with_system(row, messages, where)
+    if learns(row, where) is False:
+        for turn in messages:
+            if turn["role"] == "assistant" and turn.get("learn", True):
+                turn["learn"] = False
+                notes.not_learned += 1
+    for key, value in row.items():
+        if key not in (*used, *_SYSTEM, *FLAGS, *_REFUSED, "tools") and value is not None:
+            notes.ignore(key, where)
+    return messages
+
+
+def _layout(row: dict[str, Any], where: str, notes: Notes) -> tuple[tuple[str, ...], Messages]:
+    """The keys that were read, and the turns in them."""
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
-            return _turns(row[key], f"{where}: {key!r}")
+            if row.get("history"):
+                raise ConfigError(f"{where} has 'history' beside {key!r}; put the earlier turns into {key!r}.")
+            return (key, "history"), turns_of(row[key], f"{where}: {key!r}", notes)
     if row.get("prompt") is not None and row.get("completion") is not None:
-        return _exchange(_text(row, "prompt", where), _text(row, "completion", where))
+        label = ("label",) if row.get("label") is True else ()
+        return ("prompt", "completion", "history", *label), _completed(row, where, notes)
     if row.get("instruction") is not None and row.get("output") is not None:
-        question = _text(row, "instruction", where)
-        if row.get("input"):
-            question += "\n\n" + _text(row, "input", where)
-        return _exchange(question, _text(row, "output", where))
-    raise ConfigError(f"{where} has the keys {', '.join(map(repr, row)) or 'none'}; {_EXPECTED}.")
+        question = text_of(row["instruction"], where, "instruction")
+        if row.get("input") not in (None, ""):
+            question += "\n\n" + text_of(row["input"], where, "input")
+        exchange = _exchange(question, text_of(row["output"], where, "output"))
+        return ("instruction", "input", "output", "history"), _history(row, where) + exchange
+    raise ConfigError(f"{where} has the keys {listed(row)}; {_EXPECTED}.")
+
+
+def _completed(row: dict[str, Any], where: str, notes: Notes) -> Messages:
+    prompt, completion = row["prompt"], row["completion"]
+    if row.get("label") in (False, 0):
+        raise ConfigError(
+            f"{where}: 'label' is {row['label']}, which marks an answer to be avoided; leave such rows out."
+        )
+    if not (_turns_in(prompt) or _turns_in(completion)):
+        question = text_of(prompt, where, "prompt")
+        return _history(row, where) + _exchange(question, text_of(completion, where, "completion"))
+    before = turns_of(prompt, f"{where}: 'prompt'", notes) if _turns_in(prompt) else [_user(prompt, where, "prompt")]
+    for turn in before:
+        if turn["role"] == "assistant":
+            turn["learn"] = False
+    if _turns_in(completion):
+        return _history(row, where) + before + turns_of(completion, f"{where}: 'completion'", notes)
+    answer = Turn(role="assistant", content=text_of(completion, where, "completion"))
+    return [*_history(row, where), *before, answer]
+
+
+def _turns_in(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, dict) and ("role" in one or "from" in one) for one in value)
+
+
+def _user(value: Any, where: str, key: str) -> Turn:
+    return Turn(role="user", content=text_of(value, where, key))
 
 
 def _exchange(question: str, answer: str) -> Messages:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [Turn(role="user", content=question), Turn(role="assistant", content=answer)]
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(row[key], str):
-        raise ConfigError(f"{where}: {key!r} is of type {type(row[key]).__name__}; it must be text.")
-    return row[key]
+def _history(row: dict[str, Any], where: str) -> Messages:
+    """The earlier questions and answers of a row, a list of pairs."""
+    history = row.get("history") or []
+    pairs = isinstance(history, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    )
+    if not pairs:
+        raise ConfigError(f"{where}: 'history' must be a list of pairs, each an earlier question and its answer.")
+    return [turn for pair in history for turn in _exchange(*pair)]
 
 
-def _turns(turns: Any, where: str) -> Messages:
-    if not isinstance(turns, list) or not turns:
-        raise ConfigError(f"{where} is {'empty' if turns == [] else type(turns).__name__}; it must be a list of turns.")
-    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
-
-
-def _turn(turn: Any, where: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise ConfigError(
-            f"{where} is of type {type(turn).__name__}; it must have role and content, or from and value."
-        )
-    keys = next((pair for pair in (("role", "content"), ("from", "value")) if all(key in turn for key in pair)), None)
-    if keys is None:
-        present = ", ".join(map(repr, turn)) or "none"
-        raise ConfigError(f"{where} has the keys {present}; it needs role and content, or from and value.")
-    role = turn[keys[0]]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ConfigError(f"{where} has the {keys[0]} {role!r}; it must be one of {', '.join(_ROLES)}.")
-    if turn.get("tool_calls"):
-        raise ConfigError(f"{where} calls tools, which is not supported; leave such conversations out.")
-    return {"role": _ROLES[role], "content": _text(turn, keys[1], where)}
+def _with_system(row: dict[str, Any], messages: Messages, where: str) -> Messages:
+    given = {key: text_of(row[key], where, key) for key in _SYSTEM if row.get(key) not in (None, "")}
+    if len(set(given.values())) > 1:
+        raise ConfigError(f"{where}: {' and '.join(map(repr, given))} differ; keep one of them.")
+    for key, content in given.items():
+        if messages[0]["role"] != "system":
+            messages = [Turn(role="system", content=content), *messages]
+        elif messages[0]["content"] != content:
+            raise ConfigError(
+                f"{where}: {key!r} says something else than the system turn of the conversation; keep one of them."
+            )
+    return messages

@@ -2,31 +2,41 @@
 
 import functools
 import hashlib
-import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from qgalore.data.cache import Paths, cache_inputs, cached
 from qgalore.data.chat import Rendered, encode
-from qgalore.data.conversations import conversations
-from qgalore.data.tokenizing import Totals, id_dtype
-from qgalore.data.tokens import Paths, TokenFile, cache_inputs, cached
+from qgalore.data.conversations import Messages, conversations
+from qgalore.data.notes import Notes
+from qgalore.data.sources import ROW_ENDINGS
+from qgalore.data.templates import writes_date
+from qgalore.data.tokenizing import Progress, Totals, id_bound
+from qgalore.data.tokens import TokenFile
 from qgalore.errors import ConfigError
 
-_BATCH = 1024  # conversations that are tokenized, and fitted into rows, together
+# Conversations that are tokenized, and fitted into rows, together
+_BATCH, _BATCH_CHARACTERS = 1024, 1 << 24
 
 
 @dataclass
 class InstructTotals(Totals):
-    """What was written, and of the conversations how many were cut, and left out for want of an answer."""
+    """What was written, and of the conversations how many were cut, left out for want of an answer, or hold strings of
+    special tokens; ``endless`` counts answers without a mark at their end."""
 
     answers: int = 0
     cut: int = 0
     without_answer: int = 0
     padding: int = 0
+    endless: int = 0
+    quoting: int = 0
     offsets: list[int] = field(default_factory=lambda: [0])
 
     def summary(self) -> str:
@@ -34,8 +44,22 @@ class InstructTotals(Totals):
         if self.cut:
             notes += f"; {self.cut} conversations longer than sequence_length were cut short"
         if self.without_answer:
-            notes += f"; {self.without_answer} without an answer (or none before the cut) were left out"
+            notes += f"; {self.without_answer} without an answer to learn (or none before the cut) were left out"
         return f"{super().summary()}; {notes}"
+
+    def close(self, notes: Notes) -> None:
+        """Gather what is to be told."""
+        self.remarks = list(notes.lines())
+        if self.endless:
+            self.remarks.append(
+                f"the chat template writes no mark at the end of {self.endless} answers, so that the model does not "
+                "learn from them to stop; use a template that ends an answer with a token, such as the tokenizer's eos"
+            )
+        if self.quoting:
+            self.remarks.append(
+                f"{self.quoting} conversations say strings of special tokens, which become those tokens; take the "
+                "strings out if they are not meant as marks"
+            )
 
 
 def conversations_to_disk(
@@ -46,6 +70,7 @@ def conversations_to_disk(
     sequence_length: int,
     split: str = "train",
     max_tokens: int | None = None,
+    day: date | None = None,
     report: Callable[[str], None] = print,
 ) -> TokenFile:
     """Tokenize the conversations of ``source`` (see ``conversations``) into ``cache_dir``, or reuse what is there.
@@ -54,61 +79,105 @@ def conversations_to_disk(
     it is an assistant's to say (see ``chat.encode``). The file is made of rows of ``sequence_length`` tokens: each
     conversation lies within one, cut short if it is longer, and end-of-text tokens that are no targets fill the row.
     And ``max_tokens``, which stops reading there, cuts nothing: it is passed by up to 1,024 conversations.
-    The chat template belongs to the key.
+    The chat template belongs to the key, and so does ``day``, the date for a template that writes one (None: today).
 
     Raises ConfigError as ``tokenize_to_disk``, ``conversations`` and ``chat.encode`` do, and if no conversation has
     an answer.
     """
-    inputs = cache_inputs(source, tokenizer, split=split, max_tokens=max_tokens)
+    inputs = cache_inputs(source, tokenizer, split=split, max_tokens=max_tokens, report=report, endings=ROW_ENDINGS)
     template = hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()
     inputs |= {"task": "instruct", "row_length": sequence_length, "template": template}
+    if writes_date(tokenizer):
+        day = date.today() if day is None else day
+        inputs["day"] = day.isoformat()
 
     def write(paths: Paths, dtype: np.dtype, report: Callable[[str], None]) -> Totals:
-        return _write(source, split, tokenizer, paths, dtype, sequence_length, max_tokens)
+        return _Writer(tokenizer, sequence_length, dtype, day).write(source, split, max_tokens, paths, report)
 
-    return cached(inputs, id_dtype(tokenizer), write, cache_dir=cache_dir, report=report)
-
-
-def _write(
-    source: str,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    paths: Paths,
-    dtype: np.dtype,
-    length: int,
-    max_tokens: int | None,
-) -> InstructTotals:
-    totals = InstructTotals()
-    stream = conversations(source, split=split)
-    with paths.tokens.open("wb") as tokens, paths.answers.open("wb") as answers:
-        for batch in iter(functools.partial(_next, stream), []):
-            kept = list(_usable(encode(tokenizer, batch), length, totals))
-            for row in fit([len(one.ids) for one in kept], length):
-                _append(tokens, answers, [kept[i] for i in row], dtype, length, tokenizer.eos_token_id, totals)
-            if max_tokens is not None and totals.tokens >= max_tokens:
-                break
-    if totals.documents == 0:
-        raise ConfigError(
-            f"none of the {totals.without_answer} conversations of {source!r} has an answer within sequence_length "
-            f"{length}; give a longer sequence_length, or rows with an assistant's turn."
-        )
-    np.save(paths.offsets, np.array(totals.offsets, dtype=np.int64))
-    return totals
+    made = cached(inputs, tokenizer, write, cache_dir=cache_dir, report=report)
+    return TokenFile(made.tokens, made.offsets, made.vocab_high, made.answers, sequence_length, made.checksum)
 
 
-def _next(stream: Iterator) -> list:
-    return list(itertools.islice(stream, _BATCH))
+class _Writer:
+    """Conversations to rows of ``length`` tokens in files."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, dtype: np.dtype, day: date | None) -> None:
+        self._tokenizer, self._length, self._dtype, self._day = tokenizer, length, dtype, day
+        self._bound = id_bound(tokenizer)
+        # No token is longer, so that what is cut from a text here would be cut from its ids too.
+        self._longest = (length + 1) * max(map(len, tokenizer.get_vocab()))
+        self._totals = InstructTotals()
+        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def write(
+        self, source: str, split: str, max_tokens: int | None, paths: Paths, report: Callable[[str], None]
+    ) -> InstructTotals:
+        totals, notes = self._totals, Notes()
+        stream = conversations(source, split=split, notes=notes)
+        progress = Progress("tokens", totals.summary, lambda: totals.tokens, report)
+        with paths.tokens.open("wb") as tokens, paths.answers.open("wb") as answers, progress:
+            for batch in iter(functools.partial(_next, stream), []):
+                kept = list(self._usable(batch))
+                for row in fit([len(one.ids) for one in kept], self._length):
+                    self._append(tokens, answers, [kept[i] for i in row])
+                progress.step()
+                if max_tokens is not None and totals.tokens >= max_tokens:
+                    break
+        if totals.documents == 0:
+            raise ConfigError(
+                f"none of the {totals.without_answer} conversations of {source!r} has an answer to learn within "
+                f"sequence_length {self._length}; give a longer sequence_length, or rows with an assistant's turn."
+            )
+        np.save(paths.offsets, np.array(totals.offsets, dtype=np.int64))
+        totals.close(notes)
+        return totals
+
+    def _usable(self, batch: list[tuple[Messages, str]]) -> Iterator[Rendered]:
+        """The conversations cut to the rows' length, without those that then have no answer; counted."""
+        totals, length = self._totals, self._length
+        for (messages, _), one in zip(batch, encode(self._tokenizer, batch, self._day, self._longest), strict=True):
+            short = Rendered(one.ids[:length], one.answer[:length])
+            if not short.answer[1:].any():  # nothing comes before the first token from which it could be foretold
+                totals.without_answer += 1
+                continue
+            totals.cut += len(one.ids) > length
+            totals.endless += one.endless
+            totals.quoting += any(self._special.search(turn["content"]) for turn in messages)
+            yield short
+
+    def _append(self, tokens: BinaryIO, answers: BinaryIO, row: list[Rendered]) -> None:
+        """Write one row. What fills it counts to its last conversation, where nothing can see it."""
+        totals, length = self._totals, self._length
+        ids = np.concatenate([one.ids for one in row])
+        marks = np.concatenate([one.answer for one in row])
+        ends = totals.tokens + np.cumsum([len(one.ids) for one in row])
+        empty = length - len(ids)
+        ids = np.pad(ids, (0, empty), constant_values=self._tokenizer.eos_token_id)
+        ends[-1] = totals.tokens + length
+        if not 0 <= ids.min() <= ids.max() < self._bound:
+            raise ConfigError(
+                f"the tokenizer {self._tokenizer.name_or_path!r} gives the ids {ids.min()} to {ids.max()}, and its "
+                f"vocabulary has {self._bound}; its files do not belong together."
+            )
+        tokens.write(ids.astype(self._dtype).tobytes())
+        answers.write(np.pad(marks, (0, empty)).astype(np.uint8).tobytes())
+        totals.offsets.extend(ends.tolist())
+        totals.documents += len(row)
+        totals.tokens += length
+        totals.answers += int(marks.sum())
+        totals.padding += empty
+        totals.vocab_high = max(totals.vocab_high, int(ids.max()))
 
 
-def _usable(rendered: list[Rendered], length: int, totals: InstructTotals) -> Iterator[Rendered]:
-    """The conversations cut to ``length``, without those that then have no answer; counted."""
-    for one in rendered:
-        short = Rendered(one.ids[:length], one.answer[:length])
-        if not short.answer[1:].any():  # nothing comes before the first token from which it could be foretold
-            totals.without_answer += 1
-            continue
-        totals.cut += len(one.ids) > length
-        yield short
+def _next(stream: Iterator[tuple[Messages, str]]) -> list[tuple[Messages, str]]:
+    batch, characters = [], 0
+    for messages, where in stream:
+        batch.append((messages, where))
+        characters += sum(len(turn["content"]) for turn in messages)
+        if len(batch) >= _BATCH or characters >= _BATCH_CHARACTERS:
+            break
+    return batch
 
 
 def fit(lengths: list[int], length: int) -> list[list[int]]:
@@ -125,23 +194,3 @@ def fit(lengths: list[int], length: int) -> list[list[int]]:
         rows[place].append(index)
         room[place] -= lengths[index]
     return rows
-
-
-def _append(tokens, answers, row: list[Rendered], dtype, length: int, filler: int, totals: InstructTotals) -> None:
-    """Write one row. What fills it counts to its last conversation, where nothing can see it."""
-    ids = np.concatenate([one.ids for one in row])
-    marks = np.concatenate([one.answer for one in row])
-    ends = totals.tokens + np.cumsum([len(one.ids) for one in row])
-    empty = length - len(ids)
-    ids = np.pad(ids, (0, empty), constant_values=filler)
-    ends[-1] = totals.tokens + length
-    assert ids.min() >= 0
-    assert ids.max() <= np.iinfo(dtype).max, f"token id {ids.max()} does not fit {dtype}"
-    tokens.write(ids.astype(dtype).tobytes())
-    answers.write(np.pad(marks, (0, empty)).astype(np.uint8).tobytes())
-    totals.offsets.extend(ends.tolist())
-    totals.documents += len(row)
-    totals.tokens += length
-    totals.answers += int(marks.sum())
-    totals.padding += empty
-    totals.vocab_high = max(totals.vocab_high, int(ids.max()))

@@ -1,7 +1,7 @@
 """Tables of texts with a label each (classification, regression), and padded batches of them."""
 
-import csv
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
+from .notes import Notes, listed, short
 from .paths import close_names
-from .sources import _byte_lines, _decode, _unreadable, jsonl_rows
-
-ENDINGS = (".tsv", ".csv", ".tsv.gz", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+from .tables import ENDINGS, table_rows
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class Labels:
             return cls(None)
         found = {example.label for example in examples}
         if len(found) < 2:
-            raise ConfigError(f"data.train has only the label {min(found)!r}; a classifier needs at least two")
-        whole = all(label.removeprefix("-").isdecimal() for label in found)
-        return cls(tuple(sorted(found, key=int if whole else str)))
+            raise ConfigError(f"data.train has only the label {short(min(found))}; a classifier needs at least two")
+        whole = all(re.fullmatch("-?[0-9]{1,18}", label) for label in found)
+        return cls(tuple(sorted(found, key=(lambda label: (int(label), label)) if whole else str)))
 
     def encode(self, examples: Sequence[Example], key: str) -> np.ndarray:
         """Class ids (int64), or the numbers (float32). Raises :class:`ConfigError`, naming ``key``, for others."""
@@ -58,7 +57,10 @@ class Labels:
         ids = {name: number for number, name in enumerate(self.names)}
         for example in examples:
             if example.label not in ids:
-                raise ConfigError(f"{key} has the label {example.label!r}; data.train has only {', '.join(self.names)}")
+                raise ConfigError(
+                    f"{key} has the label {short(example.label)}, and data.train has only "
+                    f"{listed(self.names)}; add examples of it to data.train, or take it out"
+                )
         return np.array([ids[example.label] for example in examples], dtype=np.int64)
 
 
@@ -68,80 +70,53 @@ def _number(text: str, key: str) -> float:
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
-        raise ConfigError(f"{key} has the label {text!r}, which is not a number; set data.label_type=class for names")
+        raise ConfigError(
+            f"{key} has the label {short(text)}, which is not a number; set data.label_type=class for names"
+        )
     return value
 
 
-def read_examples(source: str, *, text_keys: Sequence[str], label_key: str, header: bool = True) -> list[Example]:
-    """The rows of a local ``.tsv`` (unquoted, as GLUE's), ``.csv``, ``.jsonl`` or ``.parquet``, the first three
-    optionally ``.gz``. Without ``header`` a table's columns are called "0", "1", ….
+def read_examples(
+    source: str, *, text_keys: Sequence[str], label_key: str, header: bool = True, notes: Notes | None = None
+) -> list[Example]:
+    """The rows of a local ``.tsv`` (unquoted, as GLUE's), ``.csv``, ``.jsonl``, ``.json`` or ``.parquet``, all but the
+    last optionally ``.gz``. Without ``header`` a table's columns are called "0", "1", …. notes: gets what was changed.
 
-    Raises :class:`ConfigError` for a file that is missing, empty or unreadable, and for a row without a wanted key.
+    Raises :class:`ConfigError` for a file that is missing, empty or unreadable, for a row without a wanted key, and for
+    texts and labels that are lists or objects.
     """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"data source {source!r} is not a file. {close_names(path)}".rstrip())
-    if not path.name.endswith(ENDINGS):
-        raise ConfigError(f"{source!r}: labelled data is read from {', '.join(ENDINGS)}; convert it to one of them")
-    found = []
-    for row, where in _rows(path, header):
-        values = []
-        for key in (*text_keys, label_key):
-            if row.get(key) is None:
-                raise ConfigError(
-                    f"{where} has no {key!r}; its keys are {', '.join(map(repr, row))}: set data.text_keys and "
-                    "data.label_key (and data.header: false for a table without a first line of names)"
-                )
-            values.append(str(row[key]).strip())
-        found.append(Example(tuple(values[:-1]), values[-1]))
+    found = list(examples_of(source, text_keys=text_keys, label_key=label_key, header=header, notes=notes))
     if not found:
         raise ConfigError(f"data source {source!r} has no rows")
     return found
 
 
-def _rows(path: Path, header: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        yield from _parquet_rows(path)
-    elif name.endswith(".jsonl"):
-        yield from _json_rows(path)
-    else:
-        yield from _table_rows(path, header, name.endswith(".tsv"))
+def examples_of(
+    source: str, *, text_keys: Sequence[str], label_key: str, header: bool = True, notes: Notes | None = None
+) -> Iterator[Example]:
+    """As :func:`read_examples`, one after the other."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"data source {source!r} is not a file. {close_names(path)}".rstrip())
+    if not path.name.lower().endswith(ENDINGS):
+        raise ConfigError(f"{source!r}: labelled data is read from {', '.join(ENDINGS)}; convert it to one of them")
+    for row, where in table_rows(path, header, [*text_keys, label_key], Notes() if notes is None else notes):
+        texts = [_cell(row, key, where) for key in text_keys]
+        yield Example(tuple(texts), _cell(row, label_key, where))
 
 
-def _table_rows(path: Path, header: bool, tabs: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    lines = (_decode(raw, f"{str(path)!r} line {number}") for number, raw in enumerate(_byte_lines(path), start=1))
-    # GLUE's files use tabs and no quoting at all: a lone " is an ordinary character there.
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
-    names: list[str] | None = None
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if header and names is None:
-                names = cells
-                continue
-            yield dict(zip(names or map(str, range(len(cells))), cells, strict=False)), f"{path} line {reader.line_num}"
-    except csv.Error as error:
-        raise ConfigError(f"{path} line {reader.line_num} is not a row of a table: {error}") from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for row, where in jsonl_rows(path):
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where} is a JSON {type(row).__name__}; every line must be one JSON object")
-        yield row, where
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
-    yield from ((row, f"{path} row {number}") for number, row in enumerate(rows, start=1))
+def _cell(row: dict[str, Any], key: str, where: str) -> str:
+    """What stands under ``key`` as text."""
+    value = row.get(key)
+    if value is None:
+        raise ConfigError(
+            f"{where} has no {key!r}; its keys are {listed(row)}: set data.text_keys and "
+            "data.label_key (and data.header: false for a table without a first line of names)"
+        )
+    if not isinstance(value, (str, int, float)) or value != value:
+        shown = "not a number" if isinstance(value, float) else f"of type {type(value).__name__}"
+        raise ConfigError(f"{where}: {key!r} is {shown}; it must be a text or a number: choose another key")
+    return str(value).strip()
 
 
 class LabelledTexts:

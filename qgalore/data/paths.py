@@ -6,7 +6,7 @@ from pathlib import Path
 
 def looks_like_path(name: str, endings: tuple[str, ...]) -> bool:
     """True when ``name`` can only be meant as a path: it has one of ``endings``, starts as paths do, or exists."""
-    if name.endswith(endings) or name.startswith(("./", "../", "/", "~")) or name in (".", ".."):
+    if name.lower().endswith(endings) or name.startswith(("./", "../", "/", "~")) or name in (".", ".."):
         return True
     return Path(name).exists()
 

@@ -1,38 +1,48 @@
-"""Documents (whole texts) out of local files, folders of files, and Hugging Face datasets."""
+"""Documents (whole texts) and rows out of local files, folders of files, and Hugging Face datasets."""
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qgalore.data.checksums import content_digest
+from qgalore.data.columns import parquet_names, parquet_rows
+from qgalore.data.hub import dataset_rows
+from qgalore.data.jsons import json_rows, jsonl_rows
+from qgalore.data.notes import Notes, listed
+from qgalore.data.opening import Unfinished, in_pieces, text_chunks, unreadable
 from qgalore.data.paths import close_names, looks_like_path
 from qgalore.errors import ConfigError
 
-ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-_ENDINGS_TEXT = ", ".join(ENDINGS)
-_PARQUET_ROWS = 1024
+ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")  # rows with keys
+ENDINGS = (".txt", ".txt.gz", *ROW_ENDINGS)
 
 
 class DocumentStream(Iterator[str]):
-    """Iterator over the non-blank documents of one source.
+    """Iterator over the non-blank documents of one source. A long document comes in pieces, all but its last
+    ``opening.Unfinished``.
 
-    Attributes ``documents`` (given out so far) and ``blank`` (skipped so far: empty, only white space, or null).
-    Raises ConfigError at the end of a source that held no document, and from the reader for unreadable input.
+    Attributes ``documents`` (given out so far), ``blank`` (skipped so far: empty, only white space, or null) and
+    ``notes``. Raises ConfigError at the end of a source that held no document, and from the reader for unreadable
+    input.
     """
 
-    def __init__(self, source: str, texts: Iterator[str | None]):
+    def __init__(self, source: str, texts: Iterator[str | None], notes: Notes | None = None):
         self.documents = 0
         self.blank = 0
+        self.notes = Notes() if notes is None else notes
         self._source = source
-        self._texts = texts
+        self._pieces = (piece for text in texts for piece in _pieces(text))
+        self._inside = False
 
     def __next__(self) -> str:
-        for text in self._texts:
-            if text is not None and text.strip():
-                self.documents += 1
+        for text in self._pieces:
+            goes_on = isinstance(text, Unfinished)
+            if text is not None and (goes_on or self._inside or text.strip()):
+                self._inside = goes_on
+                self.documents += not goes_on
                 return text
             self.blank += 1
         if self.documents == 0:
@@ -41,154 +51,160 @@ class DocumentStream(Iterator[str]):
         raise StopIteration
 
 
+def _pieces(text: Any) -> Iterator[str | None]:
+    if text is None:
+        yield None
+    else:
+        yield from in_pieces([text] if isinstance(text, str) else text)
+
+
 def documents(source: str, *, text_key: str = "text", split: str = "train") -> DocumentStream:
     """Stream the documents of ``source``, blank ones skipped and counted (see DocumentStream).
 
-    source: a file (.txt, .txt.gz: one document; .jsonl, .jsonl.gz, .parquet: one document a row), a folder (every such
-        file below it in sorted order, hidden ones left out), or a Hugging Face dataset id with an optional config,
-        ``"allenai/c4:en"``, which is streamed.
+    source: a file (.txt, .txt.gz: one document; .jsonl, .jsonl.gz, .json, .json.gz, .parquet: one document a row), a
+        folder (every such file below it in sorted order, hidden ones left out), or a Hugging Face dataset id with an
+        optional config, ``"allenai/c4:en"``, which is streamed. Endings may be written in capitals.
     text_key: the key or column that holds the text. split: only for Hugging Face datasets.
 
     Raises ConfigError at once for a path that does not exist or has nothing readable, and while iterating for bytes
     that are not UTF-8, invalid JSON, rows without ``text_key``, a damaged file, a source without text, a Hub failure.
     """
+    notes = Notes()
     if looks_like_path(source, ENDINGS):
-        files = _local_files(source)
-        return DocumentStream(source, (text for path in files for text in _file_texts(path, text_key)))
-    dataset_id, _, config = source.partition(":")
-    return DocumentStream(source, _dataset_texts(dataset_id, config or None, split, text_key))
+        files = local_files(source, ENDINGS, notes)
+        texts = (text for path in files for text in _file_texts(path, text_key, notes))
+    else:
+        texts = _dataset_texts(source, split, text_key)
+    return DocumentStream(source, texts, notes)
 
 
-def rows(source: str, *, split: str = "train") -> Iterator[tuple[dict, str]]:
-    """Stream the rows of ``source`` as they are, each with a description of its place (file and line, or row).
+def rows(source: str, *, split: str = "train", notes: Notes | None = None) -> Iterator[tuple[dict, str]]:
+    """Stream the rows of ``source`` as they are, each with a description of its place (file and line, item or row).
 
-    source: a file (.jsonl, .jsonl.gz), a folder of such files in sorted order, or a Hugging Face dataset id with an
-        optional config, as for ``documents``. split: only for Hugging Face datasets.
+    source: a file (.jsonl, .jsonl.gz; .json, .json.gz: an array of objects, or lines as .jsonl has; .parquet), a
+        folder of such files in sorted order, or a Hugging Face dataset id with an optional config, as for
+        ``documents``. split: only for Hugging Face datasets. notes: gets what is left out or changed.
 
-    Raises ConfigError as ``documents`` does, and for a file that is not JSON lines.
+    Raises ConfigError as ``documents`` does, and for a file without rows.
     """
+    notes = Notes() if notes is None else notes
     if not looks_like_path(source, ENDINGS):
-        dataset_id, _, config = source.partition(":")
-        for number, row in enumerate(_dataset_rows(dataset_id, config or None, split), start=1):
-            yield row, f"dataset {dataset_id!r} row {number}"
-        return
-    for path in _local_files(source):
-        if not path.name.endswith((".jsonl", ".jsonl.gz")):
-            raise ConfigError(f"{str(path)!r} has no rows with several keys; give .jsonl or .jsonl.gz files only.")
-        for row, where in jsonl_rows(path):
-            yield _object(row, where), where
+        return dataset_rows(source, split, ROW_ENDINGS)
+    files = local_files(source, ROW_ENDINGS, notes)
+    return (found for path in files for found in _file_rows(path, notes))
 
 
-def fingerprint(source: str) -> str:
-    """What ``source`` holds now, for cache keys: a digest of its files' names, sizes and times, or the dataset id.
+def fingerprint(
+    source: str, endings: tuple[str, ...] = ENDINGS, *, report: Callable[[str], None] = lambda line: None
+) -> str:
+    """What ``source`` holds now, for cache keys: a digest of its files' names and contents, or the dataset id.
 
-    Raises ConfigError as ``documents`` does for a path that does not exist or has nothing readable.
+    Large files take about a second for each GB; ``report`` gets a line now and then. Raises ConfigError as
+    ``documents`` does for a path that does not exist or has nothing readable.
     """
     if not looks_like_path(source, ENDINGS):
         return source
     root = Path(source).expanduser()
     digest = hashlib.sha256()
-    for path in _local_files(source):
+    for path in local_files(source, endings, Notes()):
         name = path.name if path == root else path.relative_to(root).as_posix()
         try:
-            stat = path.stat()
+            content = content_digest(path, report)
         except OSError as error:
-            raise _unreadable(path, error) from error
-        digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())
+            raise unreadable(path, error) from error
+        digest.update(json.dumps([name, content]).encode())
     return digest.hexdigest()
 
 
-def _local_files(source: str) -> list[Path]:
+def local_files(source: str, endings: tuple[str, ...], notes: Notes) -> list[Path]:
+    """The files of a local ``source`` that end in one of ``endings``; ``notes`` gets those of a folder that do not.
+
+    Raises ConfigError for a path that does not exist or has nothing readable.
+    """
     root = Path(source).expanduser()
+    listing = ", ".join(endings)
     if not root.exists():
         raise ConfigError(f"data source {source!r} does not exist. {close_names(root)}".rstrip())
     if root.is_dir():
-        return _folder_files(source, root)
-    if not root.name.endswith(ENDINGS):
-        raise ConfigError(
-            f"data source {source!r} has an ending that is not read; convert it to one of {_ENDINGS_TEXT}."
-        )
+        found = _folder_files(root, endings, notes)
+        if not found:
+            other = f"; of other endings it has {', '.join(notes.left_out[:5])}" if notes.left_out else ""
+            raise ConfigError(f"the folder {source!r} has no file that can be read; it needs some of {listing}{other}.")
+        return found
+    if not root.name.lower().endswith(endings):
+        raise ConfigError(f"data source {source!r} has an ending that is not read here; convert it to {endings[0]}, "
+                          f"or another of {listing}.")  # fmt: skip
+    if not root.is_file():
+        raise ConfigError(f"data source {source!r} is no ordinary file; write what it gives to a file first.")
     return [root]
 
 
-def _folder_files(source: str, root: Path) -> list[Path]:
-    found = []
-    for path in root.rglob("*"):
+def _folder_files(root: Path, endings: tuple[str, ...], notes: Notes) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ConfigError(
+            f"the folder {str(error.filename)!r} cannot be looked into ({error.strerror}); allow it, or move it away."
+        ) from error
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        here = Path(place)
+        seen.add((here.stat().st_dev, here.stat().st_ino))
         # Editors, version control and macOS ("._name") leave hidden files that are not the user's text.
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if not hidden and path.name.endswith(ENDINGS) and path.is_file():
-            found.append(path)
-    if not found:
-        raise ConfigError(f"the folder {source!r} has no file that can be read; it needs some of {_ENDINGS_TEXT}.")
+        notes.hidden += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = [name for name in folders if not name.startswith(".") and not _known(here / name, seen)]
+        for path in (here / name for name in names if not name.startswith(".")):
+            if path.name.lower().endswith(endings) and path.is_file():
+                found.append(path)
+            else:
+                name = path.relative_to(root).as_posix()
+                notes.left_out.append(name.encode("utf-8", "replace").decode())  # it is printed
+    notes.left_out.sort()
+    notes.read = ", ".join(endings)
     # By parts, so that the order does not depend on how the separator sorts.
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    detail = str(error).splitlines()[0] if str(error) else ""
-    return ConfigError(
-        f"{str(path)!r} could not be read ({type(error).__name__}: {detail}); check its permissions, and that it is "
-        "complete and of the format its ending says."
-    )
+def _known(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether a link leads back to a folder that was looked into."""
+    return (folder.stat().st_dev, folder.stat().st_ino) in seen
 
 
-def _file_texts(path: Path, text_key: str) -> Iterator[str | None]:
-    if path.name.endswith(".parquet"):
-        return _parquet_texts(path, text_key)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _jsonl_texts(path, text_key)
-    return _txt_text(path)
-
-
-def _byte_lines(path: Path) -> Iterator[bytes]:
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            yield from file
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from error
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        # utf-8-sig: a byte order mark is no part of the text.
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{where} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); convert the file to UTF-8."
-        ) from error
-
-
-def _txt_text(path: Path) -> Iterator[str]:
-    yield _decode(b"".join(_byte_lines(path)), repr(str(path)))
-
-
-def _jsonl_texts(path: Path, text_key: str) -> Iterator[str | None]:
-    for row, where in jsonl_rows(path):
+def _file_texts(path: Path, text_key: str, notes: Notes) -> Iterator[Any]:
+    """Texts, None for a null; of a .txt the chunks of its one text."""
+    name = path.name.lower()
+    if name.endswith((".txt", ".txt.gz")):
+        yield text_chunks(path)
+        return
+    if name.endswith(".parquet"):
+        names = parquet_names(path)
+        if text_key not in names:
+            raise _no_text_key(text_key, names, repr(str(path)))
+        found = parquet_rows(path, [text_key])
+    else:
+        found = _file_rows(path, notes)
+    for row, where in found:
         yield _row_text(row, text_key, where)
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    """(value, where it stands) of every line of JSON that is not blank. Raises :class:`ConfigError` for other lines."""
-    for number, raw in enumerate(_byte_lines(path), start=1):
-        where = f"{str(path)!r} line {number}"
-        line = _decode(raw, where)
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{where} is not valid JSON ({error}); every line must be one JSON object.") from error
+def _dataset_texts(source: str, split: str, text_key: str) -> Iterator[str | None]:
+    return (_row_text(row, text_key, where) for row, where in dataset_rows(source, split, ENDINGS))
+
+
+def _file_rows(path: Path, notes: Notes) -> Iterator[tuple[dict, str]]:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from parquet_rows(path)
+        return
+    for row, where in jsonl_rows(path, notes) if name.endswith((".jsonl", ".jsonl.gz")) else json_rows(path, notes):
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"{where} is a JSON {type(row).__name__}, not an object; every line, or item of an array, must be one "
+                "JSON object."
+            )
         yield row, where
 
 
-def _object(row: Any, where: str) -> dict:
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where} is a JSON {type(row).__name__}, not an object; every line must be one JSON object.")
-    return row
-
-
-def _row_text(row: Any, text_key: str, where: str) -> str | None:
-    row = _object(row, where)
+def _row_text(row: dict, text_key: str, where: str) -> str | None:
     if text_key not in row:
         raise _no_text_key(text_key, list(row), where)
     text = row[text_key]
@@ -200,63 +216,6 @@ def _row_text(row: Any, text_key: str, where: str) -> str | None:
 
 
 def _no_text_key(text_key: str, present: list[str], where: str) -> ConfigError:
-    keys = ", ".join(map(repr, present)) or "none"
     return ConfigError(
-        f"{where} has no {text_key!r}; the keys present are {keys}: set text_key to the one with the text."
-    )
-
-
-def _parquet_texts(path: Path, text_key: str) -> Iterator[str | None]:
-    # pyarrow takes a good part of a second to import and only this reader needs it.
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if text_key not in names:
-                raise _no_text_key(text_key, names, repr(str(path)))
-            row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield _row_text({text_key: text}, text_key, f"{str(path)!r} row {row}")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{str(path)!r}: column {text_key!r} is not UTF-8; convert it to UTF-8 text.") from error
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _dataset_texts(dataset_id: str, config: str | None, split: str, text_key: str) -> Iterator[str | None]:
-    for number, row in enumerate(_dataset_rows(dataset_id, config, split), start=1):
-        yield _row_text(row, text_key, f"dataset {dataset_id!r} row {number}")
-
-
-def _dataset_rows(dataset_id: str, config: str | None, split: str) -> Iterator[dict]:
-    # datasets takes about a second to import and only this reader needs it.
-    import datasets
-
-    # The Hub, its clients and the file formats behind them raise dozens of types, and all mean the same to the user.
-    try:
-        rows = iter(datasets.load_dataset(dataset_id, name=config, split=split, streaming=True))
-    except Exception as error:
-        raise _hub_failure(dataset_id, config, split, error) from error
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise _hub_failure(dataset_id, config, split, error) from error
-        yield row
-
-
-def _hub_failure(dataset_id: str, config: str | None, split: str, error: Exception) -> ConfigError:
-    lines = str(error).splitlines() or [""]
-    suggestion = close_names(Path(dataset_id)) if Path(dataset_id).parent.is_dir() else ""
-    return ConfigError(
-        f"dataset {dataset_id!r} (config {config!r}, split {split!r}) is no local path and could not be streamed from "
-        f"the Hugging Face Hub ({type(error).__name__}: {lines[0]}). Check the spelling of id, config and split, and "
-        f"the network; without network give a local file or folder ({_ENDINGS_TEXT}), or set HF_HOME to a cache that "
-        f"holds the dataset, with HF_HUB_OFFLINE=1. {suggestion}".rstrip()
+        f"{where} has no {text_key!r}; the keys present are {listed(present)}: set text_key to the one with the text."
     )

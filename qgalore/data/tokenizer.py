@@ -35,11 +35,12 @@ def load_tokenizer(name_or_path: str, *, report: Callable[[str], None] = print) 
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int, report: Callable[[str], None] = print
+    texts: Iterable[str], *, vocab_size: int, show_progress: bool = False, report: Callable[[str], None] = print
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with at most ``vocab_size`` tokens, the same for the same texts.
 
     Any text round-trips, since every byte is a token. ``<|endoftext|>`` (id 0) is bos, eos and pad.
+    ``show_progress`` draws the library's own bars on standard error.
     Prints the size reached when the texts have too few repeated pairs for ``vocab_size``.
     Raises ConfigError for ``vocab_size`` below 257 and for texts without a single character.
     """
@@ -58,7 +59,7 @@ def train_tokenizer(
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=show_progress,
     )
     characters = 0
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +10,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qgalore.data.sources import documents, fingerprint
-from qgalore.data.tokenizing import Totals, id_dtype, write_tokens
+from qgalore.data.cache import Paths, cache_inputs, cached
+from qgalore.data.sources import documents
+from qgalore.data.tokenizing import Totals, write_tokens
 from qgalore.errors import ConfigError
-
-_VERSION = 1  # of the layout below; a change makes every old cache a miss
-_TOKENS, _OFFSETS, _META, _ANSWERS = "tokens.bin", "offsets.npy", "meta.json", "answers.bin"
-
-# Writes the token file in a folder, given the ids' dtype and where to report: (paths, dtype, report) → Totals.
-Writer = Callable[["Paths", np.dtype, Callable[[str], None]], Totals]
-
-
-@dataclass(frozen=True)
-class Paths:
-    """The files of a token file that is being written; ``answers`` belongs to conversations only."""
-
-    tokens: Path
-    offsets: Path
-    answers: Path
 
 
 @dataclass(frozen=True)
@@ -39,7 +22,7 @@ class TokenFile:
 
     tokens: (n,) uint16 or uint32, read from disk as needed. offsets: (n_documents + 1,) int64, document i is
     ``tokens[offsets[i]:offsets[i + 1]]``, offsets[0] is 0 and offsets[-1] is n. vocab_high: the largest id in the
-    whole file, so a bound for every part of it.
+    whole file, so a bound for every part of it. checksum: of every byte of the whole file.
 
     Of conversations also: answers: (n,) bool, whether a token is an assistant's to say; row_length: documents lie
     within rows of so many tokens, which fill the file.
@@ -50,6 +33,7 @@ class TokenFile:
     vocab_high: int
     answers: np.ndarray | None = None
     row_length: int | None = None
+    checksum: str = ""  # of the whole file and what it was made of
 
     @property
     def n_documents(self) -> int:
@@ -90,7 +74,7 @@ class TokenFile:
 
     def _part(self, part: slice, offsets: np.ndarray) -> TokenFile:
         answers = None if self.answers is None else self.answers[part]
-        return TokenFile(self.tokens[part], offsets, self.vocab_high, answers, self.row_length)
+        return TokenFile(self.tokens[part], offsets, self.vocab_high, answers, self.row_length, self.checksum)
 
     def _cut(self, total: int, wanted: int) -> int:
         inner = self.offsets[1:-1]
@@ -122,16 +106,18 @@ def tokenize_to_disk(
     """Tokenize ``source`` (see ``sources.documents``) into ``cache_dir``, or reuse what is there for the same input.
 
     Each document is its tokens without the tokenizer's own special tokens, then eos; and bos first if the tokenizer
-    has a bos other than eos. ``max_tokens`` stops reading there, cutting the last document short.
+    itself puts it before a text. ``max_tokens`` stops reading there, cutting the last document short.
     A folder of ``cache_dir`` named by the key holds tokens.bin (uint16 up to 65536 ids, else uint32), offsets.npy
-    (int64) and meta.json; it appears complete or not at all, so several processes may build it at once. A killed
-    process leaves a folder ``.building-...`` behind, which may be deleted. A Hugging Face dataset is keyed by its id
-    alone: what changed on the Hub since is not seen. Prints what was done, and tokens/s about every 10 seconds.
+    (int64) and meta.json, which has checksums of them (see ``cache.cached``); it appears complete or not at all, so
+    several processes may build it at once. A killed process leaves a folder ``.building-...`` behind, which may be
+    deleted. The key is made of the files' contents; a Hugging Face dataset is keyed by its id alone, so what changed on
+    the Hub since is not seen. Prints what was done and noticed, and tokens/s about every 10 seconds.
 
     Raises ConfigError as ``documents`` does, for a tokenizer without eos, ``max_tokens`` below 1, a source without a
     token, and a ``cache_dir`` that cannot be written (disk full, permissions).
     """
-    inputs = cache_inputs(source, tokenizer, split=split, max_tokens=max_tokens) | {"text_key": text_key}
+    inputs = cache_inputs(source, tokenizer, split=split, max_tokens=max_tokens, report=report)
+    inputs["text_key"] = text_key
 
     def write(paths: Paths, dtype: np.dtype, report: Callable[[str], None]) -> Totals:
         stream = documents(source, text_key=text_key, split=split)
@@ -139,135 +125,5 @@ def tokenize_to_disk(
             stream, tokenizer, paths.tokens, paths.offsets, dtype=dtype, max_tokens=max_tokens, report=report
         )
 
-    return cached(inputs, id_dtype(tokenizer), write, cache_dir=cache_dir, report=report)
-
-
-def cache_inputs(source: str, tokenizer: PreTrainedTokenizerBase, *, split: str, max_tokens: int | None) -> dict:
-    """What tokens of any kind depend on, for :func:`cached`. Raises ConfigError for what no tokens can be made of."""
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or not set.")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"tokenizer {tokenizer.name_or_path!r} has no end-of-document token; set eos_token in its "
-            "tokenizer_config.json."
-        )
-    return {
-        "version": _VERSION,
-        "source": source,
-        "fingerprint": fingerprint(source),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "split": split,
-        "max_tokens": max_tokens,
-    }
-
-
-def cached(
-    inputs: dict, dtype: np.dtype, write: Writer, *, cache_dir: str | Path, report: Callable[[str], None]
-) -> TokenFile:
-    """The token file in ``cache_dir`` that was made of ``inputs`` (JSON; they name its folder), or ``write`` makes it.
-
-    Conversations have a ``row_length`` in ``inputs``. Raises ConfigError as ``write`` does, and for a ``cache_dir``
-    that cannot be written.
-    """
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    folder = Path(cache_dir).expanduser() / key[:32]
-    try:
-        found = _open(folder, inputs, report)
-        if found is None:
-            return _build(folder, inputs, dtype, write, report)
-    except OSError as error:
-        raise ConfigError(
-            f"the token cache {str(folder.parent)!r} cannot be used ({error.strerror or error}); free some space or "
-            "set another folder for it."
-        ) from error
-    size = f"{len(found.tokens)} tokens of {found.n_documents} documents"
-    report(f"tokens: {inputs['source']}: {size} reused from {folder}")
-    return found
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex sha256 of everything in ``tokenizer`` that the ids on disk depend on."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Calls with truncation or padding leave these behind; tokenizing for the disk uses neither.
-        state.pop("truncation", None)
-        state.pop("padding", None)
-    else:
-        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    whole = {"state": state, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-def _build(folder: Path, inputs: dict, dtype: np.dtype, write: Writer, report: Callable[[str], None]) -> TokenFile:
-    building = folder.parent / f".building-{folder.name}-{uuid.uuid4().hex}"
-    building.mkdir(parents=True)
-    try:
-        totals = write(Paths(building / _TOKENS, building / _OFFSETS, building / _ANSWERS), dtype, report)
-        _write_meta(building / _META, inputs, totals, dtype)
-        report(f"tokens: {inputs['source']}: {totals.summary()}, written to {folder}")
-        return _publish(building, folder, inputs, report)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _write_meta(path: Path, inputs: dict, totals: Totals, dtype: np.dtype) -> None:
-    meta = {
-        **inputs,
-        "tokens": totals.tokens,
-        "documents": totals.documents,
-        "blank_documents": totals.blank,
-        "vocab_high": totals.vocab_high,
-        "dtype": dtype.name,
-    }
-    path.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-
-
-def _open(folder: Path, inputs: dict, report: Callable[[str], None]) -> TokenFile | None:
-    """The token file in ``folder``; None when it is not there, or damaged, which prints a line."""
-    if not folder.exists():
-        return None
-    try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        differing = [name for name, value in inputs.items() if meta[name] != value]
-        if differing:
-            raise ValueError(f"{_META} disagrees on {', '.join(differing)}")
-        dtype = np.dtype(meta["dtype"])
-        size = (folder / _TOKENS).stat().st_size
-        if size != meta["tokens"] * dtype.itemsize:
-            raise ValueError(f"{_TOKENS} has {size} bytes where {_META} says {meta['tokens']} {dtype.name} tokens")
-        offsets = np.load(folder / _OFFSETS, allow_pickle=False)
-        if offsets.shape != (meta["documents"] + 1,) or offsets[0] != 0 or offsets[-1] != meta["tokens"]:
-            raise ValueError(f"{_OFFSETS} does not fit {meta['documents']} documents of {meta['tokens']} tokens")
-        tokens = np.memmap(folder / _TOKENS, dtype=dtype, mode="r")
-        answers = _open_answers(folder / _ANSWERS, len(tokens)) if "row_length" in inputs else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError) as error:
-        report(f"tokens: the cache {folder} is damaged ({type(error).__name__}: {error}) and is built again")
-        return None
-    return TokenFile(tokens, offsets, meta["vocab_high"], answers, inputs.get("row_length"))
-
-
-def _open_answers(path: Path, tokens: int) -> np.ndarray:
-    if path.stat().st_size != tokens:
-        raise ValueError(f"{_ANSWERS} has {path.stat().st_size} bytes for {tokens} tokens")
-    return np.memmap(path, dtype=np.bool_, mode="r")
-
-
-def _publish(building: Path, folder: Path, inputs: dict, report: Callable[[str], None]) -> TokenFile:
-    """Give the finished ``building`` its name, unless another process was first with a good one."""
-    while True:
-        try:
-            building.rename(folder)
-        except OSError:
-            # A folder that is not empty cannot be renamed over; any other failure is the caller's to report.
-            if not folder.exists():
-                raise
-            first = _open(folder, inputs, report)
-            if first is not None:
-                return first
-            damaged = building.with_name(f"{building.name}-damaged-{uuid.uuid4().hex}")
-            folder.rename(damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
-        else:
-            built = _open(folder, inputs, report)
-            assert built is not None, f"{folder} was written and cannot be read back"
-            return built
+    made = cached(inputs, tokenizer, write, cache_dir=cache_dir, report=report)
+    return TokenFile(made.tokens, made.offsets, made.vocab_high, checksum=made.checksum)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tokenizing import leading_ids
 from ..errors import ConfigError
 
 
@@ -16,6 +17,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, longest: int, ta
         turns = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if task == "text":  # a document begins so; a chat template writes its own beginning
+        ids = [*leading_ids(tokenizer), *ids]
     if not 0 < len(ids) <= longest:
         raise ConfigError(f"sample.prompt has {len(ids)} tokens; it must have 1 to {longest} (data.sequence_length)")
     return ids

@@ -3,6 +3,7 @@
 import pytest
 
 from qgalore.data.chat import PLAIN_TEMPLATE, answer_spans, encode
+from qgalore.data.templates import Template
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
 
@@ -108,8 +109,8 @@ def test_a_question_that_quotes_its_answer_is_not_marked(tokenizer):
     tokenizer.chat_template = CHATML
     turns = [{"role": "user", "content": "Say Lima."}, {"role": "assistant", "content": "Lima."}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    (span,) = answer_spans(tokenizer, turns, "here", text)
-    assert span == (text.rindex("Lima."), len(text) - 1)
+    (span,) = answer_spans(Template(tokenizer), turns, "here", text)
+    assert (span.first, span.last, span.marked) == (text.rindex("Lima."), len(text) - 1, True)
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer):

@@ -42,7 +42,10 @@ def test_layouts(row, expected):
         ({"messages": [{"role": "user"}]}, "turn 1 has the keys 'role'; it needs role and content"),
         ({"messages": [*TWO, {"role": "tool", "content": "x"}]}, "turn 3 has the role 'tool'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1 has the role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' is of type list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "'content' has a part of type 'image' that is no text",
+        ),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "calls tools"),
         ({"messages": TWO, "tools": [{"name": "clock"}]}, "offers tools"),
         ({"prompt": 3, "completion": "A"}, "'prompt' is of type int"),
@@ -68,7 +71,11 @@ def test_files_and_folders(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
-    [("x.txt", "hello", "has no rows"), ("x.jsonl", "[1]\n", "not an object"), ("x.jsonl", "\n", "it is empty")],
+    [
+        ("x.txt", "hello", "an ending that is not read here; convert it to .jsonl"),
+        ("x.jsonl", "[1]\n", "not an object"),
+        ("x.jsonl", "\n", "it is empty"),
+    ],
 )
 def test_files_without_conversations(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)

@@ -57,12 +57,32 @@ def test_a_table_without_names(tmp_path):
         ("a.jsonl", "[1]\n", "is a JSON list"),
         ("a.jsonl", '{"sentence": "x", "label": null}\n', "has no 'label'"),
         ("a.xls", "x", "convert it to one of them"),
+        ("a.csv", 'sentence,label\n"x,1\ny,0\n', "line 3 is not a row of a table: unexpected end of data"),
+        ("a.csv", "sentence,label\nx, and y,1\n", "line 2 has 3 cells, and the first line names 2"),
+        ("a.csv", "sentence,label,label\nx,1,0\n", "names two columns 'label'"),
+        ("a.jsonl", '{"sentence": ["x"], "label": 1}\n', "'sentence' is of type list"),
+        ("a.jsonl", '{"sentence": "x", "label": {"is": 1}}\n', "'label' is of type dict"),
+        ("a.jsonl", '{"sentence": "x", "label": NaN}\n', "'label' is not a number"),
+        ("a.json", '[{"sentence": "x", "label": 1}, 2]', "item 2 is a JSON int"),
     ],
 )
 def test_unusable_files(tmp_path, name, text, complaint):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=complaint):
         read_examples(str(tmp_path / name), text_keys=["sentence"], label_key="label")
+
+
+def test_a_cell_may_be_long_and_rows_may_end_in_empty_cells(tmp_path):
+    text = "many words " * 50_000  # more than Python's own limit for a cell
+    (tmp_path / "a.csv").write_text(f'sentence,label\n"{text}",1,,\n')
+    (example,) = read_examples(str(tmp_path / "a.csv"), text_keys=["sentence"], label_key="label")
+    assert example == Example((text.strip(),), "1")
+
+
+def test_a_column_that_is_missing_names_those_that_are_there(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="has no 'sentence'; its keys are 'body', 'label'"):
+        read_examples(str(tmp_path / "a.parquet"), text_keys=["sentence"], label_key="label")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from qgalore.data import tokenizing
+from qgalore.data.cache import tokenizer_fingerprint
 from qgalore.data.tokenizer import train_tokenizer
-from qgalore.data.tokens import TokenFile, tokenize_to_disk, tokenizer_fingerprint
+from qgalore.data.tokens import TokenFile, tokenize_to_disk
 from qgalore.errors import ConfigError
 
 TEXTS = [f"Document {n} tells of the sea. " * (n % 5 + 1) for n in range(40)]
@@ -64,13 +66,19 @@ def test_tokens_and_documents(source, tokenizer, cache):
     assert (meta["documents"], meta["tokens"], meta["blank_documents"]) == (len(TEXTS), len(made.tokens), 2)
 
 
-def test_bos_only_when_it_is_not_eos(source, cache):
+@pytest.mark.parametrize("puts_it", [True, False])
+def test_bos_only_where_the_tokenizer_itself_puts_it(source, cache, puts_it):
     tokenizer = train_tokenizer(TEXTS, vocab_size=280)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    if puts_it:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", bos)]
+        )
     made = tokenize_to_disk(source, tokenizer, cache_dir=cache, report=lambda line: None)
-    assert (made.tokens[made.offsets[:-1]] == tokenizer.bos_token_id).all()
+    assert (made.tokens[made.offsets[:-1]] == bos).all() == puts_it
     assert (made.tokens[made.offsets[1:] - 1] == tokenizer.eos_token_id).all()
-    assert (np.asarray(made.tokens) == tokenizer.bos_token_id).sum() == len(TEXTS)
+    assert (np.asarray(made.tokens) == bos).sum() == len(TEXTS) * puts_it
 
 
 def test_large_vocabulary_is_uint32(source, cache):
@@ -98,12 +106,14 @@ def test_reuse_and_what_makes_a_new_key(source, tokenizer, cache):
     assert f"{len(first.tokens)} tokens of {len(TEXTS)} documents reused from" in lines[1]
     make(max_tokens=50)
     assert len(folders(cache)) == 2
-    os.utime(source, ns=(1, 1))
-    make()
+    os.utime(source, ns=(1, 1))  # the same bytes
+    make(max_tokens=50)
+    assert len(folders(cache)) == 2
+    make(max_tokens=51)
     assert len(folders(cache)) == 3
     tokenize_to_disk(source, train_tokenizer(TEXTS, vocab_size=270), cache_dir=cache, report=lines.append)
     assert len(folders(cache)) == 4
-    assert [("reused" in line) for line in lines] == [False, True, False, False, False]
+    assert [("reused" in line) for line in lines] == [False, True, False, True, False, False]
 
 
 def test_tokenizer_fingerprint_ignores_how_it_was_called():
@@ -149,14 +159,28 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-2])
 
 
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def raise_id_in_meta(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_high": 5}))
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
         (lambda folder: truncate(folder / "tokens.bin"), "tokens.bin has"),
         (lambda folder: truncate(folder / "offsets.npy"), "ValueError"),
-        (lambda folder: np.save(folder / "offsets.npy", np.arange(5)), "offsets.npy does not fit"),
-        (lambda folder: (folder / "offsets.npy").write_bytes(b""), "EOFError"),
+        (lambda folder: np.save(folder / "offsets.npy", np.arange(5)), "offsets.npy has"),
+        (lambda folder: (folder / "offsets.npy").write_bytes(b""), "offsets.npy has 0 bytes"),
         (lambda folder: (folder / "offsets.npy").unlink(), "FileNotFoundError"),
+        (lambda folder: flip(folder / "tokens.bin", 0), "tokens.bin has other bytes"),
+        (lambda folder: flip(folder / "tokens.bin", -1), "tokens.bin has other bytes"),
+        (lambda folder: flip(folder / "offsets.npy", -8), "offsets.npy has other bytes"),
+        (lambda folder: raise_id_in_meta(folder / "meta.json"), "meta.json has changed"),
         (lambda folder: truncate(folder / "meta.json"), "JSONDecodeError"),
         (lambda folder: (folder / "meta.json").write_text("{}"), "KeyError"),
         (lambda folder: (folder / "meta.json").unlink(), "FileNotFoundError"),
