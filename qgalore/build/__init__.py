@@ -29,7 +29,7 @@ from ..quant.counter import derive_key
 from . import labelled
 from .data import build_data, build_tokenizer
 from .export import check_formats, export, finish, restore_model
-from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
+from .model import Vocabulary, build_model, build_optimizer, check_model, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_run, check_shared, checkpoint_to_resume, restore, run_folder
 from .say import say
@@ -118,6 +118,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         int8_products.check(device)
     if config.model.compile == "blocks":
         check_compiler(device)
+    check_model(config)
     tokenizer = team.after_first("the tokenizer", lambda: build_tokenizer(config))
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)

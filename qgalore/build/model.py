@@ -42,14 +42,26 @@ class Vocabulary:
         return cls(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
+def check_model(config: Config) -> None:
+    """Raise :class:`ConfigError` for a model that cannot be built or loaded, before a tokenizer is trained or a text is
+    read. What can be seen of a pretrained model without reading its values is looked at."""
+    section = config.model
+    if section.path is None:
+        loading.model_config(section.config, tokenizer_size=1, overrides=section.overrides, report=lambda line: None)
+    elif config.data.task == "classify":
+        classify.check_folder(loading.local_folder(section.path))
+    else:
+        loading.pretrained_skeleton(loading.local_folder(section.path), dtype=getattr(torch, section.dtype))
+
+
 def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
     """The unconverted model on the meta device. Raises :class:`ConfigError` if there is none, or one too small."""
     section = config.model
     dtype = getattr(torch, section.dtype)
     if vocabulary.labels is not None:
-        model = _classifier(config, vocabulary)
+        model = _classifier(config, vocabulary, report)
     elif section.path is not None:
-        model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype)
+        model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype, report=report)
     else:
         shape = loading.model_config(
             section.config,
@@ -57,22 +69,25 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
             overrides=section.overrides,
             report=lambda line: report(line.removeprefix("model: ")),
         )
-        loading.check_vocabulary(shape, 0, vocabulary.size)
-        shape.bos_token_id, shape.eos_token_id = vocabulary.bos, vocabulary.eos
+        ends = vocabulary.eos if config.data.task == "text" else None  # it stands between documents
+        loading.check_vocabulary(shape, ends or 0, vocabulary.size)
+        vocab = shape.get_text_config().vocab_size
+        special = (None if token is None or token >= vocab else token for token in (vocabulary.bos, vocabulary.eos))
+        shape.bos_token_id, shape.eos_token_id = special
         shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding
         model = loading.skeleton(shape, dtype=dtype)
-    loading.check_positions(model.config, config.data.sequence_length)
+    loading.check_positions(model, config.data.sequence_length, pretrained=section.path is not None)
     return model
 
 
-def _classifier(config: Config, vocabulary: Vocabulary) -> nn.Module:
+def _classifier(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
     section = config.model
     if section.path is not None:
-        shape = loading.stored_config(loading.local_folder(section.path))
+        shape = loading.stored_config(loading.local_folder(section.path), report)
     else:
         given = {"tokenizer_size": vocabulary.size, "overrides": section.overrides}
         shape = loading.model_config(section.config, **given, report=lambda line: None)
-    loading.check_vocabulary(shape, 0, vocabulary.size)
+    loading.check_vocabulary(shape, vocabulary.padding or 0, vocabulary.size, pretrained=section.path is not None)
     classify.configure(shape, vocabulary.labels.names, vocabulary.padding)
     return loading.skeleton(shape, dtype=getattr(torch, section.dtype), auto=classify.AUTO)
 
@@ -161,7 +176,8 @@ def build_model(
     if that is asked; and its loss."""
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)
-    loading.check_vocabulary(model.config, highest_id, vocabulary.size)
+    pretrained, note = config.model.path is not None, partial(say, "note")
+    loading.check_vocabulary(model.config, highest_id, vocabulary.size, pretrained=pretrained, report=note)
     if config.data.task != "classify" and (row := loading.untie_padding(model)) is not None:
         say("note", f"the embedding row of the padding token, {row}, trains like any other here")
     report = convert_as(config, model)
@@ -178,7 +194,8 @@ def build_model(
     if config.parallel == "shard" and team.size > 1:
         shard_model(model, device)
     streaming.allocate(model, device)
-    streaming.fill(model, source, "model")
+    if anew := streaming.fill(model, source, "model"):
+        say("note", f"{len(anew)} int8 weights have other groups here and are quantized anew, for example {anew[0]}")
     adapt_as(config, model)
     checkpoint_as(config, model)
     model.eval()
