@@ -1,5 +1,6 @@
 """A causal language model from a preset, a Hugging Face config, or a pretrained folder."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,10 +115,8 @@ def pretrained_skeleton(
     tensors = stored_tensors(folder, stored_fields(folder), report)
     if (line := folders.untie_as_stored(model, tensors)) is not None:
         report(line)
-    try:
+    with contextlib.suppress(streaming.CannotStreamError):  # transformers may know how; stored_source says so
         folders.stored(folder, model, _silent, tensors=tensors)
-    except streaming.CannotStreamError:
-        pass  # transformers itself may know how to read it; stored_source says so
     path = folder / "generation_config.json"
     if path.is_file() and model.can_generate():
         try:
