@@ -44,10 +44,6 @@ class Entry:
     def dtype(self) -> torch.dtype | None:
         return DTYPES.get(self.kind)
 
-    @property
-    def floating(self) -> bool:
-        return self.dtype is not None and self.dtype.is_floating_point
-
     def rows(self, a: int, b: int) -> Tensor:
         """Rows a … b−1 of the tensor :func:`as_matrix`, in the file's dtype; all of it for a scalar. Raises
         :class:`ConfigError` if the file ends before them."""
@@ -108,18 +104,3 @@ def _compared(one: Entry, other: Entry, stamps: tuple) -> bool:
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; true for integers."""
     return not values.is_floating_point() or bool(torch.isfinite(values).all())
-
-
-def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a file, one in memory at a time. Raises :class:`ConfigError` as :func:`entries` does, and
-    ``ValueError`` with the tensor's name for one that holds NaN or infinity."""
-    for name, entry in entries(path).items():
-        if entry.dtype is None:
-            raise ValueError(f"{name} in {path} is of type {entry.kind}, which this program does not read")
-        shape = as_matrix(entry.shape)
-        values = entry.rows(0, shape[0] if shape else 1).view(entry.shape)
-        flat = values.view(-1)
-        for start in range(0, flat.numel(), TILE_ELEMENTS):
-            if not is_finite(flat[start : start + TILE_ELEMENTS]):
-                raise ValueError(f"{name} in {path} holds values that are not finite (NaN or infinity)")
-        yield name, values
