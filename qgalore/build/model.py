@@ -19,6 +19,7 @@ from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.shard_slot import share_rows
 from ..models import classify, loading, streaming
+from ..models.causality import check_causal
 from ..models.checkpointing import checkpoint_blocks
 from ..models.compiling import blocks_of, compile_blocks
 from ..models.convert import ConversionReport, convert
@@ -77,6 +78,11 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
         shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding
         model = loading.skeleton(shape, dtype=dtype)
     loading.check_positions(model, config.data.sequence_length, pretrained=section.path is not None)
+    if vocabulary.labels is None and (first := loading.first_position(model)):
+        raise ConfigError(
+            f"{type(model).__name__} counts positions from {first}, and packed text counts them from 0. "
+            "Start from another decoder, or use this model with data.task=classify"
+        )
     return model
 
 
@@ -204,6 +210,7 @@ def build_model(
         say("note", f"{len(uncalled)} converted layers were not called in a trial forward pass: {names}")
     if config.data.task == "classify":
         return model, classify.classification_loss
+    check_causal(model)
     if (line := balance_line(model)) is not None:
         say("loss", line)
     if config.data.document_attention == "isolated":

@@ -13,11 +13,20 @@ from ..errors import ConfigError
 from . import folder as folders
 from . import streaming
 from .kinds import check_folder
-from .shapes import check_positions, check_vocabulary, first_line, model_config, stored_config, stored_fields
+from .shapes import (
+    check_positions,
+    check_vocabulary,
+    first_line,
+    first_position,
+    model_config,
+    stored_config,
+    stored_fields,
+)  # fmt: skip
 from .weights import stored_tensors
 
 __all__ = [
-    "check_folder", "check_positions", "check_vocabulary", "fresh_source", "from_scratch", "local_folder",
+    "check_folder", "check_positions", "check_vocabulary", "first_position", "fresh_source", "from_scratch",
+    "local_folder",
     "model_config", "pretrained", "pretrained_skeleton", "skeleton", "skeleton_with_buffers", "stored_config",
     "stored_source", "untie_padding",
 ]  # fmt: skip

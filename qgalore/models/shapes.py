@@ -137,16 +137,20 @@ def check_vocabulary(
         )
 
 
-def usable_positions(model: nn.Module) -> int | None:
-    """How many tokens a row may have; None for an architecture without a limit. RoBERTa and its relatives count
-    positions from the one after padding, so some rows of their table are never reached."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = None if limit is None or limit < 1 else limit  # XLNet says −1
+def first_position(model: nn.Module) -> int:
+    """The row of the table of positions that a row's first token takes: RoBERTa and its relatives count from the one
+    after padding's, everyone else from 0."""
     for name, module in model.named_modules():
         offset = getattr(module, "padding_idx", None)
         if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding) and offset is not None:
-            limit = min(limit or module.num_embeddings, module.num_embeddings - offset - 1)
-    return limit
+            return offset + 1
+    return 0
+
+
+def usable_positions(model: nn.Module) -> int | None:
+    """How many tokens a row may have; None for an architecture without a limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None or limit < 1 else limit - first_position(model)  # XLNet says −1
 
 
 def check_positions(model: nn.Module, sequence_length: int, *, pretrained: bool = False) -> None:

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, OPTConfig, RobertaConfig
 
 from qgalore.errors import ConfigError
 from qgalore.export import int8
 from qgalore.models import loading, streaming
+from qgalore.models.causality import check_causal
 from qgalore.models.convert import convert
 
 CPU = torch.device("cpu")
@@ -185,16 +186,27 @@ def test_odd_ids_are_said_and_infinity_is_read(folder):
 
 def test_positions_that_roberta_cannot_use():
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    from transformers import OPTConfig, RobertaConfig
-
     config = RobertaConfig(vocab_size=50, max_position_embeddings=34, pad_token_id=1, is_decoder=True, **shape)
     model = loading.skeleton(config, dtype=torch.float32)
+    assert loading.first_position(model) == 2
     loading.check_positions(model, 32)
     with pytest.raises(ConfigError, match=r"32 usable positions \(max_position_embeddings is 34\)"):
         loading.check_positions(model, 33)
     whole = AutoModelForCausalLM.from_config(config)
     whole(torch.full((1, 32), 5))
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         whole(torch.full((1, 33), 5))
     wide = OPTConfig(vocab_size=50, max_position_embeddings=34, ffn_dim=32, word_embed_proj_dim=32, **shape)
     loading.check_positions(loading.skeleton(wide, dtype=torch.float32), 34)
+
+
+def test_encoders_are_no_language_models(tiny_llama):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    for decoder in (True, False):
+        model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=50, is_decoder=decoder, **shape)).eval()
+        if decoder:
+            check_causal(model)
+        else:
+            with pytest.raises(ConfigError, match="lets a token see the tokens after it"):
+                check_causal(model)
+    check_causal(tiny_llama().eval())
