@@ -203,7 +203,10 @@ def test_positions_that_roberta_cannot_use():
 def test_encoders_are_no_language_models(tiny_llama):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     for decoder in (True, False):
-        model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=50, is_decoder=decoder, **shape)).eval()
+        model = AutoModelForCausalLM.from_config(
+            BertConfig(vocab_size=50, is_decoder=decoder, initializer_range=0.2, **shape)
+        )
+        model.eval()
         if decoder:
             check_causal(model)
         else:
