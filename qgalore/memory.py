@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import on_paper
+from .errors import ConfigError
 from .lowrank import projector, ranks, sides
 from .lowrank.linear import Basis, LowRankLinear
 from .lowrank.rule_slot import RuleSlot
@@ -219,12 +220,11 @@ class _Rehearsal:
         square = (step.micro_batch_size, 1, step.sequence_length, step.sequence_length)
         mask = torch.zeros(square if step.masked else (), dtype=torch.bool, device="meta")
         batch["attention_mask"] = mask.expand(square)  # given, so that transformers looks at no values
+        if _reads_flat_mask(self.model):
+            batch["attention_mask"] = torch.ones(shape, dtype=torch.int64, device="meta")
         self.first = first
         for _ in range(min(2, step.micro_batches)):
-            loss = step.loss(self.model, batch)
-            self.meter.label = "temporaries"
-            loss.backward()
-            del loss
+            self._pass(batch)
         del batch, mask
         for slot in self.slots:
             if id(slot) in self.due and slot.module.probe.grad is not None:  # an expert may get no tokens
@@ -233,6 +233,18 @@ class _Rehearsal:
             if slot.gradient() is not None:
                 self._update(slot)
         self._scratch = None
+
+    def _pass(self, batch: dict[str, Tensor]) -> None:
+        """One micro-batch, forward and back. Raises :class:`ConfigError` for a model that cannot run without values."""
+        try:
+            loss = self.step.loss(self.model, batch)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise ConfigError(
+                f"the memory of {type(self.model).__name__} cannot be planned: its forward pass fails on tensors "
+                f"without values ({error}). Check its config.json, or choose another architecture"
+            ) from error
+        self.meter.label = "temporaries"
+        loss.backward()
 
     def _arrived(self, slot: Slot, leaf: Tensor) -> None:
         probe = isinstance(slot, LowRankSlot) and leaf is slot.module.probe
@@ -285,6 +297,12 @@ class _Rehearsal:
 
         self._workspace(key, ranks.at_ceiling(slot, work))
         slot.drop_gradient()
+
+
+def _reads_flat_mask(model: nn.Module) -> bool:
+    """Whether ``model`` makes distances (ALiBi) out of the mask, and so needs it as (rows, tokens)."""
+    config = model.config.get_text_config()
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
 
 
 def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:

@@ -36,11 +36,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def load(source: Path):
     """(model, tokenizer, a name for what was loaded) of a run, a checkpoint or a Hugging Face folder."""
-    from transformers import AutoModelForCausalLM
-
     from qgalore import build, checkpoint
     from qgalore.data.tokenizer import load_tokenizer
     from qgalore.errors import ConfigError
+    from qgalore.models.loading import pretrained
 
     if (source / "checkpoints").is_dir():
         found = checkpoint.steps_in(source / "checkpoints")
@@ -53,8 +52,7 @@ def load(source: Path):
         raise ConfigError(
             f"{source} is no run, checkpoint or hf folder; name a folder that train.py or an export wrote"
         )
-    model = AutoModelForCausalLM.from_pretrained(source).eval()
-    return model, load_tokenizer(str(source)), str(source)
+    return pretrained(str(source)), load_tokenizer(str(source)), str(source)
 
 
 def ask(model, tokenizer, path: str, options: argparse.Namespace) -> dict:

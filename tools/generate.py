@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main(arguments: list[str]) -> int:
@@ -19,8 +20,15 @@ def main(arguments: list[str]) -> int:
     if not (Path(options.folder) / "config.json").is_file():
         print(f"error: {options.folder} is not an exported model: it has no config.json", file=sys.stderr)
         return 2
-    model = AutoModelForCausalLM.from_pretrained(options.folder)
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    from qgalore.data.tokenizer import load_tokenizer
+    from qgalore.errors import ConfigError
+    from qgalore.models.loading import pretrained
+
+    try:
+        model, tokenizer = pretrained(options.folder), load_tokenizer(options.folder)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     ids = tokenizer(options.prompt, return_tensors="pt")
     if not ids["input_ids"].numel():
         print("error: --prompt is empty; give at least one word", file=sys.stderr)

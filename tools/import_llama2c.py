@@ -1,6 +1,8 @@
 """llama2.c's format as a Hugging Face folder: ``python tools/import_llama2c.py stories260K.bin tok512.bin OUT``."""
 
 import argparse
+import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("tokenizer", type=Path, help="its vocabulary as llama2.c writes it, such as tok512.bin")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet, or is empty")
     options = parser.parse_args(arguments)
+    from safetensors import SafetensorError
+
     from qgalore.errors import ConfigError
 
     try:
@@ -25,16 +29,28 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"{options.out} exists and is not an empty folder; choose another")
         model = read_model(options.checkpoint)
         tokenizer = read_tokenizer(options.tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
-        model.save_pretrained(options.out)
-        tokenizer.save_pretrained(options.out)
+        save_whole(options.out, model, tokenizer)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, SafetensorError) as error:
+        print(f"error: {error}; nothing is left in {options.out}", file=sys.stderr)
         return 2
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens: {options.out}")
     return 0
+
+
+def save_whole(out: Path, model, tokenizer) -> None:
+    """Write the folder ``out``, which is not there or empty, so that it appears whole or not at all."""
+    building = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        if out.exists():
+            out.rmdir()
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def read_model(path: Path):
@@ -49,11 +65,15 @@ def read_model(path: Path):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from qgalore.errors import ConfigError
+
     raw = path.read_bytes()
     config, shapes = _layout(raw, path)
     values = torch.from_numpy(np.frombuffer(raw, dtype="<f4", offset=HEADER.size).copy())
     parts = dict(zip(shapes, values.split([_size(shape) for shape in shapes.values()]), strict=True))
     parts = {name: part.view(shapes[name]) for name, part in parts.items()}
+    if bad := [name for name, part in parts.items() if name != "rotations" and not torch.isfinite(part).all()]:
+        raise ConfigError(f"{path}: {bad[0]} holds NaN or infinity; the file is damaged, or the model diverged")
     model = LlamaForCausalLM(LlamaConfig(**config)).float()
     names = {
         "input_layernorm": "attention_norm", "self_attn.q_proj": "wq", "self_attn.k_proj": "wk",
@@ -93,7 +113,7 @@ def _layout(raw: bytes, path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
         raise ConfigError(f"{path} has {len(raw)} bytes, less than the header of a llama2.c model")
     dim, hidden, layers, heads, kv_heads, vocabulary, positions = HEADER.unpack_from(raw)
     tied, vocabulary = vocabulary > 0, abs(vocabulary)
-    if min(dim, hidden, layers, heads, kv_heads, vocabulary, positions) < 1 or dim % heads or heads % kv_heads:
+    if min(dim, hidden, layers, heads, kv_heads, vocabulary, positions) < 1 or dim % (2 * heads) or heads % kv_heads:
         raise ConfigError(f"{path} is no llama2.c model of version 0: its header is {HEADER.unpack_from(raw)}")
     kv = dim // heads * kv_heads
     shapes = {
@@ -138,9 +158,14 @@ def read_tokenizer(path: Path, vocabulary: int, positions: int):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
+    from qgalore.errors import ConfigError
+
     pieces = read_pieces(path, vocabulary)
     names = ["<unk>", "<s>", "</s>", *(text.replace(" ", "▁") for text, _ in pieces[BYTES:])]
     ids = {name: place for place, name in enumerate(names)}
+    if len(ids) < len(names):
+        twice = next(name for place, name in enumerate(names) if ids[name] != place)
+        raise ConfigError(f"{path} has the piece {twice!r} twice; a token of it could not be told from the other")
     ranked = sorted(range(BYTES + 256, vocabulary), key=lambda place: -pieces[place][1])
     merges = []
     for place in ranked:

@@ -1,6 +1,5 @@
 """What can be known to be wrong before anything slow begins: before a tokenizer is trained or a token is written."""
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,8 +18,7 @@ from ..data.sources import ENDINGS, ROW_ENDINGS, documents, local_files
 from ..data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, train_tokenizer
 from ..errors import ConfigError
 from ..lowrank.inner import make_factory
-from ..models import loading, streaming
-from ..models.folder import stored
+from ..models import classify, loading
 from . import labelled
 from .export import check_formats
 from .model import Vocabulary, adapt_as, architecture, convert_as
@@ -96,9 +94,8 @@ def check_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> No
     model = _trial(config, vocabulary, to_be_trained)
     if model is None:
         return
-    if config.data.task != "classify" and config.model.path is not None:
-        with contextlib.suppress(streaming.CannotStreamError):  # such a folder is loaded whole, by the build
-            stored(loading.local_folder(config.model.path), model, lambda line: None)
+    if config.model.path is not None and config.data.task == "classify":
+        classify.check_folder(loading.local_folder(config.model.path))
     convert_as(config, model)
     adapt_as(config, model)
     if config.data.task != "classify" and set(config.export.formats) - {"hf"}:

@@ -19,6 +19,7 @@ from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.shard_slot import share_rows
 from ..models import classify, loading, streaming
+from ..models.causality import check_causal
 from ..models.checkpointing import checkpoint_blocks
 from ..models.compiling import blocks_of, compile_blocks
 from ..models.convert import ConversionReport, convert
@@ -47,9 +48,9 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
     section = config.model
     dtype = getattr(torch, section.dtype)
     if vocabulary.labels is not None:
-        model = _classifier(config, vocabulary)
+        model = _classifier(config, vocabulary, report)
     elif section.path is not None:
-        model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype)
+        model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype, report=report)
     else:
         shape = loading.model_config(
             section.config,
@@ -57,22 +58,30 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
             overrides=section.overrides,
             report=lambda line: report(line.removeprefix("model: ")),
         )
-        loading.check_vocabulary(shape, 0, vocabulary.size)
-        shape.bos_token_id, shape.eos_token_id = vocabulary.bos, vocabulary.eos
+        ends = vocabulary.eos if config.data.task == "text" else None  # it stands between documents
+        loading.check_vocabulary(shape, ends or 0, vocabulary.size)
+        vocab = shape.get_text_config().vocab_size
+        special = (None if token is None or token >= vocab else token for token in (vocabulary.bos, vocabulary.eos))
+        shape.bos_token_id, shape.eos_token_id = special
         shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding
         model = loading.skeleton(shape, dtype=dtype)
-    loading.check_positions(model.config, config.data.sequence_length)
+    loading.check_positions(model, config.data.sequence_length, pretrained=section.path is not None)
+    if vocabulary.labels is None and (first := loading.first_position(model)):
+        raise ConfigError(
+            f"{type(model).__name__} counts positions from {first}, and packed text counts them from 0. "
+            "Start from another decoder, or use this model with data.task=classify"
+        )
     return model
 
 
-def _classifier(config: Config, vocabulary: Vocabulary) -> nn.Module:
+def _classifier(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
     section = config.model
     if section.path is not None:
-        shape = loading.stored_config(loading.local_folder(section.path))
+        shape = loading.stored_config(loading.local_folder(section.path), report)
     else:
         given = {"tokenizer_size": vocabulary.size, "overrides": section.overrides}
         shape = loading.model_config(section.config, **given, report=lambda line: None)
-    loading.check_vocabulary(shape, 0, vocabulary.size)
+    loading.check_vocabulary(shape, vocabulary.padding or 0, vocabulary.size, pretrained=section.path is not None)
     classify.configure(shape, vocabulary.labels.names, vocabulary.padding)
     return loading.skeleton(shape, dtype=getattr(torch, section.dtype), auto=classify.AUTO)
 
@@ -161,7 +170,8 @@ def build_model(
     if that is asked; and its loss."""
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)
-    loading.check_vocabulary(model.config, highest_id, vocabulary.size)
+    pretrained, note = config.model.path is not None, partial(say, "note")
+    loading.check_vocabulary(model.config, highest_id, vocabulary.size, pretrained=pretrained, report=note)
     if config.data.task != "classify" and (row := loading.untie_padding(model)) is not None:
         say("note", f"the embedding row of the padding token, {row}, trains like any other here")
     report = convert_as(config, model)
@@ -178,7 +188,8 @@ def build_model(
     if config.parallel == "shard" and team.size > 1:
         shard_model(model, device)
     streaming.allocate(model, device)
-    streaming.fill(model, source, "model")
+    if anew := streaming.fill(model, source, "model"):
+        say("note", f"{len(anew)} int8 weights have other groups here and are quantized anew, for example {anew[0]}")
     adapt_as(config, model)
     checkpoint_as(config, model)
     model.eval()
@@ -187,6 +198,7 @@ def build_model(
         say("note", f"{len(uncalled)} converted layers were not called in a trial forward pass: {names}")
     if config.data.task == "classify":
         return model, classify.classification_loss
+    check_causal(model)
     if (line := balance_line(model)) is not None:
         say("loss", line)
     if config.data.document_attention == "isolated":

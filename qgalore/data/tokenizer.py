@@ -1,5 +1,7 @@
 """Loading a tokenizer by name or path, and training a small byte-level one."""
 
+import importlib.util
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,8 +20,9 @@ _KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 def load_tokenizer(name_or_path: str, *, report: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder, in a single ``tokenizer.json``, or of a Hugging Face model id.
 
-    A ``tokenizer.json`` without a ``tokenizer_config.json`` beside it does not say which token ends a document: one
-    with a usual name is then taken, and a line printed. Never runs code that comes with a tokenizer.
+    A ``tokenizer.json`` without a ``tokenizer_config.json`` beside it does not say which token ends a document: the one
+    that ``config.json`` names, or one with a usual name, is then taken, and a line printed. The same holds for a
+    ``vocab.json`` and ``merges.txt``, which are read as GPT-2's kind. Never runs code that comes with a tokenizer.
     Raises ConfigError for a path that does not exist, a folder or file without a usable tokenizer, a Hub failure.
     """
     if not looks_like_path(name_or_path, (".json",)):
@@ -28,10 +31,10 @@ def load_tokenizer(name_or_path: str, *, report: Callable[[str], None] = print) 
     if not path.exists():
         raise ConfigError(f"tokenizer {name_or_path!r} does not exist. {close_names(path)}".rstrip())
     if path.is_dir():
-        return _from_pretrained(str(path), "A tokenizer folder needs a tokenizer.json or its model's vocabulary files.")
+        return _from_folder(path, report)
     if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
         return _from_pretrained(str(path.parent), "Check that tokenizer.json and tokenizer_config.json are complete.")
-    return _from_file(path, report)
+    return _with_end(_from_file(path), path, report)
 
 
 def train_tokenizer(
@@ -80,29 +83,86 @@ def train_tokenizer(
     )
 
 
+def _from_folder(folder: Path, report: Callable[[str], None]) -> PreTrainedTokenizerBase:
+    present = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" in present and "tokenizer_config.json" not in present:
+        made = _from_pretrained(str(folder), "Give one written by the tokenizers library, with tokenizer_config.json.")
+        return _with_end(made, folder, report)
+    if {"vocab.json", "merges.txt"} <= present and not {"tokenizer.json", "tokenizer_config.json"} & present:
+        return _with_end(_from_merges(folder), folder, report)
+    pieces = sorted(name for name in present if name.endswith(".model"))
+    if pieces and "tokenizer.json" not in present and importlib.util.find_spec("sentencepiece") is None:
+        raise ConfigError(
+            f"the tokenizer in {str(folder)!r} is a SentencePiece model alone ({pieces[0]}), and the package that "
+            "reads it is not installed. Run: pip install sentencepiece protobuf"
+        )
+    return _from_pretrained(str(folder), "A tokenizer folder needs a tokenizer.json or its model's vocabulary files.")
+
+
 def _from_pretrained(name: str, remedy: str) -> PreTrainedTokenizerBase:
     # The Hub, its clients and each tokenizer class raise many types, and all mean the same to the user.
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         lines = str(error).splitlines() or [""]
-        raise ConfigError(
-            f"no tokenizer could be loaded from {name!r} ({type(error).__name__}: {lines[0]}). {remedy}"
-        ) from error
+        said = f"{type(error).__name__}: {lines[0]}"
+        if "trust_remote_code" in str(error):
+            said, remedy = "it brings its own Python code, which qgalore never runs", "Give another as data.tokenizer."
+        raise ConfigError(f"no tokenizer could be loaded from {name!r} ({said}). {remedy}") from error
 
 
-def _from_file(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
+def _from_file(path: Path) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:
         raise ConfigError(
             f"{str(path)!r} is not a tokenizer.json ({type(error).__name__}: {error}); give one written by the "
             "tokenizers library, or a tokenizer folder."
         ) from error
-    if tokenizer.eos_token is None:
-        vocabulary = tokenizer.get_vocab()
-        end = next((name for name in _KNOWN_ENDS if name in vocabulary), None)
-        if end is not None:
-            tokenizer.eos_token = end
-            report(f"tokenizer: {str(path)!r} does not say which token ends a document; {end} is used")
+
+
+def _from_merges(folder: Path) -> PreTrainedTokenizerFast:
+    """The byte-level BPE of GPT-2's kind in ``vocab.json`` and ``merges.txt``, without special tokens."""
+    try:
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:
+        raise ConfigError(
+            f"the vocab.json and merges.txt in {str(folder)!r} are no byte-level BPE ({type(error).__name__}: {error})"
+            "; give a folder with a tokenizer.json."
+        ) from error
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_special_tokens([name for name in _KNOWN_ENDS if backend.token_to_id(name) is not None])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def _with_end(tokenizer: PreTrainedTokenizerFast, path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
+    """``tokenizer`` with a token that ends documents: the one in the model's ``config.json``, or one with a usual name;
+    which one is said."""
+    if tokenizer.eos_token is not None:
+        return tokenizer
+    vocabulary = tokenizer.get_vocab()
+    end, source = _stated_end(path if path.is_dir() else path.parent, tokenizer), "config.json's"
+    if end is None:
+        end, source = next((name for name in _KNOWN_ENDS if name in vocabulary), None), "a usual name"
+    if end is not None:
+        tokenizer.eos_token = end
+        report(f"tokenizer: {str(path)!r} does not say which token ends a document; {end} is used ({source})")
     return tokenizer
+
+
+def _stated_end(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The entry that ``config.json`` beside a tokenizer calls the end of a text; None if it names no entry."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}. Copy it again") from error
+    token = fields.get("eos_token_id") if isinstance(fields, dict) else None
+    token = token[0] if isinstance(token, list) and token else token
+    known = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < len(tokenizer)
+    return tokenizer.convert_ids_to_tokens(token) if known else None

@@ -13,7 +13,9 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from .. import metrics
 from ..errors import ConfigError
 from . import streaming
-from .folder import stored
+from .folder import load_buffers, stored
+from .shapes import stored_config, stored_fields
+from .weights import stored_tensors
 
 AUTO = AutoModelForSequenceClassification
 
@@ -35,6 +37,12 @@ def head_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
 
 
+def check_folder(folder: Path) -> None:
+    """Raise :class:`ConfigError` for a folder whose description or files :func:`stored_source` cannot use."""
+    stored_config(folder)
+    stored_tensors(folder, stored_fields(folder))
+
+
 def stored_source(folder: Path, model: nn.Module, *, seed: int, report: Callable[[str], None]) -> streaming.Source:
     """The tensors in ``folder`` for a classifier on the meta device; those of its head that the files lack, or hold for
     other labels, are initialised anew and reported.
@@ -42,11 +50,11 @@ def stored_source(folder: Path, model: nn.Module, *, seed: int, report: Callable
     Raises :class:`ConfigError` if the body is incomplete or cannot be read tensor by tensor.
     """
     head = head_names(model)
+    tensors = stored_tensors(folder, stored_fields(folder), report)
     try:
-        if getattr(model.config, "quantization_config", None):
-            raise streaming.CannotStreamError("it is quantized")
-        found = list(stored(folder, model, report, optional=head))
+        found = list(stored(folder, model, report, optional=head, tensors=tensors))
         fresh = streaming.initialisation(model, seed)
+        load_buffers(model, tensors)
     except streaming.CannotStreamError as reason:
         raise ConfigError(f"model.path {str(folder)!r} cannot be loaded for classification: {reason}") from reason
     missing = head - {name for name, _ in found}

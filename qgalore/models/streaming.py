@@ -21,9 +21,11 @@ from ..errors import ConfigError
 from ..lowrank.experts import Experts
 from ..lowrank.linear import LowRankLinear
 from ..parallel import shards
+from ..tensor_files import as_matrix, is_finite
+from .packed import Packed
 
 Rows = Callable[[int, int], Tensor]  # of a tensor of more than two dimensions: the vectors along its last one
-Source = Iterable[tuple[str, Rows]]
+Source = Iterable[tuple[str, Rows | Packed]]
 TILE_ELEMENTS = 1 << 22  # 16 MiB in fp32
 _QUIET_ELEMENTS = 1 << 28  # smaller models are filled before a progress bar could be read
 _BLOCK = 16  # PyTorch's CPU generator makes normal values in blocks of 16: tiles that respect them change nothing
@@ -31,12 +33,6 @@ _BLOCK = 16  # PyTorch's CPU generator makes normal values in blocks of 16: tile
 
 class CannotStreamError(Exception):
     """The tensors of this model cannot be made one at a time; the message says why."""
-
-
-def as_matrix(shape: torch.Size | tuple[int, ...]) -> torch.Size:
-    """``shape``, with all dimensions but the last made one where there are more than two."""
-    shape = torch.Size(shape)
-    return shape if len(shape) < 3 else torch.Size((shape[:-1].numel(), shape[-1]))
 
 
 def row_tiles(shape: torch.Size) -> list[tuple[int, int]]:
@@ -212,9 +208,10 @@ def _real(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, source: Source, report: str) -> None:
+def fill(model: nn.Module, source: Source, report: str) -> list[str]:
     """Store every tensor of ``source`` in ``model``, converted or not, a few rows at a time; ``report`` labels the
-    progress bar of a large model.
+    progress bar of a large model. Returns the names of int8 weights whose scales ``model`` has no place for: they were
+    quantized anew.
 
     Raises :class:`ConfigError` for values that are not finite and for tensors that ``source`` lacks.
     """
@@ -222,28 +219,46 @@ def fill(model: nn.Module, source: Source, report: str) -> None:
     made = {id(value) for layer in layers for value in (*layer.leaves().values(), layer.weight_scale)}  # not stored
     targets = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in made}
     wanted = {id(p): p.numel() for p in targets.values()}
-    total = sum(wanted.values())
+    total, anew = sum(wanted.values()), []
     with tqdm(total=total, desc=report, unit=" weights", unit_scale=True, disable=total < _QUIET_ELEMENTS) as bar:
-        for name, rows in source:
+        for name, given in source:
             module, _, key = name.rpartition(".")
             layer = model.get_submodule(module)
             mine = [targets[name]] if name in targets else [part.weight for part in layer.get_submodule(key)]
+            rows = partial(_checked, given.rows if isinstance(given, Packed) else given)
             try:
                 if isinstance(layer, Experts):
                     for a, b in row_tiles(torch.Size((sum(p.shape[0] for p in mine), mine[0].shape[1]))):
                         layer.store(key, a, rows(a, b))
                 elif key == "weight" and isinstance(layer, LowRankLinear):
-                    _fill_layer(layer, rows)
+                    if not (isinstance(given, Packed) and _take_integers(layer, given)):
+                        _fill_layer(layer, rows)
+                        anew += [name] * (isinstance(given, Packed) and layer.weight_scale is not None)
                 else:
-                    target = mine[0].view(as_matrix(mine[0].shape))
-                    for a, b in row_tiles(target.shape):
-                        (target[a:b] if target.ndim else target).copy_(rows(a, b))
+                    _fill_dense(mine[0].view(as_matrix(mine[0].shape)), rows)
             except ValueError as error:
                 raise ConfigError(f"{name} cannot be used: {error}") from error
             bar.update(sum(wanted.pop(id(target), 0) for target in mine))
     absent = [name for name, parameter in targets.items() if id(parameter) in wanted]
     if absent:
         raise ConfigError(f"{len(absent)} tensors of the model got no values, for example {absent[0]}")
+    return anew
+
+
+def _checked(rows: Rows, a: int, b: int) -> Tensor:
+    """Rows a … b−1. Raises ``ValueError`` if one of their values is not finite."""
+    values = rows(a, b)
+    if not is_finite(values):
+        raise ValueError(f"rows {a} to {b - 1} hold inf or nan")
+    return values
+
+
+def _fill_dense(target: Tensor, rows: Rows) -> None:
+    for a, b in row_tiles(target.shape):
+        part = target[a:b] if target.ndim else target
+        part.copy_(rows(a, b))
+        if target.dtype == torch.float16 and not is_finite(part):
+            raise ValueError(f"rows {a} to {b - 1} hold values beyond float16's range; set model.dtype=bfloat16")
 
 
 def _fill_layer(layer: LowRankLinear, rows: Rows) -> None:
@@ -252,3 +267,17 @@ def _fill_layer(layer: LowRankLinear, rows: Rows) -> None:
         return
     for a, b in row_tiles(layer.weight.shape):
         layer.store(a, rows(a, b))
+
+
+def _take_integers(layer: LowRankLinear, packed: Packed) -> bool:
+    """Store the integers and scales of ``packed`` as they are; False if ``layer`` groups its weight otherwise."""
+    if layer.weight_scale is None or layer.transposed or layer.weight_scale.shape[1] != packed.groups:
+        return False
+    for a, b in row_tiles(layer.weight.shape):
+        codes, scales = packed.codes(a, b)
+        first, codes = shards.overlap(layer.weight, a, codes)
+        _, scales = shards.overlap(layer.weight, a, scales)
+        part = slice(first, first + codes.shape[0])
+        shards.local(layer.weight)[part] = codes.to(layer.weight.device)
+        shards.local(layer.weight_scale)[part] = scales.to(layer.weight.device)
+    return True

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -98,6 +99,63 @@ def test_lone_file_gets_a_usual_end_token(trained, tmp_path):
     assert loaded.eos_token_id == 0
     assert len(loaded) == 320
     assert "<|endoftext|> is used" in lines[0]
+
+
+def bare(trained, path, names):
+    """A folder with the files ``names`` of a tokenizer and nothing else of it."""
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    contents = {
+        "tokenizer.json": trained.backend_tokenizer.to_str(),
+        "vocab.json": json.dumps(model["vocab"]),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    }
+    for name in names:
+        (path / name).write_text(contents[name], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("names", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+@pytest.mark.parametrize("model_type", [None, "llama", "gpt2"])
+def test_bare_files_without_a_description(trained, tmp_path, names, model_type):
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "eos_token_id": [0, 5]}))
+    lines = []
+    loaded = load_tokenizer(str(bare(trained, tmp_path, names)), report=lines.append)
+    assert loaded.eos_token_id == 0
+    assert len(loaded) == len(trained)
+    stated = model_type == "gpt2" and names == ["tokenizer.json"]  # transformers' class has an end itself
+    source = "config.json's" if model_type else "a usual name"
+    assert [line.rpartition("; ")[2] for line in lines] == [f"{END_OF_TEXT} is used ({source})"] * (not stated)
+    for text in (TEXTS[0], "naïve 鯨  two", f"a{END_OF_TEXT}b"):
+        assert loaded(text)["input_ids"] == trained(text)["input_ids"]
+        assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_the_end_that_config_json_states_wins(trained, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 7}))
+    loaded = load_tokenizer(str(bare(trained, tmp_path, ["tokenizer.json"])), report=lambda line: None)
+    assert loaded.eos_token_id == 7
+    for odd in (-1, 320, None):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": odd}))
+        assert load_tokenizer(str(tmp_path), report=lambda line: None).eos_token_id == 0
+
+
+def test_a_sentencepiece_model_alone_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(ConfigError, match=r"tokenizer\.model.*pip install sentencepiece"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_code_beside_a_tokenizer_never_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (tmp_path / "odd.py").write_text("raise SystemExit('it ran')\n")
+    stated = {"tokenizer_class": "OddTokenizer", "auto_map": {"AutoTokenizer": ["odd.OddTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    with pytest.raises(ConfigError, match=r"own Python code, which qgalore never runs.*data\.tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_load_errors(folder, tmp_path):

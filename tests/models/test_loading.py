@@ -68,11 +68,19 @@ def test_bad_sources(tmp_path):
 def test_vocabulary_and_positions_are_checked():
     config = loading.model_config("llama_60m", tokenizer_size=64, overrides={}, report=lambda line: None)
     loading.check_vocabulary(config, highest_id=63, tokenizer_size=64)
-    with pytest.raises(ConfigError, match=r"vocab_size is 64.*ids up to 64"):
-        loading.check_vocabulary(config, highest_id=64, tokenizer_size=60)
-    loading.check_positions(config, 2048)
-    with pytest.raises(ConfigError, match=r"sequence_length is 2049.*\(2048\)"):
-        loading.check_positions(config, 2049)
+    for pretrained, remedy in ((False, r"Set model\.overrides\.vocab_size to 65"), (True, r"Set data\.tokenizer")):
+        with pytest.raises(ConfigError, match=rf"vocab_size is 64.*ids up to 64\. {remedy}"):
+            loading.check_vocabulary(config, highest_id=64, tokenizer_size=60, pretrained=pretrained)
+    lines = []
+    loading.check_vocabulary(config, highest_id=63, tokenizer_size=70, report=lines.append)
+    assert lines == ["the tokenizer has 70 entries and the model 64 rows: ids from 64 on must not occur"]
+    model = loading.skeleton(config, dtype=torch.float32)
+    loading.check_positions(model, 2048)
+    with pytest.raises(ConfigError, match=r"sequence_length is 2049.*\(2048\).*model\.overrides"):
+        loading.check_positions(model, 2049)
+    with pytest.raises(ConfigError) as refused:  # no key changes the positions of a pretrained model
+        loading.check_positions(model, 2049, pretrained=True)
+    assert "model.overrides" not in str(refused.value)
 
 
 def test_seed_decides_the_initial_weights():
@@ -82,9 +90,16 @@ def test_seed_decides_the_initial_weights():
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("overrides", [{"hidden_size": 65}, {"num_attention_heads": 0}, {"hidden_size": "wide"}])
-def test_contradictory_configs_are_refused(overrides):
-    with pytest.raises(ConfigError, match="no valid LlamaConfig"):
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 65}, "no valid LlamaConfig"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number"),
+    ],
+)
+def test_contradictory_configs_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
         loading.model_config("llama_quickstart", tokenizer_size=64, overrides=overrides, report=lambda line: None)
 
 
