@@ -28,13 +28,13 @@ from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
 from . import labelled
 from .data import build_data, build_tokenizer
-from .export import check_formats, export, finish, restore_model
+from .export import check_formats, export, export_checkpoint, finish, keep_beside, mark_ends, restore_model
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_run, check_shared, checkpoint_to_resume, restore, run_folder
 from .say import say
 
-__all__ = ["Run", "build", "export", "finish", "plan", "restore_model"]
+__all__ = ["Run", "build", "export", "export_checkpoint", "finish", "plan", "restore_model"]
 
 
 @dataclass
@@ -129,6 +129,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     prepare_allocator(config, device, planned)
     data = team.after_first("the data", lambda: build_data(config, tokenizer) if examples is None else examples.data())
     model, loss = build_model(config, vocabulary, data.highest_id, device, team)
+    mark_ends(config, model, tokenizer)
     check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
     evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
@@ -175,7 +176,7 @@ def _describe(run: Run) -> None:
     try:
         (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
         (folder / "plan.json").write_text(json.dumps(vars(run.planned), indent=1), encoding="utf-8")
-        tokenizer.save_pretrained(folder / "tokenizer")
+        keep_beside(config, run.model, tokenizer, folder)
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
 

@@ -157,6 +157,15 @@ def _last_tail(tokenizer: PreTrainedTokenizerBase, messages: Messages, content: 
     return tail[: blank + max(map(len, marks))] if marks else tail
 
 
+def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that end an answer as the chat template writes it; empty if it marks no end."""
+    content = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+    tail = _last_tail(tokenizer, turns, content, "the end of an answer").strip()
+    ids = tokenizer.get_added_vocab()
+    return [ids[tail]] if tail in ids else []
+
+
 def _lost(where: str, number: int) -> ConfigError:
     return ConfigError(
         f"{where}: the chat template writes turn {number + 1}, or what comes before it, in another way once later "

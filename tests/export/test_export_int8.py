@@ -103,10 +103,10 @@ def test_layers_of_another_scheme_are_named(tiny_llama):
     qgalore.convert(model, rank=4, exclude=["*.1.mlp.up_proj"])
     config = json.loads(json.dumps(int8.quantization_config(model)))
     groups = config["config_groups"]
-    assert groups["group_0"]["targets"] == ["Linear"]
-    assert groups["group_0"]["weights"]["group_size"] == 128
-    assert groups["group_1"]["targets"] == [r"re:.*\.down_proj$"]
-    assert groups["group_1"]["weights"]["strategy"] == "channel"
+    assert groups["group_0"]["targets"] == [r"re:.*\.down_proj$"]  # names first: readers take the first that matches
+    assert groups["group_0"]["weights"]["strategy"] == "channel"
+    assert groups["group_1"]["targets"] == ["Linear"]
+    assert groups["group_1"]["weights"]["group_size"] == 128
     assert config["ignore"] == ["model.layers.1.mlp.up_proj", "lm_head"]
 
 
