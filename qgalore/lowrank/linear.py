@@ -281,7 +281,7 @@ class LowRankLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         self.fit({name: value.shape for name, value in state_dict.items() if name.startswith(prefix)}, prefix)
-        if self.weight_scale is not None and prefix + CODES in state_dict:
+        if prefix + CODES in state_dict:
             state_dict[prefix + "weight"] = state_dict.pop(prefix + CODES)
         found = state_dict.get(prefix + "weight")
         if found is not None and (found.dtype == torch.int8) != (self.weight.dtype == torch.int8):
