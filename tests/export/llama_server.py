@@ -21,11 +21,17 @@ class LlamaServer:
         """Ids of ``text`` as llama.cpp would serve it, bos and eos included where the file asks for them."""
         return self._post("tokenize", {"content": text, "add_special": True, "parse_special": special})["tokens"]
 
-    def greedy(self, ids: list[int], count: int) -> tuple[list[int], float]:
-        """``count`` greedy tokens after ``ids``, and the first one's log-probability; an end token does not end it."""
+    def greedy(self, ids: list[int], count: int) -> tuple[list[int], dict[int, float]]:
+        """``count`` greedy tokens after ``ids``; and by position the log-probability of those that end a whole
+        character, for llama.cpp tells only these. An end token does not end it."""
         asked = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "ignore_eos": True}
         answer = self._post("completion", {**asked, "return_tokens": True, "cache_prompt": False})
-        return answer["tokens"], answer["completion_probabilities"][0]["logprob"]
+        found, place = {}, 0
+        for one in answer.get("completion_probabilities", []):
+            place = answer["tokens"].index(one["id"], place)
+            found[place] = one["logprob"]
+            place += 1
+        return answer["tokens"], found
 
     def _post(self, place: str, body: dict) -> dict:
         request = urllib.request.Request(
