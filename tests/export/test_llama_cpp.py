@@ -190,8 +190,8 @@ def test_llama_cpp_computes_every_shape_as_transformers_does(tokenizer, tmp_path
 
 
 def assert_greedy(model, prompt: list[int], said: list[int], probabilities: dict[int, float]) -> None:
-    """What llama.cpp ``said`` after ``prompt`` is what transformers' greedy decoding says, wherever its best logit leads
-    by more than llama.cpp's rounding of activations can move it; and that is nearly everywhere."""
+    """What llama.cpp ``said`` after ``prompt`` is what transformers' greedy decoding says, wherever its best logit
+    leads by more than llama.cpp's rounding of activations can move it; and that is nearly everywhere."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + said]), use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     best = logits.topk(2)
