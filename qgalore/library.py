@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint
 from .errors import ConfigError
@@ -25,6 +27,19 @@ from .storage import write_safetensors
 
 STORED_AS = "qgalore-checkpoint"  # the model type that a Trainer's checkpoint names
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # what Hugging Face's Trainer calls the folders it resumes from
+
+
+@register_quantization_config(folders.STORED)
+class _Stored(QuantizationConfigMixin):
+    """The mark in the config of a converted model, as ``from_pretrained`` meets it. Without it transformers would warn
+    of an unknown method and go on with random weights."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **options: Any) -> "_Stored":
+        raise ConfigError(
+            "this folder holds the own tensors of a model that qgalore.convert changed, not its weights; write one for "
+            "from_pretrained with qgalore.save, or load these with qgalore.load into a converted model"
+        )
 
 
 @wraps(conversion.convert)
