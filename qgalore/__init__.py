@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 _PLACES = {
-    "convert": "models.convert",
+    "convert": "library",
     "load": "library",
     "optimizer": "lowrank.factory",
     "save": "library",

@@ -1,15 +1,11 @@
 """What Hugging Face's ``Trainer`` would do to a converted model without a word, refused."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from .errors import ConfigError
 from .lowrank.optimizer import LowRankOptimizer
-
-STORED_AS = "qgalore-checkpoint"
 
 
 def _plain(optimizer: Any) -> Any:
@@ -19,9 +15,8 @@ def _plain(optimizer: Any) -> Any:
 
 class TrainerGuard(TrainerCallback):
     """Pass one to ``Trainer(callbacks=[...])``. It raises :class:`ConfigError` at the start of training where the two
-    do not go together, and marks Trainer's checkpoints: their weights are int8 codes, which ``from_pretrained`` would
-    read as if they were weights. ``Trainer`` resumes from them, ``qgalore.load`` reads them, ``qgalore.save`` writes a
-    folder for ``from_pretrained``.
+    do not go together. With and without it ``Trainer.save_model`` writes what ``qgalore.save`` does, and Trainer's
+    checkpoints hold the model's own tensors, for ``Trainer`` to resume from and ``qgalore.load`` to read.
     """
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
@@ -48,12 +43,3 @@ class TrainerGuard(TrainerCallback):
             )
         if problems:
             raise ConfigError("Trainer cannot train this model as it is set up: " + "; ".join(problems))
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        """Name the checkpoint's model type so that no ``AutoModel`` takes its int8 codes for weights."""
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "config.json"
-        if path.is_file():
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            if fields.get("model_type") != STORED_AS:
-                fields |= {"model_type": STORED_AS, "converted_model_type": fields.get("model_type")}
-                path.write_text(json.dumps(fields, indent=2), encoding="utf-8")

@@ -20,8 +20,7 @@ def main(arguments: list[str]) -> int:
     try:
         if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
             raise ConfigError(f"--out {options.out} exists and is not an empty folder; choose another")
-        model, tokenizer = build.restore_model(options.checkpoint)
-        build.export(model, tokenizer, options.format, options.out)
+        build.export_checkpoint(options.checkpoint, options.format, options.out)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -31,13 +31,13 @@ from ..run_lock import RunLock
 from . import labelled
 from .checks import check_data, check_model
 from .data import build_data, build_tokenizer, given_tokenizer
-from .export import check_formats, export, finish, restore_model
+from .export import check_formats, export, export_checkpoint, finish, mark_ends, restore_model
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .plan import prepare_allocator, recheck, settle
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .say import say
 
-__all__ = ["Run", "build", "ending", "export", "finish", "plan", "restore_model"]
+__all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
 
 
 @dataclass
@@ -141,6 +141,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     )
     check_same_bytes(source, saved, data.checksum)
     model, loss = build_model(config, vocabulary, data.highest_id, device, team)
+    mark_ends(config, model, tokenizer)
     check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
     evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
@@ -179,7 +180,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         team=team,
     )
     if team.leads:
-        describe(folder, config, vars(planned), tokenizer)
+        describe(folder, config, vars(planned), model, tokenizer)
     return run
 
 

@@ -5,13 +5,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from .. import checkpoint
 from .. import config as configuration
+from ..config import Config
+from ..data.chat import answer_ends
 from ..data.packing import IGNORED
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
+from ..export import folder as folders
 from ..export import gguf, huggingface, int8
 from ..lowrank.lora import LoraLinear
 from ..models import classify, loading, streaming
@@ -20,7 +23,28 @@ from ..parallel import shards
 from .model import adapt_as, convert_as
 from .say import say
 
-EXPORTS = {"hf": huggingface.save, "int8": int8.save, "gguf": gguf.save}
+EXPORTS = {"hf": huggingface, "int8": int8, "gguf": gguf}
+KEPT = "tokenizer"  # the folder of a run that holds what its exports need beside the weights
+
+
+def keep_beside(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    """Write into ``place``, a run's folder ``KEPT``, what every export of the run takes along: tokenizer, generation
+    config and the processor files of the pretrained folder. Raises ``OSError``."""
+    tokenizer.save_pretrained(place)
+    if model.can_generate():
+        model.generation_config.to_json_file(place / folders.GENERATION)
+    if config.model.path is not None and Path(config.model.path).expanduser().is_dir():
+        folders.take_along(Path(config.model.path).expanduser(), place)
+
+
+def mark_ends(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the tokens that end an answer first among those that end what the model says."""
+    if config.data.task != "instruct":
+        return
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    ends = list(dict.fromkeys([*answer_ends(tokenizer), *known]))
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
 
 
 def check_formats(model: nn.Module, tokenizer: PreTrainedTokenizerBase, formats: list[str]) -> None:
@@ -35,17 +59,25 @@ def check_formats(model: nn.Module, tokenizer: PreTrainedTokenizerBase, formats:
         raise ConfigError(f"export.formats is {formats}: {error}") from error
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fmt: str, target: Path) -> None:
-    """Write ``model`` to ``target`` in one of ``EXPORTS``. Raises :class:`ConfigError` if it cannot be."""
+def export(model: nn.Module, fmt: str, target: Path, run: Path) -> None:
+    """Write ``model`` to ``target`` in one of ``EXPORTS``, whole or not at all, with what the folder ``run`` keeps for
+    it (see :func:`keep_beside`). Raises :class:`ConfigError` if it cannot be."""
     if fmt != "hf" and any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ConfigError(
             f"LoRA's merged weights are not int8, as the format {fmt} needs them; export with --format hf"
         )
+    kept = run / KEPT
+    tokenizer = load_tokenizer(str(kept))
+    if (kept / folders.GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(kept)
     try:
-        EXPORTS[fmt](model, tokenizer, target)
+        with folders.whole(target) as building:
+            EXPORTS[fmt].save(model, tokenizer, building)
+            if fmt != "gguf":
+                folders.take_along(kept, building)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"the export {target} could not be written: {error}; the checkpoints are intact") from error
-    say("export", str(target))
+    say("export", f"{target}, for {EXPORTS[fmt].READERS}")
 
 
 def finish(run, best_step: int | None) -> None:
@@ -63,7 +95,7 @@ def finish(run, best_step: int | None) -> None:
         checkpoint.load_model(source, model)
         say("export", f"the best held-out loss's weights, {source}")
     for fmt in run.config.export.formats:
-        export(model, run.tokenizer, fmt, run.folder / "export" / fmt)
+        export(model, fmt, run.folder / "export" / fmt, run.folder)
     section = run.config.sample
     if section.max_new_tokens and run.config.data.task != "classify":
         data = run.config.data
@@ -75,6 +107,13 @@ def finish(run, best_step: int | None) -> None:
         if section.prompt is not None:
             ids = prompt_ids(run.tokenizer, section.prompt, data.sequence_length, data.task)
         say("sample", continue_text(model, run.tokenizer, ids, section.max_new_tokens, run.config.run.seed))
+
+
+def export_checkpoint(source: Path, fmt: str, target: Path) -> None:
+    """Write the model of a checkpoint as its own run would. Raises :class:`ConfigError` as :func:`restore_model` and
+    :func:`export` do."""
+    model, _ = restore_model(source)
+    export(model, fmt, target, source.resolve().parent.parent)
 
 
 def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -91,4 +130,4 @@ def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     streaming.allocate(model, torch.device("cpu"))
     adapt_as(config, model)
     checkpoint.load_model(source, model)
-    return model.eval(), load_tokenizer(str(source.parent.parent / "tokenizer"))
+    return model.eval(), load_tokenizer(str(source.resolve().parent.parent / KEPT))

@@ -17,6 +17,7 @@ from ..parallel import ALONE, Team
 from ..position import Position
 from ..run_lock import RunLock
 from ..stats import Records
+from .export import KEPT, keep_beside
 from .say import say
 
 
@@ -208,13 +209,15 @@ def restore(
     return position
 
 
-def describe(folder: Path, config: Config, plan: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def describe(
+    folder: Path, config: Config, plan: dict[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write what the run is made of into its folder, each file whole or not at all."""
     with atomic.explained(f"the run folder {folder}", "free space or set run.dir, then go on with --resume auto"):
         atomic.write_text(folder / "config.yaml", configuration.dump(config))
         atomic.write_text(folder / "plan.json", json.dumps(plan, indent=1))
-        with atomic.replacing_folder(folder / "tokenizer") as fresh:
-            tokenizer.save_pretrained(fresh)
+        with atomic.replacing_folder(folder / KEPT) as fresh:
+            keep_beside(config, model, tokenizer, fresh)
 
 
 def ending(config: Config, result: Any, position: Position) -> str:

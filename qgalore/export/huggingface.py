@@ -6,23 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..lowrank.conv import LowRankConv
-from ..lowrank.experts import NAMES, Experts
-from ..lowrank.linear import LowRankLinear
+from . import folder as folders
+from .tensors import dense_tensors, hub_tensors
 
-
-def other_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every stored tensor that is not a low-rank layer's weight or basis, once each (tied weights under their first
-    name), floating-point ones in ``dtype``; biases of low-rank layers included."""
-    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear))
-    owned = {f"{name}.{key}" for name, module in layers for key in module.state_dict() if key != "bias"}
-    state, seen = {}, set()
-    for name, value in model.state_dict().items():
-        if name in owned or value.data_ptr() in seen:
-            continue
-        seen.add(value.data_ptr())
-        state[name] = (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
-    return state
+READERS = "transformers 4.48 or later, vLLM, and what else reads Hugging Face folders"
 
 
 def dense_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -30,17 +17,7 @@ def dense_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[s
 
     Int8 weights are dequantized in fp32 and rounded once to ``dtype``; a mixture's experts are stacked again.
     """
-    state = other_tensors(model, dtype)
-    inside = set()
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            inside |= set(module.modules())
-            state |= {f"{name}.{key}": module.stacked(key, dtype) for key in NAMES}
-        elif isinstance(module, LowRankLinear) and module not in inside:
-            weight = module.dense_weight().to(dtype)
-            weight = weight.view(module.kernel_shape) if isinstance(module, LowRankConv) else weight
-            state[f"{name}.weight"] = (weight.T if module.transposed else weight).contiguous().cpu()
-    return state
+    return folders.deferred(dense_tensors(model, dtype))
 
 
 def save(
@@ -48,14 +25,11 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str | None = None,
 ) -> None:
-    """Write ``folder`` so that ``model``'s own class, its ``AutoModelFor…`` and ``AutoTokenizer`` load it."""
-    with torch.device("meta"):
-        skeleton = type(model)._from_config(model.config, dtype=dtype)
-    skeleton.tie_weights()
-    if skeleton.can_generate():
-        skeleton.generation_config = model.generation_config
+    """Write ``folder`` so that ``model``'s own class, its ``AutoModelFor…`` and ``AutoTokenizer`` load it. Tensors are
+    made and written one at a time. ``max_shard_size``: bytes, or text such as "5GB"; None for one file. Raises
+    ``OSError``."""
     folder.mkdir(parents=True, exist_ok=True)
-    skeleton.save_pretrained(folder, state_dict=dense_state(model, dtype))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    entries = hub_tensors(model, folders.skeleton_of(model, dtype), dtype)
+    folders.write(model, tokenizer, folder, entries, dtype=dtype, max_shard_size=max_shard_size)

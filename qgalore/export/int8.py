@@ -5,7 +5,7 @@ zeros), bf16 scales (out, groups). Group sizes map to the strategy ``group``, on
 knows linear layers only: an int8 embedding, and a head tied to it, are written dense in bf16.
 """
 
-import copy
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -20,9 +20,11 @@ from ..errors import ConfigError
 from ..lowrank.embedding import LowRankEmbedding, TiedHead
 from ..lowrank.experts import Experts
 from ..lowrank.linear import LowRankLinear
-from ..storage import Deferred, write_safetensors
-from .huggingface import other_tensors
+from ..storage import Deferred
+from . import folder as folders
+from .tensors import other_tensors
 
+READERS = "vLLM, and transformers with the package compressed-tensors"
 Scheme = tuple[str, int | None]  # strategy and group size
 
 
@@ -52,6 +54,12 @@ def int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return layers
 
 
+def _heads(model: nn.Module) -> set[str]:
+    """The names of the output layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {name for name, module in model.named_modules() if head is not None and module is head}
+
+
 def _embeddings(model: nn.Module) -> dict[str, LowRankEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankEmbedding)}
 
@@ -68,26 +76,35 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json. The most common scheme targets ``Linear``; layers of another one are
-    named, by the last part of their name where all layers with that part agree; linear layers kept in bf16 are
-    ignored by name. Raises :class:`ConfigError` for a model without int8 layers, or with ``Conv1D`` ones."""
+    """The ``quantization_config`` of config.json.
+
+    The most common scheme targets ``Linear`` and comes last. Layers of another one are named, by the last part of their
+    name where all layers with that part agree. An int8 head is named too, and linear layers kept in bf16 are ignored by
+    name. Raises :class:`ConfigError` for a model without int8 layers, or with ``Conv1D`` ones.
+    """
     layers = int8_layers(model)
     schemes = {name: _scheme(layer) for name, layer in layers.items()}
     common = Counter(schemes.values()).most_common(1)[0][0]
+    heads = _heads(model)
     by_ending: dict[str, set[Scheme]] = {}
     for name, scheme in schemes.items():
         by_ending.setdefault(name.rsplit(".", 1)[-1], set()).add(scheme)
-    targets: dict[Scheme, list[str]] = {common: ["Linear"]}
+    named: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         ending = name.rsplit(".", 1)[-1]
         target = f"re:.*\\.{ending}$" if len(by_ending[ending]) == 1 and "." in name else name
-        if scheme != common and target not in targets.setdefault(scheme, []):
-            targets[scheme].append(target)
+        if name in heads:  # no "Linear" in vLLM, whatever its scheme
+            target = f"re:.*{re.escape(ending)}$"
+        if (scheme != common or name in heads) and target not in named.setdefault(scheme, []):
+            named[scheme].append(target)
+    # transformers takes the first group that matches, and warns where a later one matches too: names come first.
+    targets = [(scheme, names) for scheme, names in named.items() if scheme != common]
+    targets.append((common, [*named.get(common, []), "Linear"]))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {f"group_{i}": _group(s, t) for i, (s, t) in enumerate(targets.items())},
+        "config_groups": {f"group_{i}": _group(s, t) for i, (s, t) in enumerate(targets)},
         "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear | TiedHead)],
     }
 
@@ -111,11 +128,4 @@ def save(
         entries[f"{name}.weight"] = Deferred(torch.bfloat16, tuple(layer.weight.shape), make)
     entries |= other_tensors(model, torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.config)
-    config.dtype = torch.bfloat16
-    config.architectures = [type(model).__name__]
-    config.quantization_config = quantization
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    write_safetensors(folder / "model.safetensors", entries, metadata={"format": "pt"})
-    tokenizer.save_pretrained(folder)
+    folders.write(model, tokenizer, folder, entries, dtype=torch.bfloat16, quantization=quantization)

@@ -19,6 +19,8 @@ from ..quant.int8 import quantize
 from . import sides
 from .products import Choice, Products
 
+CODES = "weight_int8"  # a name for int8 codes in a state dict that is not that of ordinary weights
+
 
 class Basis(nn.Module):
     """Stored orthonormal columns (dim, rank) in one of ``quant.basis.FORMATS``; zero until first assigned."""
@@ -150,6 +152,7 @@ class LowRankLinear(nn.Module):
     """
 
     products: Products | None = None
+    code_key = "weight"  # the name of int8 codes in a state dict; qgalore.convert gives one that no other reader takes
     max_rank: int | None = None  # here too for kinds with a constructor of their own
     mean_rank: int | None = None
 
@@ -273,9 +276,13 @@ class LowRankLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.leaves():
             del destination[prefix + name]
+        if self.weight_scale is not None:
+            destination[prefix + self.code_key] = destination.pop(prefix + "weight")
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         self.fit({name: value.shape for name, value in state_dict.items() if name.startswith(prefix)}, prefix)
+        if prefix + CODES in state_dict:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + CODES)
         found = state_dict.get(prefix + "weight")
         if found is not None and (found.dtype == torch.int8) != (self.weight.dtype == torch.int8):
             # copying would round floats to integers, or take integers for weights, without a word

@@ -1,11 +1,14 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, TokenType
 from gguf.quants import dequantize
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import qgalore
+from qgalore.data.chat import answer_ends
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
 from qgalore.export import gguf
@@ -91,3 +94,22 @@ def test_what_it_does_not_know_is_refused(tokenizer, tmp_path):
     conv = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=32))
     with pytest.raises(ConfigError, match="not gpt2"):
         gguf.save(conv, tokenizer, tmp_path)
+
+
+def test_the_file_names_every_token_that_ends_an_answer(tiny_llama, tokenizer, tmp_path):
+    """eos is the tokenizer's, eot what the model was trained to end answers with; the template goes along."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert answer_ends(tokenizer) == [end]
+    model = tiny_llama(vocab_size=320)
+    qgalore.convert(model, rank=4)
+    model.generation_config.eos_token_id = [end, tokenizer.eos_token_id]
+    gguf.save(model, tokenizer, tmp_path)
+    fields = {name: field.contents() for name, field in read(tmp_path)[0].fields.items()}
+    assert fields["tokenizer.ggml.eot_token_id"] == end
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    assert fields["tokenizer.ggml.token_type"][end] == TokenType.CONTROL
+    assert "tokenizer.ggml.eom_token_id" not in fields

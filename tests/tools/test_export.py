@@ -18,10 +18,18 @@ def export():
 
 
 def test_a_checkpoint_exports_what_the_run_exported(tiny_run, export):
-    code, _, err = tiny_run("train.max_steps=2", "export.formats=[hf, int8]")
+    """The same files, byte for byte, and a line that says for which readers."""
+    code, out, err = tiny_run("train.max_steps=2", "export.formats=[hf, int8, gguf]")
     assert code == 0, err
-    for fmt in ("hf", "int8"):
+    assert "runs/tiny/export/int8, for vLLM, and transformers with the package compressed-tensors" in out
+    for fmt in ("hf", "int8", "gguf"):
         assert export(["runs/tiny/checkpoints/step-00000002", "--format", fmt, "--out", f"out/{fmt}"]) == 0
+        files = sorted(path.name for path in Path(f"runs/tiny/export/{fmt}").iterdir())
+        assert files == sorted(path.name for path in Path(f"out/{fmt}").iterdir())
+        for name in files:
+            one, other = (Path(f"{place}/{fmt}/{name}").read_bytes() for place in ("runs/tiny/export", "out"))
+            assert one == other, name
+    for fmt in ("hf", "int8"):
         first, again = load_file(f"runs/tiny/export/{fmt}/model.safetensors"), load_file(f"out/{fmt}/model.safetensors")
         assert first.keys() == again.keys()
         assert all(torch.equal(value, again[name]) for name, value in first.items())
