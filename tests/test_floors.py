@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
-    {"errors"},
+    {"errors", "plain_yaml"},
     {"config"},
     {"quant", "storage", "metrics", "parallel", "on_paper"},
     {"lowrank", "data"},
