@@ -27,6 +27,7 @@ FLOORS = (
         "wire",
     },
     {"build", "loop", "comparison", "library"},
+    {"cli"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

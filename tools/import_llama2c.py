@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
 
 HEADER = struct.Struct("<7i")  # dim, hidden, layers, heads, kv heads, vocabulary (negative: untied head), positions
 UNKNOWN, BOS, EOS = 0, 1, 2  # of every llama2.c tokenizer
@@ -18,23 +20,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("tokenizer", type=Path, help="its vocabulary as llama2.c writes it, such as tok512.bin")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet, or is empty")
     options = parser.parse_args(arguments)
-    from qgalore.errors import ConfigError
+    return door.leave(lambda: convert(options))
 
-    try:
-        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise ConfigError(f"{options.out} exists and is not an empty folder; choose another")
-        model = read_model(options.checkpoint)
-        tokenizer = read_tokenizer(options.tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
-        model.save_pretrained(options.out)
-        tokenizer.save_pretrained(options.out)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def convert(options: argparse.Namespace) -> None:
+    kinds.fresh_folder(options.out, "OUT")
+    model = read_model(options.checkpoint)
+    tokenizer = read_tokenizer(options.tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens: {options.out}")
-    return 0
 
 
 def read_model(path: Path):

@@ -21,7 +21,8 @@ def test_a_checkpoint_exports_what_the_run_exported(tiny_run, export):
     code, _, err = tiny_run("train.max_steps=2", "export.formats=[hf, int8]")
     assert code == 0, err
     for fmt in ("hf", "int8"):
-        assert export(["runs/tiny/checkpoints/step-00000002", "--format", fmt, "--out", f"out/{fmt}"]) == 0
+        source = {"hf": "runs/tiny/checkpoints/step-00000002", "int8": "runs/tiny"}[fmt]  # a run: its newest
+        assert export([source, "--format", fmt, "--out", f"out/{fmt}"]) == 0
         first, again = load_file(f"runs/tiny/export/{fmt}/model.safetensors"), load_file(f"out/{fmt}/model.safetensors")
         assert first.keys() == again.keys()
         assert all(torch.equal(value, again[name]) for name, value in first.items())
@@ -38,7 +39,9 @@ def test_bad_arguments_are_named(tiny_run, export, capfd):
     assert tiny_run("train.max_steps=1", "method=adamw")[0] == 0
     path = "runs/tiny/checkpoints/step-00000001"
     for arguments, message in [
-        (["nowhere", "--format", "hf", "--out", "x"], "not a complete checkpoint"),
+        (["nowhere", "--format", "hf", "--out", "x"], "nowhere does not exist"),
+        (["tiny.yaml", "--format", "hf", "--out", "x"], "tiny.yaml is a file"),
+        (["cache", "--format", "hf", "--out", "x"], "not a complete checkpoint"),
         ([path, "--format", "int8", "--out", "x"], "not int8"),
         ([path, "--format", "hf", "--out", "runs"], "not an empty folder"),
     ]:
