@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
-    {"errors", "plain_yaml"},
+    {"errors", "plain_yaml", "schedule_defaults"},
     {"config"},
     {"quant", "storage", "metrics", "parallel", "on_paper"},
     {"lowrank", "data"},

@@ -570,9 +570,6 @@ METHODS: dict[str, tuple[bool, str, str | None, str]] = {
     "adamw8bit": (False, "none", None, "adamw8bit"),
 }
 
-# The cos_threshold of a policy that reads one: measured for overlap (docs/results.md), published for the others.
-THRESHOLDS = {"overlap": 0.2, "first_vector": 0.4, "signed_cosine": 0.4}
-
 # What a rule means: (its scale, whether it uses stored bases, the other low-rank keys that it reads).
 RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {
     "galore": (0.25, True, ()),
