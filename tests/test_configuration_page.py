@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qgalore.config import messages, reference
+from qgalore.config import incompatible, messages, reference
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -19,4 +19,4 @@ def test_every_key_has_an_entry_and_every_conflict_a_key():
     assert [line.strip("# `") for line in page.splitlines() if line.startswith("### ")] == sorted(
         names, key=lambda name: ("." in name, names.index(name))
     )
-    assert set(reference.CONFLICTS) <= set(names)
+    assert {key for conflict in incompatible.TABLE for key in conflict.keys} <= set(names)

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from .. import plain_yaml
 from ..errors import ConfigError
+from . import incompatible
 from .messages import field_at, is_section, problems_of, short, shown
 from .sections import Config, is_textual
 
@@ -98,7 +99,7 @@ def parse(data: Any, origin: str) -> Config:
     """Validate ``data``; raises one :class:`ConfigError` that lists every problem, prefixed with ``origin``."""
     try:
         config = Config.model_validate(data)
-        problems = config.problems()
+        problems = incompatible.problems(config)
     except ValidationError as error:
         problems = problems_of(error, data)
     if problems:

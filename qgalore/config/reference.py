@@ -2,6 +2,7 @@
 
 from pydantic.fields import FieldInfo
 
+from .incompatible import TABLE
 from .messages import as_yaml, default_of, example_of, extra_of, is_section, rule_of
 from .sections import Config, Section
 
@@ -46,50 +47,11 @@ def _entry(full: str, name: str, field: FieldInfo) -> str:
         f"- Value: {rule_of(field)}",
         *([f"- Unit: {unit}"] if unit else []),
         f"- Default: {default}",
-        *(f"- Conflict: {text}" for text in CONFLICTS.get(full, ())),
+        *(f"- Conflict: {conflict.words}" for conflict in TABLE if full in conflict.keys),
         f"- Example: `{name}: {as_yaml(example_of(field))}`",
         "",
     ]
     return "\n".join(lines)
-
-
-# What a key does not go together with; ``Config.problems`` refuses each of these.
-CONFLICTS = {
-    "model.config": ("give one of `model.config` and `model.path`",),
-    "model.path": ("give one of `model.config` and `model.path`",),
-    "model.overrides": ("goes with `model.config` only",),
-    "model.compute": ("`int8` needs trained int8 weights and `lowrank.group_size: row`",),
-    "model.compile": (
-        "`blocks` does not go with `train.activation_checkpointing: offload` or `lowrank.rank: auto`",
-        "`blocks` does not go with `parallel: shard`",
-    ),
-    "parallel": (
-        "`shard` needs method qgalore, galore or galore8bit, `lowrank.rule: galore`, a right basis "
-        "(`lowrank.proj_type: right`), a number as rank, deferred stepping and Adam",
-    ),
-    "train.stepping": ("`fused` does not go with `train.clip_grad_norm` or several micro-batches in a process",),
-    "train.clip_grad_norm": ("a rule with whole gradients needs `train.full_gradients: keep` for it",),
-    "train.grad_accumulation": ("a rule with whole gradients needs `train.full_gradients: keep` for it",),
-    "train.betas": ("goes with adamw8bit, adamw4bit and adamw; others take `train.optimizer_options`",),
-    "train.eps": ("goes with adamw8bit, adamw4bit and adamw; others take `train.optimizer_options`",),
-    "train.weight_decay": ("must be below 1 / `train.lr`",),
-    "lowrank.rank": (
-        "`auto` goes with `rule: galore` and one-sided projection only",
-        "`full` and `auto` do not go with method lora; `full` does not with rule apollo",
-    ),
-    "lowrank.mean_rank": ("must be at most `lowrank.max_rank`",),
-    "lowrank.max_gap": ("must be at least `lowrank.update_proj_gap`",),
-    "lowrank.similarity": ("does not go with `lowrank.policy`",),
-    "lowrank.weight_rounding": ("`feedback` needs `rule: galore`, Adam and a first beta above 0",),
-    "lowrank.embeddings": ("`int8` does not go with method lora or `parallel: shard`",),
-    "export.formats": ("`int8` needs int8 weights; a classifier and method lora are exported as `hf` only",),
-    "export.which": ("`best` needs `train.keep_best: true`",),
-    "data.label_key": ("goes with `data.task: classify` only",),
-    "data.label_type": ("goes with `data.task: classify` only",),
-    "data.header": ("goes with `data.task: classify` only",),
-    "data.metric": ("goes with `data.task: classify` only, and must suit `data.label_type`",),
-    "data.valid": ("`data.task: classify` needs it",),
-}
 
 
 if __name__ == "__main__":
