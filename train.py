@@ -5,42 +5,43 @@ import argparse
 import os
 import sys
 
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
+
+INTERRUPTED = "interrupted; checkpoints saved so far are intact, go on with --resume auto"
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a language model in little memory.")
     parser.add_argument("--config", required=True, metavar="NAME|PATH", help="a YAML file, here or in configs/")
     parser.add_argument("--plan", action="store_true", help="print what the run will need in memory, and stop")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes that --plan plans for")
+    processes = kinds.whole(1, 2**16)
+    parser.add_argument("--world-size", type=processes, default=1, metavar="N", help="processes that --plan plans for")
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001 run.name=second")
     options = parser.parse_intermixed_args(arguments)
-    if options.world_size < 1 or (options.world_size > 1 and not options.plan):
-        parser.error("--world-size: at least 1, with --plan only; torchrun --nproc_per_node N trains in N processes")
+    if options.world_size > 1 and not options.plan:
+        parser.error("--world-size goes with --plan only; torchrun --nproc_per_node N trains in N processes")
     return options
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     # Imported here so that --help and a misspelt option answer at once.
-    from qgalore import build, config, errors, loop
+    from qgalore import build, config, loop
     from qgalore.parallel import job
 
-    try:
-        settings = config.load(options.config, options.overrides)
-        if options.plan:
-            build.plan(settings, options.world_size)
-            return 0
-        with job(settings.device) as team:
-            with team.together("the end of training"):
-                made = build.build(settings, options.resume, team)
-                training = loop.Loop(**made.loop, position=loop.Position(**made.position))
-                result = training.run()
-            if team.leads:
-                build.finish(made, training.position.best_step)
-    except errors.QGaloreError as error:
-        print(f"\nerror: {error}" if error.exit_code < 128 else f"\n{error}", file=sys.stderr)
-        return error.exit_code
+    settings = config.load(options.config, options.overrides)
+    if options.plan:
+        build.plan(settings, options.world_size)
+        return
+    with job(settings.device) as team:
+        with team.together("the end of training"):
+            made = build.build(settings, options.resume, team)
+            training = loop.Loop(**made.loop, position=loop.Position(**made.position))
+            result = training.run()
+        if team.leads:
+            build.finish(made, training.position.best_step)
     print(f"done: {build.ending(settings, result, training.position)}; everything is in {made.folder}")
-    return 0
 
 
 def main(arguments: list[str]) -> int:
@@ -48,11 +49,7 @@ def main(arguments: list[str]) -> int:
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # against fragmentation: refreshes and blocks of the vocabulary ask for memory in many sizes
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; checkpoints saved so far are intact, go on with --resume auto", file=sys.stderr)
-        return 130
+    return door.leave(lambda: run(options), INTERRUPTED)
 
 
 if __name__ == "__main__":

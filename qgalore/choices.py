@@ -136,7 +136,7 @@ def score(
     The tokens that count are those of prompt and choice together, from the first that the prompt alone does not have.
     Texts begin with bos if the tokenizer itself puts it there, as in training. What is longer than the model's
     positions loses its beginning. Texts of like length go together, padded at the end, which causal attention does not
-    see. Raises ConfigError for a choice that has no room.
+    see. Raises ConfigError for a choice that has no room, and for likelihoods that are not finite.
     """
     items, cut = _encoded(tokenizer, questions, getattr(model.config, "max_position_embeddings", None))
     order = sorted(range(len(items)), key=lambda place: -len(items[place][0]))
@@ -150,6 +150,8 @@ def score(
         for place, value in zip(batch, _log_likelihoods(model, [items[i] for i in batch]), strict=True):
             values[place] = value
     model.train(was_training)
+    if not all(map(math.isfinite, values)):
+        raise ConfigError("the model gives some choices a likelihood that is not finite; its weights are damaged")
     rest = iter(values)
     return Scores(tuple(questions), tuple(tuple(next(rest) for _ in one.choices) for one in questions), cut)
 

@@ -4,9 +4,11 @@ Every message names the value, the rule it broke and the remedy. Anything that o
 ``assert`` or an ordinary exception instead, and shows its traceback.
 """
 
+import unicodedata
+
 
 class QGaloreError(Exception):
-    """Base class: ``train.py`` prints the message without a traceback and exits with ``exit_code``."""
+    """Base class: programs print the message without a traceback and exit with ``exit_code`` (see ``cli.door``)."""
 
     exit_code = 1
 
@@ -39,3 +41,15 @@ class Interrupted(QGaloreError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters (escape codes of terminals among them) and lone surrogates written out.
+
+    Names and values in messages come from files of other people; shown as they are, some would move the cursor, change
+    the window's title or end in a UnicodeEncodeError. New lines and tabs stay.
+    """
+    return "".join(
+        letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs") else ascii(letter)[1:-1]
+        for letter in text
+    )

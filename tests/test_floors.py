@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
-    {"errors"},
+    {"errors", "plain_yaml", "schedule_defaults"},
     {"config", "atomic"},
     {"quant", "storage", "metrics", "parallel", "on_paper", "checkpoint_folder"},
     {"lowrank", "data"},
@@ -29,6 +29,7 @@ FLOORS = (
         "wire",
     },
     {"build", "loop", "comparison", "library"},
+    {"cli"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -222,7 +222,7 @@ def test_a_run_that_cannot_fit_does_not_start(tiny_run):
 def test_a_budget_that_is_no_size_is_refused(tiny_run, budget):
     code, _, err = tiny_run(f"memory.budget={budget}")
     assert code == 2
-    assert "is not a size such as 15.5GiB" in err or "string" in err
+    assert "it must be a size with its unit, such as 15.5GiB" in err
 
 
 @pytest.mark.slow

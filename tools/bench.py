@@ -39,6 +39,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import qgalore
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
 from qgalore.errors import QGaloreError
 from qgalore.lowrank import projector, slots
 from qgalore.lowrank.inner import adamw8bit
@@ -356,13 +358,13 @@ def table(found, light: Light, config, rank: int, tokens: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="preset, config.json or its folder")
-    parser.add_argument("--vocabulary", type=int, default=32000, help="for a preset that leaves it open")
-    parser.add_argument("--batch", type=int, default=4096, help="tokens of a step")
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--vocabulary", type=kinds.whole(1), default=32000, help="for a preset that leaves it open")
+    parser.add_argument("--batch", type=kinds.whole(1), default=4096, help="tokens of a step")
+    parser.add_argument("--sequence", type=kinds.whole(1), default=256)
+    parser.add_argument("--rank", type=kinds.whole(1), default=128)
+    parser.add_argument("--rounds", type=kinds.whole(1), default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--threads", type=kinds.whole(1), help="of the CPU; default: torch's")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--kernels", choices=dispatch.CHOICES, default="auto")
     parser.add_argument("--methods", nargs="+", choices=tuple(MAKERS), default=[m for m in MAKERS if "+" not in m])
@@ -399,4 +401,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(door.leave(lambda: main()))

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
 from qgalore.lowrank.inner import optimizer_class
 
 CLASSES = {
@@ -45,8 +47,8 @@ def measure(shape: list[int], repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=int, nargs="+", default=[4096, 128])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--shape", type=kinds.whole(1), nargs="+", default=[4096, 128])
+    parser.add_argument("--repeats", type=kinds.whole(1), default=9)
     arguments = parser.parse_args()
     medians = measure(arguments.shape, arguments.repeats)
     count = torch.Size(arguments.shape).numel()
@@ -56,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(door.leave(main))

@@ -23,7 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qgalore import build, config
-from qgalore.errors import ConfigError, QGaloreError
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
+from qgalore.errors import ConfigError
 from qgalore.lowrank import projector
 from qgalore.lowrank.linear import LowRankLinear
 
@@ -93,25 +95,25 @@ def compare(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="quickstart.yaml")
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--ago", type=int, default=4)
+    parser.add_argument("--rank", type=kinds.whole(1), default=128)
+    parser.add_argument("--steps", type=kinds.whole(1), default=8)
+    parser.add_argument("--ago", type=kinds.whole(1), default=4)
     parser.add_argument("--layer", default="mlp.up_proj")
     parser.add_argument("--depths", nargs="+", choices=DEPTHS, default=list(DEPTHS))
-    parser.add_argument("--power-iterations", type=int, default=2)
+    parser.add_argument("--power-iterations", type=kinds.whole(0), default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
     if not 0 < options.ago <= options.steps:
         parser.error(f"--ago {options.ago} must be between 1 and --steps {options.steps}")
+    return door.leave(lambda: measure(options))
+
+
+def measure(options: argparse.Namespace) -> None:
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            settings = config.load(options.config, [f"run.dir={folder}", *options.overrides])
-            found = captured(settings, options.layer, options.depths, options.steps, options.ago)
-    except QGaloreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config.load(options.config, [f"run.dir={folder}", *options.overrides])
+        found = captured(settings, options.layer, options.depths, options.steps, options.ago)
     print(f"{options.layer}, rank {options.rank}, after {options.steps} steps; {options.clock} seconds, "
           f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")  # fmt: skip
     print("depth   shape         energy  exact s   cold s  ratio  of exact's energy   warm s  ratio  of exact's energy")
@@ -121,7 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("cold", "warm"):
             cells.append(f"{row[name]:8.3f} {row['exact'] / row[name]:6.1f} {row[f'{name}_share']:18.5f}")
         print(" ".join(cells), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

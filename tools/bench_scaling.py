@@ -21,6 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench
 
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
 from qgalore.convergence import plot, report
 from qgalore.models import loading
 
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     defaults = {"tokens": 2048, "vocabulary": 1024, "doublings": 3, "rounds": 3}
     start = {"width": 256, "depth": 4, "rank": 64, "sequence": 128}
     for name, value in (start | defaults).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=kinds.whole(1), default=value)
     options = parser.parse_args(arguments)
     start = {name: getattr(options, name) for name in QUANTITIES}
     if options.tokens % (start["sequence"] << options.doublings):
@@ -105,4 +107,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(door.leave(lambda: main()))

@@ -4,11 +4,15 @@ python tools/compare_methods.py --config quickstart --vary method=qgalore,adamw8
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -22,7 +26,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seeds", default="0", metavar="A,B", help="seeds; the first one tunes (default 0)")
     add("--seeds-at", choices=("best", "all"), default="best", help="where the other seeds run (default: best rate)")
     add("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="for the runs and tables")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1: only then do speeds compare)")
+    add(
+        "--jobs",
+        type=kinds.whole(1, 1024),
+        default=1,
+        metavar="N",
+        help="runs at a time (default 1: only then do speeds compare)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -44,9 +54,10 @@ def compare(options: argparse.Namespace) -> int:
     from qgalore.errors import ConfigError
 
     variants = variants_of(options)
-    seeds = [int(seed) for seed in grid.read_values(options.seeds, "--seeds") if seed.isdigit()]
-    if not seeds or options.jobs < 1:
-        raise ConfigError("--seeds are whole numbers such as 0,1, and --jobs is at least 1")
+    words = grid.read_values(options.seeds, "--seeds")
+    if not all(re.fullmatch("[0-9]{1,18}", word) for word in words):
+        raise ConfigError(f"--seeds is {options.seeds}; it must be whole numbers from 0, such as 0,1")
+    seeds = [int(word) for word in words]
     for variant in variants:  # a misspelt key is told before the first run, not after an hour
         for rate in variant.rates or (None,):
             config.load(options.config, [*options.set, *grid.Job(variant, rate, seeds[0]).overrides])
@@ -89,13 +100,7 @@ def write(options: argparse.Namespace, summaries: list, results: list, failures:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    from qgalore.errors import QGaloreError
-
-    try:
-        return compare(options)
-    except QGaloreError as error:
-        print(f"error: {error}" if error.exit_code < 128 else str(error), file=sys.stderr)
-        return error.exit_code
+    return door.leave(lambda: compare(options))
 
 
 if __name__ == "__main__":

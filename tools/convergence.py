@@ -3,9 +3,11 @@
 import argparse
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore.cli import door
 
 INTERVAL = 5  # seconds between two looks of --follow
 
@@ -62,20 +64,16 @@ def mirror(options: argparse.Namespace) -> None:
                 print(f"{trackers.send(run, package, project):,} scalars of {run.name} went to {package}: {project}")
 
 
-def main(arguments: list[str]) -> int:
-    options = parse(arguments)
-    from qgalore.errors import ConfigError
-
-    try:
+def show(options: argparse.Namespace) -> None:
+    with suppress(KeyboardInterrupt):  # the ordinary end of --follow
         while not look(options) and options.follow:
             time.sleep(INTERVAL)
         mirror(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:  # the ordinary end of --follow
-        return 0
-    return 0
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    return door.leave(lambda: show(options))
 
 
 if __name__ == "__main__":

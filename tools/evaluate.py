@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -22,13 +25,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--instruct", nargs="+", default=[], metavar="FILE", help="loss over the answers of conversations"
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="ask the first N questions only, read N rows of text only"
+        "--limit", type=kinds.whole(1), metavar="N", help="ask the first N questions only, read N rows of text only"
     )
     parser.add_argument(
-        "--shots", type=int, default=0, metavar="K", help="show the first K questions with their answers"
+        "--shots", type=kinds.whole(0), default=0, metavar="K", help="show the first K questions with their answers"
     )
-    parser.add_argument("--batch", type=int, default=16, help="rows at a time")
-    parser.add_argument("--sequence", type=int, default=256, help="tokens in a row of text")
+    parser.add_argument("--batch", type=kinds.whole(1, 2**20), default=16, help="rows at a time")
+    parser.add_argument("--sequence", type=kinds.whole(2, 2**20), default=256, help="tokens in a row of text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("evaluation.json"), help="where the figures go as JSON")
     return parser.parse_args(arguments)
@@ -79,6 +82,7 @@ def held_out(model, tokenizer, path: str, options: argparse.Namespace, kind: str
     from qgalore.data.instruct import conversations_to_disk
     from qgalore.data.packing import PackedSequences
     from qgalore.data.tokens import tokenize_to_disk
+    from qgalore.errors import ConfigError
     from qgalore.evaluate import evaluate
     from qgalore.models.loss import summed_loss, target_tokens
 
@@ -96,6 +100,10 @@ def held_out(model, tokenizer, path: str, options: argparse.Namespace, kind: str
         starts = range(0, count, options.batch)
         batches = [partial(packed.batch, range(s, min(s + options.batch, count))) for s in starts]
         made = evaluate(model, batches, summed_loss, target_tokens, torch.device(options.device))
+    if not made.tokens or not math.isfinite(made.loss):
+        found = "no token whose loss counts" if not made.tokens else f"a loss of {made.loss}"
+        remedy = "give more text" if not made.tokens else "the model's weights or products are not finite"
+        raise ConfigError(f"{path}: {found}; {remedy}")
     return {"kind": kind, "file": path, "tokens": made.tokens, "loss": made.loss, "perplexity": made.perplexity}
 
 
@@ -114,35 +122,61 @@ def show(results: list[dict]) -> None:
             print(f"{name:<32} {figures} | {one['tokens']:,} tokens of {what}")
 
 
-def main(arguments: list[str]) -> int:
-    options = parse(arguments)
-    import torch
+def check_arguments(options: argparse.Namespace) -> None:
+    """Raise :class:`ConfigError` for what can be known to be wrong before a model is loaded."""
+    from qgalore.errors import ConfigError
+
+    if not (options.choices or options.text or options.instruct):
+        raise ConfigError("nothing to evaluate; give --choices, --text or --instruct")
+    if not options.json.parent.is_dir() or options.json.is_dir():
+        raise ConfigError(f"--json {options.json} cannot be written: name a file in a folder that exists")
+    kinds.check_device(options.device)
+
+
+def check_kind(names: list[str], source: Path) -> None:
+    """Raise :class:`ConfigError` if a model of one of these classes does not continue text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from qgalore.errors import ConfigError
 
+    if names and not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        what = "a classifier" if "Classification" in names[0] else f"a {names[0]}"
+        raise ConfigError(
+            f"{source} holds {what}, which continues no text and so has no loss on it. Name a language model; a "
+            "classifier's own metrics are in its run's metrics.jsonl"
+        )
+
+
+def stored_classes(source: Path) -> list[str]:
+    """What an hf folder says its model's class is; empty for another folder, or where it says nothing."""
     try:
-        if options.device != "cpu" and not torch.cuda.is_available():
-            raise ConfigError(f"--device {options.device}: PyTorch sees no CUDA device here; leave it out")
-        if not (options.choices or options.text or options.instruct):
-            raise ConfigError("nothing to evaluate; give --choices, --text or --instruct")
-        if any(value is not None and value < 1 for value in (options.limit, options.batch, options.sequence)):
-            raise ConfigError("--limit, --batch and --sequence must be at least 1")
-        model, tokenizer, name = load(options.model)
-        model.to(options.device)
-        results = [ask(model, tokenizer, path, options) for path in options.choices]
-        for kind, paths in (("text", options.text), ("instruct", options.instruct)):
-            results += [held_out(model, tokenizer, path, options, kind) for path in paths]
-        print(f"{name}:")
-        show(results)
-        options.json.write_text(json.dumps({"model": name, "results": results}, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {options.json}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {options.json} could not be written: {error}", file=sys.stderr)
-        return 2
-    return 0
+        found = json.loads((source / "config.json").read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
+
+
+def run(options: argparse.Namespace) -> None:
+    check_arguments(options)
+    from qgalore.convergence.report import write_text
+
+    source = kinds.saved_folder(options.model)
+    check_kind(stored_classes(source), source)
+    model, tokenizer, name = load(source)
+    check_kind([type(model).__name__], source)
+    model.to(options.device)
+    results = [ask(model, tokenizer, path, options) for path in options.choices]
+    for kind, paths in (("text", options.text), ("instruct", options.instruct)):
+        results += [held_out(model, tokenizer, path, options, kind) for path in paths]
+    print(f"{name}:")
+    show(results)
+    write_text(options.json, json.dumps({"model": name, "results": results}, indent=1) + "\n")
+    print(f"written to {options.json}")
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    return door.leave(lambda: run(options))
 
 
 if __name__ == "__main__":

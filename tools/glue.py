@@ -28,9 +28,11 @@ from transformers import get_linear_schedule_with_warmup as linear_schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import qgalore
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
 from qgalore.data.labelled import LabelledTexts, Labels, read_examples
 from qgalore.data.order import SampleOrder
-from qgalore.errors import QGaloreError
+from qgalore.errors import ConfigError
 from qgalore.models import classify
 
 METHODS = ("adamw", "lora", "galore", "qgalore")
@@ -195,15 +197,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="records, one JSON line a run")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["MRPC"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[5e-5, 1e-4, 2e-4])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--steps", type=int, help="instead of epochs")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128, help="tokens; longer examples are cut")
-    parser.add_argument("--rank", type=int, default=32, help="of lora, galore and qgalore")
-    parser.add_argument("--scale", type=float, default=4.0, help="of galore and qgalore")
-    parser.add_argument("--gap", type=int, default=25, help="steps between refreshes of a subspace")
+    parser.add_argument("--rates", nargs="+", type=kinds.real(1e-12, 100), default=[5e-5, 1e-4, 2e-4])
+    parser.add_argument("--seeds", nargs="+", type=kinds.whole(0), default=[0, 1])
+    parser.add_argument("--epochs", type=kinds.real(1e-3, 1e6), default=3.0)
+    parser.add_argument("--steps", type=kinds.whole(1), help="instead of epochs")
+    parser.add_argument("--batch", type=kinds.whole(1), default=16)
+    parser.add_argument("--length", type=kinds.whole(1), default=128, help="tokens; longer examples are cut")
+    parser.add_argument("--rank", type=kinds.whole(1), default=32, help="of lora, galore and qgalore")
+    parser.add_argument("--scale", type=kinds.real(1e-6, 1e6), default=4.0, help="of galore and qgalore")
+    parser.add_argument("--gap", type=kinds.whole(1), default=25, help="steps between refreshes of a subspace")
     parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32", help="of the products")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="print the table of --out and stop")
@@ -213,25 +215,39 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def read_records(path: Path) -> list[dict]:
+    """The records of runs that are done. Raises :class:`ConfigError` for a line that is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for place, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            complete = {"task", "method", "rate", "seed", "seconds", "bytes"} <= record.keys()
+        except (ValueError, AttributeError):
+            complete = False
+        if not complete:
+            raise ConfigError(f"--out {path}, line {place}, is no record of a run. Delete it or name another file.")
+        records.append(record)
+    return records
+
+
 def main(arguments: list[str]) -> int:
-    options = parse(arguments)
-    records = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    return door.leave(lambda: compare(parse(arguments)))
+
+
+def compare(options: argparse.Namespace) -> None:
+    records = read_records(options.out)
     done = {(r["task"], r["method"], r["rate"], r["seed"]) for r in records}
     runs = itertools.product(options.tasks, options.seeds, options.rates, options.methods)
     for name, seed, rate, method in runs if not options.table else ():
         if (name, method, rate, seed) in done:
             continue
         print(f"{name} {method} rate {rate:g} seed {seed}", flush=True)
-        try:
-            records.append(train(name, method, rate, seed, options))
-        except QGaloreError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+        records.append(train(name, method, rate, seed, options))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(records[-1]) + "\n")
     print(table(records))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """llama2.c's format as a Hugging Face folder: ``python tools/import_llama2c.py stories260K.bin tok512.bin OUT``."""
 
 import argparse
-import os
-import shutil
 import struct
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore import atomic
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
 
 HEADER = struct.Struct("<7i")  # dim, hidden, layers, heads, kv heads, vocabulary (negative: untied head), positions
 UNKNOWN, BOS, EOS = 0, 1, 2  # of every llama2.c tokenizer
@@ -20,37 +21,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("tokenizer", type=Path, help="its vocabulary as llama2.c writes it, such as tok512.bin")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet, or is empty")
     options = parser.parse_args(arguments)
-    from safetensors import SafetensorError
+    return door.leave(lambda: convert(options))
 
-    from qgalore.errors import ConfigError
 
-    try:
-        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise ConfigError(f"{options.out} exists and is not an empty folder; choose another")
-        model = read_model(options.checkpoint)
-        tokenizer = read_tokenizer(options.tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
-        save_whole(options.out, model, tokenizer)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (OSError, SafetensorError) as error:
-        print(f"error: {error}; nothing is left in {options.out}", file=sys.stderr)
-        return 2
+def convert(options: argparse.Namespace) -> None:
+    kinds.fresh_folder(options.out, "OUT")
+    model = read_model(options.checkpoint)
+    tokenizer = read_tokenizer(options.tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
+    explained = atomic.explained(f"the folder {options.out}", "free space or choose another place")
+    with explained, atomic.replacing_folder(options.out) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens: {options.out}")
-    return 0
-
-
-def save_whole(out: Path, model, tokenizer) -> None:
-    """Write the folder ``out``, which is not there or empty, so that it appears whole or not at all."""
-    building = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def read_model(path: Path):

@@ -16,8 +16,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
 GIB = 2**30
 
 CASES = {
@@ -114,7 +119,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, help="a folder for the runs; it must not hold them yet")
     parser.add_argument("--only", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--config", help="one configuration of yours instead of the cases")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=kinds.whole(1), default=20)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all cases")
     options = parser.parse_args(arguments)
@@ -136,4 +141,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(door.leave(lambda: main(sys.argv[1:])))

@@ -15,8 +15,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qgalore.cli import arguments as kinds
+from qgalore.cli import door
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def settings(options: argparse.Namespace) -> list[str]:
@@ -87,10 +90,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Train a large configuration for a few steps on the CPU.")
     parser.add_argument("--config", default="llama7b_16gb.yaml", metavar="NAME|PATH")
     parser.add_argument("--out", required=True, type=Path, help="a folder for the run; it must not hold one yet")
-    parser.add_argument("--layers", type=int, help="fewer layers than the configuration has")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--limit-gib", type=float, help="fail above this peak resident set")
+    parser.add_argument("--layers", type=kinds.whole(1), help="fewer layers than the configuration has")
+    parser.add_argument("--steps", type=kinds.whole(1), default=2)
+    parser.add_argument("--sequence-length", type=kinds.whole(1), default=128)
+    parser.add_argument("--limit-gib", type=kinds.real(0, 1e6), help="fail above this peak resident set")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()
@@ -105,10 +108,10 @@ def main(arguments: list[str]) -> int:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
-    kinds, same = changes(checkpoints[0], checkpoints[-1])
+    moved, same = changes(checkpoints[0], checkpoints[-1])
     refreshes = sum(1 for _ in (run / "subspace.jsonl").open(encoding="utf-8"))
     print(f"\nsteps {len(losses)}, losses {', '.join(f'{loss:.4f}' for loss in losses)}, refreshes {refreshes}")
-    print("changed tensors: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    print("changed tensors: " + ", ".join(f"{count} {kind}" for kind, count in sorted(moved.items())))
     print(f"unchanged: {', '.join(same) or 'none'}")
     print(f"peak resident set {peak / 2**30:.2f} GiB; {time.monotonic() - started:.0f} s in all")
     fits = options.limit_gib is None or peak <= options.limit_gib * 2**30
@@ -116,4 +119,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(door.leave(lambda: main(sys.argv[1:])))

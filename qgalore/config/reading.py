@@ -4,126 +4,126 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from .. import plain_yaml
 from ..errors import ConfigError
-from .sections import Config, Section
+from . import incompatible
+from .messages import field_at, is_section, problems_of, short, shown
+from .sections import Config, is_textual
 
 PACKAGED = Path(__file__).resolve().parent.parent.parent / "configs"
+MAX_BYTES = 1 << 20
+DEEPEST = 16  # names in an override
 
 
 def find(name: str) -> Path:
     """The file meant by ``--config NAME``: as given, or in the project's ``configs/`` (with or without ``.yaml``)."""
-    for candidate in (Path(name), PACKAGED / name, PACKAGED / f"{name}.yaml"):
-        if candidate.is_file():
+    given = Path(name).expanduser()
+    for candidate in (given, PACKAGED / name, PACKAGED / f"{name}.yaml"):
+        if _is(candidate, Path.is_file):
             return candidate
+    if _is(given, Path.is_dir):
+        inside = sorted(path for path in given.glob("*.yaml") if path.is_file())
+        hint = f"for example {inside[0]}" if inside else "a run's folder has its own as config.yaml"
+        raise ConfigError(f"--config {name}: this is a folder, not a file. Name a YAML file, {hint}.")
+    if _is(given, Path.exists):
+        raise ConfigError(f"--config {name}: this is a device or a pipe, not a file. Name a YAML file.")
     known = sorted(path.name for path in PACKAGED.glob("*.yaml"))
-    close = difflib.get_close_matches(name, known + [k.removesuffix(".yaml") for k in known], n=1)
+    close = difflib.get_close_matches(name[:100], known + [k.removesuffix(".yaml") for k in known], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise ConfigError(f"--config {name}: no such file here or in configs/. {hint}There are: {', '.join(known)}")
+    raise ConfigError(
+        f"--config {short(name, 200)}: no such file here or in configs/. {hint}There are: {', '.join(known)}"
+    )
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win silently."""
+def _is(path: Path, what: Any) -> bool:
+    try:
+        return what(path)
+    except (OSError, ValueError):  # a name that is too long, say
+        return False
 
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {min(twice)!r} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+
+def _is_text(path: tuple[str, ...]) -> bool:
+    field = field_at(path)
+    return field is not None and not is_section(field.annotation) and is_textual(field.annotation)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Name a file that can.") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_BYTES >> 20} MiB, so it is no configuration. Name a YAML file.")
+    try:
+        data = plain_yaml.read(content.decode("utf-8"), _is_text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start + 1}). Save it as UTF-8.") from error
+    except plain_yaml.NotReadable as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path} holds {'nothing' if data is None else type(data).__name__}, not a mapping of sections"
-        )
+        what = "nothing" if data is None else shown(data)
+        raise ConfigError(f"{path} holds {what}, not a mapping of sections such as train: {{lr: 0.001}}")
     return data
 
 
 def _override(data: dict[str, Any], assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"override {assignment!r} is not of the form key.sub=value, for example train.lr=0.001")
+    name, equals, text = assignment.partition("=")
+    parts = name.split(".")
+    if not equals or not all(parts) or len(parts) > DEEPEST:
+        raise ConfigError(
+            f"override {short(assignment)!r} is not of the form key.sub=value, for example train.lr=0.001"
+        )
+    path = tuple(parts)
     try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {assignment!r}: the value is not YAML: {error}") from error
+        value = _value(text, path)
+    except plain_yaml.NotReadable as error:
+        raise ConfigError(f"override {short(assignment)!r}: the value is not YAML: {error}") from error
     for part in parts[:-1]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"override {assignment!r}: {part} is a value, not a section")
+            raise ConfigError(f"override {short(assignment)!r}: {part} is a value, not a section")
     data[parts[-1]] = value
 
 
-def _section_at(location: tuple) -> type[Section] | None:
-    section: Any = Config
-    for part in location:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
-        section = field.annotation if field is not None else None
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            return None
-    return section
+def _value(text: str, path: tuple[str, ...]) -> Any:
+    """The value of an override, None where nothing stands behind the equals sign."""
+    value = plain_yaml.read(text, lambda below: _is_text((*path, *below)))
+    sentence = isinstance(value, dict) and not text.lstrip().startswith("{")  # "Question: what?" is no mapping here
+    return text if sentence and _is_text(path) else value
 
 
-def _all_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _describe(error: dict[str, Any]) -> str:
-    location = tuple(error["loc"])
-    # past a section and its key, pydantic names the members of a union, which mean nothing to a user
-    named = location[:2] if _section_at(location[:1]) else location[:1]
-    key = ".".join(str(part) for part in (location if error["type"] == "extra_forbidden" else named))
-    if error["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
-        names = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(location[-1]), names, n=1)
-        close = [".".join([*map(str, location[:-1]), near[0]])] if near else []
-        close = close or [k for k in _all_keys() if k.rsplit(".", 1)[-1] == location[-1]][:1]
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(names)}"
-        return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing" and len(location) <= 2:
-        return f"{key}: missing, and it has no default"
-    return f"{key}: {error['msg']} (got {error['input']!r})"
-
-
-def parse(data: dict[str, Any], origin: str) -> Config:
+def parse(data: Any, origin: str) -> Config:
     """Validate ``data``; raises one :class:`ConfigError` that lists every problem, prefixed with ``origin``."""
     try:
         config = Config.model_validate(data)
-        problems = config.problems()
+        problems = incompatible.problems(config)
     except ValidationError as error:
-        # a union reports one problem for each of its members; one line for each key is enough
-        problems = list({e["loc"][:2]: _describe(e) for e in reversed(error.errors())}.values())[::-1]
+        problems = problems_of(error, data)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in problems))
     return config
 
 
+def _expanded(path: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:  # the home of a user that is not there
+        raise ConfigError(f"{short(path)!r} cannot be a path: {error} Write the folder out.") from error
+
+
 def _anchor(path: str | None, folder: Path) -> str | None:
     """A data path that does not exist as given but does beside the configuration file means the latter."""
     if path is None:
         return None
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    path = _expanded(path)
     try:
         beside = not Path(path).exists() and (folder / path).exists()
     except OSError as error:
-        raise ConfigError(f"{path[:60]!r} cannot be a path: {error.strerror}") from error
+        raise ConfigError(f"{short(path)!r} cannot be a path: {error.strerror}. Give a shorter one.") from error
     return str(folder / path) if beside else path
 
 
@@ -137,10 +137,10 @@ def load(name: str, overrides: list[str] | None = None) -> Config:
     config = parse(data, str(path))
     anchored = {k: _anchor(getattr(config.data, k), path.parent) for k in ("train", "valid", "tokenizer")}
     model = {k: _anchor(getattr(config.model, k), path.parent) for k in ("config", "path")}
-    anchored["cache_dir"] = str(Path(config.data.cache_dir).expanduser())
+    anchored["cache_dir"] = _expanded(config.data.cache_dir)
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).expanduser())}),
+            "run": config.run.model_copy(update={"dir": _expanded(config.run.dir)}),
             "data": config.data.model_copy(update=anchored),
             "model": config.model.model_copy(update=model),
         }
@@ -149,4 +149,4 @@ def load(name: str, overrides: list[str] | None = None) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as YAML that :func:`load` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return plain_yaml.write(config.model_dump(mode="json"))

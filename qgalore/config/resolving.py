@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError
-from .sections import METHODS, RULES, THRESHOLDS, Config
+from ..schedule_defaults import THRESHOLDS, longest_gap
+from .sections import METHODS, RULES, Config
 
 
 def _micro_batches(config: Config, processes: int) -> int:
@@ -51,7 +52,7 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
                     "scale": lowrank.scale or RULES[lowrank.rule][0],
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
-                    "max_gap": lowrank.max_gap or 16 * lowrank.update_proj_gap,
+                    "max_gap": lowrank.max_gap or longest_gap(lowrank.update_proj_gap),
                     # a product of bf16 matrices arrives rounded to bf16; only a sum of several deserves fp32
                     "grad_dtype": lowrank.grad_dtype
                     or ("bfloat16" if dtype == "bfloat16" and train.grad_accumulation == 1 else "float32"),

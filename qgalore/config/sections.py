@@ -1,343 +1,393 @@
-"""The keys of a configuration, their types and defaults, and the rules between them."""
+"""The keys of a configuration: types, ranges, defaults, units and meanings, and the rules between them."""
 
 import re
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from pydantic import model_validator as validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+STEPS = 2**40  # more optimizer steps, tokens or saves than any run has
+SIDE = 2**20  # more rows, columns, tokens of a sequence or ranks than any model has
 
 
-def _scalar_types(annotation: Any) -> set[type]:
-    args = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        return set().union(*(_scalar_types(arg) for arg in args if isinstance(arg, type) or typing.get_origin(arg)))
-    return {annotation} if isinstance(annotation, type) else set()
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str | None = None,
+    rule: str | None = None,
+    example: Any = None,
+    unset: str | None = None,
+    **limits: Any,
+) -> Any:
+    """A key's default (``...``: none, it must be given) and what docs and messages say of it.
+
+    ``unit``: of its value; ``rule``: what a value must be, where types and ``limits`` do not say it; ``example``: a
+    value to show, where the default shows none; ``unset``: what None stands for.
+    """
+    extra = {"unit": unit, "rule": rule, "example": example, "unset": unset}
+    return Field(default, description=meaning, json_schema_extra=extra, **limits)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The types that a value of ``annotation`` may have, without None: those of a union, or itself."""
+    if typing.get_origin(annotation) is Annotated:
+        return members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(one for arg in typing.get_args(annotation) for one in members(arg) if arg is not type(None))
+    return (annotation,)
+
+
+def is_textual(annotation: Any) -> bool:
+    """Whether every value of ``annotation`` is text, or a list of texts."""
+
+    def textual(one: Any) -> bool:
+        if typing.get_origin(one) is list:
+            return is_textual(typing.get_args(one)[0])
+        if typing.get_origin(one) is Literal:
+            return all(isinstance(word, str) for word in typing.get_args(one))
+        return one is str
+
+    return all(map(textual, members(annotation)))
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
-    @validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_as_number(cls, data: Any) -> Any:
-        """pydantic would read ``rank: true`` as 1."""
-        for name, value in data.items() if isinstance(data, dict) else ():
-            info = cls.model_fields.get(name)
-            if isinstance(value, bool) and info is not None and bool not in _scalar_types(info.annotation):
-                raise ValueError(f"{name} is {value!r}, which is neither a number nor a name")
-        return data
+    def _of_one_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read ``rank: true`` as 1 and ``keep_best: 1`` as true, and refuse 2024 as a name."""
+        allowed = members(cls.model_fields[info.field_name].annotation)
+        truth_values, number = bool in allowed, isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, bool) and not truth_values:
+            raise ValueError("a truth value")
+        if truth_values and not isinstance(value, bool) and (number or allowed == (bool,)):
+            raise ValueError("no truth value")
+        if isinstance(value, int) and number and is_textual(cls.model_fields[info.field_name].annotation):
+            return str(value)
+        return value
+
+
+def once(values: list[str]) -> list[str]:
+    """``values``, if none of them is there twice; raises ``ValueError``."""
+    if len(set(values)) < len(values):
+        raise ValueError("a value is named twice")
+    return values
 
 
 class RunSection(Section):
-    name: str = Field("run", pattern=r"^\w[\w.+-]*$", max_length=200)
-    dir: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**63)
+    name: str = key(
+        "run", "The run's name, and that of its folder under run.dir.", pattern=r"^\w[\w.+-]*$", max_length=200,
+        rule="a name of at most 200 letters, digits and . + - _ that begins with a letter, a digit or _",
+    )  # fmt: skip
+    dir: str = key("runs", "The folder that holds the folders of runs.", min_length=1)
+    seed: int = key(0, "Seeds fresh weights, the order of the data and every random rounding.", ge=0, lt=2**63)
 
 
 class ModelSection(Section):
-    config: str | None = None  # preset name, or a Hugging Face config.json or its folder: trained from scratch
-    path: str | None = None  # pretrained folder or hub id: continued
-    overrides: dict[str, Any] = {}  # fields of the Hugging Face config to change, from scratch only
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    compute: Literal["bf16", "int8"] = "bf16"  # int8: low-rank layers multiply integers; bf16: in model.dtype
-    compile: Literal["none", "blocks"] = "none"  # blocks: torch.compile of each transformer block
+    config: str | None = key(
+        None, "Train from scratch: a preset's name, or a Hugging Face config.json or its folder.", min_length=1,
+        example="llama_60m", unset="model.path is given instead",
+    )  # fmt: skip
+    path: str | None = key(
+        None, "Continue from pretrained weights: a Hugging Face folder or a hub id.", min_length=1,
+        example="models/Qwen2.5-7B", unset="model.config is given instead",
+    )  # fmt: skip
+    overrides: dict[str, Any] = key(
+        {}, "Fields of the model's config.json to change, when training from scratch.",
+        rule="a mapping of fields to values, such as {hidden_size: 512}", example={"hidden_size": 512},
+    )  # fmt: skip
+    dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "The number format of activations and of tensors that are not quantized. With auto it is bfloat16 on a "
+        "GPU that computes in it, else float32.",
+    )  # fmt: skip
+    compute: Literal["bf16", "int8"] = key(
+        "bf16", "How low-rank layers multiply: in model.dtype (bf16), or integers by integers (int8)."
+    )
+    compile: Literal["none", "blocks"] = key("none", "With blocks, torch.compile makes each transformer block faster.")
 
 
 class DataSection(Section):
-    task: Literal["text", "instruct", "classify"] = "text"  # instruct: conversations, with the loss on answers only
-    train: str
-    valid: str | None = None  # None: the last valid_fraction of train
-    valid_fraction: float = Field(0.01, gt=0, lt=0.5)
-    tokenizer: str | None = None  # folder, tokenizer.json or hub id; None: byte-level BPE trained on data.train
-    vocab_size: PositiveInt = 8192  # of a tokenizer trained here
-    sequence_length: PositiveInt = 256
-    valid_split: str = "validation"  # of a data.valid that is a hub id; train reads the split "train"
-    text_key: str = "text"
-    document_attention: Literal["isolated", "joined"] = "isolated"
-    max_tokens: PositiveInt | None = None  # stop reading data.train there; None: all of a file, enough of a hub stream
-    cache_dir: str = "cache"
-    # of task: classify, whose data are local tables (.tsv, .csv, .jsonl, .parquet)
-    text_keys: list[str] = Field(["sentence"], min_length=1, max_length=2)  # one text or a pair
-    label_key: str = "label"
-    label_type: Literal["class", "number"] = "class"  # number: regression on one value
-    header: bool = True  # false: columns are called "0", "1", …
-    metric: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] = []  # empty: all that suit the labels
+    task: Literal["text", "instruct", "classify"] = key(
+        "text", "What the data are: plain text, conversations whose answers are learned, or labelled texts."
+    )
+    train: str = key(
+        ..., "The training data: a file, a folder of files, or a Hugging Face dataset's id.", min_length=1,
+        example="my_text.jsonl",
+    )  # fmt: skip
+    valid: str | None = key(
+        None, "The held-out data, given in the same ways.", min_length=1, example="held_out.jsonl",
+        unset="the last data.valid_fraction of data.train is held out",
+    )  # fmt: skip
+    valid_fraction: float = key(0.01, "The share of data.train to hold out if there is no data.valid.", gt=0, lt=0.5)
+    tokenizer: str | None = key(
+        None, "A tokenizer: a folder, a tokenizer.json or a hub id.", min_length=1, example="models/Qwen2.5-7B",
+        unset="that of model.path, or else a byte-level BPE is trained on data.train",
+    )  # fmt: skip
+    vocab_size: int = key(
+        8192, "The size of a tokenizer that is trained here.", unit="tokens", ge=257, le=SIDE,
+        rule=f"a whole number from 257 (the 256 bytes and an end mark) to {SIDE}",
+    )  # fmt: skip
+    sequence_length: int = key(256, "The length of a row of the batch.", unit="tokens", ge=2, le=SIDE)
+    valid_split: str = key(
+        "validation", "The split to read when data.valid is a hub id; data.train reads the split train.", min_length=1
+    )
+    text_key: str = key("text", "The key of a row that holds its text.", min_length=1)
+    document_attention: Literal["isolated", "joined"] = key(
+        "isolated", "Whether documents packed into one row see each other (joined) or only themselves (isolated)."
+    )
+    max_tokens: int | None = key(
+        None, "Stop reading data.train after this many.", unit="tokens", ge=1, le=2**50, example=100_000_000,
+        unset="all of a file, or as much of a hub dataset as the run needs",
+    )  # fmt: skip
+    cache_dir: str = key("cache", "The folder for tokens and tokenizers, which later runs use again.", min_length=1)
+    text_keys: list[str] = key(
+        ["sentence"], "Columns with the text to classify, or with the pair of texts.", min_length=1, max_length=2,
+        rule="a list of one column name, or of two for a pair of texts",
+    )  # fmt: skip
+    label_key: str = key("label", "The column with the label.", min_length=1)
+    label_type: Literal["class", "number"] = key(
+        "class", "Whether labels are classes, or numbers that are predicted by regression."
+    )
+    header: bool = key(
+        True, 'Whether the first line of a .tsv or .csv names its columns. If not, they are called "0", "1" and so on.'
+    )
+    metric: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] = key(
+        [], "Metrics of held-out labels; an empty list stands for all that suit the labels.", example=["f1"]
+    )
+
+    @field_validator("metric")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        return once(value)
 
 
 class TrainSection(Section):
-    max_steps: int = Field(gt=0, lt=2**40)
-    micro_batch_size: int = Field(8, gt=0, lt=2**20)
-    grad_accumulation: int = Field(1, gt=0, lt=2**20)  # micro-batches of a step, of all processes together
-    lr: float = Field(gt=0)
-    weight_decay: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # lr at the last step, as a share of train.lr
-    clip_grad_norm: NonNegativeFloat = 0.0  # global norm; 0: off
-    optimizer: str | None = None  # adamw8bit | adamw4bit | adamw | dotted path; None: the method's
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    optimizer_options: dict[str, Any] = {}
-    stepping: Literal["auto", "fused", "deferred"] = "auto"
-    full_gradients: Literal["free", "keep"] = "free"  # keep: a rule that needs them whole may step deferred
-    activation_checkpointing: bool | Literal["auto", "offload"] = "auto"  # auto: the fastest that the plan has room for
-    eval_every: PositiveInt = 100
-    eval_batches: PositiveInt | None = None  # None: all of the held-out text
-    save_every: PositiveInt | None = None  # None: after every 30 minutes of work, and at the end
-    keep_last: PositiveInt = 2  # checkpoints kept, the newest
-    keep_every: PositiveInt | None = None  # and those of steps that are multiples of this
-    keep_best: bool = False  # and the one with the lowest held-out loss, saved when it is evaluated
-    early_stopping: PositiveInt | None = None  # stop after so many evaluations without a lower held-out loss
-    max_skipped_in_a_row: PositiveInt = 5  # steps with a loss or gradient that is not finite are skipped, up to this
-    loss_spike: Literal["off", "warn", "skip", "rollback"] = "warn"
-    spike_threshold: float = Field(8.0, gt=0)  # standard deviations above the mean of the last 100 losses
-
-    @validator(mode="before")
-    @classmethod
-    def _off_is_a_word(cls, data: Any) -> Any:
-        """YAML reads an unquoted ``off`` as false."""
-        return {**data, "loss_spike": "off"} if isinstance(data, dict) and data.get("loss_spike") is False else data
+    max_steps: int = key(..., "The length of training.", unit="optimizer steps", ge=1, le=STEPS, example=1000)
+    micro_batch_size: int = key(8, "Rows that go through the model at once.", unit="rows", ge=1, lt=SIDE)
+    grad_accumulation: int = key(
+        1, "Micro-batches of a step, those of all processes together.", unit="micro-batches", ge=1, lt=SIDE
+    )
+    lr: float = key(..., "The peak learning rate.", gt=0, le=100, example=0.001)
+    weight_decay: float = key(
+        0.0, "Decoupled weight decay: a step shrinks weights by lr · weight_decay.", ge=0, le=1000
+    )
+    warmup_steps: int = key(
+        0, "The learning rate rises linearly for this long.", unit="optimizer steps", ge=0, le=STEPS
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "How the learning rate falls after warm-up.")
+    min_lr_ratio: float = key(0.1, "The learning rate of the last step, as a share of train.lr.", ge=0, le=1)
+    clip_grad_norm: float = key(0.0, "The largest global norm of the gradient; 0 switches clipping off.", ge=0, le=1e9)
+    optimizer: str | None = key(
+        None, "The optimizer of the projected gradients: adamw8bit, adamw4bit, adamw, or the dotted path of a "
+        "torch.optim.Optimizer class.", min_length=1, example="torch.optim.Adafactor", unset="the method's own",
+    )  # fmt: skip
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = key(
+        (0.9, 0.999), "Adam's decay rates of the first and the second moment."
+    )
+    eps: float = key(1e-8, "Adam's ε, added to the root of the second moment.", gt=0, le=1)
+    optimizer_options: dict[str, Any] = key(
+        {}, "Arguments of an optimizer given by its dotted path.",
+        rule="a mapping of argument names to values, such as {momentum: 0.9}", example={"momentum": 0.9},
+    )  # fmt: skip
+    stepping: Literal["auto", "fused", "deferred"] = key(
+        "auto", "Whether a tensor steps as soon as its gradient is there (fused), or all step at the end (deferred)."
+    )
+    full_gradients: Literal["free", "keep"] = key(
+        "free", "With keep, a rule that needs whole gradients may step deferred, and keeps those of all layers at once."
+    )
+    activation_checkpointing: bool | Literal["auto", "offload"] = key(
+        "auto", "Whether to compute activations again in the backward pass, or to keep them in host memory (offload). "
+        "With auto the plan takes the fastest way that it has room for.",
+    )  # fmt: skip
+    eval_every: int = key(100, "How often the held-out loss is measured.", unit="optimizer steps", ge=1, le=STEPS)
+    eval_batches: int | None = key(
+        None, "Measure the held-out loss on this many micro-batches.", unit="micro-batches", ge=1, le=STEPS, example=50,
+        unset="on all of the held-out data",
+    )  # fmt: skip
+    save_every: int | None = key(
+        None, "How often a checkpoint is saved.", unit="optimizer steps", ge=1, le=STEPS, example=500,
+        unset="after every 30 minutes of work, and at the end",
+    )  # fmt: skip
+    keep_last: int = key(2, "How many of the newest checkpoints are kept.", unit="checkpoints", ge=1, le=STEPS)
+    keep_every: int | None = key(
+        None, "Checkpoints of steps that are multiples of this are kept as well.", unit="optimizer steps", ge=1,
+        le=STEPS, example=10_000, unset="none of them",
+    )  # fmt: skip
+    keep_best: bool = key(False, "Whether to save and keep the checkpoint with the lowest held-out loss.")
+    early_stopping: int | None = key(
+        None, "Stop after this many evaluations without a lower held-out loss.", unit="evaluations", ge=1, le=STEPS,
+        example=5, unset="the run never stops early",
+    )  # fmt: skip
+    max_skipped_in_a_row: int = key(
+        5, "Steps whose loss or gradient is not finite are skipped; more than this in a row end the run.",
+        unit="optimizer steps", ge=1, le=STEPS,
+    )  # fmt: skip
+    loss_spike: Literal["off", "warn", "skip", "rollback"] = key(
+        "warn", "What to do about a loss far above those before it: nothing, a line, no step, or back to a checkpoint."
+    )
+    spike_threshold: float = key(
+        8.0, "How far above the mean of the last 100 losses a spike begins.", unit="standard deviations", gt=0, le=1e6
+    )
 
 
 Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
 
 
 class LowRankSection(Section):
-    rank: PositiveInt | Literal["full", "auto"] = 128
-    energy: float = Field(0.9, gt=0, le=1)  # of rank: auto: the share of the gradient's energy that a layer keeps
-    max_rank: int | None = Field(None, ge=8)  # of rank: auto, a layer's limit; None: a quarter of its smaller side
-    mean_rank: int | None = Field(None, ge=8)  # of rank: auto: all layers stay within this uniform rank's memory
-    rule: Rule = "galore"  # how a matrix's gradient becomes its update: docs/method.md
-    alpha: float | None = Field(None, gt=0)  # of method lora, whose update is alpha / rank · B A; None: rank
-    scale: float | None = Field(None, gt=0)  # None: the rule's own
-    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
-    update_proj_gap: PositiveInt = 200
-    cos_threshold: float | None = None  # None: the policy's own
-    gamma_proj: float = Field(2.0, ge=1)
-    queue_size: PositiveInt = 5
-    max_gap: PositiveInt | None = None
-    stagger: bool = True
-    projector: Literal["randomized", "exact"] = "randomized"
-    policy: Literal["overlap", "first_vector", "signed_cosine", "energy", "fixed"] = "overlap"  # when to refresh
-    similarity: Literal["overlap", "first_vector"] | None = None  # deprecated: policy
-    moments: Literal["rotate", "keep", "reset"] = "rotate"
-    weight_format: Literal["int8", "none"] | None = None  # None: the method's
-    group_size: Literal[128, 64, 32, "row"] = 128
-    weight_scales: Literal["sticky", "rederived"] = "sticky"  # of int8 weights; rederived at every step: as published
-    weight_rounding: Literal["stochastic", "feedback", "nearest"] = "stochastic"  # of an update into int8
-    basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = None  # None: the method's
-    grad_dtype: Literal["float32", "bfloat16"] | None = None  # None: float32, but bfloat16 where nothing is added to it
-    embeddings: Literal["full", "int8"] = "full"  # int8: the input embedding and the head are low-rank layers too
-    include: list[str] = []
-    exclude: list[str] = []
+    rank: Annotated[int, Field(ge=1, le=SIDE)] | Literal["full", "auto"] = key(
+        128, "Columns of a basis. With full gradients are not projected; with auto each layer has a rank of its own."
+    )
+    energy: float = key(0.9, "Of rank: auto, the share of a gradient's energy that a layer's rank keeps.", gt=0, le=1)
+    max_rank: int | None = key(
+        None, "Of rank: auto, the largest rank of a layer.", ge=8, le=SIDE, example=256,
+        unset="a quarter of the layer's smaller side",
+    )  # fmt: skip
+    mean_rank: int | None = key(
+        None, "Of rank: auto, all layers together stay within the memory of this rank.", ge=8, le=SIDE, example=128,
+        unset="no such limit",
+    )  # fmt: skip
+    rule: Rule = key("galore", "How a matrix's gradient becomes its update; docs/method.md has the equations.")
+    alpha: float | None = key(
+        None, "Of method: lora, whose update is alpha / rank · B A.", gt=0, le=1e6, example=16, unset="alpha = rank"
+    )
+    scale: float | None = key(
+        None, "The factor of an update in a low-rank layer.", gt=0, le=1e6, example=0.25, unset="the rule's own"
+    )
+    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = key(
+        "std", "Which side of the gradient is projected: the smaller (std), the larger, a fixed one, or both (full)."
+    )
+    update_proj_gap: int = key(
+        200, "The time between two refreshes of a basis.", unit="optimizer steps", ge=1, le=STEPS
+    )
+    cos_threshold: float | None = key(
+        None, "A similarity of successive bases from which a layer counts as settled, so that its gap grows.", ge=0,
+        le=1, example=0.4, unset="the policy's own; policy: fixed is for gaps that never grow",
+    )  # fmt: skip
+    gamma_proj: float = key(2.0, "The factor by which a settled layer's gap grows.", ge=1, le=1e6)
+    queue_size: int = key(5, "Similarities whose mean is held against cos_threshold.", unit="refreshes", ge=1, le=SIDE)
+    max_gap: int | None = key(
+        None,
+        "The longest gap.",
+        unit="optimizer steps",
+        ge=1,
+        le=16 * STEPS,
+        example=1000,
+        unset="16 · update_proj_gap",
+    )
+    stagger: bool = key(True, "Whether refreshes are spread over the gap, or come in the same step for all layers.")
+    projector: Literal["randomized", "exact"] = key("randomized", "How a basis is found; exact is a whole SVD.")
+    policy: Literal["overlap", "first_vector", "signed_cosine", "energy", "fixed"] = key(
+        "overlap", "What decides when a basis is refreshed."
+    )
+    similarity: Literal["overlap", "first_vector"] | None = key(
+        None, "The old name of lowrank.policy.", example="overlap", unset="lowrank.policy says it"
+    )
+    moments: Literal["rotate", "keep", "reset"] = key(
+        "rotate", "What becomes of Adam's moments at a refresh: turned into the new basis, kept as they are, or zero."
+    )
+    weight_format: Literal["int8", "none"] | None = key(
+        None, "How weights of low-rank layers are kept.", example="int8", unset="the method's own"
+    )
+    group_size: Literal[128, 64, 32, "row"] = key(
+        128, "Weights that share one scale, along a row; with row the whole row does.", unit="weights"
+    )
+    weight_scales: Literal["sticky", "rederived"] = key(
+        "sticky",
+        "Whether scales of int8 weights stay until they must grow, or are derived in every step, as published.",
+    )
+    weight_rounding: Literal["stochastic", "feedback", "nearest"] = key(
+        "stochastic", "How an update is rounded into int8 weights."
+    )
+    basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = key(
+        None, "How bases are kept.", example="bf16", unset="the method's own"
+    )
+    grad_dtype: Literal["float32", "bfloat16"] | None = key(
+        None, "The number format of projected gradients.", example="float32",
+        unset="float32, or bfloat16 in a step of one micro-batch in bfloat16",
+    )  # fmt: skip
+    embeddings: Literal["full", "int8"] = key(
+        "full", "With int8 the input embedding and the head are low-rank layers too."
+    )
+    include: list[str] = key(
+        [], "Patterns of the only layers to convert; an empty list stands for all.", example=["*.mlp.*"]
+    )
+    exclude: list[str] = key([], "Patterns of layers to leave as they are.", example=["*.q_proj"])
+
+
+SIZE = r"^\s*(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])(i?)B\s*$"
 
 
 def bytes_of(text: str) -> int:
     """``"15.5GiB"`` → bytes; GB, MiB and MB too. Raises ``ValueError``."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text)
+    match = re.match(SIZE, text)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{text!r} is not a size such as 15.5GiB or 16GB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
 
 
 class MemorySection(Section):
-    budget: str | None = None  # such as 15.5GiB; None: what the device has free
+    budget: str | None = key(
+        None, "What the run may use of the device's memory.", unit="GiB, GB, MiB or MB", example="15.5GiB",
+        unset="what the device has free", rule="a size with its unit, such as 15.5GiB or 16GB",
+    )  # fmt: skip
 
-    @validator(mode="after")
-    def _readable(self) -> "MemorySection":
-        if self.budget is not None:
-            bytes_of(self.budget)
-        return self
+    @field_validator("budget")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            bytes_of(value)
+        return value
 
 
 class ExportSection(Section):
-    formats: list[Literal["hf", "int8", "gguf"]] = ["hf"]
-    which: Literal["last", "best"] = "last"  # best: the weights that train.keep_best kept
+    formats: list[Literal["hf", "int8", "gguf"]] = key(
+        ["hf"],
+        "What to write after training: for transformers (hf), vLLM (int8), llama.cpp (gguf).",
+        example=["hf", "gguf"],
+    )
+    which: Literal["last", "best"] = key("last", "Export the last weights, or the best, which train.keep_best kept.")
+
+    @field_validator("formats")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        return once(value)
 
 
 class SampleSection(Section):
-    prompt: str | None = None  # None: the beginning of a held-out document
-    max_new_tokens: NonNegativeInt = 60
+    prompt: str | None = key(
+        None,
+        "The sample printed after training continues this.",
+        example="It was",
+        unset="the beginning of a held-out document",
+    )
+    max_new_tokens: int = key(60, "The length of the sample; 0 prints none.", unit="tokens", ge=0, le=SIDE)
 
 
 Method = Literal["qgalore", "galore", "galore8bit", "lora", "adamw", "adamw8bit"]
 
 
 class Config(Section):
-    method: Method = "qgalore"
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    kernels: Literal["auto", "reference", "triton", "compiled"] = "auto"  # auto: Triton on a GPU; compiled: for a CPU
-    parallel: Literal["replicate", "shard"] = "replicate"  # of a job that torchrun starts; shard: weights by rows
-    run: RunSection = RunSection()
-    model: ModelSection
-    data: DataSection
-    train: TrainSection
-    lowrank: LowRankSection = LowRankSection()
-    memory: MemorySection = MemorySection()
-    export: ExportSection = ExportSection()
-    sample: SampleSection = SampleSection()
-
-    def problems(self) -> list[str]:
-        """Rules between keys. All that are broken, each with its remedy."""
-        train, found = self.train, []
-        if (self.model.config is None) == (self.model.path is None):
-            found.append("model: give exactly one of model.config (from scratch) and model.path (pretrained)")
-        if self.model.path is not None and self.model.overrides:
-            found.append("model.overrides: changes the shape of a pretrained model; it goes with model.config only")
-        if self.model.compile == "blocks" and train.activation_checkpointing == "offload":
-            found.append(
-                "model.compile: blocks keep activations on the device; set train.activation_checkpointing: true"
-            )
-        if self.parallel == "shard":
-            found += self._shard_problems()
-        if train.stepping == "fused" and train.clip_grad_norm > 0:
-            found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
-        found += self._compute_problems()
-        found += self._rule_problems() if self.method != "lora" else self._lora_problems()
-        found += self._rank_problems() + self._feedback_problems()
-        if self.lowrank.similarity is not None and "policy" in self.lowrank.model_fields_set:
-            found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
-        if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
-            found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
-        found += self._problems_of_task()
-        if self.export.which == "best" and not train.keep_best:
-            found.append("export.which: best needs the best checkpoint kept; set train.keep_best: true")
-        if not all(0 <= beta < 1 for beta in train.betas):
-            found.append(f"train.betas: {list(train.betas)} must both lie in [0, 1)")
-        fields = TrainSection.model_fields
-        plain = train.betas == fields["betas"].default and train.eps == fields["eps"].default
-        if train.optimizer not in (None, *ADAMS) and not plain:
-            found.append(f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options")
-        return found
-
-    def _shard_problems(self) -> list[str]:
-        """What weights split by rows do not go with."""
-        low, train, model = self.lowrank, self.train, self.model
-        right = low.proj_type == "right" or low.rank == "full"
-        wanted = (
-            ("method", self.method, METHODS[self.method][0] and self.method != "lora", "qgalore, galore or galore8bit"),
-            ("lowrank.proj_type", low.proj_type, right, "right: a left basis moves every row by the whole of Δ"),
-            ("lowrank.rank", low.rank, low.rank != "auto", "a number"),
-            ("lowrank.rule", low.rule, low.rule == "galore", "galore"),
-            ("lowrank.embeddings", low.embeddings, low.embeddings == "full", "full, which each process holds whole"),
-            ("lowrank.weight_rounding", low.weight_rounding, low.weight_rounding != "feedback", "stochastic"),
-            ("model.compile", model.compile, model.compile == "none", "none"),
-            ("model.compute", model.compute, model.compute == "bf16", "bf16"),
-            ("train.optimizer", train.optimizer, train.optimizer in (None, "adamw8bit", "adamw"), "adamw8bit or adamw"),
-            ("train.stepping", train.stepping, train.stepping != "fused", "deferred"),
-            (
-                "train.activation_checkpointing",
-                train.activation_checkpointing,
-                train.activation_checkpointing != "offload",
-                "true",
-            ),
-            ("data.task", self.data.task, self.data.task != "classify", "text or instruct"),
-        )
-        return [
-            f"{key}: {value} does not go with parallel: shard; use {remedy}, or parallel: replicate"
-            for key, value, fine, remedy in wanted
-            if not fine
-        ]
-
-    def _compute_problems(self) -> list[str]:
-        low, (converted, weight_format, *_) = self.lowrank, METHODS[self.method]
-        if self.model.compile == "blocks" and low.rank == "auto" and converted:
-            return ["model.compile: blocks would make a graph for each rank; use a number for lowrank.rank"]
-        if self.model.compute == "bf16":
-            return []
-        if self.method == "lora" or not converted or (low.weight_format or weight_format) != "int8":
-            return [f"model.compute: int8 is for trained int8 weights, which method {self.method} has not; use bf16"]
-        if low.group_size != "row":
-            return ["model.compute: int8 needs one scale for a row of weights; set lowrank.group_size: row"]
-        return []
-
-    def _lora_problems(self) -> list[str]:
-        found = []
-        if self.lowrank.rank in ("full", "auto"):
-            found.append("lowrank.rank: method lora needs the rank of its factors; give a number")
-        if self.lowrank.embeddings == "int8":
-            found.append("lowrank.embeddings: int8 ones are low-rank layers, which method lora freezes; use full")
-        if other := [name for name in self.export.formats if name != "hf"]:
-            found.append(f"export.formats: method lora's merged weights are not int8, as {other[0]} needs them; use hf")
-        return found
-
-    def _rank_problems(self) -> list[str]:
-        """Rules for ``lowrank.rank: auto``."""
-        low, found = self.lowrank, []
-        if low.rank != "auto" or not METHODS[self.method][0] or self.method == "lora":
-            return found
-        if low.rule != "galore":
-            found.append(f"lowrank.rank: auto goes with rule: galore; rule {low.rule} needs a number")
-        if low.proj_type == "full":
-            found.append("lowrank.proj_type: full has two bases, and rank: auto goes by one spectrum; use another")
-        if low.max_rank is not None and low.mean_rank is not None and low.mean_rank > low.max_rank:
-            found.append(
-                f"lowrank.mean_rank: {low.mean_rank} is above max_rank, {low.max_rank}; lower it or raise that"
-            )
-        return found
-
-    def _feedback_problems(self) -> list[str]:
-        """Rules for ``lowrank.weight_rounding: feedback``, where int8 weights are stepped."""
-        low, train, found = self.lowrank, self.train, []
-        converted, weight_format, *_ = METHODS[self.method]
-        stepped = "int8" in (low.weight_format or weight_format, low.embeddings)
-        if low.weight_rounding != "feedback" or not converted or self.method == "lora" or not stepped:
-            return found
-        key = "lowrank.weight_rounding: feedback gives the error to Adam's momentum"
-        if low.rule != "galore":
-            found.append(f"{key}, under rule: galore; with rule {low.rule} use stochastic")
-        if train.optimizer not in (None, *ADAMS):
-            found.append(f"{key}, which train.optimizer {train.optimizer} has not; use one of {', '.join(ADAMS)}")
-        if train.betas[0] == 0:
-            found.append(f"{key}, and train.betas[0] is 0; give 0.9 say")
-        return found
-
-    def _rule_problems(self) -> list[str]:
-        """What a rule that needs full gradients cannot work with."""
-        train, rule = self.train, self.lowrank.rule
-        if rule == "galore" or not METHODS[self.method][0]:
-            return []
-        found = []
-        if rule == "apollo" and self.lowrank.rank == "full":
-            found.append("lowrank.rank: rule apollo needs the rank of its random projection; give a number")
-        asked = {
-            f"train.grad_accumulation: {train.grad_accumulation}": train.grad_accumulation > 1,
-            f"train.clip_grad_norm: {train.clip_grad_norm:g}": train.clip_grad_norm > 0,
-            "train.stepping: deferred": train.stepping == "deferred",
-        }
-        if train.full_gradients == "free" and any(asked.values()):
-            found.append(
-                f"{' and '.join(key for key, given in asked.items() if given)}: rule {rule} needs full gradients, and "
-                "would keep those of all layers at once until the step: 4 bytes (lowrank.grad_dtype: bfloat16: 2) for "
-                "each of their weights, 24 GiB for a 7B model; accept that with train.full_gradients: keep, or use "
-                "grad_accumulation 1 without clipping"
-            )
-        return found
-
-    def _problems_of_task(self) -> list[str]:
-        """Rules for ``data.task: classify``, and keys that mean nothing without it."""
-        if self.data.task != "classify":
-            own = {
-                name: DataSection.model_fields[name].default for name in ("label_key", "label_type", "header", "metric")
-            }
-            given = sorted(name for name, default in own.items() if getattr(self.data, name) != default)
-            return [f"data.{name}: goes with data.task: classify only" for name in given]
-        found = []
-        if self.data.valid is None:
-            found.append("data.valid: data.task: classify needs held-out data")
-        if self.model.path is None and self.data.tokenizer is None:
-            found.append("data.tokenizer: data.task: classify needs one, or a model.path that has one")
-        if set(self.export.formats) - {"hf"}:
-            found.append("export.formats: a classifier is exported as hf only")
-        suits = {"pearson", "spearman"} if self.data.label_type == "number" else {"accuracy", "f1", "matthews"}
-        if wrong := sorted(set(self.data.metric) - suits):
-            found.append(
-                f"data.metric: {wrong[0]} does not suit data.label_type: {self.data.label_type}; "
-                f"use {', '.join(sorted(suits))}"
-            )
-        return found
+    method: Method = key(
+        "qgalore", "The method: a set of number formats and an optimizer; docs/method.md compares them."
+    )
+    device: Literal["auto", "cuda", "cpu"] = key("auto", "Where to train; auto takes a GPU if PyTorch sees one.")
+    kernels: Literal["auto", "reference", "triton", "compiled"] = key(
+        "auto", "The code of quantized steps. With auto it is Triton on a GPU; compiled is for a CPU."
+    )
+    parallel: Literal["replicate", "shard"] = key(
+        "replicate", "How the processes that torchrun starts hold the model: each all of it, or each some rows (shard)."
+    )
+    run: RunSection = Field(RunSection(), description="The run's name, place and seed.")
+    model: ModelSection = Field(..., description="The model, from scratch or pretrained.")
+    data: DataSection = Field(..., description="What is trained on, and how it is read.")
+    train: TrainSection = Field(..., description="Steps, rates, evaluation and saving.")
+    lowrank: LowRankSection = Field(LowRankSection(), description="Projection and quantization of the weight matrices.")
+    memory: MemorySection = Field(MemorySection(), description="Limits of memory.")
+    export: ExportSection = Field(ExportSection(), description="What is written after training.")
+    sample: SampleSection = Field(SampleSection(), description="The text printed after training.")
 
 
 ADAMS = ("adamw8bit", "adamw4bit", "adamw")  # the inner optimizers with names of their own
@@ -351,9 +401,6 @@ METHODS: dict[str, tuple[bool, str, str | None, str]] = {
     "adamw": (False, "none", None, "adamw"),
     "adamw8bit": (False, "none", None, "adamw8bit"),
 }
-
-# The cos_threshold of a policy that reads one: measured for overlap (docs/results.md), published for the others.
-THRESHOLDS = {"overlap": 0.2, "first_vector": 0.4, "signed_cosine": 0.4}
 
 # What a rule means: (its scale, whether it uses stored bases, the other low-rank keys that it reads).
 RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {

@@ -1,16 +1,15 @@
 """The records of a run as data: tolerant of what a run in progress, a killed one or an older version leaves behind."""
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..errors import ConfigError
+from .. import plain_yaml
+from ..errors import ConfigError, printable
 
 Row = dict[str, Any]
+LARGEST = 1e300  # beyond it a record is damaged: sums of such numbers are no longer finite
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Run:
 def number(row: Row, key: str) -> float | None:
     """``row[key]`` as a finite number; None if it is missing, null or something else (older rows lack newer keys)."""
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         return None
     return value
 
@@ -84,7 +83,7 @@ def read_run(folder: Path) -> Run:
     refreshes, damaged_too = _read_rows(folder / "subspace.jsonl")
     return Run(
         folder=folder,
-        name=folder.resolve().name,
+        name=printable(folder.resolve().name),
         config=_read_config(folder / "config.yaml"),
         train=[row for row in metrics if "lr" in row],
         evaluations=[row for row in metrics if number(row, "eval_loss") is not None],
@@ -104,9 +103,19 @@ def require_rows(run: Run) -> Run:
 
 
 def distinct(runs: list[Run]) -> list[Run]:
-    """The runs, named by their whole path where two folders bear one name."""
+    """The runs, each once, named by their whole path where two folders bear one name."""
+    runs = list({run.folder.resolve(): run for run in runs}.values())
     names = [run.name for run in runs]
-    return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+    return [replace(run, name=printable(str(run.folder))) if names.count(run.name) > 1 else run for run in runs]
+
+
+def _clean(value: Any) -> Any:
+    """``value`` without control characters in its texts: they reach the terminal, pages and tables."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return {printable(key): _clean(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _read_rows(path: Path) -> tuple[list[Row], int]:
@@ -121,16 +130,16 @@ def _read_rows(path: Path) -> tuple[list[Row], int]:
     for place, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             row, damaged = None, damaged + (place < len(lines))
         if isinstance(row, dict) and isinstance(number(row, "step"), int):
-            rows.append(row)
+            rows.append(_clean(row))
     return rows, damaged
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # missing, or just being written: its columns show "-"
+        found = plain_yaml.read(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # missing, just being written, or no configuration: its columns show "-"
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from ..lowrank.schedule import LazySchedule
+from ..schedule_defaults import longest_gap
 from .records import Row, Run, number
 
 LAST_LOSSES = 10  # train losses averaged for the summary: one batch's loss says little
@@ -104,7 +105,7 @@ def summarise_layer(run: Run, layer: str, rows: list[Row]) -> LayerSummary:
     similarity, gap = _last(done, "similarity"), _last(rows, "gap")
     threshold, limit = run.setting("lowrank", "cos_threshold"), run.setting("lowrank", "max_gap")
     if limit is None and schedule is not None:
-        limit = 16 * schedule.base_gap  # the optimizer's default
+        limit = longest_gap(schedule.base_gap)
     grown = None not in (schedule, gap, limit) and gap > schedule.base_gap
     at_limit = bool(grown and gap >= limit)
     similar = similarity is not None and isinstance(threshold, (int, float)) and similarity >= threshold

@@ -2,6 +2,7 @@
 
 import textwrap
 
+from ..errors import printable
 from .summary import LayerSummary, RunSummary, by_kind, together
 
 WIDTH = 100
@@ -148,7 +149,7 @@ def run_table(summary: RunSummary, lines: list[str]) -> str:
     """State and table (``lines`` from :func:`layer_lines` or :func:`kind_lines`) of one run."""
     if summary.total is None:
         method = summary.run.config.get("method")
-        why = f" (method {method})" if method else ""
+        why = f" (method {printable(method)})" if isinstance(method, str) else ""
         return f"{state(summary)}\nno refresh is recorded{why}: there is no subspace, or the first step is not over"
     total = _layer_line(f"total ({summary.total.layers})", summary.total)
     rule = heading(LAYER_COLUMNS)[1]

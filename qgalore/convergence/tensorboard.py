@@ -1,5 +1,6 @@
 """The records as TensorBoard scalars; the package ``tensorboard`` is only needed here."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +35,11 @@ def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
         yield f"health/{key}", fmean(values), step
 
 
+def inside(name: str) -> str:
+    """A run's name as a folder's name: one that is a path would lead out of the folder that was asked for."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "run"
+
+
 def write(run: Run, folder: Path) -> int:
     """Write an event file under ``folder`` / the run's name; returns the number of scalars.
 
@@ -48,7 +54,7 @@ def write(run: Run, folder: Path) -> int:
         ) from error
     count = 0
     try:
-        with SummaryWriter(str(folder / run.name)) as writer:
+        with SummaryWriter(str(folder / inside(run.name))) as writer:
             for tag, value, step in scalars(run):
                 writer.add_scalar(tag, value, step)
                 count += 1

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..parallel import ALONE, Team, shards
 from ..quant.int8 import ROUNDINGS, SCALES
+from ..schedule_defaults import THRESHOLDS, longest_gap
 from . import feedback, rule_slot
 from . import inner as inner_optimizers
 from .experts import Experts
@@ -18,7 +19,7 @@ from .linear import LowRankLinear
 from .lora import LoraLinear
 from .moments import POLICIES as MOMENTS
 from .optimizer import LowRankOptimizer
-from .policies import POLICIES, THRESHOLDS, make_schedules
+from .policies import POLICIES, make_schedules
 from .projector import METHODS
 from .rules import RuleOptions
 from .shard_slot import shareable
@@ -184,7 +185,7 @@ def optimizer(
     find = RefreshOptions(projector, policy, moments, seed=seed, team=team, energy=energy, **merging)
     threshold = THRESHOLDS.get(policy) if cos_threshold is None else cos_threshold
     lazy = {"cos_threshold": threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
-    lazy["max_gap"] = max_gap or 16 * update_proj_gap
+    lazy["max_gap"] = max_gap or longest_gap(update_proj_gap)
     modules = stepped_layers(model)
     _check_shares(modules, team, inner, rule, stepping, weight_rounding)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])

@@ -19,7 +19,6 @@ DECIDING = {  # the figure of a refresh record that stretches the gap, or is rep
     "fixed": "overlap_above_chance",
 }
 POLICIES = tuple(DECIDING)
-THRESHOLDS = {"overlap": 0.2, "first_vector": 0.4, "signed_cosine": 0.4}  # a policy's own cos_threshold
 NEVER = 2.0  # a threshold that no cosine reaches
 
 

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
 from ..errors import QGaloreError, RankError
+from .environment import world_size
 from .roster import fresh_store
 
 FAILED = 0
@@ -265,7 +266,7 @@ def job(device: str) -> Iterator[Team]:
 
     Raises :class:`QGaloreError` if the processes do not find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield ALONE
         return
     team = _join(device != "cpu" and torch.cuda.is_available())

@@ -12,9 +12,10 @@ from qgalore import checkpoint, config
 from qgalore.errors import ConfigError
 from qgalore.lowrank import projector
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.policies import POLICIES, THRESHOLDS, layers_at_once, make_schedules
+from qgalore.lowrank.policies import POLICIES, layers_at_once, make_schedules
 from qgalore.lowrank.schedule import EnergySchedule
 from qgalore.models.convert import convert
+from qgalore.schedule_defaults import THRESHOLDS
 
 LAZY = {"cos_threshold": 0.4, "gamma_proj": 2.0, "queue_size": 1, "max_gap": 1000}
 
@@ -198,7 +199,7 @@ def test_the_old_key_works_and_says_so():
 
 
 def test_each_policy_has_a_threshold_of_its_own(tiny_llama):
-    assert THRESHOLDS == config.sections.THRESHOLDS
+    assert THRESHOLDS == {"overlap": 0.2, "first_vector": 0.4, "signed_cosine": 0.4}
     for policy in POLICIES:
         for given, wanted in (([], THRESHOLDS.get(policy)), (["lowrank.cos_threshold=0.7"], 0.7)):
             loaded = config.load("quickstart.yaml", [f"lowrank.policy={policy}", *given])

@@ -52,10 +52,24 @@ def test_a_run_its_checkpoint_and_its_export_agree(tiny_run, evaluate, files, ca
 
 def test_bad_arguments_are_named(evaluate, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tagger").mkdir()
+    (tmp_path / "tagger" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
     for arguments, message in [
-        (["x", "--text", "t.txt"], "no run, checkpoint or hf folder"),
+        (["x", "--text", "t.txt"], "x does not exist"),
+        (["empty", "--text", "t.txt"], "no run, checkpoint or hf folder"),
+        (["tagger", "--text", "t.txt"], "tagger holds a classifier, which continues no text"),
+        (["young", "--text", "t.txt"], "young has no checkpoint yet"),
         (["x"], "nothing to evaluate"),
-        (["x", "--text", "t.txt", "--limit", "0"], "at least 1"),
+        (["x", "--text", "t.txt", "--json", "no/where.json"], "--json no/where.json cannot be written"),
+        (["x", "--text", "t.txt", "--device", "tpu7"], "--device tpu7: "),
+        (["x", "--text", "t.txt", "--device", "cuda:64"], "--device cuda:64: "),
     ]:
         assert evaluate(arguments) == 2
         assert message in capfd.readouterr().err
+    for option in ("--limit", "--batch", "--sequence", "--shots"):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate(["x", "--text", "t.txt", option, "-1"])
+        assert stopped.value.code == 2
+        assert "is not a whole number from" in capfd.readouterr().err

@@ -46,7 +46,9 @@ def test_bad_arguments_are_named(tiny_run, export, capfd):
     assert tiny_run("train.max_steps=1", "method=adamw")[0] == 0
     path = "runs/tiny/checkpoints/step-00000001"
     for arguments, message in [
-        (["nowhere", "--format", "hf", "--out", "x"], "not a complete checkpoint"),
+        (["nowhere", "--format", "hf", "--out", "x"], "nowhere does not exist"),
+        (["tiny.yaml", "--format", "hf", "--out", "x"], "tiny.yaml is a file"),
+        (["cache", "--format", "hf", "--out", "x"], "not a complete checkpoint"),
         ([path, "--format", "int8", "--out", "x"], "not int8"),
         ([path, "--format", "hf", "--out", "runs"], "not an empty folder"),
     ]:

@@ -26,3 +26,12 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     answer = generate(tmp_path, "--prompt", "x")
     assert answer.returncode == 2
     assert "has no config.json" in answer.stderr
+
+
+def test_a_run_is_answered_with_its_export(tmp_path):
+    (tmp_path / "run" / "export" / "hf").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for folder in ("run", "run/checkpoints/step-00000001"):
+        answer = generate(tmp_path / folder, "--prompt", "x")
+        assert answer.returncode == 2
+        assert f"Name {tmp_path / 'run' / 'export' / 'hf'}." in answer.stderr

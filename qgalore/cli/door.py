@@ -1,0 +1,68 @@
+"""The one door through which every program leaves: errors become a message and an exit code."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from ..errors import ConfigError, QGaloreError, printable
+
+
+def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int:
+    """The exit code of ``work()``, whose None counts as 0.
+
+    An error that a user can cause becomes one message on standard error and its own code; one of the operating system
+    about a file becomes code 2, with the file's name. When the reader of the output has gone (``| head``) the program
+    ends without a word, with the code of a process that SIGPIPE ended. Ctrl-C ends in 130, with the words of
+    ``interrupted`` if there are any. Whatever else is raised is a fault of ours and shows its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # a stream that a test or a notebook put there
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except QGaloreError as error:
+        return _told(error)
+    except BrokenPipeError:
+        _silence_output()
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except KeyboardInterrupt:
+        if interrupted:
+            _say(f"\n{interrupted}")
+        return 128 + signal.SIGINT
+    except OSError as error:
+        return _told(ConfigError(_of_the_system(error)))
+
+
+def _told(error: QGaloreError) -> int:
+    with suppress(OSError):
+        sys.stdout.flush()
+    _say(f"error: {error}" if error.exit_code < 128 else f"\n{error}")
+    return error.exit_code
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:  # transformers raises plain sentences
+        return str(error) or type(error).__name__
+    remedy = "Name another file or folder, or mend this one."
+    if isinstance(error, FileNotFoundError):
+        remedy = "Check the path, or copy the file there."
+    elif isinstance(error, PermissionError):
+        remedy = "Change its permissions, or choose another place."
+    return f"{os.fsdecode(error.filename)}: {error.strerror}. {remedy}"
+
+
+def _silence_output() -> None:
+    """Python flushes standard output once more as it ends, which would complain again."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,0 +1,230 @@
+"""What is wrong with a configuration, in words: the key, the value found, the rule, the remedy."""
+
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import annotated_types
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from .. import plain_yaml
+from .other_names import hint
+from .sections import Config, Section, members
+
+MOST = 20  # problems told at once: a broken file has hundreds, and all from one cause
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted name, field) of every key, sections themselves left out."""
+    for name, field in section.model_fields.items():
+        if is_section(field.annotation):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def field_at(path: tuple[Any, ...]) -> FieldInfo | None:
+    """The field that the names of ``path`` lead to: a section or a key; None if there is none of these names."""
+    section, field = Config, None
+    for name in path:
+        field = section.model_fields.get(name) if section is not None else None
+        if field is None:
+            return None
+        section = field.annotation if is_section(field.annotation) else None
+    return field
+
+
+def problems_of(error: ValidationError, data: Any) -> list[str]:
+    """One line for each key with which pydantic found fault in ``data``."""
+    by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in error.errors(include_url=False, include_context=False):
+        location = tuple(one["loc"])
+        unknown = one["type"] == "extra_forbidden"
+        # Past a key, pydantic names members of unions and places in lists, which are no keys of ours.
+        by_key.setdefault(location if unknown else _known_part(location), one)
+    found = [_problem(location, one, data) for location, one in list(by_key.items())[:MOST]]
+    if len(by_key) > MOST:
+        found.append(f"and {len(by_key) - MOST} more; mend these first")
+    return found
+
+
+def _known_part(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(location) > 1 and field_at(location[:2]) is not None:
+        return location[:2]
+    return location[:1]
+
+
+def _problem(location: tuple[Any, ...], error: dict[str, Any], data: Any) -> str:
+    name = ".".join(short(str(part)) for part in location)
+    if not location:
+        return f"a configuration is {shown(data)}; it must be a mapping of sections, such as train and data"
+    if error["type"] == "extra_forbidden":
+        holder = field_at(location[:-1]) if location[:-1] else None
+        section = holder.annotation if holder is not None else Config
+        siblings = section.model_fields if is_section(section) else ()
+        return f"{name}: unknown key; {hint(tuple(map(str, location)), siblings, lambda: [k for k, _ in keys()])}"
+    field = field_at(location)
+    if error["type"] == "missing" and not _given(location, data):
+        if is_section(field.annotation):
+            return f"{name}: missing, and a run needs this section. {_section_example(name, field)}"
+        return f"{name}: missing, and it has no default. Add it, for example {_assigned(name, example_of(field))}."
+    value = _value_at(location, data)
+    if is_section(field.annotation):
+        example = _section_example(name, field)
+        return f"{name} is {shown(value)}; it must be a section, that is, keys with values. {example}"
+    return f"{name} is {shown(value)}; it must be {rule_of(field)}. {_remedy(name, field, value)}"
+
+
+def _section_example(name: str, field: FieldInfo) -> str:
+    first, inner = next(iter(field.annotation.model_fields.items()))
+    return f"Give its keys, for example {_assigned(f'{name}.{first}', example_of(inner))}."
+
+
+def _given(location: tuple[Any, ...], data: Any) -> bool:
+    for part in location:
+        if not isinstance(data, Mapping) or part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+def _value_at(location: tuple[Any, ...], data: Any) -> Any:
+    for part in location:
+        data = data[part]
+    return data
+
+
+def short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message: never a dump of a section."""
+    if value is None:
+        return "empty (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return f"a mapping of {len(value)} keys" if len(value) != 1 else "a mapping of one key"
+    if isinstance(value, list | tuple):
+        if any(isinstance(item, list | tuple | Mapping) for item in value) or len(value) > 8:
+            return f"a list of {len(value)} values"
+        return f"[{', '.join('null' if item is None else short(shown(item), 20) for item in value)}]"
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a whole number of more than 30 digits"
+    return short(repr(value))
+
+
+def _assigned(name: str, value: Any) -> str:
+    """``key=value`` as it may be given on the command line."""
+    return f"{name}={as_yaml(value)}"
+
+
+def as_yaml(value: Any) -> str:
+    """A value in YAML's flow style, as docs and remedies show it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {as_yaml(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, str):
+        try:
+            plain = plain_yaml.read(f"[{value}]") == [value]
+        except plain_yaml.NotReadable:
+            plain = False
+        return value if plain else json.dumps(value)
+    return format(value, "g") if isinstance(value, float) else str(value)
+
+
+def default_of(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True)
+
+
+def extra_of(field: FieldInfo, name: str) -> Any:
+    extra = field.json_schema_extra
+    return extra.get(name) if isinstance(extra, dict) else None
+
+
+def example_of(field: FieldInfo) -> Any:
+    """A value to show for a key: the one named as example, or its default."""
+    example = extra_of(field, "example")
+    return default_of(field) if example is None else example
+
+
+def rule_of(field: FieldInfo) -> str:
+    """What a key's value must be, in words."""
+    return extra_of(field, "rule") or kind_of(field.annotation, field.metadata)
+
+
+def kind_of(annotation: Any, limits: Any = ()) -> str:
+    """An annotation in words, ``limits`` being pydantic's bounds beside it."""
+    if typing.get_origin(annotation) is Annotated:
+        inner, *beside = typing.get_args(annotation)
+        bounds = [limit for one in beside for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        return kind_of(inner, bounds)
+    parts = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+    if typing.get_origin(annotation) is Literal:
+        words = [str(word) for word in parts]
+        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    if typing.get_origin(annotation) is list:
+        return f"a list of {_plural(parts[0])}"
+    if typing.get_origin(annotation) is tuple:
+        return f"a list of {['no', 'one', 'two', 'three'][len(parts)]} values, each {kind_of(parts[0])}"
+    if parts and members(annotation) != (annotation,):
+        return ", or ".join(kind_of(part, limits if len(parts) == 1 else ()) for part in parts)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(annotation, "a mapping") + _range(limits)
+
+
+def _plural(annotation: Any) -> str:
+    return "texts" if annotation is str else f"different values, each {kind_of(annotation)}"
+
+
+def _range(limits: Any) -> str:
+    low = high = None
+    for limit in limits:
+        if isinstance(limit, annotated_types.Ge):
+            low = f"at least {_figure(limit.ge)}"
+        elif isinstance(limit, annotated_types.Gt):
+            low = f"above {_figure(limit.gt)}"
+        elif isinstance(limit, annotated_types.Le):
+            high = f"at most {_figure(limit.le)}"
+        elif isinstance(limit, annotated_types.Lt):
+            high = f"below {_figure(limit.lt)}"
+        elif isinstance(limit, annotated_types.MinLen):
+            return " of at least one character"
+    if low and high and low.startswith("at least") and high.startswith("at most"):
+        return f" {low.replace('at least', 'from')} {high.replace('at most', 'to')}"
+    bounds = " and ".join(part for part in (low, high) if part)
+    return f" {'of ' if bounds.startswith('at') else ''}{bounds}" if bounds else ""
+
+
+def _figure(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+
+def _remedy(name: str, field: FieldInfo, value: Any) -> str:
+    words = [
+        str(word)
+        for one in members(field.annotation)
+        for word in (typing.get_args(one) if typing.get_origin(one) is Literal else ())
+    ]
+    if isinstance(value, str) and (near := difflib.get_close_matches(value[:40].lower(), words, n=1)):
+        return f"Did you mean {near[0]}?"
+    if field.is_required():
+        return f"Give such a value, for example {_assigned(name, example_of(field))}."
+    default = default_of(field)
+    if default is None:
+        shown_one = _assigned(name, example_of(field))
+        return f"Give such a value, for example {shown_one}, or leave the key out ({extra_of(field, 'unset')})."
+    if default in ([], {}):
+        return f"Give such a value, for example {_assigned(name, example_of(field))}, or leave the key out."
+    return f"Leave the key out for the default, {as_yaml(default)}."

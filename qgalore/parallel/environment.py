@@ -1,0 +1,34 @@
+"""What ``torchrun`` says of a job in environment variables, checked before anything waits for other processes."""
+
+import os
+
+from ..errors import ConfigError
+
+LARGEST = 2**16
+
+
+def world_size() -> int:
+    """The number of processes of the job; 1 without one.
+
+    Raises :class:`ConfigError` for variables that are no numbers, or that contradict each other.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    size = _number("WORLD_SIZE", 1, LARGEST)
+    if size > 1:
+        _number("RANK", 0, size - 1)
+    if size > 1 and "LOCAL_RANK" in os.environ:
+        _number("LOCAL_RANK", 0, size - 1)
+    return size
+
+
+def _number(name: str, low: int, high: int) -> int:
+    text = os.environ.get(name)
+    value = int(text) if text and text.isascii() and text.isdecimal() and len(text) < 10 else None
+    if value is None or not low <= value <= high:
+        found = "is not set" if text is None else f"is {text[:40]!r}"
+        raise ConfigError(
+            f"the environment variable {name} {found}; it must be a whole number from {low} to {high}. Start several "
+            "processes with torchrun, or unset WORLD_SIZE to train in one"
+        )
+    return value
