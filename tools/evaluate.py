@@ -39,16 +39,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def load(source: Path):
     """(model, tokenizer, a name for what was loaded) of a run, a checkpoint or a Hugging Face folder."""
-    from qgalore import build, checkpoint
+    from qgalore import build
     from qgalore.data.tokenizer import load_tokenizer
     from qgalore.errors import ConfigError
     from qgalore.models.loading import pretrained
 
-    if (source / "checkpoints").is_dir():
-        found = checkpoint.steps_in(source / "checkpoints")
-        if not found:
-            raise ConfigError(f"{source} has no checkpoint yet; let it save one, or name another run")
-        source = found[-1]
+    source = kinds.saved_folder(source)
     if (source / "state.json").is_file():
         return *build.restore_model(source), str(source)
     if not (source / "config.json").is_file():
