@@ -14,16 +14,13 @@ sys.path.insert(0, str(ROOT))
 # Files whose tests together give a verdict in under a minute on two cores: the number formats, the arithmetic of a step,
 # the layers, and what depends on the versions of torch, transformers and Triton.
 FAST = (
-    "lowrank/test_adam8bit.py",
     "lowrank/test_conv.py",
     "lowrank/test_experts.py",
     "lowrank/test_linear.py",
     "lowrank/test_method.py",
     "lowrank/test_moments.py",
-    "lowrank/test_projector.py",
     "lowrank/test_schedule.py",
     "models/test_architectures.py",
-    "models/test_convert.py",
     "quant/test_basis.py",
     "quant/test_blockwise.py",
     "quant/test_counter.py",
