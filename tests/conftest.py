@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Files whose tests together give a verdict in under a minute on two cores: the number formats, the arithmetic of a step,
+# Files whose tests together give a verdict in about a minute on two cores: number formats, the arithmetic of a step,
 # the layers, and what depends on the versions of torch, transformers and Triton.
 FAST = (
     "lowrank/test_conv.py",
