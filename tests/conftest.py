@@ -11,6 +11,37 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Files whose tests together give a verdict in about a minute on two cores: number formats, the arithmetic of a step,
+# the layers, and what depends on the versions of torch, transformers and Triton.
+FAST = (
+    "lowrank/test_conv.py",
+    "lowrank/test_experts.py",
+    "lowrank/test_linear.py",
+    "lowrank/test_method.py",
+    "lowrank/test_moments.py",
+    "lowrank/test_schedule.py",
+    "models/test_architectures.py",
+    "quant/test_basis.py",
+    "quant/test_blockwise.py",
+    "quant/test_counter.py",
+    "quant/test_dense.py",
+    "quant/test_dispatch.py",
+    "quant/test_int8.py",
+    "quant/test_kernels_without_gpu.py",
+    "test_config.py",
+    "test_floors.py",
+    "test_mutations.py",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Mark as ``fast`` what lies in ``FAST`` and is not slow."""
+    fast = {ROOT / "tests" / name for name in FAST}
+    for item in items:
+        if item.path in fast and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.fast)
+
+
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 

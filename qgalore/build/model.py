@@ -256,7 +256,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
 
 def build_optimizer(config: Config, model: nn.Module, team: Team = ALONE) -> LowRankOptimizer:
     """The optimizer over every trainable tensor of ``model``."""
-    return optimizer(model, **optimizer_options(config), team=team)
+    return optimizer(model, **optimizer_options(config), team=team, dense=not METHODS[config.method][0])
 
 
 def stepping_line(config: Config) -> str:

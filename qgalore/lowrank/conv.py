@@ -93,8 +93,9 @@ class LowRankConv(LowRankLinear):
     """Replacement for an ``nn.Conv1d``, ``Conv2d`` or ``Conv3d`` of one group and zero padding (see :func:`problem`).
 
     ``weight``: the kernel in its own dtype, flattened to (out, in · k); ``left``: :class:`Basis` (out, r₁) and
-    ``right``: :class:`BlockBasis` (in, r₂), with r = min(``rank``, channels), None where r is the channels' number.
-    ``delta``: (r₁, r₂ · k). ``rank`` None: no projection.
+    ``right``: :class:`BlockBasis` (in, r₂), each r at most ``rank`` and what that side's unfolding can have
+    (:func:`side_ranks`), None where r is the channels' number. ``delta``: (r₁, r₂ · k). ``rank`` None: no projection.
+    ``notes``: where ``rank`` is not what is used.
     """
 
     def __init__(self, conv: nn.Module, *, rank: int | None, basis_format: str, grad_dtype: torch.dtype) -> None:
@@ -108,11 +109,15 @@ class LowRankConv(LowRankLinear):
         self.weight = nn.Parameter(conv.weight.detach().reshape(out, -1), requires_grad=False)
         self.register_buffer("weight_scale", None)
         self.register_parameter("bias", None if conv.bias is None else nn.Parameter(conv.bias.detach()))
-        with_left, with_right = (rank is not None and rank < dim for dim in (out, channels))
-        self.left = Basis(out, rank, basis_format, device) if with_left else None
-        self.right = BlockBasis(channels, rank, basis_format, block, device) if with_right else None
-        shape = (rank if with_left else out, (rank if with_right else channels) * block)
-        self.delta = zero_leaf(*shape, dtype=grad_dtype, device=device, requires_grad=True)
+        r_out, r_in = side_ranks(rank, out, channels, block)
+        self.notes = [
+            f"rank {rank} is above what a kernel of {out} × {channels} × {block} has on its {side} side; {used} is used"
+            for side, used in (("output", r_out), ("input", r_in))
+            if rank is not None and used < rank
+        ]
+        self.left = Basis(out, r_out, basis_format, device) if r_out < out else None
+        self.right = BlockBasis(channels, r_in, basis_format, block, device) if r_in < channels else None
+        self.delta = zero_leaf(r_out, r_in * block, dtype=grad_dtype, device=device, requires_grad=True)
         self.probe = zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
 
@@ -130,6 +135,14 @@ class LowRankConv(LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (n, in, …), with a batch dimension; computes in its dtype."""
         return _DeltaConv.apply(x, self.weight, self.bias, self.delta, self.probe, self)
+
+
+def side_ranks(rank: int | None, out: int, channels: int, block: int) -> tuple[int, int]:
+    """(r₁, r₂) of a kernel of ``block`` positions. Its unfoldings (out, in · k) and (in, out · k) have no more singular
+    vectors than their shorter side: four output channels of 64 leave four directions of the 64. ``rank`` None: all."""
+    if rank is None:
+        return out, channels
+    return min(rank, out, channels * block), min(rank, channels, out * block)
 
 
 def problem(conv: nn.Module) -> str | None:

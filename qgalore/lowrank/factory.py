@@ -47,10 +47,29 @@ def part_elements(inner: str | type[Optimizer]) -> int:
     return PART_ELEMENTS if inner in inner_optimizers.BUILTIN else sys.maxsize
 
 
+def is_frozen(layer: LowRankLinear) -> bool:
+    """Whether the layer was frozen after ``convert``, which leaves Δ listening: an int8 weight has no such mark."""
+    return not any(leaf.requires_grad for leaf in layer.leaves().values())
+
+
 def stepped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The layers whose weights are stepped: not those of LoRA, whose factors are ordinary parameters."""
+    """The layers whose weights are stepped: neither those of LoRA, whose factors are ordinary parameters, nor frozen
+    ones."""
     found = ((name, m) for name, m in model.named_modules() if isinstance(m, LowRankLinear))
-    return {name: module for name, module in found if not isinstance(module, LoraLinear)}
+    return {name: m for name, m in found if not isinstance(m, LoraLinear) and not is_frozen(m)}
+
+
+def _tell_of_layers(model: nn.Module, dense: bool) -> None:
+    """Print which layers are frozen. Raises :class:`ConfigError` for a model without any low-rank layer."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    if not layers and not dense:
+        raise ConfigError(
+            f"{type(model).__name__} has no low-rank layer, so that every weight would be trained in full. Call "
+            "qgalore.convert(model, rank=…) first, or pass dense=True if that is what you want"
+        )
+    frozen = [name for name, module in layers.items() if not isinstance(module, LoraLinear) and is_frozen(module)]
+    if frozen:
+        print(f"note: {len(frozen)} frozen layers keep their weights, for example {frozen[0]}", flush=True)
 
 
 def collect_slots(
@@ -131,8 +150,11 @@ def optimizer(
     energy: float = 0.9,
     seed: int = 0,
     team: Team = ALONE,
+    dense: bool = False,
 ) -> LowRankOptimizer:
     """The Q-GaLore optimizer for a model prepared by ``qgalore.convert`` (unconverted tensors train dense).
+
+    A layer whose parameters are given ``requires_grad_(False)``, before this call or after it, keeps its weights.
 
     Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
 
@@ -155,6 +177,7 @@ def optimizer(
       momentum; see ``feedback``) | ``nearest``, a negative control;
     weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
     energy: the share of a gradient's energy that a layer's rank keeps, where the model was converted with rank="auto".
+    dense: accept a model that was never converted, and train all of it in full.
 
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
@@ -186,6 +209,7 @@ def optimizer(
     threshold = THRESHOLDS.get(policy) if cos_threshold is None else cos_threshold
     lazy = {"cos_threshold": threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or longest_gap(update_proj_gap)
+    _tell_of_layers(model, dense)
     modules = stepped_layers(model)
     _check_shares(modules, team, inner, rule, stepping, weight_rounding)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])

@@ -81,14 +81,17 @@ def _input_gradient(
     grad_output: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool | Choice
 ) -> Tensor:
     """dX = dY W in ``dtype``; ``int8``: whether on integers, or how to find that out."""
-    ways = (
-        lambda: grad_output @ stored_weight(weight, scale, dtype, grad_output),
-        lambda: int8_products.input_gradient(grad_output, weight, scale, dtype),
-    )
+
+    def floating() -> Tensor:
+        return grad_output @ stored_weight(weight, scale, dtype, grad_output)
+
+    def integers() -> Tensor:
+        return int8_products.input_gradient(grad_output, weight, scale, dtype)
+
     if isinstance(int8, Choice):
-        int8.settle(*ways)
+        int8.settle(floating, integers)
         int8 = int8.int8
-    return ways[bool(int8)]()
+    return integers() if int8 else floating()
 
 
 class _DeltaLinear(torch.autograd.Function):

@@ -97,6 +97,12 @@ class LowRankOptimizer(Optimizer):
 
     def _gradient_arrived(self, slot: Slot, leaf: Tensor) -> None:
         """Autograd hook: ``leaf.grad`` now holds a micro-batch's contribution, or an expert's has none."""
+        leaves = slot.leaves()
+        if len(leaves) > 1 and all(each.requires_grad for each in leaves):  # a user has freed a frozen layer
+            slot.arm(self.step_count)
+            if not leaf.requires_grad:
+                leaf.grad = None
+                return
         if self.stepping == "fused":
             if slot.name in self._stepped:
                 raise RuntimeError(

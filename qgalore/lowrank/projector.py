@@ -41,6 +41,9 @@ def randomized_basis(
     towards the old one, and overlaps, by which refreshes are scheduled, too high.
 
     A very tall G, as an embedding has, goes another way (``_tall_pass``).
+
+    Signs are chosen so that no column has a negative sum. Otherwise they would hang on the random sums, and successive
+    bases of a gradient that stays the same would have cosines of both signs.
     """
     out_features, in_features = gradient.shape
     size = min(rank + OVERSAMPLE, out_features, in_features)
@@ -59,7 +62,8 @@ def randomized_basis(
             break
         if warm is not None and _better(warm, found[:, :rank], _row_sums(gradient, SAMPLES, generator)):
             found = torch.cat((warm, found[:, : size - warm.shape[1]]), dim=1)
-    return found[:, :rank]
+    found = found[:, :rank]
+    return found * torch.where(found.sum(dim=0) < 0, -1.0, 1.0)
 
 
 def _row_sums(gradient: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -139,8 +143,12 @@ def above_chance(overlap: float, rank: int, dim: int) -> float:
 
 
 def first_vector_cosine(old: Tensor, new: Tensor) -> float:
-    """Cosine of the angle between the first columns: Q-GaLore's published test (arXiv 2407.08296, §3.2). Its sign is
-    the one that the decomposition happens to return."""
+    """Cosine of the angle between the first columns: Q-GaLore's published test (arXiv 2407.08296, §3.2).
+
+    ``old`` is the basis as it is stored, of any length, and not one that a QR has made orthonormal: that may mirror
+    columns, and the sign would be the QR's. The columns of ``new`` have the signs that their decomposition gave them.
+    Rounding to int4 turns a vector by about 0.1 radians, which lowers the cosine by less than 0.01.
+    """
     return float(torch.nn.functional.cosine_similarity(old[:, 0], new[:, 0], dim=0))
 
 

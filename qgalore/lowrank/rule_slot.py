@@ -52,6 +52,8 @@ class RuleSlot(LowRankSlot):
     def arm(self, step: int) -> None:
         self._finish_record()
         self.current_step = step
+        if self.frozen():
+            return
         self._listen()
         if self.module.products is not None and step % self.schedule.gap == 0:  # not every rule has refreshes
             self.module.products.retry()

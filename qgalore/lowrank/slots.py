@@ -198,11 +198,17 @@ class LowRankSlot(Slot):
     def arm(self, step: int) -> None:
         """Choose which leaf the coming backward passes fill: Δ, or the probe where a refresh is due."""
         self._finish_record()
+        if self.frozen():
+            return
         due = self.projected and self.schedule.due(step)
         self.module.probe.requires_grad_(due)
         self.module.delta.requires_grad_(not due)
         if due and self.module.products is not None:
             self.module.products.retry()
+
+    def frozen(self) -> bool:
+        """Whether the user has switched this layer off since the last step; one leaf always listens otherwise."""
+        return not any(leaf.requires_grad for leaf in self.leaves())
 
     def gradient(self) -> Tensor | None:
         return self.module.delta.grad
@@ -239,7 +245,7 @@ class LowRankSlot(Slot):
         team.receive_(f"the basis of {self.name}", [columns for columns in found if columns is not None])
         row = self._record(step, first, failure) | health.moments(part.state() for part in self.parts)
         if failure is None or first:
-            row |= team.of_first(f"the subspaces of {self.name}", lambda: self._compare(gradient, old, found))
+            row |= team.of_first(f"the subspaces of {self.name}", lambda: self._compare(gradient, stored, old, found))
             self._adopt(found, stored, first)
             self.schedule.record(step, row["similarity"])
         else:
@@ -305,21 +311,23 @@ class LowRankSlot(Slot):
             warm = old[position]
             if isinstance(basis, BlockBasis):
                 matrix, warm = basis.unfold(matrix), None if warm is None else basis.reduce(warm)
+            most = min(rank, *matrix.shape)  # the two unfoldings of a kernel have ranks of their own
             try:
                 if self.options.method == "exact":
-                    columns = projector.exact_basis(matrix, rank)
+                    columns = projector.exact_basis(matrix, most)
                 else:
-                    columns = projector.randomized_basis(matrix, rank, generator, warm, self.options.power_iterations)
+                    columns = projector.randomized_basis(matrix, most, generator, warm, self.options.power_iterations)
                 if not torch.isfinite(columns).all():
                     raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
             except torch.linalg.LinAlgError as error:
                 failure = str(error).splitlines()[0]
-                columns = projector.random_basis(basis.dim, rank, generator, gradient.device)
+                columns = projector.random_basis(basis.dim, most, generator, gradient.device)
             found.append(basis.expand(columns) if isinstance(basis, BlockBasis) else columns.contiguous())
         return found, failure
 
-    def _compare(self, gradient: Tensor, old, found) -> dict[str, Any]:
-        """Energies and similarities, averaged over the sides that have a basis."""
+    def _compare(self, gradient: Tensor, stored, old, found) -> dict[str, Any]:
+        """Energies and similarities, averaged over the sides that have a basis. ``old`` is ``stored`` made orthonormal,
+        which may mirror a column; signs are therefore those of ``stored``."""
         rows = []
         for position, matrix in ((0, gradient.T), (1, gradient)):
             new = found[position]
@@ -332,7 +340,7 @@ class LowRankSlot(Slot):
                 row["overlap"] = projector.overlap(old[position], new)
                 rank = max(new.shape[1], old[position].shape[1])
                 row["overlap_above_chance"] = projector.above_chance(row["overlap"], rank, new.shape[0])
-                row["signed_cosine"] = projector.first_vector_cosine(old[position], new)
+                row["signed_cosine"] = projector.first_vector_cosine(stored[position], new)
                 row["first_vector"] = abs(row["signed_cosine"])
                 row["angle_cosines"] = health.angle_cosines(old[position], new)
             rows.append(row)

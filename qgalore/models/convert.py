@@ -183,7 +183,8 @@ def _convert_convolutions(model: nn.Module, include, exclude, report: Conversion
         layer = conv.LowRankConv(module, **options)
         sides = [part for part, basis in (("out", layer.left), ("in", layer.right)) if basis is not None]
         side = {2: "both", 0: "none"}.get(len(sides), "left" if sides == ["out"] else "right")
-        report.converted.append(ConvertedLayer(name, tuple(layer.weight.shape), options["rank"], None, side))
+        line = ConvertedLayer(name, tuple(layer.weight.shape), options["rank"], None, side, tuple(layer.notes))
+        report.converted.append(line)
         model.set_submodule(name, layer.train(module.training))
 
 
@@ -204,6 +205,11 @@ def _plain_embedding(name: str, embedding: nn.Module | None, model: nn.Module, u
 def _convert_embeddings(model: nn.Module, report: ConversionReport, exclude: list[str], **options) -> None:
     """Replace the input embedding, and the head: by one that shares it if they are tied. What is frozen, and an untied
     head that is in ``exclude`` or converted already, stays."""
+    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "get_output_embeddings")):
+        raise ConfigError(
+            f"embeddings is 'int8', and {type(model).__name__} does not say which its embeddings are, as models of "
+            "transformers do with get_input_embeddings; set embeddings=full"
+        )
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     name, head_name = (next((n for n, m in model.named_modules() if m is module), None) for module in modules)
     embedding, head = modules
@@ -286,6 +292,16 @@ def _check_options(rank: int | str | None, given: dict[str, int | str]) -> None:
         raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, 'auto', or None for full rank")
 
 
+def _refuse_a_layer(model: nn.Module) -> None:
+    """Raise :class:`ConfigError` where ``model`` is itself a layer: it cannot replace itself."""
+    layer = isinstance(model, nn.Linear | Conv1D | nn.modules.conv._ConvNd | LowRankLinear)
+    if layer or experts.problem(model) is None:
+        raise ConfigError(
+            f"the model given to convert is itself a layer, a {type(model).__name__}. A layer is replaced inside a "
+            "module that holds it: wrap it, for example in torch.nn.Sequential(layer)"
+        )
+
+
 def convert(
     model: nn.Module,
     *,
@@ -327,6 +343,7 @@ def convert(
     given = {"proj_type": proj_type, "weight_format": weight_format, "basis_format": basis_format}
     chosen = {"group_size": group_size, "embeddings": embeddings, "compute": compute, "convolutions": convolutions}
     _check_options(rank, {**given, **chosen})
+    _refuse_a_layer(model)
     ranks = _Ranks(max_rank, mean_rank)
     ranks.check(rank, proj_type)
     if rank == "auto" and convolutions == "tucker":

@@ -1,9 +1,11 @@
 """The int8 weight grid: symmetric, q in [-127, 127], one bf16 scale for each group along in_features.
 
 A scale is *sticky*: it is set with head-room (1.1 · absmax / 127) and changes only when its group overflows ±127 or has
-shrunk below half its range. A weight without an update therefore keeps its integer for ever. (*Rederived* scales, those
-of published Q-GaLore, follow their group's absmax in every write-back, which rounds all its weights anew.) Scales
-are kept in [2⁻¹⁷, 65280], where every bf16 value is exact in fp16 too, so that one scale serves every inference engine.
+shrunk below half its range. A weight without an update therefore keeps its integer for ever. *Rederived* scales, those
+of published Q-GaLore, follow their group's range in every write-back: absmax / 127, so that the largest weight lies on
+the grid, at ±127. A group without an update keeps its integers then too; one with an update gets a new scale, and all
+its weights are rounded anew. Scales are kept in [2⁻¹⁷, 65280], where every bf16 value is exact in fp16 too, so that one
+scale serves every inference engine.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,12 +14,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .counter import fill_random_bits, ramp
-from .rounding import add_rounded_
+from .counter import fill_random_bits, ramp, random_bits
+from .rounding import add_rounded_, to_bfloat16_stochastic
 
 QMAX = 127
 HEADROOM = 1.1
-EXACT = 1.0 + 2.0**-8  # the least head-room with which no scale, rounded to bf16, lets absmax pass 127
+_FOR_SCALES = 0x5CA1E5  # makes of a key, which names the bits of a tensor's weights, the one of its scales' bits
 ROUNDINGS = ("stochastic", "nearest")
 SCALES = ("sticky", "rederived")
 MIN_SCALE = 2.0**-17
@@ -85,17 +87,37 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return values.mul_(scale.to(dtype).unsqueeze(2)).view(q.shape)
 
 
-def _new_scale(values: Tensor, scale: Tensor, scratch: Tensor, scales: str) -> Tensor:
+def _sticky_scale(values: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
     """New fp32 scales (rows, groups) for ``values`` (rows, groups, size) given in units of the old ones; ``scratch``
     is memory of their shape.
 
-    The sticky ones' lower bound is the integer 63, so that a group kept once is kept again after it was rounded.
+    Their lower bound is the integer 63, so that a group kept once is kept again after it was rounded.
     """
     peak = torch.abs(values, out=scratch).amax(dim=2)
-    if scales == "rederived":
-        return scale_for(peak * scale, EXACT).float()
     outgrown = (peak > QMAX) | (peak < QMAX // 2)
     return torch.where(outgrown, scale_for(peak * scale).float(), scale)
+
+
+def _rederived_scale(
+    values: Tensor, scale: Tensor, scratch: Tensor, key: tuple[int, int] | None, start: int
+) -> tuple[Tensor, Tensor]:
+    """The same for rederived scales, absmax / 127, and which of ``values`` are to become ±127: their group's largest.
+
+    Published Q-GaLore has fp32 scales (arXiv 2407.08296, §3.3 and its code). Ours are bf16, which is rounded
+    stochastically: with the largest weight at ±127 of it, that weight too moves by its update on average. Rounded to
+    the nearest, it would stay for ever under small updates. A weight next to the largest, within bf16's step of at
+    most 0.8 %, may be cut to it. ``key`` and ``start``, the number of the first group in the tensor, select the bits;
+    without a key scales are rounded to the nearest.
+    """
+    peak = torch.abs(values, out=scratch).amax(dim=2)
+    exact = peak * scale / QMAX
+    if key is None:
+        new = exact.to(torch.bfloat16)
+    else:
+        bits = random_bits((key[0] ^ _FOR_SCALES, key[1]), start, exact.numel(), exact.device)
+        new = to_bfloat16_stochastic(exact, bits.view(exact.shape))
+    derived = (exact >= MIN_SCALE) & (exact <= MAX_SCALE)  # smaller groups do not fill the grid
+    return new.float().clamp_(MIN_SCALE, MAX_SCALE), (scratch >= peak.unsqueeze(2)) & derived.unsqueeze(2)
 
 
 _planned = "cpu"  # what kind of device tensors on the meta device stand for
@@ -158,7 +180,8 @@ def write_back(
             tile = [buffer[: d - c] for buffer in (first, *buffers)]
             start = (first_row + c) * width
             target = q[c:d].view(tile[0].shape)
-            change = _prepare_tile(target, scale[c:d], update[c - a : d - a], tile, shrink, scales)
+            draw = (key if rounding == "stochastic" else None, (first_row + c) * scale.shape[1])
+            change = _prepare_tile(target, scale[c:d], update[c - a : d - a], tile, shrink, scales, draw)
             _, base, _, work, bits, scratch = tile
             if rounding == "stochastic":
                 fill_random_bits(key, start, tile[0], bits, scratch)
@@ -169,9 +192,17 @@ def write_back(
                 left_out(c, d, change.sub_(work).mul_(scale[c:d].float().unsqueeze(2)).view(d - c, width))
 
 
-def _prepare_tile(q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], shrink: float, scales: str) -> Tensor:
+def _prepare_tile(
+    q: Tensor,
+    scale: Tensor,
+    update: Tensor,
+    tile: list[Tensor],
+    shrink: float,
+    scales: str,
+    draw: tuple[tuple[int, int] | None, int],
+) -> Tensor:
     """For whole rows, (rows, groups, size): sets their new scales, the tile's integers, and returns the change that is
-    to be added to these and rounded."""
+    to be added to these and rounded. ``draw``: ``key`` and ``start`` of :func:`_rederived_scale`."""
     _, base, change, work, _, scratch = tile
     old = scale.float()
     base.copy_(q)
@@ -179,7 +210,11 @@ def _prepare_tile(q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], 
     if shrink:
         change.sub_(torch.mul(base, shrink, out=work))
     values = torch.add(base, change, out=work)
-    new = _new_scale(values, old, scratch.view(torch.float32), scales)
+    ends = None
+    if scales == "rederived":
+        new, ends = _rederived_scale(values, old, scratch.view(torch.float32), *draw)
+    else:
+        new = _sticky_scale(values, old, scratch.view(torch.float32))
     moved = new != old
     if kind_of(q.device) == "cpu" and scales == "sticky":
         if not q.is_meta and moved.any():  # few groups: a GPU would rather work on all than wait for the answer
@@ -190,4 +225,6 @@ def _prepare_tile(q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], 
         change = torch.where(moved.unsqueeze(2), values * (old / new).unsqueeze(2), change)
         base.masked_fill_(moved.unsqueeze(2), 0.0)
         scale.copy_(new)
+    if ends is not None and draw[0] is not None:  # rounding to the nearest takes them there, and says what it left out
+        change = torch.where(ends, torch.sign(values) * QMAX - base, change)
     return change

@@ -6,6 +6,8 @@ are those of ``counter``. Only the sum over the rank may be added in another ord
 before Triton is first imported, the kernels run on a CPU.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,24 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LIMITS = (tl.constexpr(HEADROOM / QMAX), tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE))
 _HEADROOM, _MIN_SCALE, _MAX_SCALE = _LIMITS
 _QMAX, _INT4_MAX = tl.constexpr(QMAX), tl.constexpr(INT4_MAX)
+
+
+def _mend_interpreter() -> None:
+    """Let the interpreter of Triton 3.6 work with numpy 2.4 and later. It takes ``int`` of an array of one element and
+    one dimension, which numpy refuses now. Triton 3.9 does what is done here."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _mend_interpreter()
 
 
 @triton.jit

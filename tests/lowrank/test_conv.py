@@ -122,3 +122,59 @@ def test_what_cannot_be_projected_stays_and_is_named():
     assert model[1] is depthwise
     with pytest.raises(ConfigError, match="convolutions is 'hosvd'"):
         qgalore.convert(model, rank=2, convolutions="hosvd")
+
+
+NARROW = {  # kernels one of whose unfoldings is of lower rank than its channels
+    "bottleneck": nn.Conv2d(64, 4, 1),
+    "the other way": nn.Conv2d(4, 64, 1),
+    "few inputs": nn.Conv2d(1, 40, 3),
+    "few outputs": nn.Conv1d(40, 2, 3),
+}
+
+
+@pytest.mark.parametrize("projector", ["randomized", "exact"])
+@pytest.mark.parametrize("name", NARROW)
+def test_each_side_has_the_rank_that_its_unfolding_can_have(name, projector):
+    """Rank 16: a 4 × 64 kernel of one position has four directions among its 64 channels, and no more. All of the
+    gradient is then kept, so that a step moves what torch's AdamW moves but for the coordinates Adam works in."""
+    torch.manual_seed(0)
+    conv = copy.deepcopy(NARROW[name])
+    out, channels, *positions = conv.weight.shape
+    block = conv.weight[0, 0].numel()
+    model = nn.Sequential(conv)
+    report = qgalore.convert(model, rank=16, convolutions="tucker", basis_format="fp32")
+    layer = model[0]
+    ranks = [min(16, out, channels * block), min(16, channels, out * block)]
+    stored = [None if side is None else side.rank for side in (layer.left, layer.right)]
+    assert stored == [r if r < dim else None for r, dim in zip(ranks, (out, channels), strict=True)]
+    assert layer.delta.shape == (ranks[0], ranks[1] * block)
+    notes = report.converted[0].notes
+    assert [f"{used} is used" in note for note, used in zip(notes, [r for r in ranks if r < 16], strict=True)]
+    assert "rank 16 is above what a kernel of" in str(report)
+    opt = qgalore.optimizer(model, lr=1e-2, inner="adamw", projector=projector, update_proj_gap=2)
+    before = layer.weight.detach().clone()
+    x = torch.randn(4, channels, *[6] * len(positions))
+    for _ in range(5):
+        gradients(model, x.requires_grad_())
+        opt.step()
+    rows = [row for row in opt.events if row["layer"] == "0"]
+    lost = [row for row in rows if ranks == [min(out, channels * block), min(channels, out * block)]]
+    assert all(row["energy"] == pytest.approx(1.0, abs=1e-4) for row in lost)
+    assert all(row["failed"] is None for row in rows)
+    assert float((layer.weight - before).abs().min()) > 0
+
+
+def test_a_refresh_that_fails_first_takes_random_columns_of_the_same_rank(monkeypatch):
+    from qgalore.lowrank import projector
+
+    def fail(*_):
+        raise torch.linalg.LinAlgError("no")
+
+    monkeypatch.setattr(projector, "exact_basis", fail)
+    model = nn.Sequential(copy.deepcopy(NARROW["bottleneck"]))
+    qgalore.convert(model, rank=16, convolutions="tucker", basis_format="fp32")
+    opt = qgalore.optimizer(model, lr=1e-2, inner="adamw", projector="exact")
+    gradients(model, torch.randn(4, 64, 6, 6).requires_grad_())
+    opt.step()
+    assert opt.events[0]["failed"] == "no"
+    assert model[0].right.rank == 4

@@ -59,7 +59,8 @@ def test_full_rank_steps_are_adamws(tiny_llama, token_batches, device, stepping,
     twin, start = copy.deepcopy(model), copy.deepcopy(model)
     if converted:
         convert(model, rank=None, weight_format="none")
-    opt = optimizer(model, lr=1e-3, inner="adamw", scale=1.0, weight_decay=0.1, stepping=stepping)
+    rest = {"stepping": stepping, "dense": not converted}
+    opt = optimizer(model, lr=1e-3, inner="adamw", scale=1.0, weight_decay=0.1, **rest)
     groups = [
         {"params": [p for p in twin.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -387,7 +388,14 @@ def test_bad_values_are_named(tiny_llama, bad):
 def test_a_frozen_model_is_refused():
     model = torch.nn.Linear(4, 4).requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing would be trained"):
-        optimizer(model, lr=1e-3)
+        optimizer(model, lr=1e-3, dense=True)
+
+
+def test_a_model_that_was_never_converted_is_refused_unless_that_is_asked_for(tiny_llama):
+    with pytest.raises(ConfigError, match=r"no low-rank layer.* Call qgalore\.convert"):
+        optimizer(tiny_llama(), lr=1e-3)
+    model = tiny_llama()
+    assert len(optimizer(model, lr=1e-3, dense=True).slots) == len(list(model.parameters()))
 
 
 def test_converted_layers_are_all_slots(tiny_llama):

@@ -148,6 +148,29 @@ def test_what_decides_is_what_is_recorded(tiny_llama, token_batches, device):
         assert all(row["first_vector"] == abs(row["signed_cosine"]) for row in rows)
 
 
+@pytest.mark.parametrize("projector", ["exact", "randomized"])
+@pytest.mark.parametrize("basis_format", ["fp32", "int4"])
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64)], ids=["right", "left"])
+def test_the_signed_cosine_has_the_sign_of_the_vectors_as_found(shape, basis_format, projector):
+    """A gradient that hardly changes, then its first direction mirrored: +1 in every refresh. A basis that is read back
+    and made orthonormal has columns of either sign, so that −1 would be recorded."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 4, generator=generator)).Q for n in shape)
+    for sign in (1.0, -1.0):
+        g = u @ torch.diag(torch.tensor([10.0, 3.0, 2.0, 1.0])) @ (sign * v).T
+        model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
+        convert(model, rank=4, weight_format="none", basis_format=basis_format)
+        how = {"policy": "signed_cosine", "projector": projector, "update_proj_gap": 1, "stagger": False}
+        opt = optimizer(model, lr=1e-4, inner="adamw", **how)
+        for _ in range(6):
+            noisy = g + 1e-3 * torch.randn(shape, generator=generator)
+            (model(torch.eye(shape[1])).T * noisy).sum().backward()
+            opt.step()
+        cosines = [row["signed_cosine"] for row in opt.events if not row["first"]]
+        assert len(cosines) == 5
+        assert min(cosines) > 0.98
+
+
 def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device):
     """In a look the projected gradient comes from G instead of Δ's own path: the same product, bracketed differently,
     so equal to fp32 rounding (2⁻²⁴ of each of at most a few hundred terms)."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, Qwen2Config
+from transformers.pytorch_utils import Conv1D
 
 import qgalore
 from qgalore.errors import ConfigError
@@ -130,6 +131,18 @@ def test_weights_that_are_not_finite_are_refused():
 def test_models_without_linear_layers_are_refused():
     with pytest.raises(ConfigError, match="no linear layer"):
         convert(nn.Embedding(4, 4), rank=2)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), Conv1D(8, 8), nn.Conv2d(8, 8, 1)], ids=lambda m: type(m).__name__)
+def test_a_bare_layer_is_refused_with_what_to_do(layer):
+    with pytest.raises(ConfigError, match=rf"itself a layer, a {type(layer).__name__}\. .* torch\.nn\.Sequential"):
+        convert(layer, rank=2, convolutions="tucker", weight_format="none")
+    convert(nn.Sequential(layer), rank=2, convolutions="tucker", weight_format="none")
+
+
+def test_int8_embeddings_need_a_model_that_names_its_own():
+    with pytest.raises(ConfigError, match="embeddings is 'int8', and Sequential does not say which"):
+        convert(nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 8)), rank=2, embeddings="int8")
 
 
 @pytest.mark.parametrize("width", [2736, 5461])

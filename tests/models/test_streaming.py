@@ -96,7 +96,10 @@ def test_weights_initialised_twice_have_the_last_distribution():
             assert abs(float((mine.std() / value.std()).detach()) - 1) < 6 * (2 * value.numel()) ** -0.5 * 2**0.5
         else:
             assert torch.equal(mine, value)
-    assert got.transformer.h[0].attn.c_proj.weight.std() < got.transformer.h[0].attn.c_attn.weight.std() / 2
+    small, usual = (wanted.transformer.h[0].attn.get_submodule(name).weight.std() for name in ("c_proj", "c_attn"))
+    if small < usual / 2:  # transformers 5.6 does not get to the second of its own two draws
+        small, usual = (got.transformer.h[0].attn.get_submodule(name).weight.std() for name in ("c_proj", "c_attn"))
+        assert small < usual / 2
 
 
 def test_what_cannot_be_streamed_is_built_whole_and_said():
@@ -145,7 +148,8 @@ def test_folders_equal_transformers_own_loading(name, dtype, tmp_path, monkeypat
     loading.from_scratch(config_of(name), dtype=torch.float32, seed=1).save_pretrained(tmp_path, max_shard_size="40KB")
     lines = []
     got = read(tmp_path, dtype, lines)
-    renamed = name == "gpt_neox"  # transformers 5 saves its head under the old name: only its own loader knows
+    # after transformers 5.6 GPT-NeoX's head has a new name in the model and the old one in the file
+    renamed = name == "gpt_neox" and "lm_head.weight" in got.state_dict()
     assert [line.split(" is built whole")[0] for line in lines] == ["GPTNeoXForCausalLM"] * renamed
     assert_same(got, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
 

@@ -1,6 +1,6 @@
 import torch
 
-from qgalore.quant import dense
+from qgalore.quant import dense, int8
 from qgalore.quant.counter import derive_key
 
 
@@ -29,3 +29,20 @@ def test_bf16_without_update_stays(device):
     before = weight.clone()
     dense.write_back(weight, lambda a, b: torch.zeros(b - a, 64, device=device), shrink=0.0, key=derive_key(1))
     assert torch.equal(weight, before)
+
+
+def test_bf16_tiles_do_not_show(device, monkeypatch):
+    """Random bits are numbered through the whole tensor, whatever the tiles; one part's rows are the whole's, too."""
+    start = torch.randn(37, 96, generator=torch.Generator().manual_seed(1)).to(device).to(torch.bfloat16)
+    update = torch.randn(37, 96, generator=torch.Generator().manual_seed(2)).mul_(0.001).to(device)
+    key, results = derive_key(6), []
+    for tile in (1 << 20, 96 * 5, 1):
+        monkeypatch.setattr(int8, "TILE_ELEMENTS", tile)
+        weight = start.clone()
+        dense.write_back(weight, lambda a, b: update[a:b], shrink=0.001, key=key)
+        results.append(weight)
+    assert all(torch.equal(weight, results[0]) for weight in results)
+    part = start[20:].clone()
+    dense.write_back(part, lambda a, b: update[20 + a : 20 + b], shrink=0.001, key=key, first_row=20)
+    assert torch.equal(part, results[0][20:])
+    assert not torch.equal(results[0], start)

@@ -1,0 +1,155 @@
+"""Mistakes in the arithmetic that no crash would show, each made on purpose, and the tests that must notice.
+
+Each entry replaces one line in a copy of the package and runs the tests that are named there: they must fail, and pass
+without it. ``python tests/test_mutations.py`` prints the whole list with what came out.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+METHOD = "tests/lowrank/test_method.py::test_default_galore_is_the_page"
+PARTS = "tests/lowrank/test_method.py::test_parts_are_the_page_too"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``line``, found once in the package wherever it may lie, becomes ``wrong``; ``tests`` must fail then."""
+
+    line: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = {
+    "the same rounding bits in every step": Mutation(
+        "derive_key(self.seed, self.step_count, slot.index)", "derive_key(self.seed, 0, slot.index)", (METHOD,)
+    ),
+    "the same rounding bits in every layer": Mutation(
+        "derive_key(self.seed, self.step_count, slot.index)", "derive_key(self.seed, self.step_count, 0)", (METHOD,)
+    ),
+    "the same rounding bits in each tile, int8": Mutation(
+        "start = (first_row + c) * width",
+        "start = first_row * width",
+        ("tests/quant/test_int8.py::test_tiles_do_not_show",),
+    ),
+    "the same rounding bits in each tile, bf16": Mutation(
+        "random_bits(key, (first_row + a) * width,",
+        "random_bits(key, first_row * width,",
+        ("tests/quant/test_dense.py::test_bf16_tiles_do_not_show",),
+    ),
+    "the same rounding bits in each part": Mutation(
+        '"first_row": self.first_row + first}', '"first_row": self.first_row}', (PARTS,)
+    ),
+    "the gradient of a refresh step in the basis before it is rounded": Mutation(
+        "            self._adopt(found, stored, first)\n",
+        "            self._adopt(found, stored, first)\n            self.module.columns = lambda: tuple(found)\n",
+        (METHOD,),
+    ),
+    "moments turned from an old basis whose signs a QR has changed": Mutation(
+        "self._adopt(found, stored, first)", "self._adopt(found, old, first)", (METHOD,)
+    ),
+    "decay times scale": Mutation(
+        'group["lr"] * group["weight_decay"]', 'group["lr"] * group["weight_decay"] * group["scale"]', (METHOD,)
+    ),
+    "the second moment turned as the first": Mutation(
+        "(SECOND_MOMENTS, (_squared(left), _squared(right)))):\n        for name in names:",
+        "(SECOND_MOMENTS, (left, right))):\n        for name in names:",
+        (METHOD,),
+    ),
+    "the loss as a mean of the micro-batches' means": Mutation(
+        "loss = self.loss(self.model, batch) / max(tokens, 1)",
+        "loss = self.loss(self.model, batch) / max(self.targets(batch) * self.grad_accumulation, 1)",
+        ("tests/test_means.py::test_a_step_weighs_targets_and_not_micro_batches",),
+    ),
+    "an evaluation as a mean of the batches' means": Mutation(
+        "device) for name, value in batch.items()}))\n            tokens += count",
+        "device) for name, value in batch.items()})) / count\n            tokens += 1",
+        ("tests/test_means.py::test_an_evaluation_weighs_targets_and_not_batches",),
+    ),
+    "parts that end inside an 8-bit block": Mutation(
+        "unit = moments.BLOCK // math.gcd(moments.BLOCK, size // rows)", "unit = 1", (PARTS,)
+    ),
+    "a rederived scale rounded to the nearest": Mutation(
+        "    if key is None:\n        new = exact",
+        "    if True:\n        new = exact",
+        ("tests/quant/test_int8.py::test_a_rederived_scale_follows_small_updates_of_the_largest_weight",),
+    ),
+    "the largest weight rounded like the others": Mutation(
+        "if ends is not None and draw[0] is not None:",
+        "if False:",
+        ("tests/quant/test_int8.py::test_rederived_scales_are_idempotent",),
+    ),
+    "signs after a QR": Mutation(
+        "projector.first_vector_cosine(stored[position], new)",
+        "projector.first_vector_cosine(old[position], new)",
+        ("tests/lowrank/test_policies.py::test_the_signed_cosine_has_the_sign_of_the_vectors_as_found",),
+    ),
+    "frozen layers step on": Mutation(
+        "return not any(leaf.requires_grad for leaf in self.leaves())",
+        "return False",
+        ("tests/lowrank/test_freezing.py",),
+    ),
+}
+
+
+def place_of(line: str) -> Path:
+    """The one file of the package that holds ``line``, once; an error says that the list must follow the code."""
+    found = {path: path.read_text().count(line) for path in sorted((ROOT / "qgalore").rglob("*.py"))}
+    held = {path: count for path, count in found.items() if count}
+    assert list(held.values()) == [1], f"{line!r} is in {[str(path) for path in held] or 'no file'}; mend MUTATIONS"
+    return next(iter(held))
+
+
+def run(mutation: Mutation, folder: Path, mutated: bool) -> subprocess.CompletedProcess:
+    """The tests of ``mutation`` on a copy of the repository in ``folder``."""
+    source = place_of(mutation.line)
+    for name in ("qgalore", "tests", "configs", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    for name in ("pyproject.toml", "train.py"):
+        shutil.copy(ROOT / name, folder / name)
+    if mutated:
+        copy = folder / source.relative_to(ROOT)
+        copy.write_text(source.read_text().replace(mutation.line, mutation.wrong))
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-p", "no:cacheprovider", *mutation.tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_every_mutation_has_its_place():
+    """Fast, so that a change of one of these lines is seen at once; the mutations themselves are tried with -m slow."""
+    for mutation in MUTATIONS.values():
+        place_of(mutation.line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_named_tests_notice(name, tmp_path):
+    done = run(MUTATIONS[name], tmp_path, mutated=True)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "AssertionError" in done.stdout or "assert " in done.stdout  # it was the value that was noticed
+
+
+@pytest.mark.slow
+def test_the_named_tests_pass_without(tmp_path):
+    names = tuple(dict.fromkeys(test for mutation in MUTATIONS.values() for test in mutation.tests))
+    done = run(Mutation(next(iter(MUTATIONS.values())).line, "", names), tmp_path, mutated=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def main() -> None:
+    for name, mutation in MUTATIONS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            done = run(mutation, Path(folder), mutated=True)
+        print(f"{'noticed' if done.returncode == 1 else 'NOT NOTICED':<12}{name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
