@@ -16,6 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import atomic
 from ..storage import Deferred, file_bytes, write_safetensors
 
 GENERATION = "generation_config.json"
@@ -33,22 +34,19 @@ def whole(folder: Path) -> Iterator[Path]:
     same name is replaced at once, and weights of an earlier save that are not written anew are deleted, as transformers
     does. If the block raises, ``folder`` stays as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    building.mkdir()
+    empty = not folder.exists() or not any(folder.iterdir())
+    place = folder if empty else folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield building
-        _publish(building, folder)
+        with atomic.replacing_folder(place) as building:
+            yield building
+        if not empty:
+            _take_over(place, folder)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if not empty:
+            shutil.rmtree(place, ignore_errors=True)
 
 
-def _publish(building: Path, folder: Path) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
-        if folder.exists():
-            folder.rmdir()
-        building.rename(folder)
-        return
+def _take_over(building: Path, folder: Path) -> None:
     fresh = {path.name for path in building.iterdir()}
     for stale in [p for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name) and p.name not in fresh]:
         stale.unlink()
