@@ -17,7 +17,7 @@ from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
 from ..lowrank.factory import collect_slots, part_elements
-from ..lowrank.inner import CODED, make_factory
+from ..lowrank.inner import make_factory
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.optimizer import attach
 from ..lowrank.policies import layers_at_once
@@ -111,11 +111,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
     how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
     find = RefreshOptions(low.projector, low.policy, low.moments, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
-    of_rule = RuleOptions(
-        rule_rank(config),
-        low.update_proj_gap,
-        moment_format="8bit" if config.train.optimizer in CODED else "fp32",
-    )
+    of_rule = RuleOptions(rule_rank(config), low.update_proj_gap)
     low_rank, dense = collect_slots(model, **schedule, rule=rule_of(config), of_rule=of_rule)
     if shares > 1:
         low_rank = _shared(model, low_rank, config.train.optimizer, shares)

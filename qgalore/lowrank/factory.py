@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..parallel import ALONE, Team, shards
 from ..quant.int8 import ROUNDINGS, SCALES
-from . import feedback, rule_slot
 from . import inner as inner_optimizers
+from . import rule_slot
 from .experts import Experts
 from .linear import LowRankLinear
 from .lora import LoraLinear
@@ -79,9 +79,7 @@ def _require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be {rule}")
 
 
-def _check_shares(
-    modules: dict[str, LowRankLinear], team: Team, inner, rule: str, stepping: str, rounding: str
-) -> None:
+def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: str, stepping: str) -> None:
     """Raise :class:`ConfigError` if some weights are shared by rows and cannot be stepped so."""
     shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
     if not shared:
@@ -89,7 +87,6 @@ def _check_shares(
     given = (("rule", rule, rule_slot.GALORE), ("stepping", stepping, "deferred"))
     for name, value, wanted in given:
         _require(value == wanted, name, value, f"{wanted!r} where processes share weights by rows")
-    _require(rounding != feedback.NAME, "weight_rounding", rounding, "another where processes share weights by rows")
     for name, module in shared.items():
         shareable(name, module, inner, team.size, part_elements(inner))
 
@@ -123,7 +120,6 @@ def optimizer(
     stagger: bool = True,
     projector: str = "randomized",
     policy: str = "overlap",
-    similarity: str | None = None,
     moments: str = "rotate",
     weight_rounding: str = "stochastic",
     weight_scales: str = "sticky",
@@ -136,7 +132,7 @@ def optimizer(
     Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
 
     rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
-      projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
+      projection), ``apollo_mini``, ``scale``, ``fira`` (see ``rules``). ``scale`` None: the rule's own.
     full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
     inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw4bit``, ``adamw``, or any ``torch.optim.Optimizer``
       class or dotted path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to
@@ -149,9 +145,8 @@ def optimizer(
     team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;
       the loss of each must be its share of the whole batch's.
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
-      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``;
-    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``feedback`` (to the nearest, the error into the
-      momentum; see ``feedback``) | ``nearest``, a negative control;
+      ``policies``); moments: ``rotate`` | ``keep`` | ``reset``;
+    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``nearest``, a negative control;
     weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
     energy: the share of a gradient's energy that a layer's rank keeps, where the model was converted with rank="auto".
 
@@ -161,13 +156,9 @@ def optimizer(
     _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
     _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
     _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
-    if similarity is not None:
-        print(f"note: similarity={similarity!r} is deprecated; say policy={similarity!r}", flush=True)
-        policy = similarity
     _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
     _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
-    roundings = (*ROUNDINGS, feedback.NAME)
-    _require(weight_rounding in roundings, "weight_rounding", weight_rounding, f"one of {roundings}")
+    _require(weight_rounding in ROUNDINGS, "weight_rounding", weight_rounding, f"one of {ROUNDINGS}")
     _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
@@ -177,21 +168,18 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    if weight_rounding == feedback.NAME:
-        _require(rule == rule_slot.GALORE, "rule", rule, "galore with weight_rounding 'feedback'")
-        feedback.check(inner, options)
     merging = {"rounding": weight_rounding, "scales": weight_scales}
     find = RefreshOptions(projector, policy, moments, seed=seed, team=team, energy=energy, **merging)
     threshold = THRESHOLDS.get(policy) if cos_threshold is None else cos_threshold
     lazy = {"cos_threshold": threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
-    _check_shares(modules, team, inner, rule, stepping, weight_rounding)
+    _check_shares(modules, team, inner, rule, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     rule_slot.check(rule, rank, stepping, full_gradients, modules)
     if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
         print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
-    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner in inner_optimizers.CODED else "fp32")
+    of_rule = RuleOptions(rank, update_proj_gap, seed)
     low_rank, dense = collect_slots(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )

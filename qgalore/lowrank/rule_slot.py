@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..parallel.shards import is_shared
 from ..quant import dense as dense_grid
-from ..quant import dispatch
-from . import moments
+from ..quant import int8
 from .linear import LowRankLinear
 from .ranks import AutoRankSlot
 from .rules import RULES, Rule, RuleOptions
@@ -77,16 +76,6 @@ class RuleSlot(LowRankSlot):
         self._listen()
         return row
 
-    def _adopt(self, found, old, first: bool) -> None:
-        super()._adopt(found, old, first)
-        if first or self.options.moments == "keep":
-            return
-        if self.options.moments == "reset":
-            self.rule.reset()
-            return
-        new = self.module.columns()
-        self.rule.change_basis(*(moments.change_of_basis(a, b) for a, b in zip(old, new, strict=True)))
-
     def _adam(self, gradient: Tensor) -> Tensor:
         """The inner optimizer's direction N: at a rate of 1 its step from zero is −N."""
         return self.parts[0].step(gradient, 1.0).neg()
@@ -110,7 +99,7 @@ def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int,
         dense_grid.write_back(weight, rows, shrink=shrink, key=key)
     else:
         how = {"rounding": options.rounding, "scales": options.scales}
-        dispatch.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
+        int8.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
 
 
 def awaits_refresh(slot: Slot) -> bool:

@@ -54,19 +54,6 @@ def project(gradient: Tensor, left: Tensor | None, right: Tensor | None, dtype: 
     return (image if right is None else image @ right).to(dtype)
 
 
-def gather(into: Tensor, left: Tensor | None, right: Tensor | None) -> Callable[[int, int, Tensor], None]:
-    """A function (a, b, rows a … b−1 of E) that adds LᵀE R̂ up in ``into``, zero at first: E never exists whole."""
-
-    def add(a: int, b: int, rows: Tensor) -> None:
-        rows = rows if right is None else rows @ right
-        if left is None:
-            into[a:b] = rows
-        else:
-            into.addmm_(left[a:b].T, rows)
-
-    return add
-
-
 def update_rows(delta: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Callable[[int, int], Tensor]:
     """A function (a, b) → rows a … b−1 of ``scale · L Δ R̂ᵀ``, so that the (out, in) product never exists whole."""
     if left is not None and right is not None:  # the small product first

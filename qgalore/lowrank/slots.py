@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from ..parallel import ALONE, Team
 from ..quant import dense as dense_grid
-from ..quant import dispatch
+from ..quant import dispatch, int8
 from ..quant.counter import derive_key
-from . import feedback, health, moments, projector, sides
+from . import health, moments, projector, sides
 from .conv import BlockBasis
 from .linear import LowRankLinear
 from .policies import DECIDING
@@ -368,20 +368,8 @@ class LowRankSlot(Slot):
         bases = [None if side is None else side.stored() for side in (module.left, module.right)]
         if len(stored) == 2 and dispatch.fused_merge(*stored, delta, *bases, s=scale, **where):
             return
-        if where.get("rounding") == feedback.NAME:
-            self._merge_with_feedback(stored, delta, scale, where)
-            return
-        write_back = dense_grid.write_back if len(stored) == 1 else dispatch.write_back
+        write_back = dense_grid.write_back if len(stored) == 1 else int8.write_back
         write_back(*stored, sides.update_rows(delta, *module.columns(), scale), **where)
-
-    def _merge_with_feedback(self, stored: tuple[Tensor, Tensor], delta: Tensor, scale: float, where: dict) -> None:
-        """Round to the nearest, and leave what that leaves out of the subspace's update to the momentum."""
-        columns = self.module.columns()
-        short = torch.zeros(delta.shape, device=delta.device)
-        where |= {"rounding": "nearest", "left_out": sides.gather(short, *columns)}
-        dispatch.write_back(*stored, sides.update_rows(delta, *columns, scale), **where)
-        part = next(part for part in self.parts if part.first == where["first_row"])
-        feedback.inject(part.inner, part.leaf, short, scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Bases and weights are the model's own tensors."""

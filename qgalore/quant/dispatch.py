@@ -6,7 +6,6 @@ raises where a kernel cannot run. Code that ``torch.compile`` traces always take
 """
 
 import os
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import basis, compiled, int8
+from . import basis, int8
 from .self_check import first_failure
 
-CHOICES = ("auto", "reference", "triton", "compiled")
+CHOICES = ("auto", "reference", "triton")
 _choice = "auto"
 
 
@@ -26,15 +25,13 @@ def use(kernels: str, device: torch.device) -> None:
     """Choose the code for this process and, where it is kernels, check them on ``device``.
 
     Raises :class:`ConfigError` for a name that is not in ``CHOICES``, and under ``triton`` if kernels cannot run on
-    ``device`` or one of them is wrong there, or under ``compiled`` if that code cannot be made or is wrong there.
+    ``device`` or one of them is wrong there.
     """
     global _choice
     if kernels not in CHOICES:
         raise ConfigError(f"kernels is {kernels!r}; it must be one of {CHOICES}")
     before, _choice = _choice, kernels
     try:
-        if kernels == "compiled" and (reason := _compiler_obstacle(device)):
-            raise ConfigError(f"kernels is 'compiled', but {reason}; set kernels to auto or reference")
         kernels_for(device)
     except ConfigError:
         _choice = before
@@ -44,11 +41,6 @@ def use(kernels: str, device: torch.device) -> None:
 @cache
 def _say_once(text: str) -> None:
     print(f"{'kernels:':<11}{text}", flush=True)
-
-
-@cache
-def _compiler_obstacle(device: torch.device) -> str | None:
-    return compiled.failure() if device.type == "cpu" else f"that code is for a CPU, not for {device.type}"
 
 
 @cache
@@ -69,7 +61,7 @@ def kernels_for(device: torch.device, obstacle: str | None = None) -> ModuleType
     ``obstacle`` says why this case has no kernel. Under ``triton`` whatever keeps a kernel from running raises
     :class:`ConfigError`; under ``auto`` it is printed, once.
     """
-    if _choice in ("reference", "compiled") or device.type == "meta" or torch.compiler.is_compiling():
+    if _choice == "reference" or device.type == "meta" or torch.compiler.is_compiling():
         return None
     if _choice == "auto" and device.type != "cuda":
         return None
@@ -170,22 +162,3 @@ def fused_merge(
     delta, where = delta.float().contiguous(), {"key": key, "first_row": first_row}
     module.merge(q, scale, delta, codes, basis_scale, dim, side, s=s, shrink=shrink, **where)
     return True
-
-
-def write_back(
-    q: Tensor,
-    scale: Tensor,
-    update_rows: Callable[[int, int], Tensor],
-    *,
-    rounding: str = "stochastic",
-    scales: str = "sticky",
-    **where,
-) -> None:
-    """See ``int8.write_back``; groups of 128, 64 or 32 on a CPU have compiled code."""
-    if _choice == "compiled" and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        obstacle = _group_obstacle("weight", q.shape[1] // scale.shape[1]) or _way_obstacle(rounding, scales)
-        if obstacle is None:
-            compiled.write_back(q, scale, update_rows, **where)
-            return
-        _say_once(f"{obstacle}: plain PyTorch is used there")
-    int8.write_back(q, scale, update_rows, rounding=rounding, scales=scales, **where)

@@ -9,7 +9,6 @@ import torch
 from test_optimizer import QUICK, assert_same, loss_of, stored, train
 
 from qgalore import checkpoint, config
-from qgalore.errors import ConfigError
 from qgalore.lowrank import projector
 from qgalore.lowrank.factory import optimizer
 from qgalore.lowrank.policies import POLICIES, THRESHOLDS, layers_at_once, make_schedules
@@ -173,24 +172,17 @@ def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device
     assert seen == [pytest.approx(projector.captured_energy(matrix, side), rel=1e-5)]
 
 
-def test_the_old_name_works_and_says_so(tiny_llama, capsys):
-    model = tiny_llama()
-    convert(model, **QUICK)
-    opt = optimizer(model, lr=0.1, inner="adamw", similarity="first_vector")
-    assert opt.slots[0].options.policy == "first_vector"
-    assert "deprecated" in capsys.readouterr().out
+def test_a_run_that_saved_the_old_key_as_null_goes_on():
+    """``similarity`` was a key, null unless somebody gave it; one that was given is told."""
+    now = config.resolve(config.load("quickstart.yaml", []), "cpu", False)
+    saved = now.model_dump(mode="json")
+    saved["lowrank"]["similarity"] = None
+    assert config.differences(saved, now) == []
+    saved["lowrank"]["similarity"] = "first_vector"
+    assert config.differences(saved, now) == ["lowrank.similarity: 'first_vector' → None"]
 
 
-def test_the_old_key_works_and_says_so():
-    old = config.load("quickstart.yaml", ["lowrank.similarity=first_vector"])
-    new = config.resolve(config.load("quickstart.yaml", ["lowrank.policy=first_vector"]), "cpu", False)
-    assert config.resolve(old, "cpu", False) == new
-    assert any("say lowrank.policy: first_vector" in line for line in config.remarks(old))
-    saved = new.model_dump(mode="json")
-    saved["lowrank"]["similarity"] = saved["lowrank"].pop("policy")  # as a run of old has saved it
-    assert config.differences(saved, new) == []
-    with pytest.raises(ConfigError, match="give that one alone"):
-        config.load("quickstart.yaml", ["lowrank.policy=energy", "lowrank.similarity=overlap"])
+def test_a_key_that_the_policy_does_not_read_is_named():
     assert any(
         "lowrank.queue_size has no effect with policy: energy" in line
         for line in config.remarks(config.load("quickstart.yaml", ["lowrank.policy=energy"]))

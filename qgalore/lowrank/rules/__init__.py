@@ -4,7 +4,6 @@ from .apollo import Apollo
 from .apollo_mini import ApolloMini
 from .common import Rule, RuleOptions
 from .fira import Fira
-from .momentum import Momentum
 from .scale import Scale
 
 RULES: dict[str, type[Rule]] = {
@@ -12,7 +11,6 @@ RULES: dict[str, type[Rule]] = {
     "apollo_mini": ApolloMini,
     "scale": Scale,
     "fira": Fira,
-    "momentum": Momentum,
 }
 
 __all__ = ["RULES", "Rule", "RuleOptions"]

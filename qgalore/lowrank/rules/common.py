@@ -16,13 +16,11 @@ GAMMA = 1.01  # the growth that Fira and APOLLO allow a norm from step to step
 
 @dataclass(frozen=True)
 class RuleOptions:
-    """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams;
-    ``moment_format``: ``8bit`` or ``fp32``, how ``momentum`` keeps its moment."""
+    """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams."""
 
     rank: int | None = None
     gap: int = 200
     seed: int = 0
-    moment_format: str = "fp32"
 
 
 class Rule:
@@ -48,12 +46,6 @@ class Rule:
         """N for the gradient G, fp32 (out, in), of optimizer step ``step``, by rows. G is used up: it may be
         overwritten, and the rows read it. Call it once a step: it advances the state."""
         raise NotImplementedError
-
-    def change_basis(self, left: Tensor | None, right: Tensor | None) -> None:
-        """Turn the rule's own state (not the inner optimizer's) by the changes of basis, each (r, r) or None."""
-
-    def reset(self) -> None:
-        """Forget the rule's own state that belongs to a subspace."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The rule's own state, for checkpoints; restored by copying into these tensors."""
