@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .lowrank.linear import LowRankLinear
+from .lowrank.layers.linear import LowRankLinear
 from .parallel import ALONE, Team, shards
 from .storage import Entries, Rows, Seal, altered, create, file_bytes, joined, write_share
 

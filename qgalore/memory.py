@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import on_paper
-from .lowrank import projector, ranks, sides
-from .lowrank.linear import Basis, LowRankLinear
-from .lowrank.rule_slot import RuleSlot
-from .lowrank.slots import LowRankSlot, Slot
+from .lowrank.layers.linear import Basis, LowRankLinear
+from .lowrank.subspace import ranks, search, sides
+from .lowrank.tensors.projected import LowRankSlot, Slot
+from .lowrank.tensors.whole import RuleSlot
 from .quant.int8 import planned_for
 
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
@@ -295,11 +295,11 @@ def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:
         if basis is None:
             columns.append(None)
             continue
-        old = projector.orthonormal(basis.columns())
+        old = search.orthonormal(basis.columns())
         if slot.options.method == "exact":
-            columns.append(projector.exact_basis(matrix, basis.rank))
+            columns.append(search.exact_basis(matrix, basis.rank))
         else:
-            columns.append(projector.randomized_basis(matrix, basis.rank, None, old, slot.options.power_iterations))
+            columns.append(search.randomized_basis(matrix, basis.rank, None, old, slot.options.power_iterations))
         del old
     for basis, new in zip(bases, columns, strict=True):
         if basis is not None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from .lowrank.rule_slot import RuleSlot
-from .lowrank.slots import LowRankSlot, Slot
+from .lowrank.tensors.projected import LowRankSlot, Slot
+from .lowrank.tensors.whole import RuleSlot
 
 
 def payload(slots: Iterable[Slot], gap: int, micro_batches: int = 1) -> dict[str, float]:

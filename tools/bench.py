@@ -40,10 +40,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import qgalore
 from qgalore.errors import QGaloreError
-from qgalore.lowrank import projector, slots
-from qgalore.lowrank.inner import adamw8bit
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.sides import basis_sides
+from qgalore.lowrank.inner.checked import adamw8bit
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace import search
+from qgalore.lowrank.subspace.sides import basis_sides
+from qgalore.lowrank.tensors import projected
 from qgalore.models import loading
 from qgalore.models.loss import chunked_loss
 from qgalore.quant import dispatch
@@ -124,7 +125,7 @@ class ClassicGaLore:
     def _basis(self, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         with_left, _ = basis_sides(*gradient.shape, "std")
         matrix = gradient.float().T if with_left else gradient.float()
-        columns = projector.exact_basis(matrix, min(self.rank, *gradient.shape)).to(gradient.dtype).contiguous()
+        columns = search.exact_basis(matrix, min(self.rank, *gradient.shape)).to(gradient.dtype).contiguous()
         return (columns, None) if with_left else (None, columns)
 
 
@@ -187,7 +188,7 @@ def _ours(method: Method, rank: int) -> None:
 
     def refresh_next() -> None:
         for slot in optimizer.slots:
-            if isinstance(slot, slots.LowRankSlot):
+            if isinstance(slot, projected.LowRankSlot):
                 slot.schedule.next_refresh = optimizer.step_count
                 slot.arm(optimizer.step_count)
 

@@ -17,14 +17,14 @@ from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
 from ..lowrank.factory import collect_slots, part_elements
-from ..lowrank.inner import make_factory
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.inner.checked import make_factory
+from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.optimizer import attach
-from ..lowrank.policies import layers_at_once
-from ..lowrank.ranks import STEP
 from ..lowrank.rules import RuleOptions
-from ..lowrank.shard_slot import ShardSlot, shareable
-from ..lowrank.slots import LowRankSlot, RefreshOptions, Slot
+from ..lowrank.subspace.policies import layers_at_once
+from ..lowrank.subspace.ranks import STEP
+from ..lowrank.tensors.projected import LowRankSlot, RefreshOptions, Slot
+from ..lowrank.tensors.sharded import ShardSlot, shareable
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss

@@ -11,18 +11,18 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..parallel import ALONE, Team, shards
 from ..quant.int8 import ROUNDINGS, SCALES
-from . import inner as inner_optimizers
-from . import rule_slot
-from .experts import Experts
-from .linear import LowRankLinear
-from .lora import LoraLinear
-from .moments import POLICIES as MOMENTS
+from .inner import checked as inner_optimizers
+from .layers.experts import Experts
+from .layers.linear import LowRankLinear
+from .layers.lora import LoraLinear
 from .optimizer import LowRankOptimizer
-from .policies import POLICIES, THRESHOLDS, make_schedules
-from .projector import METHODS
 from .rules import RuleOptions
-from .shard_slot import shareable
-from .slots import DenseSlot, LowRankSlot, RefreshOptions
+from .subspace.moments import POLICIES as MOMENTS
+from .subspace.policies import POLICIES, THRESHOLDS, make_schedules
+from .subspace.search import METHODS
+from .tensors import whole
+from .tensors.projected import DenseSlot, LowRankSlot, RefreshOptions
+from .tensors.sharded import shareable
 
 STEPPING = ("deferred", "fused")
 PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
@@ -65,7 +65,7 @@ def collect_slots(
     """A slot for every trainable tensor of a converted model, low-rank layers first."""
     modules = stepped_layers(model)
     schedules = make_schedules(find.policy, len(modules), update_proj_gap, stagger, lazy)
-    low_rank = rule_slot.make(rule, modules, schedules, find, of_rule)
+    low_rank = whole.make(rule, modules, schedules, find, of_rule)
     owned = {id(leaf) for module in modules.values() for leaf in module.leaves().values()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     for name, parameter in trainable:
@@ -84,7 +84,7 @@ def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: st
     shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
     if not shared:
         return
-    given = (("rule", rule, rule_slot.GALORE), ("stepping", stepping, "deferred"))
+    given = (("rule", rule, whole.GALORE), ("stepping", stepping, "deferred"))
     for name, value, wanted in given:
         _require(value == wanted, name, value, f"{wanted!r} where processes share weights by rows")
     for name, module in shared.items():
@@ -145,7 +145,7 @@ def optimizer(
     team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;
       the loss of each must be its share of the whole batch's.
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
-      ``policies``); moments: ``rotate`` | ``keep`` | ``reset``;
+      ``subspace.policies``); moments: ``rotate`` | ``keep`` | ``reset``;
     weight_rounding: of int8 weights at a merge, ``stochastic`` | ``nearest``, a negative control;
     weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
     energy: the share of a gradient's energy that a layer's rank keeps, where the model was converted with rank="auto".
@@ -176,7 +176,7 @@ def optimizer(
     modules = stepped_layers(model)
     _check_shares(modules, team, inner, rule, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
-    rule_slot.check(rule, rank, stepping, full_gradients, modules)
+    whole.check(rule, rank, stepping, full_gradients, modules)
     if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
         print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
     of_rule = RuleOptions(rank, update_proj_gap, seed)
@@ -186,7 +186,7 @@ def optimizer(
     _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
         inner_optimizers.check_ignores_value(factory, device)
-        if moments == "rotate" and any(rule_slot.turns_moments(slot) for slot in low_rank):
+        if moments == "rotate" and any(whole.turns_moments(slot) for slot in low_rank):
             inner_optimizers.check_rotates(factory, device)
         if inner in inner_optimizers.CODED:
             inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
@@ -195,7 +195,7 @@ def optimizer(
         dense,
         lr=lr,
         weight_decay=weight_decay,
-        scale=rule_slot.default_scale(rule) if scale is None else scale,
+        scale=whole.default_scale(rule) if scale is None else scale,
         factory=factory,
         stepping=stepping,
         seed=seed,

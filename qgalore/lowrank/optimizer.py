@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, NumericalError
 from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
-from . import inner as inner_optimizers
-from . import ranks, rule_slot
-from .experts import Experts
-from .slots import DenseSlot, LowRankSlot, Scratch, Slot
+from .inner import checked as inner_optimizers
+from .layers.experts import Experts
+from .subspace import ranks
+from .tensors import whole
+from .tensors.projected import DenseSlot, LowRankSlot, Scratch, Slot
 
 
 class LowRankOptimizer(Optimizer):
@@ -151,7 +152,7 @@ class LowRankOptimizer(Optimizer):
 
     def _is_first(self, slot: Slot) -> bool:
         """Whether ``slot`` looks for its first basis."""
-        galore = isinstance(slot, LowRankSlot) and not isinstance(slot, rule_slot.RuleSlot)
+        galore = isinstance(slot, LowRankSlot) and not isinstance(slot, whole.RuleSlot)
         return galore and slot.projected and slot.schedule.refreshes == 0
 
     def _sum_over_team(self) -> None:
@@ -172,7 +173,7 @@ class LowRankOptimizer(Optimizer):
             self._squares = []
 
     def _refresh_if_due(self, slot: Slot, source: int = 0) -> None:
-        if not rule_slot.awaits_refresh(slot):
+        if not whole.awaits_refresh(slot):
             return
         if not torch.isfinite(torch.linalg.vector_norm(slot.module.probe.grad)):
             self._complain(slot)
@@ -228,7 +229,7 @@ class LowRankOptimizer(Optimizer):
         ``step()`` does this itself; call it before ``clip_grad_norm_`` so that the norm is that of projected gradients.
         """
         self._sum_over_team()
-        due = [slot for slot in self.slots if rule_slot.awaits_refresh(slot)]
+        due = [slot for slot in self.slots if whole.awaits_refresh(slot)]
         if due:  # look at every gradient before a basis changes: a step that fails must leave no trace
             for slot in self.slots:
                 for gradient in (*(leaf.grad for leaf in slot.leaves()), slot.gradient()):

@@ -6,12 +6,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgalore
-from qgalore.lowrank import embedding as module_under_test
-from qgalore.lowrank import sides
-from qgalore.lowrank.embedding import LowRankEmbedding, TiedHead
-from qgalore.lowrank.head import chunked_cross_entropy
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.sides import PROJ_TYPES, project
+from qgalore.lowrank.layers import embedding as module_under_test
+from qgalore.lowrank.layers.embedding import LowRankEmbedding, TiedHead
+from qgalore.lowrank.layers.head import chunked_cross_entropy
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace import sides
+from qgalore.lowrank.subspace.sides import PROJ_TYPES, project
 from qgalore.models.loss import chunked_loss, summed_loss
 
 WIDTH = 32

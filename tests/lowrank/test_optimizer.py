@@ -7,8 +7,8 @@ import torch
 
 from qgalore.errors import ConfigError, NumericalError
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.slots import LowRankSlot
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.tensors.projected import LowRankSlot
 from qgalore.models.convert import convert
 
 QUICK = {"rank": 8, "basis_format": "int4"}
@@ -322,7 +322,7 @@ def test_a_failed_decomposition_keeps_the_old_basis(tiny_llama, token_batches, m
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr("qgalore.lowrank.projector.randomized_basis", fail)
+    monkeypatch.setattr("qgalore.lowrank.subspace.search.randomized_basis", fail)
     before = model.model.layers[0].mlp.down_proj.weight.clone()
     opt.events.clear()
     train(model, opt, token_batches(steps=1))

@@ -9,10 +9,10 @@ import torch
 from test_optimizer import QUICK, assert_same, loss_of, stored, train
 
 from qgalore import checkpoint, config
-from qgalore.lowrank import projector
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.policies import POLICIES, THRESHOLDS, layers_at_once, make_schedules
-from qgalore.lowrank.schedule import EnergySchedule
+from qgalore.lowrank.subspace import search
+from qgalore.lowrank.subspace.policies import POLICIES, THRESHOLDS, layers_at_once, make_schedules
+from qgalore.lowrank.subspace.schedule import EnergySchedule
 from qgalore.models.convert import convert
 
 LAZY = {"cos_threshold": 0.4, "gamma_proj": 2.0, "queue_size": 1, "max_gap": 1000}
@@ -169,7 +169,7 @@ def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device
     assert torch.allclose(looked, module.delta.grad, rtol=1e-4, atol=1e-5 * float(full.abs().max()))
     seen = slot.schedule.first_looks
     side, matrix = (right, full) if right is not None else (left, full.T)
-    assert seen == [pytest.approx(projector.captured_energy(matrix, side), rel=1e-5)]
+    assert seen == [pytest.approx(search.captured_energy(matrix, side), rel=1e-5)]
 
 
 def test_a_run_that_saved_the_old_key_as_null_goes_on():

@@ -6,9 +6,9 @@ import torch
 import qgalore
 from qgalore import checkpoint
 from qgalore.errors import ConfigError
-from qgalore.lowrank import moments, projector, ranks
-from qgalore.lowrank.adam4bit import AdamW4bit
-from qgalore.lowrank.adam8bit import AdamW8bitCPU
+from qgalore.lowrank.inner.adam4bit import AdamW4bit
+from qgalore.lowrank.inner.adam8bit import AdamW8bitCPU
+from qgalore.lowrank.subspace import moments, ranks, search
 
 AUTO = {"rank": "auto", "max_rank": 32, "mean_rank": 16, "group_size": 32}
 
@@ -63,7 +63,7 @@ def test_a_known_spectrum_gets_its_rank(shape, values, energy, wanted):
     assert layer.delta.shape == layer.delta_shape(wanted)
     assert opt.slots[0].parts[0].state()["exp_avg"].shape == layer.delta.shape
     gradient = with_spectrum(shape, values)
-    kept = projector.captured_energy(gradient if layer.right else gradient.T, projector.orthonormal(basis.columns()))
+    kept = search.captured_energy(gradient if layer.right else gradient.T, search.orthonormal(basis.columns()))
     # int4 steps are 1/7 of a group's largest value, about 2.4 standard deviations of 64 or 96: the rounding's energy is
     # (2.4 / 7)² / 12 = 1 % of a vector's
     assert kept > min(energy, sum(v * v for v in values[:48]) / sum(v * v for v in values)) - 0.02
@@ -93,7 +93,7 @@ def test_no_gradient_and_no_decomposition_leave_the_rank(monkeypatch):
     def fails(*_):
         raise torch.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr(projector, "randomized_basis", fails)
+    monkeypatch.setattr(search, "randomized_basis", fails)
     step(with_spectrum((96, 64), flat(4)))
     assert layer.rank == 24
     assert opt.events[-1]["failed"]

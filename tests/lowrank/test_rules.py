@@ -10,7 +10,7 @@ from test_optimizer import QUICK, assert_same, distance, loss_of, stored, train
 from qgalore import checkpoint
 from qgalore.errors import ConfigError
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.rules import RULES
 from qgalore.lowrank.rules.apollo import random_projection
 from qgalore.lowrank.rules.common import GrowthLimiter, unit_rms_rows

@@ -7,7 +7,7 @@ from processes import run_in
 from torch import nn
 
 import qgalore
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.parallel import job
 from qgalore.wire import payload
 

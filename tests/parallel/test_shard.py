@@ -10,8 +10,8 @@ from torch import nn
 
 import qgalore
 from qgalore.errors import ConfigError
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.shard_slot import share_rows, shareable
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.tensors.sharded import share_rows, shareable
 from qgalore.parallel import job, shards
 from qgalore.wire import payload
 

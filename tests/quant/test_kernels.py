@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.optimizer import attach
-from qgalore.lowrank.schedule import LazySchedule
-from qgalore.lowrank.slots import LowRankSlot, RefreshOptions
+from qgalore.lowrank.subspace.schedule import LazySchedule
+from qgalore.lowrank.tensors.projected import LowRankSlot, RefreshOptions
 from qgalore.quant import basis, dispatch, int8
 from qgalore.quant.counter import derive_key
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...quant.counter import derive_key, random_bits, uniform
-from ..linear import LowRankLinear
+from ..layers.linear import LowRankLinear
 from .common import Adam, GrowthLimiter, Rows, Rule, RuleOptions, channel_scaling
 
 _STREAM = 1  # apart from the bits that round this layer's weights, which (seed, step, index) names

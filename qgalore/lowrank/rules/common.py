@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linear import LowRankLinear
+from ..layers.linear import LowRankLinear
 
 Rows = Callable[[int, int], Tensor]  # (a, b) → rows a … b−1 of a direction, fp32, a fresh tensor
 Adam = Callable[[Tensor], Tensor]  # a gradient → the inner optimizer's direction N, so that its step is −lr · N

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...quant.int8 import row_tiles
-from .. import sides
-from ..linear import LowRankLinear
+from ..layers.linear import LowRankLinear
+from ..subspace import sides
 from .common import Adam, GrowthLimiter, Rows, Rule, RuleOptions, channel_scaling
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..parallel import Team, shards
-from ..quant.blockwise import BLOCK
-from .adam8bit import MIN_8BIT_SIZE
-from .linear import LowRankLinear
-from .schedule import Schedule
-from .slots import LowRankSlot, RefreshOptions
+from ...errors import ConfigError
+from ...parallel import Team, shards
+from ...quant.blockwise import BLOCK
+from ..inner.adam8bit import MIN_8BIT_SIZE
+from ..layers.linear import LowRankLinear
+from ..subspace.schedule import Schedule
+from .projected import LowRankSlot, RefreshOptions
 
 INNERS = ("adamw8bit", "adamw")
 

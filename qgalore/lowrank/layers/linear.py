@@ -12,12 +12,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..parallel import shards
-from ..quant import basis, dispatch, int8_products
-from ..quant.int8 import quantize
-from . import sides
-from .products import Choice, Products
+from ...errors import ConfigError
+from ...parallel import shards
+from ...quant import basis, dispatch, int8_products
+from ...quant.int8 import quantize
+from ..subspace import sides
+from .int8_products import Choice, Products
 
 
 class Basis(nn.Module):

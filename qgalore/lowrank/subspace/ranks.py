@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quant import basis
+from ...quant import basis
+from ..inner.checked import Factory
+from ..tensors.projected import LowRankSlot, Part, Scratch
 from . import moments, sides
-from .inner import Factory
-from .slots import LowRankSlot, Part, Scratch
 
 STEP = 8  # columns by which a rank moves: what matrix products of 16-bit numbers like
 SLACK = 8  # a rank stays unless it would change by more than a part in this, so that it does not follow the noise

@@ -5,18 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..parallel.shards import is_shared
-from ..quant import dense as dense_grid
-from ..quant import int8
-from .linear import LowRankLinear
-from .ranks import AutoRankSlot
-from .rules import RULES, Rule, RuleOptions
-from .rules.apollo import Apollo
-from .rules.common import Rows
-from .schedule import Schedule
-from .shard_slot import ShardSlot
-from .slots import LowRankSlot, RefreshOptions, Slot
+from ...errors import ConfigError
+from ...parallel.shards import is_shared
+from ...quant import dense as dense_grid
+from ...quant import int8
+from ..layers.linear import LowRankLinear
+from ..rules import RULES, Rule, RuleOptions
+from ..rules.apollo import Apollo
+from ..rules.common import Rows
+from ..subspace.ranks import AutoRankSlot
+from ..subspace.schedule import Schedule
+from .projected import LowRankSlot, RefreshOptions, Slot
+from .sharded import ShardSlot
 
 GALORE = "galore"  # not one of the rules here: it needs Δ's gradient alone
 NAMES = (GALORE, *RULES)

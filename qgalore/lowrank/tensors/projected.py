@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..parallel import ALONE, Team
-from ..quant import dense as dense_grid
-from ..quant import dispatch, int8
-from ..quant.counter import derive_key
-from . import health, moments, projector, sides
-from .conv import BlockBasis
-from .linear import LowRankLinear
-from .policies import DECIDING
-from .schedule import Schedule
+from ...parallel import ALONE, Team
+from ...quant import dense as dense_grid
+from ...quant import dispatch, int8
+from ...quant.counter import derive_key
+from ..layers.conv import BlockBasis
+from ..layers.linear import LowRankLinear
+from ..subspace import measures, moments, search, sides
+from ..subspace.policies import DECIDING
+from ..subspace.schedule import Schedule
 
 COSINES = ("first_vector", "signed_cosine")
 
@@ -190,7 +190,7 @@ class LowRankSlot(Slot):
         self.mine, self.first_row = module, 0  # what of the weight is stepped here
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
-        self._unfinished: tuple[dict[str, Any], health.Lines | None] | None = None  # a record that waits for a merge
+        self._unfinished: tuple[dict[str, Any], measures.Lines | None] | None = None  # a record that waits for a merge
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.delta, self.module.probe]
@@ -233,11 +233,11 @@ class LowRankSlot(Slot):
         if not self.schedule.wants(step, energy):
             self._receive(gradient, first)
             return None
-        old = [None if first or columns is None else projector.orthonormal(columns) for columns in stored]
+        old = [None if first or columns is None else search.orthonormal(columns) for columns in stored]
         found, failure = self._find(gradient, old, generator)
         failure = team.of_first(f"a basis of {self.name}", lambda: failure)
         team.receive_(f"the basis of {self.name}", [columns for columns in found if columns is not None])
-        row = self._record(step, first, failure) | health.moments(part.state() for part in self.parts)
+        row = self._record(step, first, failure) | measures.moments(part.state() for part in self.parts)
         if failure is None or first:
             row |= team.of_first(f"the subspaces of {self.name}", lambda: self._compare(gradient, old, found))
             self._adopt(found, stored, first)
@@ -247,7 +247,7 @@ class LowRankSlot(Slot):
             self.schedule.record_failure(step)
         self._receive(gradient, first)
         row |= {"gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
-        self._unfinished = row, health.lines_before(self.mine, step)
+        self._unfinished = row, measures.lines_before(self.mine, step)
         row |= {"waited": waited, "refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
         return row
 
@@ -265,11 +265,11 @@ class LowRankSlot(Slot):
         """The share of the gradient that the stored bases capture, the mean of the sides. Their rounding, the same at
         every look, is not taken out."""
         pairs = zip(stored, (gradient.T, gradient), strict=True)
-        found = [projector.captured_energy(matrix, basis) for basis, matrix in pairs if basis is not None]
+        found = [search.captured_energy(matrix, basis) for basis, matrix in pairs if basis is not None]
         return sum(found) / len(found)
 
     def _record(self, step: int, first: bool, failure: str | None) -> dict[str, Any]:
-        row: dict[str, Any] = {"version": health.VERSION, "step": step, "layer": self.name, "first": first}
+        row: dict[str, Any] = {"version": measures.VERSION, "step": step, "layer": self.name, "first": first}
         return row | {"failed": failure, "shape": list(self.module.weight.shape), "rank": self.module.rank}
 
     def _finish_record(self) -> None:
@@ -277,7 +277,7 @@ class LowRankSlot(Slot):
         if self._unfinished is not None:
             started = time.perf_counter()
             (row, before), self._unfinished = self._unfinished, None
-            row |= health.int8_change(self.mine, before)
+            row |= measures.int8_change(self.mine, before)
             row["seconds"] += time.perf_counter() - started
 
     def _postpone(self, step: int, first: bool) -> dict[str, Any]:
@@ -307,14 +307,14 @@ class LowRankSlot(Slot):
                 matrix, warm = basis.unfold(matrix), None if warm is None else basis.reduce(warm)
             try:
                 if self.options.method == "exact":
-                    columns = projector.exact_basis(matrix, rank)
+                    columns = search.exact_basis(matrix, rank)
                 else:
-                    columns = projector.randomized_basis(matrix, rank, generator, warm, self.options.power_iterations)
+                    columns = search.randomized_basis(matrix, rank, generator, warm, self.options.power_iterations)
                 if not torch.isfinite(columns).all():
                     raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
             except torch.linalg.LinAlgError as error:
                 failure = str(error).splitlines()[0]
-                columns = projector.random_basis(basis.dim, rank, generator, gradient.device)
+                columns = search.random_basis(basis.dim, rank, generator, gradient.device)
             found.append(basis.expand(columns) if isinstance(basis, BlockBasis) else columns.contiguous())
         return found, failure
 
@@ -326,17 +326,17 @@ class LowRankSlot(Slot):
             if new is None:
                 continue
             row = dict.fromkeys(("energy_before", "overlap", "overlap_above_chance", *COSINES, "angle_cosines"))
-            row["energy"], row["spectrum"] = health.captured(matrix, new)
+            row["energy"], row["spectrum"] = measures.captured(matrix, new)
             if old[position] is not None:
-                row["energy_before"] = projector.captured_energy(matrix, old[position])
-                row["overlap"] = projector.overlap(old[position], new)
+                row["energy_before"] = search.captured_energy(matrix, old[position])
+                row["overlap"] = search.overlap(old[position], new)
                 rank = max(new.shape[1], old[position].shape[1])
-                row["overlap_above_chance"] = projector.above_chance(row["overlap"], rank, new.shape[0])
-                row["signed_cosine"] = projector.first_vector_cosine(old[position], new)
+                row["overlap_above_chance"] = search.above_chance(row["overlap"], rank, new.shape[0])
+                row["signed_cosine"] = search.first_vector_cosine(old[position], new)
                 row["first_vector"] = abs(row["signed_cosine"])
-                row["angle_cosines"] = health.angle_cosines(old[position], new)
+                row["angle_cosines"] = measures.angle_cosines(old[position], new)
             rows.append(row)
-        mean = health.mean_of_sides(rows)
+        mean = measures.mean_of_sides(rows)
         return mean | {"similarity": mean[DECIDING[self.options.policy]]}
 
     def _adopt(self, found, old, first: bool) -> None:
