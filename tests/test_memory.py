@@ -55,7 +55,7 @@ def storages(run: build.Run) -> int:
     """Bytes of everything that a built run keeps between steps."""
     optimizer = run.loop["optimizer"]
     kept = [*run.model.parameters(), *run.model.buffers()]
-    for slot in optimizer.slots:
+    for slot in optimizer.tensors:
         kept += slot.tensors().values()
         for part in slot.parts:
             kept += [part.leaf, *part.state().values()]

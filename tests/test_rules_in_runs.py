@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from qgalore import build, config
 from qgalore.config import RULES
 from qgalore.errors import ConfigError
-from qgalore.lowrank.tensors import whole
+from qgalore.lowrank import rules
 
 ROOT = Path(__file__).resolve().parent.parent
 # A rate at which two steps of warm-up and four of training lower the loss; wide enough for 8-bit moments.
@@ -29,10 +29,10 @@ def final_state(run, step=6):
 
 
 def test_the_configuration_and_the_package_agree_on_every_rule():
-    assert set(RULES) == set(whole.NAMES)
+    assert set(RULES) == set(rules.NAMES)
     for name, (scale, with_bases, _) in RULES.items():
-        assert scale == whole.default_scale(name)
-        assert with_bases == (name == "galore" or whole.RULES[name].uses_basis)
+        assert scale == rules.default_scale(name)
+        assert with_bases == (name == "galore" or rules.RULES[name].uses_basis)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ from qgalore.lowrank.inner.checked import adamw8bit
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.subspace import search
 from qgalore.lowrank.subspace.sides import basis_sides
-from qgalore.lowrank.tensors import projected
 from qgalore.models import loading
 from qgalore.models.loss import chunked_loss
 from qgalore.quant import dispatch
@@ -187,14 +186,14 @@ def _ours(method: Method, rank: int) -> None:
     method.hidden = [layer.delta for layer in layers]
 
     def refresh_next() -> None:
-        for slot in optimizer.slots:
-            if isinstance(slot, projected.LowRankSlot):
-                slot.schedule.next_refresh = optimizer.step_count
-                slot.arm(optimizer.step_count)
+        for tensor in optimizer.tensors:
+            if tensor.projected:
+                tensor.schedule.next_refresh = optimizer.step_count
+                tensor.arm(optimizer.step_count)
 
-    for slot in optimizer.slots:
-        _clocked(slot, "merge", "merge", method.clock)
-        for part in slot.parts:
+    for tensor in optimizer.tensors:
+        _clocked(tensor, "merge", "merge", method.clock)
+        for part in tensor.parts:
             _clocked(part, "step", "optimizer", method.clock)
     method.refresh_next = refresh_next
     method.step, method.whole_span = optimizer.step, "around"

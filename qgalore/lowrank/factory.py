@@ -15,16 +15,21 @@ from .inner import checked as inner_optimizers
 from .layers.experts import Experts
 from .layers.linear import LowRankLinear
 from .layers.lora import LoraLinear
-from .optimizer import LowRankOptimizer
-from .rules import RuleOptions
+from .optimizer import STEPPING, LowRankOptimizer
+from .rules import GALORE, RULES, RuleOptions, default_scale
+from .rules import check as check_rule
 from .subspace.moments import POLICIES as MOMENTS
 from .subspace.policies import POLICIES, THRESHOLDS, make_schedules
+from .subspace.refresh import RefreshOptions
+from .subspace.schedule import Schedule
 from .subspace.search import METHODS
-from .tensors import whole
-from .tensors.projected import DenseSlot, LowRankSlot, RefreshOptions
-from .tensors.sharded import shareable
+from .tensors.adaptive import AdaptiveTensor
+from .tensors.base import TrainedTensor
+from .tensors.dense import DenseTensor
+from .tensors.projected import ProjectedTensor
+from .tensors.sharded import ShardedTensor, shareable
+from .tensors.whole import WholeTensor
 
-STEPPING = ("deferred", "fused")
 PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
 
 
@@ -52,7 +57,7 @@ def stepped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in found if not isinstance(module, LoraLinear)}
 
 
-def collect_slots(
+def trained_tensors(
     model: nn.Module,
     *,
     update_proj_gap: int,
@@ -61,17 +66,48 @@ def collect_slots(
     find: RefreshOptions,
     rule: str,
     of_rule: RuleOptions,
-) -> tuple[list[LowRankSlot], list[DenseSlot]]:
-    """A slot for every trainable tensor of a converted model, low-rank layers first."""
+) -> list[TrainedTensor]:
+    """All trained tensors of a converted model, the weights of its low-rank layers first."""
     modules = stepped_layers(model)
     schedules = make_schedules(find.policy, len(modules), update_proj_gap, stagger, lazy)
-    low_rank = whole.make(rule, modules, schedules, find, of_rule)
+    found: list[TrainedTensor] = [
+        _of_layer(name, index, module, schedules[index], find, rule, of_rule)
+        for index, (name, module) in enumerate(modules.items())
+    ]
+    _tell_of_clamped_ranks(found, of_rule)
     owned = {id(leaf) for module in modules.values() for leaf in module.leaves().values()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     for name, parameter in trainable:
         allowed = (torch.float32, torch.bfloat16)
         _require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
-    return low_rank, [DenseSlot(name, len(low_rank) + i, p) for i, (name, p) in enumerate(trainable)]
+    return found + [DenseTensor(name, len(found) + i, p) for i, (name, p) in enumerate(trainable)]
+
+
+def _of_layer(
+    name: str,
+    index: int,
+    module: LowRankLinear,
+    schedule: Schedule,
+    find: RefreshOptions,
+    rule: str,
+    of_rule: RuleOptions,
+) -> ProjectedTensor:
+    if rule != GALORE:
+        return WholeTensor(name, index, module, schedule, find, RULES[rule](module, index, of_rule))
+    if shards.is_shared(module.weight):
+        return ShardedTensor(name, index, module, schedule, find)
+    kind = ProjectedTensor if module.max_rank is None else AdaptiveTensor
+    return kind(name, index, module, schedule, find)
+
+
+def _tell_of_clamped_ranks(tensors: list[TrainedTensor], of_rule: RuleOptions) -> None:
+    clamped = [t for t in tensors if t.keeps_whole and t.rule.clamped()]
+    if clamped:
+        print(
+            f"note: rank {of_rule.rank} is above the smaller side of {len(clamped)} layers, for example "
+            f"{clamped[0].name}; {clamped[0].rule.rank} is used there",
+            flush=True,
+        )
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
@@ -84,7 +120,7 @@ def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: st
     shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
     if not shared:
         return
-    given = (("rule", rule, whole.GALORE), ("stepping", stepping, "deferred"))
+    given = (("rule", rule, GALORE), ("stepping", stepping, "deferred"))
     for name, value, wanted in given:
         _require(value == wanted, name, value, f"{wanted!r} where processes share weights by rows")
     for name, module in shared.items():
@@ -137,7 +173,8 @@ def optimizer(
     inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw4bit``, ``adamw``, or any ``torch.optim.Optimizer``
       class or dotted path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to
       the three named ones, others take ``inner_options``.
-    stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
+    stepping: ``deferred``, ``fused`` or ``manual`` (see ``optimizer``). Fused refuses accumulation and cannot clip the
+      global norm. Manual has no hooks: the caller steps each tensor when its gradient is complete.
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap, cos_threshold to the policy's (0.2 for overlap, 0.4 for the cosines); one > 1
       never stretches a gap.
@@ -176,26 +213,25 @@ def optimizer(
     modules = stepped_layers(model)
     _check_shares(modules, team, inner, rule, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
-    whole.check(rule, rank, stepping, full_gradients, modules)
+    check_rule(rule, rank, stepping, full_gradients, modules)
     if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
         print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
     of_rule = RuleOptions(rank, update_proj_gap, seed)
-    low_rank, dense = collect_slots(
+    tensors = trained_tensors(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )
-    _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
-    for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
+    _require(bool(tensors), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
+    for device in {tensor.leaves()[0].device for tensor in tensors}:
         inner_optimizers.check_ignores_value(factory, device)
-        if moments == "rotate" and any(whole.turns_moments(slot) for slot in low_rank):
+        if moments == "rotate" and any(tensor.turns_moments() for tensor in tensors):
             inner_optimizers.check_rotates(factory, device)
         if inner in inner_optimizers.CODED:
             inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
     made = LowRankOptimizer(
-        low_rank,
-        dense,
+        tensors,
         lr=lr,
         weight_decay=weight_decay,
-        scale=whole.default_scale(rule) if scale is None else scale,
+        scale=default_scale(rule) if scale is None else scale,
         factory=factory,
         stepping=stepping,
         seed=seed,

@@ -9,12 +9,13 @@ import os
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import basis, int8
+from . import basis, dense, int8
 from .self_check import first_failure
 
 CHOICES = ("auto", "reference", "triton")
@@ -162,3 +163,49 @@ def fused_merge(
     delta, where = delta.float().contiguous(), {"key": key, "first_row": first_row}
     module.merge(q, scale, delta, codes, basis_scale, dim, side, s=s, shrink=shrink, **where)
     return True
+
+
+class StoredBasis(Protocol):
+    """Columns (dim, rank) as ``basis.encode`` stores them."""
+
+    codes: Tensor
+    scale: Tensor | None
+    fmt: str
+
+    def columns(self) -> Tensor:
+        """fp32 (dim, rank)."""
+
+
+@torch.no_grad()
+def merge(
+    weight: Tensor,
+    scale: Tensor | None,
+    delta: Tensor,
+    left: StoredBasis | None,
+    right: StoredBasis | None,
+    *,
+    s: float,
+    shrink: float,
+    key: tuple[int, int],
+    first_row: int = 0,
+    rounding: str = "stochastic",
+    scales: str = "sticky",
+) -> None:
+    """``W ← W · (1 − shrink) + s · L Δ R̂ᵀ`` in place, rounded once: by a kernel where there is one.
+
+    ``weight`` (rows, in): int8 with its ``scale``, or floating point without; ``delta``: fp32. ``left`` and ``right``
+    are None for the identity. The rest as in ``int8.write_back``; ``rounding`` and ``scales`` are those of int8.
+    """
+    where = {"shrink": shrink, "key": key, "first_row": first_row}
+    if scale is not None:
+        how = {"rounding": rounding, "scales": scales}
+        if kernels_for(weight.device) is not None:
+            stored = [None if side is None else (side.codes, side.scale, side.fmt) for side in (left, right)]
+            if fused_merge(weight, scale, delta, *stored, s=s, **where, **how):
+                return
+    columns = None if left is None else left.columns(), None if right is None else right.columns()
+    rows = basis.update_rows(delta, *columns, s)
+    if scale is None:
+        dense.write_back(weight, rows, **where)
+    else:
+        int8.write_back(weight, scale, rows, **where, **how)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qgalore.lowrank.layers.linear import Basis, LowRankLinear
+from qgalore.lowrank.layers.bases import Basis
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.subspace.sides import PROJ_TYPES, basis_sides, project
 from qgalore.models.convert import convert
 

@@ -8,9 +8,9 @@ import torch
 
 from qgalore import convert, optimizer
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.lowrank.subspace import measures, search, sides
-from qgalore.lowrank.tensors.projected import LowRankSlot
-from qgalore.quant import int8
+from qgalore.lowrank.subspace import measures, search
+from qgalore.lowrank.tensors.projected import ProjectedTensor
+from qgalore.quant import basis, int8
 
 
 def orthonormal(dim, rank, seed):
@@ -91,7 +91,7 @@ def test_int8_change_against_the_known_update(shape, shrink, size):
     for side in (module.left, module.right):
         if side is not None:
             side.assign(orthonormal(side.dim, 32, 6))
-    rows = sides.update_rows(torch.randn(module.delta.shape, generator=generator), *module.columns(), size)
+    rows = basis.update_rows(torch.randn(module.delta.shape, generator=generator), *module.columns(), size)
     before = measures.lines_before(module, 11)
     q, scale = module.weight.clone(), module.weight_scale.clone()
     old = int8.dequantize(module.weight, module.weight_scale)
@@ -128,7 +128,7 @@ def test_every_refresh_record_is_completed(tiny_llama, token_batches, stepping, 
     model = tiny_llama(hidden_size=128, intermediate_size=160)
     convert(model, rank=40, proj_type=proj_type)
     opt = optimizer(model, lr=5e-3, stepping=stepping, update_proj_gap=2)
-    modules = {slot.name: slot.module for slot in opt.slots if isinstance(slot, LowRankSlot)}
+    modules = {slot.name: slot.module for slot in opt.tensors if isinstance(slot, ProjectedTensor)}
     for batch in token_batches(steps=5):
         model(input_ids=batch, labels=batch).loss.backward()
         opt.step()

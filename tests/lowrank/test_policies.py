@@ -128,7 +128,7 @@ def test_a_run_goes_on_after_a_checkpoint(tiny_llama, token_batches, device, pol
     for one, its in ((model, opt), (twin, other)):
         train(one, its, batches[7:])
         assert_same(stored(one), stored(fused))
-    states = [[slot.schedule.state() for slot in o.slots if hasattr(slot, "schedule")] for o in (opt, other, third)]
+    states = [[slot.schedule.state() for slot in o.tensors if hasattr(slot, "schedule")] for o in (opt, other, third)]
     assert states[0] == states[1] == states[2]
 
 
@@ -153,7 +153,7 @@ def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device
     batches = token_batches(device, 2)
     train(model, opt, batches[:1])
     twin = copy.deepcopy(model)
-    slot = opt.slots[0]
+    slot = opt.tensors[0]
     slot.schedule.next_refresh = 1
     slot.arm(1)
     assert slot.module.probe.requires_grad
@@ -197,7 +197,7 @@ def test_each_policy_has_a_threshold_of_its_own(tiny_llama):
             assert config.resolve(loaded, "cpu", False).lowrank.cos_threshold == wanted
     schedules = {
         name: next(
-            s.schedule for s in built(tiny_llama, "cpu", name, cos_threshold=None)[1].slots if hasattr(s, "schedule")
+            s.schedule for s in built(tiny_llama, "cpu", name, cos_threshold=None)[1].tensors if hasattr(s, "schedule")
         )
         for name in POLICIES
     }

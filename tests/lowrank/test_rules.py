@@ -254,12 +254,12 @@ def test_rules_without_a_basis_store_none(tiny_llama, token_batches, rule):
 def test_only_one_full_gradient_lives_in_fused_stepping(tiny_llama, token_batches):
     model, opt = fresh(tiny_llama, "scale")
     alive = []
-    for parameter in [leaf for slot in opt.slots for leaf in slot.leaves()]:
+    for parameter in [leaf for slot in opt.tensors for leaf in slot.leaves()]:
         parameter.register_post_accumulate_grad_hook(  # after the optimizer's hook, which has freed it
             lambda p: alive.append(sum(q.grad is not None for q in model.parameters()))
         )
     train(model, opt, token_batches(steps=1))
-    assert len(alive) == len(opt.slots)
+    assert len(alive) == len(opt.tensors)
     assert set(alive) == {0}
 
 

@@ -99,7 +99,7 @@ def count_bytes(steps):
             model.loss(step, team.rank).backward()
             optimizer.step()
             found.append(sizes[-1])
-        return found, payload(optimizer.slots, 1), payload(optimizer.slots, float("inf"))
+        return found, payload(optimizer.tensors, 1), payload(optimizer.tensors, float("inf"))
 
 
 def test_bytes_sent_are_those_planned_and_a_share_of_full_gradients():

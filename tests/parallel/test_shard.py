@@ -99,7 +99,7 @@ def count_bytes(steps):
                     model.loss(step, number).backward()
                 optimizer.step()
             found.append(dict(wire.bytes))
-        return found, payload(optimizer.slots, float("inf"), MICRO_BATCHES // team.size)
+        return found, payload(optimizer.tensors, float("inf"), MICRO_BATCHES // team.size)
 
 
 def test_bytes_sent_are_those_planned():

@@ -49,6 +49,9 @@ class Apollo(Rule):
         assert self.options.rank is not None
         return self.options.rank
 
+    def clamped(self) -> bool:
+        return self.rank < self.wanted_rank()
+
     def leaf_shape(self) -> torch.Size:
         long = max(self.module.weight.shape)
         return torch.Size((long, self.rank) if self.tall else (self.rank, long))

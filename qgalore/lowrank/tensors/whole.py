@@ -1,43 +1,30 @@
-"""A low-rank layer's slot under a rule that needs the whole gradient in every step (see :mod:`.rules`)."""
+"""A layer's weight under a rule that needs the whole gradient in every step (see :mod:`..rules`)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
-from ...parallel.shards import is_shared
 from ...quant import dense as dense_grid
 from ...quant import int8
 from ..layers.linear import LowRankLinear
-from ..rules import RULES, Rule, RuleOptions
-from ..rules.apollo import Apollo
+from ..rules import Rule
 from ..rules.common import Rows
-from ..subspace.ranks import AutoRankSlot
+from ..subspace.refresh import RefreshOptions
 from ..subspace.schedule import Schedule
-from .projected import LowRankSlot, RefreshOptions, Slot
-from .sharded import ShardSlot
-
-GALORE = "galore"  # not one of the rules here: it needs Δ's gradient alone
-NAMES = (GALORE, *RULES)
-GALORE_SCALE = 0.25
-FULL_GRADIENTS = ("free", "keep")
+from .projected import ProjectedTensor
 
 
-class RuleSlot(LowRankSlot):
-    """A :class:`LowRankLinear`'s weight whose ``probe`` receives the full gradient in every step; Δ never does.
+class WholeTensor(ProjectedTensor):
+    """A :class:`LowRankLinear`'s weight whose ``probe`` receives the whole gradient in every step; Δ never does.
 
     The bases, if the rule has any, follow the schedule of the class above, from the same gradient.
     """
 
+    keeps_whole = True
+
     def __init__(
-        self,
-        name: str,
-        index: int,
-        module: LowRankLinear,
-        schedule: Schedule,
-        options: RefreshOptions,
-        rule: Rule,
+        self, name: str, index: int, module: LowRankLinear, schedule: Schedule, options: RefreshOptions, rule: Rule
     ) -> None:
         super().__init__(name, index, module, schedule, options)
         self.rule, self.current_step, self.shape = rule, 0, rule.leaf_shape()
@@ -49,32 +36,35 @@ class RuleSlot(LowRankSlot):
         return [self.module.probe]
 
     def arm(self, step: int) -> None:
+        """Always the probe."""
         self._finish_record()
         self.current_step = step
-        self._listen()
+        self.listen(True)
         if self.module.products is not None and step % self.schedule.gap == 0:  # not every rule has refreshes
             self.module.products.retry()
 
-    def _listen(self) -> None:
-        self.module.probe.requires_grad_(True)
-        self.module.delta.requires_grad_(False)
+    def listen(self, whole: bool) -> None:
+        super().listen(True)
 
     def gradient(self) -> Tensor | None:
         return self.module.probe.grad
 
     def awaits_refresh(self) -> bool:
-        """Whether a gradient is here from which a due basis can be found."""
         return self.projected and self.gradient() is not None and self.schedule.due(self.current_step)
 
-    @torch.no_grad()
-    def refresh(self, step: int) -> dict[str, Any] | None:
-        """As for GaLore, but the full gradient stays, for the rule."""
-        gradient = self.gradient()
-        row = super().refresh(step)
-        self.drop_gradient()
+    def seeks_first_basis(self) -> bool:
+        """Never: every step has a whole gradient, so a first basis need not come before the step's sum."""
+        return False
+
+    def turns_moments(self) -> bool:
+        return self.projected and self.rule.uses_inner
+
+    def receive(self, gradient: Tensor, own: bool) -> None:
+        """The whole gradient stays, for the rule."""
         self.module.probe.grad = gradient
-        self._listen()
-        return row
+        self.listen(True)
+
+    receive_nothing = receive
 
     def _adam(self, gradient: Tensor) -> Tensor:
         """The inner optimizer's direction N: at a rate of 1 its step from zero is −N."""
@@ -88,8 +78,17 @@ class RuleSlot(LowRankSlot):
         write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
         self.drop_gradient()
 
+    def step_on_paper(self) -> None:
+        self.step(1.0, 1.0, 0.0, (0, 0))
+
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
+
+    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
+        """The rule works on whole gradients, which all processes then have for a refresh too."""
+        probe = self.module.probe
+        whole = float(probe.numel() * probe.dtype.itemsize)
+        return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
 
 
 def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int], options: RefreshOptions) -> None:
@@ -98,83 +97,5 @@ def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int,
     if module.weight_scale is None:
         dense_grid.write_back(weight, rows, shrink=shrink, key=key)
     else:
-        how = {"rounding": options.rounding, "scales": options.scales}
+        how: dict[str, Any] = {"rounding": options.rounding, "scales": options.scales}
         int8.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
-
-
-def awaits_refresh(slot: Slot) -> bool:
-    """Whether ``slot`` holds a full gradient that a due basis is to be found from."""
-    if isinstance(slot, RuleSlot):
-        return slot.awaits_refresh()
-    return isinstance(slot, LowRankSlot) and slot.module.probe.grad is not None
-
-
-def turns_moments(slot: Slot) -> bool:
-    """Whether the slot's inner optimizer has moments in a subspace that is refreshed."""
-    return isinstance(slot, LowRankSlot) and slot.projected and (not isinstance(slot, RuleSlot) or slot.rule.uses_inner)
-
-
-def default_scale(rule: str) -> float:
-    return GALORE_SCALE if rule == GALORE else RULES[rule].default_scale
-
-
-def check(rule: str, rank: int | None, stepping: str, full_gradients: str, modules: dict[str, LowRankLinear]) -> None:
-    """Raise :class:`ConfigError` for an unknown rule, and for what a rule cannot work with."""
-    if rule not in NAMES:
-        raise ConfigError(f"rule is {rule!r}; it must be one of {NAMES}")
-    if full_gradients not in FULL_GRADIENTS:
-        raise ConfigError(f"full_gradients is {full_gradients!r}; it must be one of {FULL_GRADIENTS}")
-    if rule == "apollo" and (rank is None or rank < 1):
-        raise ConfigError(f"rank is {rank!r}; rule 'apollo' needs the rank of its random projection, at least 1")
-    if rule != "apollo" and rank is not None:
-        raise ConfigError(
-            f"rank is {rank!r}, and rule {rule!r} does not read it: a layer's rank is set by convert; leave it out here"
-        )
-    if rule == GALORE:
-        return
-    if free := [name for name, module in modules.items() if module.max_rank is not None]:
-        raise ConfigError(
-            f"rule {rule!r} needs a fixed rank, and {len(free)} layers were converted with rank='auto', for example "
-            f"{free[0]}; convert the model with a number, or use rule='galore'"
-        )
-    if stepping == "deferred" and full_gradients == "free":
-        raise ConfigError(
-            f"rule {rule!r} needs the full gradient of every layer in every step, and stepping 'deferred' would keep "
-            "all of them at once, as many values as the layers have weights; use stepping='fused', or accept the "
-            "memory with full_gradients='keep'"
-        )
-    idle = [name for name, m in modules.items() if not (m.left is None and m.right is None)]
-    if idle and not RULES[rule].uses_basis:
-        raise ConfigError(
-            f"rule {rule!r} uses no stored basis, but {len(idle)} layers have one, for example {idle[0]}; convert the "
-            "model with rank=None, which stores none"
-        )
-
-
-def _galore_kind(module: LowRankLinear) -> type[LowRankSlot]:
-    if is_shared(module.weight):
-        return ShardSlot
-    return LowRankSlot if module.max_rank is None else AutoRankSlot
-
-
-def make(
-    rule: str, modules: dict[str, LowRankLinear], schedules: list[Schedule], find: RefreshOptions, of: RuleOptions
-) -> list[LowRankSlot]:
-    """A slot for each layer under ``rule``. Prints a line where a rank had to be clamped."""
-    if rule == GALORE:
-        return [
-            _galore_kind(module)(name, index, module, schedules[index], find)
-            for index, (name, module) in enumerate(modules.items())
-        ]
-    slots = [
-        RuleSlot(name, index, module, schedules[index], find, RULES[rule](module, index, of))
-        for index, (name, module) in enumerate(modules.items())
-    ]
-    clamped = [s for s in slots if isinstance(s.rule, Apollo) and s.rule.rank < s.rule.wanted_rank()]
-    if clamped:
-        print(
-            f"note: rank {of.rank} is above the smaller side of {len(clamped)} layers, for example {clamped[0].name}; "
-            f"{clamped[0].rule.rank} is used there",
-            flush=True,
-        )
-    return slots
