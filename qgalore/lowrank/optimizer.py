@@ -134,7 +134,8 @@ class LowRankOptimizer(Optimizer):
     def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
         """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
         ``own_of`` alone, which then decides for all."""
-        if not all(bool(torch.isfinite(torch.linalg.vector_norm(g))) for g in _whole_gradients(tensor)):
+        whole = [leaf.grad for leaf in tensor.leaves() if tensor.is_whole(leaf) and leaf.grad is not None]
+        if not all(bool(torch.isfinite(torch.linalg.vector_norm(gradient))) for gradient in whole):
             self.complain(tensor)
         tensor.deciding = self.team.led_by(own_of or 0)
         if (record := tensor.refresh(self.step_count, own_of is not None)) is not None:
@@ -295,7 +296,3 @@ class LowRankOptimizer(Optimizer):
             tensor.arm(self.step_count)
         for group, saved in zip(self.param_groups, state["groups"], strict=True):
             group.update(saved)
-
-
-def _whole_gradients(tensor: TrainedTensor) -> list[Tensor]:
-    return [leaf.grad for leaf in tensor.leaves() if tensor.is_whole(leaf) and leaf.grad is not None]

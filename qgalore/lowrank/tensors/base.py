@@ -150,7 +150,7 @@ class TrainedTensor(ABC):
         """Whether it cannot step before it has found a basis."""
         return False
 
-    def refresh(self, step: int, own: bool) -> dict[str, Any] | None:
+    def refresh(self, step: int, own: bool = False) -> dict[str, Any] | None:
         """Find a due basis from the gradient that is here; returns the record of the decision.
 
         ``own``: the gradient is this process's share alone, and not the sum that all of a team hold.

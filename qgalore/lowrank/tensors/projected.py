@@ -90,7 +90,7 @@ class ProjectedTensor(TrainedTensor):
         return self.projected
 
     @torch.no_grad()
-    def refresh(self, step: int, own: bool) -> dict[str, Any] | None:
+    def refresh(self, step: int, own: bool = False) -> dict[str, Any] | None:
         """Turn the probe's whole gradient into a new basis and Δ's gradient G P_new; returns the record of the
         decision, None if the schedule has only looked at the gradient and keeps the basis.
 
