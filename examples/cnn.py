@@ -73,7 +73,7 @@ def main(steps: int = STEPS, lr: float = 2.4e-2, adamw_lr: float = 6e-3) -> tupl
     weights = sum(p.numel() for p in model.parameters())
     print(qgalore.convert(model, rank=RANK, convolutions="tucker"))
     optimizer = qgalore.optimizer(model, lr=lr, scale=1.0, inner="adamw", update_proj_gap=25)
-    moments = 2 * sum(slot.shape.numel() for slot in optimizer.slots)
+    moments = 2 * sum(tensor.shape.numel() for tensor in optimizer.tensors)
     projected = train(model, optimizer, steps)
     model = network()
     plain = train(model, torch.optim.AdamW(model.parameters(), lr=adamw_lr, weight_decay=0.0), steps)

@@ -221,11 +221,11 @@ def _document(folder: Path) -> dict[str, Any]:
     version = state.get("version") if isinstance(state, dict) else None
     if type(version) is int and version > VERSION:
         raise NewerError(
-            f"{folder} was written by a newer qgalore: its version is {version}, and this program reads 2 and "
-            f"{VERSION}; update qgalore"
+            f"{folder} was written by a newer qgalore: its version is {version}, and this program reads {VERSION}; "
+            "update qgalore"
         )
-    if version not in (2, VERSION):
-        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads versions 2 and {VERSION}")
+    if version != VERSION:
+        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads version {VERSION}")
     if state.pop("sha256", None) != _seal(state):
         raise DamagedError(f"{folder / STATE} was altered: its SHA-256 does not match")
     if not _has_its_parts(state):
@@ -261,13 +261,12 @@ def _is_seal(file: Any) -> bool:
 
 
 def _verify(path: Path, wanted: dict[str, Any], team: Team) -> None:
-    """This process's part of the file; version 2 has one seal of the whole."""
-    pieces = wanted.get("pieces", [(wanted["bytes"], wanted.get("sha256"))])
+    """This process's part of the file."""
     try:
         size = path.stat().st_size
         if size != wanted["bytes"]:
             raise DamagedError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}")
-        place = altered(path, pieces, team.rank, team.size)
+        place = altered(path, wanted["pieces"], team.rank, team.size)
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
     if place is not None:

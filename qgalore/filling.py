@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .lowrank.linear import LowRankLinear
-from .lowrank.slots import LowRankSlot, Part, Slot
+from .lowrank.layers.linear import LowRankLinear
+from .lowrank.tensors.base import Part, TrainedTensor
 from .parallel import shards
 
 KINDS = ("inner", "extra")  # of an optimizer's tensors: the inner optimizer's state, and all else
@@ -87,12 +87,12 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
     with _usable(folder):
         saved = _unflatten(_tensors(folder / "optimizer.safetensors"), state["optimizer"])
         _check_numbers(optimizer, saved)
-        for slot in optimizer.slots:
-            _check_slot(slot, saved["slots"][slot.name])
+        for tensor in optimizer.tensors:
+            _check_tensor(tensor, saved["slots"][tensor.name])
         optimizer.load_state_dict(saved)
         known: dict[Any, dict[str, Any]] = {}
-        for slot in optimizer.slots:
-            _check_inner(slot, known)
+        for tensor in optimizer.tensors:
+            _check_inner(tensor, known)
 
 
 def _check_numbers(optimizer, saved: dict[str, Any]) -> None:
@@ -100,29 +100,31 @@ def _check_numbers(optimizer, saved: dict[str, Any]) -> None:
     fits = like(0, saved["step_count"]) and like(now, saved["groups"]) and len(now) == len(saved["groups"])
     if not fits or saved["step_count"] < 0:
         raise ValueError("its state.json says nothing sensible under optimizer.step_count or optimizer.groups")
-    if apart := {slot.name for slot in optimizer.slots} ^ set(saved["slots"]):
+    if apart := {tensor.name for tensor in optimizer.tensors} ^ set(saved["slots"]):
         raise ValueError(f"optimizer state and model differ in {len(apart)} tensors, for example {min(apart)}")
 
 
-def _check_slot(slot: Slot, saved: dict[str, Any]) -> None:
-    """What a slot copies, or builds its schedule from, before it does."""
-    wanted = slot.tensors()
+def _check_tensor(tensor: TrainedTensor, saved: dict[str, Any]) -> None:
+    """What a trained tensor copies, or builds its schedule from, before it does."""
+    wanted = tensor.tensors()
     if set(saved["extra"]) != set(wanted):
-        raise ValueError(f"{slot.name} has the state {sorted(saved['extra'])} instead of {sorted(wanted)}")
+        raise ValueError(f"{tensor.name} has the state {sorted(saved['extra'])} instead of {sorted(wanted)}")
     for name, value in wanted.items():
-        _check_same(f"{slot.name}|extra|{name}", saved["extra"][name], value)
-    numbers = {name.split(".")[0] for name in saved["inner"]} if len(slot.parts) > 1 else set()
-    if numbers - {str(number) for number in range(len(slot.parts))}:
-        raise ValueError(f"{slot.name} has the state of parts {sorted(numbers)}, and steps in {len(slot.parts)} parts")
-    if not isinstance(slot, LowRankSlot):
+        _check_same(f"{tensor.name}|extra|{name}", saved["extra"][name], value)
+    numbers = {name.split(".")[0] for name in saved["inner"]} if len(tensor.parts) > 1 else set()
+    if numbers - {str(number) for number in range(len(tensor.parts))}:
+        raise ValueError(
+            f"{tensor.name} has the state of parts {sorted(numbers)}, and steps in {len(tensor.parts)} parts"
+        )
+    if tensor.module is None:
         return
-    now = slot.progress()
+    now = tensor.progress()
     found = {name: saved.get(name) for name in now}
     gaps = found["schedule"] if like(now["schedule"], found["schedule"]) else {}
     if min(gaps.get("base_gap", 0), gaps.get("first_gap", 0)) < 1 or not _are_choices(now, found):
-        raise ValueError(f"its state.json says nothing sensible under optimizer.slots.{slot.name}")
+        raise ValueError(f"its state.json says nothing sensible under optimizer.slots.{tensor.name}")
     if found.get("rank") != now.get("rank"):
-        raise ValueError(f"{slot.name} has rank {found['rank']} in state.json and bases of rank {now['rank']}")
+        raise ValueError(f"{tensor.name} has rank {found['rank']} in state.json and bases of rank {now['rank']}")
 
 
 def _are_choices(now: dict[str, Any], found: dict[str, Any]) -> bool:
@@ -149,10 +151,10 @@ def _check_same(name: str, value: Any, wanted: Any) -> None:
         raise ValueError(f"{name} is a {type(value).__name__} in the checkpoint and a {type(wanted).__name__} here")
 
 
-def _check_inner(slot: Slot, known: dict[Any, dict[str, Any]]) -> None:
+def _check_inner(tensor: TrainedTensor, known: dict[Any, dict[str, Any]]) -> None:
     """The inner optimizers' states, against those that a step makes; tried once for each size and kept in ``known``.
     A tensor that never had a gradient has none."""
-    for part in slot.parts:
+    for part in tensor.parts:
         state = part.state()
         if not state:
             continue
@@ -160,9 +162,9 @@ def _check_inner(slot: Slot, known: dict[Any, dict[str, Any]]) -> None:
         if key not in known:
             known[key] = _made_by_a_step(part)
         if absent := known[key].keys() - state.keys():
-            raise ValueError(f"{slot.name} has no {min(absent)} of {type(part.inner).__name__}")
+            raise ValueError(f"{tensor.name} has no {min(absent)} of {type(part.inner).__name__}")
         for name, wanted in known[key].items():
-            _check_same(f"{slot.name}|inner|{name}", state[name], wanted)
+            _check_same(f"{tensor.name}|inner|{name}", state[name], wanted)
 
 
 def _made_by_a_step(part: Part) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from . import checkpoint
 from .errors import ConfigError
 from .export import folder as folders
 from .export import huggingface
-from .lowrank.linear import CODES, LowRankLinear
+from .lowrank.layers.linear import CODES, LowRankLinear
 from .models import convert as conversion
 from .storage import write_safetensors
 

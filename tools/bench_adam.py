@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qgalore.cli import arguments as kinds
 from qgalore.cli import door
-from qgalore.lowrank.inner import optimizer_class
+from qgalore.lowrank.inner.checked import optimizer_class
 
 CLASSES = {
     "torch": torch.optim.AdamW,

@@ -17,7 +17,7 @@ from ..data.paths import close_names, looks_like_path
 from ..data.sources import ENDINGS, ROW_ENDINGS, documents, local_files
 from ..data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, train_tokenizer
 from ..errors import ConfigError
-from ..lowrank.inner import make_factory
+from ..lowrank.inner.checked import make_factory
 from ..models import classify, loading
 from . import labelled
 from .export import check_formats

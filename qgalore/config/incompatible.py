@@ -51,11 +51,6 @@ def _fused_clipping(config: Config) -> Iterable[str]:
         yield "train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0"
 
 
-def _two_names(config: Config) -> Iterable[str]:
-    if config.lowrank.similarity is not None and "policy" in config.lowrank.model_fields_set:
-        yield "lowrank.similarity: the old name of lowrank.policy; give that one alone"
-
-
 def _int8_export(config: Config) -> Iterable[str]:
     if "int8" in config.export.formats and (config.lowrank.weight_format or METHODS[config.method][1]) != "int8":
         yield f"export.formats: int8 needs int8 weights, which method {config.method} does not keep; use hf"
@@ -108,7 +103,6 @@ def _sharded(config: Config) -> list[str]:
         ("lowrank.rank", low.rank, low.rank != "auto", "a number"),
         ("lowrank.rule", low.rule, low.rule == "galore", "galore"),
         ("lowrank.embeddings", low.embeddings, low.embeddings == "full", "full, which each process holds whole"),
-        ("lowrank.weight_rounding", low.weight_rounding, low.weight_rounding != "feedback", "stochastic"),
         ("model.compile", model.compile, model.compile == "none", "none"),
         ("model.compute", model.compute, model.compute == "bf16", "bf16"),
         ("train.optimizer", train.optimizer, train.optimizer in (None, "adamw8bit", "adamw"), "adamw8bit or adamw"),
@@ -163,23 +157,6 @@ def _automatic_rank(config: Config) -> list[str]:
         found.append("lowrank.proj_type: full has two bases, and rank: auto goes by one spectrum; use another")
     if low.max_rank is not None and low.mean_rank is not None and low.mean_rank > low.max_rank:
         found.append(f"lowrank.mean_rank: {low.mean_rank} is above max_rank, {low.max_rank}; lower it or raise that")
-    return found
-
-
-def _feedback(config: Config) -> list[str]:
-    """Rules for ``lowrank.weight_rounding: feedback``, where int8 weights are stepped."""
-    low, train, found = config.lowrank, config.train, []
-    converted, weight_format, *_ = METHODS[config.method]
-    stepped = "int8" in (low.weight_format or weight_format, low.embeddings)
-    if low.weight_rounding != "feedback" or not converted or config.method == "lora" or not stepped:
-        return found
-    key = "lowrank.weight_rounding: feedback gives the error to Adam's momentum"
-    if low.rule != "galore":
-        found.append(f"{key}, under rule: galore; with rule {low.rule} use stochastic")
-    if train.optimizer not in (None, *ADAMS):
-        found.append(f"{key}, which train.optimizer {train.optimizer} has not; use one of {', '.join(ADAMS)}")
-    if train.betas[0] == 0:
-        found.append(f"{key}, and train.betas[0] is 0; give 0.9 say")
     return found
 
 
@@ -267,12 +244,6 @@ TABLE = (
         "`rank: auto` goes with rule galore, one-sided projection, and a `mean_rank` of at most `max_rank`",
         _automatic_rank,
     ),
-    Conflict(
-        ("lowrank.weight_rounding",),
-        "`feedback` needs rule galore and Adam with a first beta above 0",
-        _feedback,
-    ),
-    Conflict(("lowrank.similarity", "lowrank.policy"), "give `lowrank.policy` alone", _two_names),
     Conflict(("export.formats",), "`int8` needs int8 weights", _int8_export),
     Conflict(
         ("data.label_key", "data.label_type", "data.header", "data.metric", "data.valid", "data.tokenizer"),

@@ -233,7 +233,7 @@ class TrainSection(Section):
     )
 
 
-Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
+Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira"]
 
 
 class LowRankSection(Section):
@@ -282,9 +282,6 @@ class LowRankSection(Section):
     policy: Literal["overlap", "first_vector", "signed_cosine", "energy", "fixed"] = key(
         "overlap", "What decides when a basis is refreshed."
     )
-    similarity: Literal["overlap", "first_vector"] | None = key(
-        None, "The old name of lowrank.policy.", example="overlap", unset="lowrank.policy says it"
-    )
     moments: Literal["rotate", "keep", "reset"] = key(
         "rotate", "What becomes of Adam's moments at a refresh: turned into the new basis, kept as they are, or zero."
     )
@@ -298,9 +295,7 @@ class LowRankSection(Section):
         "sticky",
         "Whether scales of int8 weights stay until they must grow, or are derived in every step, as published.",
     )
-    weight_rounding: Literal["stochastic", "feedback", "nearest"] = key(
-        "stochastic", "How an update is rounded into int8 weights."
-    )
+    weight_rounding: Literal["stochastic", "nearest"] = key("stochastic", "How an update is rounded into int8 weights.")
     basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = key(
         None, "How bases are kept.", example="bf16", unset="the method's own"
     )
@@ -374,8 +369,8 @@ class Config(Section):
         "qgalore", "The method: a set of number formats and an optimizer; docs/method.md compares them."
     )
     device: Literal["auto", "cuda", "cpu"] = key("auto", "Where to train; auto takes a GPU if PyTorch sees one.")
-    kernels: Literal["auto", "reference", "triton", "compiled"] = key(
-        "auto", "The code of quantized steps. With auto it is Triton on a GPU; compiled is for a CPU."
+    kernels: Literal["auto", "reference", "triton"] = key(
+        "auto", "The code of quantized steps. With auto it is Triton on a GPU and plain PyTorch elsewhere."
     )
     parallel: Literal["replicate", "shard"] = key(
         "replicate", "How the processes that torchrun starts hold the model: each all of it, or each some rows (shard)."
@@ -409,5 +404,4 @@ RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {
     "apollo_mini": (128.0**0.5, False, ("update_proj_gap",)),
     "scale": (1.0, False, ()),
     "fira": (1.0, True, ()),
-    "momentum": (1.0, True, ()),
 }

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from ..lowrank.schedule import LazySchedule
+from ..lowrank.subspace.schedule import LazySchedule
 from ..schedule_defaults import longest_gap
 from .records import Row, Run, number
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layers.linear import LowRankLinear
 from ..storage import Deferred
 from . import gguf_shapes, gguf_tokens
 from .gguf_shapes import Keys, rope_order

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..lowrank.conv import LowRankConv
-from ..lowrank.experts import NAMES, Experts
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layers.conv import LowRankConv
+from ..lowrank.layers.experts import NAMES, Experts
+from ..lowrank.layers.linear import LowRankLinear
 from ..storage import Deferred
 
 Entries = dict[str, Deferred]

@@ -8,7 +8,7 @@ from torch import nn
 
 import qgalore
 from qgalore.errors import ConfigError
-from qgalore.lowrank.conv import LowRankConv
+from qgalore.lowrank.layers.conv import LowRankConv
 
 SHAPES = {
     "2d": (nn.Conv2d(5, 12, (3, 2), stride=2, padding=1), (4, 5, 9, 8)),
@@ -165,12 +165,12 @@ def test_each_side_has_the_rank_that_its_unfolding_can_have(name, projector):
 
 
 def test_a_refresh_that_fails_first_takes_random_columns_of_the_same_rank(monkeypatch):
-    from qgalore.lowrank import projector
+    from qgalore.lowrank.subspace import search
 
     def fail(*_):
         raise torch.linalg.LinAlgError("no")
 
-    monkeypatch.setattr(projector, "exact_basis", fail)
+    monkeypatch.setattr(search, "exact_basis", fail)
     model = nn.Sequential(copy.deepcopy(NARROW["bottleneck"]))
     qgalore.convert(model, rank=16, convolutions="tucker", basis_format="fp32")
     opt = qgalore.optimizer(model, lr=1e-2, inner="adamw", projector="exact")
