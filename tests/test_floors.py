@@ -11,6 +11,7 @@ FLOORS = (
     {"config"},
     {"quant", "storage", "metrics", "parallel", "on_paper"},
     {"lowrank", "data"},
+    {"step"},
     {
         "models",
         "memory",
