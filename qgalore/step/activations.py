@@ -4,12 +4,16 @@ One interface for all. ``put(block, number, tensor)`` keeps a tensor of a micro-
 it back on the device, drops it with ``drop``, and begins to fetch the key ``ahead``, which will be asked for next.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .blocks import Call
+
 Key = tuple[int, int]
+PARKED_BYTES = 1 << 16  # smaller arguments stay on the device: a copy would cost more than their memory
 
 
 class Store(Protocol):
@@ -148,19 +152,75 @@ class KeptGraphs:
         self._kept.clear()
 
 
+@dataclass(frozen=True)
+class _Parked:
+    """In the place of an argument that waits in a store, under this number."""
+
+    index: int
+
+
+class Arguments:
+    """The blocks' further arguments (masks, rotary tables), of several micro-batches on the host if ``store`` is there.
+
+    Those of one micro-batch are mostly the same tensors in all of its calls, and are kept once.
+    """
+
+    def __init__(self, store: Store | None) -> None:
+        self.store = store
+        self._calls: dict[int, list[Call]] = {}
+
+    def put(self, number: int, calls: list[Call]) -> None:
+        """Keep the calls of a micro-batch. A leaf, which waits for a gradient, stays where it is."""
+        parked: dict[int, tuple[_Parked, Tensor]] = {}
+
+        def park(tensor: Tensor) -> Any:
+            if self.store is None or tensor.requires_grad or tensor.nbytes < PARKED_BYTES:
+                return tensor
+            if id(tensor) not in parked:
+                parked[id(tensor)] = _Parked(len(parked)), tensor
+                self.store.put(len(parked) - 1, number, tensor)
+            return parked[id(tensor)][0]
+
+        self._calls[number] = [call.replaced(park) for call in calls]
+
+    def get(self, block: int, number: int) -> Call:
+        """The call of ``block``. The next micro-batch's tensors begin to come, since it is likely to be next."""
+        ahead = (number + 1) % len(self._calls)
+
+        def fetch(parked: _Parked) -> Tensor:
+            return self.store.get(parked.index, number, drop=False, ahead=(parked.index, ahead))
+
+        return self._calls[number][block].replaced(fetch, _Parked)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._calls.clear()
+        if self.store is not None:
+            self.store.clear()
+
+
 class Activations:
-    """What a walk keeps between its two passes: ``inputs`` of blocks, ``gradients`` of them, ``graphs``."""
+    """What a walk keeps between its two passes: the blocks' ``inputs``, ``gradients`` of these, further ``arguments``,
+    and ``graphs``."""
 
     def __init__(self, *, where: str = "device", graphs_of_last: int = 0) -> None:
-        """``where``: ``device`` or ``host``, for inputs and gradients."""
+        """``where``: ``device`` or ``host``, for all but graphs."""
         kinds = {"device": OnDevice, "host": OnHost}
         if where not in kinds:
             raise ValueError(f"activations are kept on {where!r}; choose device or host")
+        self.where = where
         self.inputs: Store = kinds[where]()
         self.gradients: Store = kinds[where]()
+        self.arguments = Arguments(kinds[where]() if where == "host" else None)
         self.graphs = KeptGraphs(graphs_of_last)
+
+    @property
+    def host_bytes(self) -> int:
+        """What the buffers in host memory hold."""
+        stores = (self.inputs, self.gradients, self.arguments.store)
+        return sum(store.host_bytes for store in stores if isinstance(store, OnHost))
 
     def clear(self) -> None:
         """Forget everything, after a step that was broken off."""
-        for store in (self.inputs, self.gradients, self.graphs):
+        for store in (self.inputs, self.gradients, self.arguments, self.graphs):
             store.clear()

@@ -6,7 +6,7 @@ the blocks made of it, and the model goes on to its loss: that is the epilogue. 
 the noted arguments.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from transformers.cache_utils import Cache
+
+from .nested import leaves_of, replaced, tensors_in
 
 Run = Callable[[], Tensor]  # the model and its loss on one micro-batch, a scalar
 Side = tuple[nn.Module, Any]  # a module inside a block, and its output
@@ -26,43 +28,6 @@ class NotWalkableError(Exception):
 
 class _LastBlockReached(BaseException):
     """Ends a prologue. Not an ``Exception``, which a model may catch."""
-
-
-def replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """``value`` with every tensor in its tuples, lists and dictionaries replaced by ``change(tensor)``."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(replaced(item, change) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(replaced(item, change) for item in value)
-    if type(value) is dict:
-        return {name: replaced(item, change) for name, item in value.items()}
-    return value
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in ``value``, in a fixed order."""
-    found: list[Tensor] = []
-    replaced(value, found.append)
-    return found
-
-
-def leaves_of(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """The leaves whose gradients a backward pass from ``tensors`` would fill, by their identity."""
-    roots = [tensor for tensor in tensors if tensor.requires_grad]
-    found = {id(tensor): tensor for tensor in roots if tensor.grad_fn is None}
-    waiting, seen = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[id(leaf)] = leaf
-        waiting += [before for before, _ in node.next_functions]
-    return found
 
 
 @dataclass
@@ -147,16 +112,23 @@ class Call:
             return self.args, {**self.kwargs, self.place: hidden}
         return (*self.args[: self.place], hidden, *self.args[self.place + 1 :]), self.kwargs
 
+    def replaced(self, change: Callable[[Any], Any], kind: type = Tensor) -> "Call":
+        """See the function :func:`replaced`."""
+        return Call(replaced(self.args, change, kind), replaced(self.kwargs, change, kind), self.place)
+
 
 @dataclass
 class Start:
     """A micro-batch behind its prologue. ``hidden``: the first block's input, without its graph; ``edge``: where the
-    graph goes on, None if nothing in the prologue trains. ``shared``: further arguments with a gradient, as edges and
-    the leaves that the blocks are given instead. ``autocast``: device type and dtype that the blocks run under."""
+    graph goes on, None if nothing in the prologue trains. ``calls`` of the blocks, and the ``places`` of the hidden
+    state in them. ``shared``: further arguments with a gradient, as edges and the leaves that the blocks are given
+    instead. ``autocast``: device type and dtype that the blocks run under. ``leaves``: those of the prologue, by
+    identity."""
 
     hidden: Tensor | None
     edge: GradientEdge | None
     calls: list[Call]
+    places: list[int | str]
     shared: list[tuple[GradientEdge, Tensor]]
     autocast: tuple[str, torch.dtype] | None
     leaves: dict[int, Tensor]
@@ -243,10 +215,11 @@ def prologue(layout: Layout, run: Run) -> Start:
             stand_ins[id(tensor)] = tensor, tensor.detach().requires_grad_()
         return stand_ins[id(tensor)][1]
 
-    calls = [Call(replaced(c.args, as_leaf), replaced(c.kwargs, as_leaf), c.place) for c in recorder.calls]
+    calls = [call.replaced(as_leaf) for call in recorder.calls]
     edge = get_gradient_edge(hidden) if hidden.requires_grad else None
     shared = [(get_gradient_edge(tensor), leaf) for tensor, leaf in stand_ins.values()]
-    return Start(hidden.detach(), edge, calls, shared, recorder.autocast, leaves)
+    places = [call.place for call in calls]
+    return Start(hidden.detach(), edge, calls, places, shared, recorder.autocast, leaves)
 
 
 def _discard(_: Tensor) -> None:
@@ -266,15 +239,17 @@ def graph_discarded() -> AbstractContextManager:
     return saved_tensors_hooks(_discard, _never)
 
 
-def run_block(layout: Layout, number: int, start: Start, hidden: Tensor) -> tuple[Tensor, list[Side]]:
+def run_block(
+    layout: Layout, number: int, call: Call, hidden: Tensor, autocast: tuple[str, torch.dtype] | None
+) -> tuple[Tensor, list[Side]]:
     """Block ``number`` on ``hidden``: its output, and the outputs of its modules in ``layout.sides``."""
     sides: list[Side] = []
     handles = [
         module.register_forward_hook(lambda module, _, output: sides.append((module, output)))
         for module in (layout.sides[number] if layout.sides else ())
     ]
-    args, kwargs = start.calls[number].of(hidden)
-    context = nullcontext() if start.autocast is None else torch.autocast(*start.autocast)
+    args, kwargs = call.of(hidden)
+    context = nullcontext() if autocast is None else torch.autocast(*autocast)
     try:
         with context:
             output = layout.blocks[number](*args, **kwargs)
@@ -301,9 +276,14 @@ def observers(module: nn.Module) -> list[Callable]:
 
 
 def epilogue(
-    layout: Layout, run: Run, start: Start, hidden: Tensor, sides: Sequence[list[Side]], last: Callable[[], None]
+    layout: Layout,
+    run: Run,
+    places: Sequence[int | str],
+    hidden: Tensor,
+    sides: Sequence[list[Side]],
+    last: Callable[[], None],
 ) -> Tensor:
-    """The loss of a micro-batch whose last block returned ``hidden``. ``sides``: those of all blocks.
+    """The loss of a micro-batch whose last block returned ``hidden``. ``places`` and ``sides`` are those of all blocks.
 
     transformers collects some outputs by hooks on modules inside the blocks. No block runs here, so its stand-in calls
     these hooks with the outputs that were kept. ``last()`` is called where the last block would have ended.
@@ -314,7 +294,7 @@ def epilogue(
             for hook in observers(module):
                 hook(module, (), output)
         if number < len(layout) - 1:
-            place = start.calls[number].place
+            place = places[number]
             return layout.packed(kwargs[place] if isinstance(place, str) else args[place])
         last()
         return layout.packed(hidden)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import blocks
 from .blocks import Layout, NotWalkableError, Run
+from .nested import leaves_of, tensors_in
 
 Loss = Callable[[nn.Module, Any], Tensor]
 TOLERANCE = 1e-5  # of the losses, relative: the same kernels on the same values, but some add in no fixed order
@@ -121,29 +122,39 @@ def _walked_loss(model: nn.Module, layout: Layout, run: Run) -> Tensor:
     layout.sides = [[m for m in block.modules() if blocks.observers(m)] for block in layout.blocks]
     _seed(0)
     start = blocks.prologue(layout, run)
-    used, sides, hidden = [set(start.leaves)], [], start.hidden
+    used, sides, inputs, hidden = [set(start.leaves)], [], [], start.hidden
     with torch.enable_grad():
         for number, block in enumerate(layout.blocks):
+            inputs.append(hidden.detach().requires_grad_())
             _seed(number + 1)
-            output, found = blocks.run_block(layout, number, start, hidden)
+            output, found = blocks.run_block(layout, number, start.calls[number], inputs[-1], start.autocast)
             if output.shape != hidden.shape:
                 raise NotWalkableError(f"block {number} turns {tuple(hidden.shape)} into {tuple(output.shape)}")
-            used.append(set(blocks.leaves_of([output])) | {id(p) for p in block.parameters()})
+            reached = leaves_of([output, *blocks.with_gradient(found)])
+            _refuse_side_ways(f"block {number}", reached, inputs[:-1])
+            used.append(set(reached) | {id(p) for p in block.parameters()})
             hidden = output.detach()
             sides.append(blocks.as_leaves(found))
         hidden.requires_grad_()
         _seed(0)
-        loss = blocks.epilogue(layout, run, start, hidden, sides, lambda: _seed(len(layout) + 1))
+        loss = blocks.epilogue(layout, run, start.places, hidden, sides, lambda: _seed(len(layout) + 1))
     if loss.requires_grad:
-        reached = blocks.leaves_of([loss])
+        reached = leaves_of([loss])
+        _refuse_side_ways("what follows the blocks", reached, inputs)
         used.append(set(reached))
         layout.sides = [[m for m, o in side if _matters(o, reached)] for side in sides]
     layout.late = _late(model, used)
     return loss
 
 
+def _refuse_side_ways(part: str, reached: dict[int, Tensor], inputs: list[Tensor]) -> None:
+    """Raise :class:`NotWalkableError` if a part's gradients also go to the inputs of other blocks."""
+    if any(id(tensor) in reached for tensor in inputs):
+        raise NotWalkableError(f"{part} takes something with a gradient from an earlier block, beside its arguments")
+
+
 def _matters(output: Any, reached: dict[int, Tensor]) -> bool:
-    return any(id(tensor) in reached for tensor in blocks.tensors_in(output))
+    return any(id(tensor) in reached for tensor in tensors_in(output))
 
 
 def _late(model: nn.Module, used: list[set[int]]) -> set[int]:

@@ -5,7 +5,7 @@ exist at a time, whatever the number of micro-batches is, and the loss of the wh
 moves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -35,9 +35,10 @@ def walk(
 
     Each of ``runs`` computes a micro-batch's share of the step's loss, a scalar: their sum is what is minimised.
     ``decide(losses)`` is called when no weight has moved yet: False ends the step there, without gradients. Then
-    ``step(name, parameters)`` is called for the epilogue and for every block from the last to the first, with the
-    parameters that have got all of their gradients: it steps them and drops these gradients. The last call, for the
-    prologue, gets all parameters that still have one: those of several parts, and those that ``step`` chose to keep.
+    ``step(name, parameters)`` is called for the epilogue, and for every block from the last to the first with all of
+    the block's parameters (a mixture's expert may have no gradient). They have got all of their gradients: it steps
+    them and drops these gradients. The last call, for the prologue, gets all parameters that still have a gradient:
+    also those of several parts, and those that ``step`` chose to keep.
 
     Raises :class:`NotWalkableError` if a micro-batch takes another way through the model than the trial's did.
     """
@@ -52,9 +53,9 @@ def walk(
             step("epilogue", _complete(layout.outside, layout.late))
             for number in reversed(range(going.first, len(layout))):
                 going.backward(number)
-                step(f"block {number}", _complete(layout.blocks[number].parameters(), layout.late))
+                step(f"block {number}", [p for p in layout.blocks[number].parameters() if id(p) not in layout.late])
             going.backward_of_prologue()
-            step("prologue", _complete(going.parameters(), set()))
+            step("prologue", _complete(going.parameters()))
         except BaseException:
             _drop(going.parameters())
             raise
@@ -75,18 +76,18 @@ def accumulate(model: nn.Module, runs: Sequence[Run], *, reseed: Reseed, decide:
         losses.append(loss.detach().to(torch.float32))
     losses = torch.stack(losses)
     if decide(losses):
-        step("model", _complete(model.parameters(), set()))
+        step("model", _complete(model.parameters()))
     else:
         _drop(model.parameters())
     return losses
 
 
-def _complete(parameters, late: set[int]) -> list[nn.Parameter]:
+def _complete(parameters: Iterable[nn.Parameter], late: Collection[int] = ()) -> list[nn.Parameter]:
     """Those that have a gradient to which no other part adds."""
     return [p for p in parameters if p.grad is not None and id(p) not in late]
 
 
-def _drop(parameters) -> None:
+def _drop(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
 
@@ -111,7 +112,8 @@ class _Pass:
             self.reseed(number, 0)
             start = blocks.prologue(self.layout, run)
             self.kept.inputs.put(0, number, start.hidden)
-            start.hidden = None
+            self.kept.arguments.put(number, start.calls)
+            start.hidden, start.calls = None, []
             self.starts.append(start)
             self.sides.append([[] for _ in self.layout.blocks])
         self.side_gradients = [[] for _ in self.runs]
@@ -131,18 +133,22 @@ class _Pass:
         ahead = (block + 1, 0) if last else (block, number + 1)
         graph = block >= self.first and self.kept.graphs.keeps(block, len(self.layout))
         hidden = self.kept.inputs.get(block, number, drop=graph or block < self.first, ahead=ahead)
+        hidden = self._leaf(hidden, block)
         self.reseed(number, block + 1)
         if block < self.first:
-            with torch.no_grad():
-                output, sides = blocks.run_block(self.layout, block, self.starts[number], hidden)
+            context = torch.no_grad()
         else:
-            hidden = self._leaf(hidden, block)
-            with torch.enable_grad(), nullcontext() if graph else blocks.graph_discarded():
-                output, sides = blocks.run_block(self.layout, block, self.starts[number], hidden)
+            context = nullcontext() if graph else blocks.graph_discarded()
+        with torch.enable_grad(), context:
+            output, sides = self._run(block, number, hidden)
         if graph:
             self.kept.graphs.put(block, number, (hidden, output, blocks.with_gradient(sides)))
         self.sides[number][block] = blocks.as_leaves(sides)
         self.kept.inputs.put(block + 1, number, output.detach())
+
+    def _run(self, block: int, number: int, hidden: Tensor) -> tuple[Tensor, list[blocks.Side]]:
+        call = self.kept.arguments.get(block, number)
+        return blocks.run_block(self.layout, block, call, hidden, self.starts[number].autocast)
 
     def _leaf(self, hidden: Tensor, block: int) -> Tensor:
         """``hidden`` as the input of ``block``, with a gradient where something below it trains."""
@@ -157,7 +163,7 @@ class _Pass:
         self.reseed(number, 0)
         sides, start = self.sides[number], self.starts[number]
         loss = blocks.epilogue(
-            self.layout, self.runs[number], start, hidden, sides, lambda: self.reseed(number, top + 1)
+            self.layout, self.runs[number], start.places, hidden, sides, lambda: self.reseed(number, top + 1)
         )
         loss.backward()
         self.side_gradients[number] = [[leaf.grad for leaf in blocks.with_gradient(side)] for side in sides]
@@ -169,14 +175,18 @@ class _Pass:
     def backward(self, block: int) -> None:
         """All micro-batches back through ``block``."""
         for number in range(len(self.runs)):
-            last = number == len(self.runs) - 1
-            gradient = self.kept.gradients.get(block + 1, number, ahead=(block, 0) if last else (block + 1, number + 1))
-            hidden, output, sides = self._again(block, number, (block - 1, 0) if last else (block, number + 1))
-            pairs = [(output, gradient), *zip(sides, self.side_gradients[number][block], strict=True)]
-            pairs = [(tensor, g) for tensor, g in pairs if g is not None]
-            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-            if hidden.requires_grad:
-                self.kept.gradients.put(block, number, _or_zeros(hidden))
+            self._backward(block, number)
+
+    def _backward(self, block: int, number: int) -> None:
+        last = number == len(self.runs) - 1
+        ahead = (block, 0) if last else (block + 1, number + 1)
+        gradient = self.kept.gradients.get(block + 1, number, ahead=ahead)
+        hidden, output, sides = self._again(block, number, (block - 1, 0) if last else (block, number + 1))
+        pairs = [(output, gradient), *zip(sides, self.side_gradients[number][block], strict=True)]
+        pairs = [(tensor, g) for tensor, g in pairs if g is not None]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        if hidden.requires_grad:
+            self.kept.gradients.put(block, number, _or_zeros(hidden))
 
     def _again(self, block: int, number: int, ahead: tuple[int, int]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Input, output and side outputs of a block with the graph between them, kept or made by running it again."""
@@ -185,7 +195,7 @@ class _Pass:
         hidden = self._leaf(self.kept.inputs.get(block, number, ahead=ahead), block)
         self.reseed(number, block + 1)
         with torch.enable_grad():
-            output, sides = blocks.run_block(self.layout, block, self.starts[number], hidden)
+            output, sides = self._run(block, number, hidden)
         return hidden, output, blocks.with_gradient(sides)
 
     def backward_of_prologue(self) -> None:
