@@ -31,7 +31,7 @@ class Taken:
 class _Known:
     """What is kept of a model between steps."""
 
-    loss: Loss
+    loss: Any
     trial: Trial
     activations: Activations
 
@@ -63,10 +63,11 @@ def step(
     micro-batches, and :class:`NumericalError` for a gradient that is not finite: weights of later blocks have moved
     then.
     """
-    if getattr(optimizer, "stepping", None) != "manual":
+    stepping = getattr(optimizer, "stepping", None)
+    if stepping != "manual":
         raise ConfigError(
-            f"qgalore.step was given an optimizer with stepping={getattr(optimizer, 'stepping', None)!r}; it steps each "
-            "tensor itself, so build the optimizer with qgalore.optimizer(model, ..., stepping='manual')"
+            f"qgalore.step was given an optimizer with stepping={stepping!r}, but it steps each tensor itself; build the "
+            "optimizer with qgalore.optimizer(model, ..., stepping='manual')"
         )
     if not micro_batches:
         raise ConfigError("qgalore.step was given no micro-batches; a step needs at least one")
@@ -104,14 +105,20 @@ def _step_tensors(optimizer: LowRankOptimizer, parameters: list[nn.Parameter]) -
         optimizer.step_tensor(tensor)
 
 
+def _as_written(loss: Loss) -> Any:
+    """What a ``loss`` has in common with those that the same line of a program made in other steps."""
+    plain = loss.func if isinstance(loss, partial) else loss
+    return getattr(plain, "__code__", plain)
+
+
 def _look_at(model: nn.Module, batch: Any, loss: Loss, where: str, graphs_of_last: int) -> _Known:
     """What is known of ``model``, found out where it is not, or where the loss is another."""
-    known = _known.get(model)
-    if known is None or known.loss is not loss:
+    known, written = _known.get(model), _as_written(loss)
+    if known is None or known.loss is not written:
         trial = try_walk(model, batch, loss)
         if trial.layout is None:
             print(trial, flush=True)
-        known = _known[model] = _Known(loss, trial, Activations(where=where, graphs_of_last=graphs_of_last))
+        known = _known[model] = _Known(written, trial, Activations(where=where, graphs_of_last=graphs_of_last))
     if (known.activations.where, known.activations.graphs.last) != (where, graphs_of_last):
         known.activations = Activations(where=where, graphs_of_last=graphs_of_last)
     return known

@@ -135,11 +135,8 @@ class _Pass:
         hidden = self.kept.inputs.get(block, number, drop=graph or block < self.first, ahead=ahead)
         hidden = self._leaf(hidden, block)
         self.reseed(number, block + 1)
-        if block < self.first:
-            context = torch.no_grad()
-        else:
-            context = nullcontext() if graph else blocks.graph_discarded()
-        with torch.enable_grad(), context:
+        how = nullcontext if graph else blocks.graph_discarded
+        with torch.enable_grad(), torch.no_grad() if block < self.first else how():
             output, sides = self._run(block, number, hidden)
         if graph:
             self.kept.graphs.put(block, number, (hidden, output, blocks.with_gradient(sides)))
