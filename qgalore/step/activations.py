@@ -60,6 +60,9 @@ class OnHost:
         self._streams: dict[torch.device, Any] = {}
 
     def put(self, block: int, number: int, tensor: Tensor) -> None:
+        if (block, number) in self._kept:
+            self._coming.pop((block, number), None)
+            self._release((block, number))
         tensor = tensor.contiguous()
         buffer = self._buffer(tensor)
         if tensor.is_cuda:
@@ -185,10 +188,13 @@ class Arguments:
 
     def get(self, block: int, number: int) -> Call:
         """The call of ``block``. The next micro-batch's tensors begin to come, since it is likely to be next."""
-        ahead = (number + 1) % len(self._calls)
+        ahead, found = (number + 1) % len(self._calls), {}
 
         def fetch(parked: _Parked) -> Tensor:
-            return self.store.get(parked.index, number, drop=False, ahead=(parked.index, ahead))
+            index = parked.index
+            if index not in found:
+                found[index] = self.store.get(index, number, drop=False, ahead=(index, ahead))
+            return found[index]
 
         return self._calls[number][block].replaced(fetch, _Parked)
 

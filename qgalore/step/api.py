@@ -66,8 +66,8 @@ def step(
     stepping = getattr(optimizer, "stepping", None)
     if stepping != "manual":
         raise ConfigError(
-            f"qgalore.step was given an optimizer with stepping={stepping!r}, but it steps each tensor itself; build the "
-            "optimizer with qgalore.optimizer(model, ..., stepping='manual')"
+            f"qgalore.step was given an optimizer with stepping={stepping!r}, but it steps each tensor itself; build "
+            "the optimizer with qgalore.optimizer(model, ..., stepping='manual')"
         )
     if not micro_batches:
         raise ConfigError("qgalore.step was given no micro-batches; a step needs at least one")

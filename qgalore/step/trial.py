@@ -53,7 +53,8 @@ def try_walk(model: nn.Module, batch: Any, loss: Loss) -> Trial:
             except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
                 reason = (str(error).strip().splitlines() or [""])[0]
                 return Trial(None, f"its blocks do not run by themselves ({type(error).__name__}: {reason})")
-    if not _agree(found.detach(), expected):
+    found = found.detach()
+    if not _agree(found, expected):
         return Trial(None, f"its loss is {float(found):.6g} when walked, and {float(expected):.6g} otherwise")
     return Trial(layout)
 
