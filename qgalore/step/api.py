@@ -91,7 +91,7 @@ def step(
     if not math.isfinite(value):
         optimizer.skip()
         return Taken(value, None, blocks)
-    optimizer.close()
+    optimizer.step()  # closes the step: all tensors have moved, and learning-rate schedulers wait for this call
     return Taken(value, optimizer.grad_norm, blocks)
 
 
