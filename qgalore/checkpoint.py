@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .lowrank.linear import LowRankLinear
+from .lowrank.layers.linear import LowRankLinear
 from .parallel import ALONE, Team, shards
 from .storage import Entries, Rows, Seal, altered, create, file_bytes, joined, write_share
 
@@ -241,21 +241,20 @@ def _document(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{folder} is not a complete checkpoint: {error}") from error
     version = state.get("version") if isinstance(state, dict) else None
-    if version not in (2, VERSION):
-        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads versions 2 and {VERSION}")
+    if version != VERSION:
+        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads version {VERSION}")
     if state.pop("sha256", None) != _seal(state):
         raise DamagedError(f"{folder / 'state.json'} was altered: its SHA-256 does not match")
     return state
 
 
 def _verify(path: Path, wanted: dict[str, Any], team: Team) -> None:
-    """This process's part of the file; version 2 has one seal of the whole."""
-    pieces = wanted.get("pieces") or [(wanted["bytes"], wanted["sha256"])]
+    """This process's part of the file."""
     try:
         size = path.stat().st_size
         if size != wanted["bytes"]:
             raise DamagedError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}")
-        place = altered(path, pieces, team.rank, team.size)
+        place = altered(path, wanted["pieces"], team.rank, team.size)
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
     if place is not None:

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import on_paper
-from .lowrank import projector, ranks, sides
-from .lowrank.linear import Basis, LowRankLinear
-from .lowrank.rule_slot import RuleSlot
-from .lowrank.slots import LowRankSlot, Slot
+from .lowrank.layers.bases import Basis
+from .lowrank.layers.linear import LowRankLinear
+from .lowrank.subspace import search, sides
+from .lowrank.tensors.base import TrainedTensor
+from .lowrank.tensors.projected import ProjectedTensor
 from .quant.int8 import planned_for
 
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
@@ -174,24 +175,19 @@ class Step:
     device: str = "cuda"
 
 
-def is_projected(slot: Slot) -> bool:
-    """Whether ``slot`` has bases that are refreshed."""
-    return isinstance(slot, LowRankSlot) and slot.projected
-
-
 class _Rehearsal:
     """Two steps on the meta device under a meter."""
 
-    def __init__(self, model: nn.Module, slots: list[Slot], step: Step, meter: _Meter) -> None:
-        self.model, self.slots, self.step, self.meter = model, slots, step, meter
+    def __init__(self, model: nn.Module, tensors: list[TrainedTensor], step: Step, meter: _Meter) -> None:
+        self.model, self.tensors, self.step, self.meter = model, tensors, step, meter
         self._workspaces: dict[tuple, int] = {}
         self._scratch: Tensor | None = None  # stands for the leaves of all parts, while a step is taken
 
     def run(self) -> None:
-        for slot in self.slots:
-            for leaf in slot.leaves():
+        for tensor in self.tensors:
+            for leaf in tensor.leaves():
                 leaf.requires_grad_(True)
-                leaf.register_post_accumulate_grad_hook(lambda leaf, slot=slot: self._arrived(slot, leaf))
+                leaf.register_post_accumulate_grad_hook(lambda leaf, tensor=tensor: self._arrived(tensor, leaf))
         base = self.model.base_model
         base.register_forward_pre_hook(lambda *_: setattr(self.meter, "label", "activations"))
         base.register_forward_hook(lambda *_: setattr(self.meter, "label", "logits"))
@@ -201,14 +197,12 @@ class _Rehearsal:
 
     def _arm(self, first: bool) -> None:
         """All probes in the first step; after it the largest ones, as if their refresh were due, or all again."""
-        projected = [slot for slot in self.slots if is_projected(slot)]
-        projected.sort(key=lambda slot: slot.module.probe.numel(), reverse=True)
+        projected = [tensor for tensor in self.tensors if tensor.projected]
+        projected.sort(key=lambda tensor: tensor.module.probe.numel(), reverse=True)
         every = first or not self.step.staggered
-        self.due = {id(slot) for slot in (projected if every else projected[: self.step.due_together])}
-        for slot in projected:
-            if not isinstance(slot, RuleSlot):  # whose probe receives the full gradient in every step
-                slot.module.probe.requires_grad_(id(slot) in self.due)
-                slot.module.delta.requires_grad_(id(slot) not in self.due)
+        self.due = {id(tensor) for tensor in (projected if every else projected[: self.step.due_together])}
+        for tensor in projected:
+            tensor.listen(id(tensor) in self.due)
 
     def _take(self, first: bool) -> None:
         step = self.step
@@ -226,24 +220,24 @@ class _Rehearsal:
             loss.backward()
             del loss
         del batch, mask
-        for slot in self.slots:
-            if id(slot) in self.due and slot.module.probe.grad is not None:  # an expert may get no tokens
-                self._refresh(slot)
-        for slot in self.slots:
-            if slot.gradient() is not None:
-                self._update(slot)
+        for tensor in self.tensors:
+            if id(tensor) in self.due and tensor.module.probe.grad is not None:  # an expert may get no tokens
+                self._refresh(tensor)
+        for tensor in self.tensors:
+            if tensor.gradient() is not None:
+                self._update(tensor)
         self._scratch = None
 
-    def _arrived(self, slot: Slot, leaf: Tensor) -> None:
-        probe = isinstance(slot, LowRankSlot) and leaf is slot.module.probe
+    def _arrived(self, tensor: TrainedTensor, leaf: Tensor) -> None:
+        probe = tensor.is_whole(leaf)
         self.meter.count(leaf.grad, "full gradient" if probe else "gradients")
-        slot.received(leaf)
-        if slot.shared and not probe:
-            self.meter.count(slot.gradient(), "gradients")
-        if id(slot) in self.due and (self.step.fused or (self.first and not isinstance(slot, RuleSlot))):
-            self._refresh(slot)
+        tensor.received(leaf)
+        if tensor.shared and not probe:
+            self.meter.count(tensor.gradient(), "gradients")
+        if id(tensor) in self.due and (self.step.fused or (self.first and not tensor.keeps_whole)):
+            self._refresh(tensor)
         if self.step.fused:
-            self._update(slot)
+            self._update(tensor)
 
     def _workspace(self, key: tuple, work: Callable[[], None]) -> None:
         """Let ``work`` count once for all tensors of the same shapes."""
@@ -253,59 +247,49 @@ class _Rehearsal:
             self._workspaces[key] = inner.peak
         self.meter.look(self._workspaces[key])
 
-    def _refresh(self, slot: LowRankSlot) -> None:
-        module = slot.module
+    def _refresh(self, tensor: ProjectedTensor) -> None:
+        module = tensor.module
         gradient = module.probe.grad
-        key = ("refresh", slot.shape, gradient.shape)
-        self._workspace(key, ranks.at_ceiling(slot, lambda: _find_bases(slot, gradient)))
-        self.due.discard(id(slot))
-        if isinstance(slot, RuleSlot):  # the rule still needs it
+        key = ("refresh", tensor.shape, gradient.shape)
+        self._workspace(key, tensor.at_ceiling(lambda: _find_bases(tensor, gradient)))
+        self.due.discard(id(tensor))
+        if tensor.keeps_whole:
             return
         module.probe.grad = None
         module.probe.requires_grad_(False)
         delta = torch.empty(module.delta.shape, dtype=module.delta.dtype, device="meta")
         module.delta.requires_grad_(True)
-        slot.take(delta, self.first)
-        self.meter.count(slot.gradient(), "gradients")
+        tensor.take(delta, self.first)
+        self.meter.count(tensor.gradient(), "gradients")
 
-    def _update(self, slot: Slot) -> None:
-        stored = slot.module.weight if isinstance(slot, LowRankSlot) else slot.parameter
-        key = ("step", slot.shape, stored.shape, stored.dtype)
+    def _update(self, tensor: TrainedTensor) -> None:
+        key = ("step", tensor.shape, tensor.stored.shape, tensor.stored.dtype)
         if self._scratch is None:
             with self.meter.labelled(SCRATCH):
-                self._scratch = torch.empty(slot.parts[0].scratch.nbytes, dtype=torch.uint8, device="meta")
-
-        def work() -> None:
-            if isinstance(slot, RuleSlot):
-                slot.step(1.0, 1.0, 0.0, (0, 0))
-                return
-            for part in slot.parts[:1]:
-                rows = slot.gradient()[: part.leaf.shape[0]] if len(slot.parts) > 1 else slot.gradient()
-                slot.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
-
-        self._workspace(key, ranks.at_ceiling(slot, work))
-        slot.drop_gradient()
+                self._scratch = torch.empty(tensor.parts[0].scratch.nbytes, dtype=torch.uint8, device="meta")
+        self._workspace(key, tensor.at_ceiling(tensor.step_on_paper))
+        tensor.drop_gradient()
 
 
-def _find_bases(slot: LowRankSlot, gradient: Tensor) -> None:
+def _find_bases(tensor: ProjectedTensor, gradient: Tensor) -> None:
     """The work of a refresh, with an old basis and moments that turn."""
-    bases = (slot.module.left, slot.module.right)
+    bases = (tensor.module.left, tensor.module.right)
     columns = []
     for basis, matrix in zip(bases, (gradient.T, gradient), strict=True):
         if basis is None:
             columns.append(None)
             continue
-        old = projector.orthonormal(basis.columns())
-        if slot.options.method == "exact":
-            columns.append(projector.exact_basis(matrix, basis.rank))
+        old = search.orthonormal(basis.columns())
+        if tensor.options.method == "exact":
+            columns.append(search.exact_basis(matrix, basis.rank))
         else:
-            columns.append(projector.randomized_basis(matrix, basis.rank, None, old, slot.options.power_iterations))
+            columns.append(search.randomized_basis(matrix, basis.rank, None, old, tensor.options.power_iterations))
         del old
     for basis, new in zip(bases, columns, strict=True):
         if basis is not None:
             basis.assign(new)
-    sides.project(gradient, *columns, slot.module.delta.dtype)
-    turned = slot.module.delta if isinstance(slot, RuleSlot) else slot.parts[0].leaf  # moments turn part by part
+    sides.project(gradient, *columns, tensor.module.delta.dtype)
+    turned = tensor.parts[0].leaf  # moments turn part by part
     [torch.empty(turned.shape, device="meta") for _ in range(3)]
 
 
@@ -331,51 +315,52 @@ class Adam8bitShapes(Optimizer):
             self.state[leaf] = self._states(leaf)
 
 
-def state_bytes(slots: list[Slot]) -> int:
-    """Bytes of all tensors that the inner optimizers of ``slots`` keep, shared ones once."""
-    tensors = {}
-    for part in (part for slot in slots for part in slot.parts):
+def state_bytes(tensors: list[TrainedTensor]) -> int:
+    """Bytes of all that the inner optimizers of ``tensors`` keep, shared ones once."""
+    sizes = {}
+    for part in (part for tensor in tensors for part in tensor.parts):
         for value in part.state().values():
             if torch.is_tensor(value):
-                tensors[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
-    return sum(tensors.values())
+                sizes[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
-def _extra_bytes(slots: list[Slot]) -> int:
-    """Bytes of what ``slots`` keep beside the model's tensors and the inner optimizers'."""
-    return sum(value.untyped_storage().nbytes() for slot in slots for value in slot.tensors().values())
+def _extra_bytes(tensors: list[TrainedTensor]) -> int:
+    """Bytes of what ``tensors`` keep beside the model's tensors and the inner optimizers'."""
+    return sum(value.untyped_storage().nbytes() for tensor in tensors for value in tensor.tensors().values())
 
 
-def resident(model: nn.Module, slots: list[Slot]) -> dict[str, int]:
-    """Bytes by category of all that is kept between steps, for a model (on the meta device, say) and attached slots."""
-    for part in (part for slot in slots for part in slot.parts):
+def resident(model: nn.Module, tensors: list[TrainedTensor]) -> dict[str, int]:
+    """Bytes by category of all that is kept between steps, for a model (on the meta device, say) with attached ones."""
+    for part in (part for tensor in tensors for part in tensor.parts):
         if part.leaf.numel():  # a rule without moments never steps its own
             part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
     sizes = _model_bytes(model)
-    for layer, own in ((slot.module, slot.mine) for slot in slots if slot.shared):
+    for layer, own in ((tensor.module, tensor.mine) for tensor in tensors if tensor.shared):
         sizes[_category(layer, "weight", own.weight)] -= layer.weight.nbytes - own.weight.nbytes
         if own.weight_scale is not None:
             sizes["weight scales"] -= layer.weight_scale.nbytes - own.weight_scale.nbytes
-    of_rules = [slot for slot in slots if isinstance(slot, RuleSlot)]
-    sizes["moments"] = state_bytes(slots) + _extra_bytes(of_rules)
-    sizes["fp32 masters"] = _extra_bytes([slot for slot in slots if slot not in of_rules])
+    of_rules = [tensor for tensor in tensors if tensor.keeps_whole]
+    sizes["moments"] = state_bytes(tensors) + _extra_bytes(of_rules)
+    sizes["fp32 masters"] = _extra_bytes([tensor for tensor in tensors if tensor not in of_rules])
     return {name: sizes[name] for name in RESIDENT}
 
 
-def plan(model: nn.Module, slots: list[Slot], step: Step, outside: dict[str, int]) -> Plan:
-    """The plan for training ``model`` (converted, all on the meta device) with ``slots`` attached to meta scratch.
+def plan(model: nn.Module, tensors: list[TrainedTensor], step: Step, outside: dict[str, int]) -> Plan:
+    """The plan for training ``model`` (converted, all on the meta device) with ``tensors`` attached to meta scratch.
 
     ``outside``: bytes beyond PyTorch's tensors, by name.
     """
-    kept_bytes = resident(model, slots)
+    kept_bytes = resident(model, tensors)
     model.train()
     if step.fused:  # any layer's gradient of Δ, one at a time; those that wait together share the ranks' budget
-        ranks.fill(slots)
-    kept = [*model.parameters(), *model.buffers(), *(part.leaf for slot in slots for part in slot.parts)]
-    kept += [value for slot in slots for value in slot.tensors().values()]
-    states = [value for slot in slots for part in slot.parts for value in part.state().values()]
+        for tensor in tensors:
+            tensor.fill()
+    kept = [*model.parameters(), *model.buffers(), *(part.leaf for tensor in tensors for part in tensor.parts)]
+    kept += [value for tensor in tensors for value in tensor.tensors().values()]
+    states = [value for tensor in tensors for part in tensor.parts for value in part.state().values()]
     kept += [value for value in states if torch.is_tensor(value)]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
     with planned_for(step.device), on_paper.kernels(step.device), meter:
-        _Rehearsal(model, slots, step, meter).run()
+        _Rehearsal(model, tensors, step, meter).run()
     return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside)

@@ -1,7 +1,6 @@
 """Checkpoints survive crashes and full disks, and a damaged one is never loaded."""
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -68,23 +67,14 @@ def test_the_files_are_safetensors_and_json(tiny_llama, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_version_2_with_one_seal_for_a_file_is_read(tiny_llama, tmp_path):
+def test_a_checkpoint_of_another_version_is_refused(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
     path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     state = json.loads((path / "state.json").read_text())
     del state["sha256"]
-    for name, file in state["files"].items():
-        del file["pieces"]
-        file["sha256"] = hashlib.sha256((path / name).read_bytes()).hexdigest()
     state["version"] = 2
     (path / "state.json").write_text(json.dumps({**state, "sha256": checkpoint._seal(state)}))
-    assert checkpoint.read_state(path)["position"] == TEXT["position"]
-    with (path / "optimizer.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
-    with pytest.raises(checkpoint.DamagedError, match=r"optimizer.safetensors was altered"):
+    with pytest.raises(checkpoint.DamagedError, match="checkpoint version 2; this program reads version 3"):
         checkpoint.read_state(path)
 
 

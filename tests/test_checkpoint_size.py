@@ -39,7 +39,7 @@ def test_saving_a_billion_weights_makes_no_second_copy(tmp_path):
     model = loading.from_scratch(config, dtype=torch.bfloat16, seed=0)
     qgalore.convert(model, rank=512)
     opt = qgalore.optimizer(model, lr=1e-3)
-    for slot in opt.slots:
+    for slot in opt.tensors:
         for part in slot.parts:
             part.step(torch.zeros_like(part.leaf), 1e-3)  # states as after a step
     folder, figures = tmp_path / "step-00000001", {}

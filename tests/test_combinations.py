@@ -46,20 +46,6 @@ def test_several_processes_plan_a_mixture(tiny_run, mixture, parallel, sent):
     assert sent in out
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("train.optimizer=torch.optim.SGD", "which train.optimizer torch.optim.SGD has not"),
-        ("train.betas=[0.0,0.9]", "train.betas[0] is 0"),
-        ("lowrank.rule=fira", "with rule fira use stochastic"),
-    ],
-)
-def test_error_feedback_needs_a_momentum_of_its_own(tiny_run, change, message):
-    code, _, err = tiny_run("--plan", "lowrank.weight_rounding=feedback", change)
-    assert code == 2
-    assert message in err
-
-
 @pytest.mark.parametrize("arguments", [("--plan", "--world-size=0"), ("--world-size=2",)])
 def test_a_world_size_that_means_nothing_is_refused(tiny_run, arguments):
     with pytest.raises(SystemExit) as stopped:

@@ -39,11 +39,10 @@ SHAPES = {
     "accumulating": (WIDE % "true", "train.activation_checkpointing=false", "train.grad_accumulation=2"),
     "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
     "LoRA": (WIDE % "true", "train.activation_checkpointing=true", "method=lora"),
-    "momentum": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=momentum"),
     "experts": (*EXPERTS, "train.activation_checkpointing=true"),
     "experts, AdamW": (*EXPERTS, "method=adamw"),
     "4-bit moments": (WIDE % "true", "train.activation_checkpointing=true", "train.optimizer=adamw4bit"),
-    "feedback": (WIDE % "true", "lowrank.weight_rounding=feedback", "lowrank.weight_scales=rederived"),
+    "nearest, rederived": (WIDE % "true", "lowrank.weight_rounding=nearest", "lowrank.weight_scales=rederived"),
     "auto ranks": (WIDE % "true", "train.activation_checkpointing=true", *AUTO, "lowrank.energy=1"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
     "int8 products": (WIDE % "true", "train.activation_checkpointing=true", *INT8_PRODUCTS),
@@ -56,7 +55,7 @@ def storages(run: build.Run) -> int:
     """Bytes of everything that a built run keeps between steps."""
     optimizer = run.loop["optimizer"]
     kept = [*run.model.parameters(), *run.model.buffers()]
-    for slot in optimizer.slots:
+    for slot in optimizer.tensors:
         kept += slot.tensors().values()
         for part in slot.parts:
             kept += [part.leaf, *part.state().values()]

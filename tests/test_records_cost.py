@@ -6,10 +6,10 @@ import pytest
 
 from qgalore import build, config
 from qgalore.loop import Loop, Position
-from qgalore.lowrank import health, projector
+from qgalore.lowrank.subspace import measures, search
 
 STEPS = 16
-RECORDING = [(health, name) for name in ("moments", "captured", "angle_cosines", "lines_before", "int8_change")]
+RECORDING = [(measures, name) for name in ("moments", "captured", "angle_cosines", "lines_before", "int8_change")]
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_records_cost_less_than_a_hundredth_of_a_step(tiny_run, monkeypatch):
 
         return call
 
-    for module, name in (*RECORDING, (projector, "captured_energy")):
+    for module, name in (*RECORDING, (search, "captured_energy")):
         monkeypatch.setattr(module, name, timed(getattr(module, name)))
     run = build.build(config.load("quickstart", ["data.cache_dir=cache", "run.dir=runs", "train.max_steps=100"]), None)
     loop = Loop(**run.loop, position=Position(**run.position))

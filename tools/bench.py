@@ -40,10 +40,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import qgalore
 from qgalore.errors import QGaloreError
-from qgalore.lowrank import projector, slots
-from qgalore.lowrank.inner import adamw8bit
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.sides import basis_sides
+from qgalore.lowrank.inner.checked import adamw8bit
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace import search
+from qgalore.lowrank.subspace.sides import basis_sides
 from qgalore.models import loading
 from qgalore.models.loss import chunked_loss
 from qgalore.quant import dispatch
@@ -124,7 +124,7 @@ class ClassicGaLore:
     def _basis(self, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         with_left, _ = basis_sides(*gradient.shape, "std")
         matrix = gradient.float().T if with_left else gradient.float()
-        columns = projector.exact_basis(matrix, min(self.rank, *gradient.shape)).to(gradient.dtype).contiguous()
+        columns = search.exact_basis(matrix, min(self.rank, *gradient.shape)).to(gradient.dtype).contiguous()
         return (columns, None) if with_left else (None, columns)
 
 
@@ -186,14 +186,14 @@ def _ours(method: Method, rank: int) -> None:
     method.hidden = [layer.delta for layer in layers]
 
     def refresh_next() -> None:
-        for slot in optimizer.slots:
-            if isinstance(slot, slots.LowRankSlot):
-                slot.schedule.next_refresh = optimizer.step_count
-                slot.arm(optimizer.step_count)
+        for tensor in optimizer.tensors:
+            if tensor.projected:
+                tensor.schedule.next_refresh = optimizer.step_count
+                tensor.arm(optimizer.step_count)
 
-    for slot in optimizer.slots:
-        _clocked(slot, "merge", "merge", method.clock)
-        for part in slot.parts:
+    for tensor in optimizer.tensors:
+        _clocked(tensor, "merge", "merge", method.clock)
+        for part in tensor.parts:
             _clocked(part, "step", "optimizer", method.clock)
     method.refresh_next = refresh_next
     method.step, method.whole_span = optimizer.step, "around"

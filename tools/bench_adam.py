@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qgalore.lowrank.inner import optimizer_class
+from qgalore.lowrank.inner.checked import optimizer_class
 
 CLASSES = {
     "torch": torch.optim.AdamW,

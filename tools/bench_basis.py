@@ -7,7 +7,7 @@ A run of ``--config`` with the ``key=value`` of train.py takes ``--steps`` steps
 in its first, middle and last block are then found on the next batch, and ``--ago`` steps earlier, which gives the basis
 that a warm start begins from. Printed for each block: seconds of the exact decomposition; of the randomized one, cold
 and warm, with its ratio to exact; and how much of the exact basis's captured energy ‖G P‖² the randomized one captures.
-Where one iteration is enough (``projector.GAIN``) cold and warm find the same basis.
+Where one iteration is enough (``search.GAIN``) cold and warm find the same basis.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qgalore import build, config
 from qgalore.errors import ConfigError, QGaloreError
-from qgalore.lowrank import projector
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace import search
 
 DEPTHS = ("first", "middle", "last")
 
@@ -80,13 +80,13 @@ def compare(
 ) -> dict[str, float]:
     """Seconds and shares of the exact basis's energy, for one gradient (out, in)."""
     generator = torch.Generator().manual_seed(0)
-    warm = projector.randomized_basis(before, rank, generator)
-    seconds, exact = timed(clock, lambda: projector.exact_basis(gradient, rank))
-    row = {"energy": projector.captured_energy(gradient, exact), "exact": seconds}
+    warm = search.randomized_basis(before, rank, generator)
+    seconds, exact = timed(clock, lambda: search.exact_basis(gradient, rank))
+    row = {"energy": search.captured_energy(gradient, exact), "exact": seconds}
     for name, start in (("cold", None), ("warm", warm)):
-        find = partial(projector.randomized_basis, gradient, rank, generator, start, power_iterations)
+        find = partial(search.randomized_basis, gradient, rank, generator, start, power_iterations)
         row[name], basis = timed(clock, find)
-        row[f"{name}_share"] = projector.captured_energy(gradient, basis) / row["energy"]
+        row[f"{name}_share"] = search.captured_energy(gradient, basis) / row["energy"]
     return row
 
 

@@ -17,7 +17,7 @@ from ..data.order import SampleOrder
 from ..data.packing import PackedSequences
 from ..errors import ConfigError
 from ..evaluate import evaluate
-from ..lowrank import inner
+from ..lowrank.inner import checked
 from ..lr import lr_at
 from ..models.compiling import check_compiler
 from ..models.loss import Loss, target_tokens
@@ -86,7 +86,7 @@ def plan(config: Config, processes: int = 1) -> None:
         vocabulary = replace(vocabulary, labels=labelled.PLANNED)
     remarks = configuration.remarks(config)
     config = _resolved(config, device, processes)
-    say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
+    say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
     settle(config, vocabulary, device, processes)
@@ -110,7 +110,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         say("parallel", f"{team.size} processes, {config.parallel}: each holds {holds} and takes {part} in a step")
     elif config.parallel == "shard":
         say("note", "parallel: shard has no effect in one process")
-    say("optimizer", f"{inner.describe(config.train.optimizer, device)}, {stepping_line(config)}")
+    say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
     dispatch.use(config.kernels, device)

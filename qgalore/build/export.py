@@ -13,7 +13,7 @@ from ..data.packing import IGNORED
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
 from ..export import gguf, huggingface, int8
-from ..lowrank.lora import LoraLinear
+from ..lowrank.layers.lora import LoraLinear
 from ..models import classify, loading, streaming
 from ..models.sample import continue_text, prompt_ids
 from ..parallel import shards

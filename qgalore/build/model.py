@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from ..config import METHODS, RULES, Config
 from ..data.labelled import Labels
 from ..errors import ConfigError
-from ..lowrank import lora
 from ..lowrank.factory import optimizer
-from ..lowrank.inner import BUILTIN
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.inner.checked import BUILTIN
+from ..lowrank.layers import lora
+from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
-from ..lowrank.shard_slot import share_rows
+from ..lowrank.tensors.sharded import share_rows
 from ..models import classify, loading, streaming
 from ..models.checkpointing import checkpoint_blocks
 from ..models.compiling import blocks_of, compile_blocks

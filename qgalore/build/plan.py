@@ -16,15 +16,15 @@ from .. import memory, wire
 from ..config import METHODS, Config
 from ..config import bytes_of as budget_bytes
 from ..errors import ConfigError, DoesNotFitError
-from ..lowrank.factory import collect_slots, part_elements
-from ..lowrank.inner import CODED, make_factory
-from ..lowrank.linear import LowRankLinear
-from ..lowrank.optimizer import attach
-from ..lowrank.policies import layers_at_once
-from ..lowrank.ranks import STEP
+from ..lowrank.factory import part_elements, trained_tensors
+from ..lowrank.inner.checked import make_factory
+from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.rules import RuleOptions
-from ..lowrank.shard_slot import ShardSlot, shareable
-from ..lowrank.slots import LowRankSlot, RefreshOptions, Slot
+from ..lowrank.subspace.policies import layers_at_once
+from ..lowrank.subspace.ranks import STEP
+from ..lowrank.subspace.refresh import RefreshOptions
+from ..lowrank.tensors.base import TrainedTensor, attach
+from ..lowrank.tensors.sharded import ShardedTensor, shareable
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
@@ -95,9 +95,9 @@ def _inner_factory(config: Config):
     return factory
 
 
-def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, list[Slot]]:
-    """The converted model of a resolved configuration and its slots, all on the meta device; with more than one of
-    ``shares`` the slots of layers in blocks are those of the first of so many processes."""
+def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, list[TrainedTensor]]:
+    """The converted model of a resolved configuration and its trained tensors, all on the meta device; with more than
+    one of ``shares``, those of layers in blocks are the ones of the first of so many processes."""
     model = architecture(config, vocabulary, lambda line: None)
     if vocabulary.labels is None:
         loading.untie_padding(model)
@@ -111,30 +111,25 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
     how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
     find = RefreshOptions(low.projector, low.policy, low.moments, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
-    of_rule = RuleOptions(
-        rule_rank(config),
-        low.update_proj_gap,
-        moment_format="8bit" if config.train.optimizer in CODED else "fp32",
-    )
-    low_rank, dense = collect_slots(model, **schedule, rule=rule_of(config), of_rule=of_rule)
+    of_rule = RuleOptions(rule_rank(config), low.update_proj_gap)
+    tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
     if shares > 1:
-        low_rank = _shared(model, low_rank, config.train.optimizer, shares)
-    slots = [*low_rank, *dense]
-    attach(slots, _inner_factory(config), part_elements(config.train.optimizer))
-    return model, slots
+        tensors = _shared(model, tensors, config.train.optimizer, shares)
+    attach(tensors, _inner_factory(config), part_elements(config.train.optimizer))
+    return model, tensors
 
 
-def _shared(model: torch.nn.Module, slots: list[LowRankSlot], inner: str, shares: int) -> list[LowRankSlot]:
-    """The slots, those of layers in ``model``'s blocks for one of the processes that split them. Raises
+def _shared(model: torch.nn.Module, tensors: list[TrainedTensor], inner: str, shares: int) -> list[TrainedTensor]:
+    """The trained tensors, those of layers in ``model``'s blocks for one of the processes that split them. Raises
     :class:`ConfigError` where they cannot be split so."""
     inside = {module for block in blocks_of(model) for module in block.modules()}
     found = []
-    for slot in slots:
-        if slot.module in inside:
-            shareable(slot.name, slot.module, inner, shares, part_elements(inner))
-            find = replace(slot.options, team=Team(0, shares))
-            slot = ShardSlot(slot.name, slot.index, slot.module, slot.schedule, find)
-        found.append(slot)
+    for tensor in tensors:
+        if tensor.module in inside:
+            shareable(tensor.name, tensor.module, inner, shares, part_elements(inner))
+            find = replace(tensor.options, team=Team(0, shares))
+            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, find)
+        found.append(tensor)
     return found
 
 
@@ -151,7 +146,7 @@ def plan_for(
 ) -> memory.Plan:
     """The plan of a resolved configuration for one process of ``shares`` that split the weights. ``loss``: the one it
     will use, where that is known already."""
-    model, slots = on_paper(config, vocabulary, shares)
+    model, tensors = on_paper(config, vocabulary, shares)
     if vocabulary.labels is not None:
         loss = classify.rehearsal_loss(vocabulary.labels.outputs)
     elif loss is None:
@@ -165,7 +160,7 @@ def plan_for(
         masked=vocabulary.labels is not None or config.data.document_attention == "isolated",
         staggered=low.stagger,
         due_together=layers_at_once(
-            config.lowrank.policy, sum(map(memory.is_projected, slots)), config.lowrank.update_proj_gap
+            config.lowrank.policy, sum(tensor.projected for tensor in tensors), config.lowrank.update_proj_gap
         ),
         micro_batches=config.train.grad_accumulation,
         device=device,
@@ -177,7 +172,7 @@ def plan_for(
         outside["gathered blocks"] = gathered(model)
     if config.model.compile == "blocks":
         outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
-    return memory.plan(model, slots, step, outside)
+    return memory.plan(model, tensors, step, outside)
 
 
 def compiled_gradients(model: torch.nn.Module, leaf: str | None) -> int:
@@ -304,8 +299,8 @@ def settle(
     say("memory", f"planned peak {memory.human(found.total)} of {memory.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
     if processes > 1:
-        _, slots = on_paper(config, vocabulary, shares)
-        sizes = wire.payload(slots, config.lowrank.update_proj_gap, whole // processes)
+        _, tensors = on_paper(config, vocabulary, shares)
+        sizes = wire.payload(tensors, config.lowrank.update_proj_gap, whole // processes)
         sent = {name: wire.ring(size, processes, name) for name, size in sizes.items()}
         say("wire", f"{memory.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
         for name, size in sent.items():

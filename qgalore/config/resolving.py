@@ -32,8 +32,7 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
     _, weight_format, basis_format, optimizer = METHODS[config.method]
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank
-    policy = lowrank.similarity or lowrank.policy
-    threshold = THRESHOLDS.get(policy) if lowrank.cos_threshold is None else lowrank.cos_threshold
+    threshold = THRESHOLDS.get(lowrank.policy) if lowrank.cos_threshold is None else lowrank.cos_threshold
     stepping, mine = train.stepping, _micro_batches(config, processes)
     if stepping == "auto":
         kept = mine > 1 or train.clip_grad_norm > 0 or (config.parallel == "shard" and processes > 1)
@@ -45,9 +44,7 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
             "train": train.model_copy(update={"stepping": stepping, "optimizer": train.optimizer or optimizer}),
             "lowrank": lowrank.model_copy(
                 update={
-                    "policy": policy,
                     "cos_threshold": threshold,
-                    "similarity": None,
                     "scale": lowrank.scale or RULES[lowrank.rule][0],
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
@@ -64,7 +61,7 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
 # Keys that only stored bases give a meaning.
 _OF_BASES = (
     "rank", "proj_type", "update_proj_gap", "cos_threshold", "gamma_proj", "queue_size", "max_gap", "stagger",
-    "projector", "policy", "similarity", "moments", "basis_format", "energy", "max_rank", "mean_rank",
+    "projector", "policy", "moments", "basis_format", "energy", "max_rank", "mean_rank",
 )  # fmt: skip
 
 
@@ -128,8 +125,6 @@ def remarks(config: Config) -> list[str]:
     found = []
     if not METHODS[config.method][0] and (unused := sorted(config.lowrank.model_fields_set)):
         found.append(f"method {config.method} ignores " + ", ".join(f"lowrank.{name}" for name in unused))
-    if (old := config.lowrank.similarity) is not None:
-        found.append(f"lowrank.similarity is deprecated; say lowrank.policy: {old}")
     train = config.train
     for key, given, why in _without_effect(config):
         if given:
@@ -158,11 +153,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """``key: saved value → value now`` for every key that differs and that a resumed run may not change."""
-    with suppress(ValidationError):  # a key that is younger than the run has its default, one renamed its new name
-        old_name = saved.get("lowrank", {}).get("similarity")
+    # Runs made while lowrank.similarity was a key have saved it as null, which meant nothing.
+    if isinstance(low := saved.get("lowrank"), dict) and low.get("similarity", ...) is None:
+        saved = {**saved, "lowrank": {key: value for key, value in low.items() if key != "similarity"}}
+    with suppress(ValidationError):  # a key that is younger than the run has its default
         saved = Config.model_validate(saved).model_dump(mode="json")
-        if old_name is not None:
-            saved["lowrank"] |= {"policy": old_name, "similarity": None}
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
     changed = [key for key in sorted({*old, *new} - set(RESUMABLE)) if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]

@@ -101,7 +101,7 @@ class TrainSection(Section):
         return {**data, "loss_spike": "off"} if isinstance(data, dict) and data.get("loss_spike") is False else data
 
 
-Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "momentum"]
+Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira"]
 
 
 class LowRankSection(Section):
@@ -121,12 +121,11 @@ class LowRankSection(Section):
     stagger: bool = True
     projector: Literal["randomized", "exact"] = "randomized"
     policy: Literal["overlap", "first_vector", "signed_cosine", "energy", "fixed"] = "overlap"  # when to refresh
-    similarity: Literal["overlap", "first_vector"] | None = None  # deprecated: policy
     moments: Literal["rotate", "keep", "reset"] = "rotate"
     weight_format: Literal["int8", "none"] | None = None  # None: the method's
     group_size: Literal[128, 64, 32, "row"] = 128
     weight_scales: Literal["sticky", "rederived"] = "sticky"  # of int8 weights; rederived at every step: as published
-    weight_rounding: Literal["stochastic", "feedback", "nearest"] = "stochastic"  # of an update into int8
+    weight_rounding: Literal["stochastic", "nearest"] = "stochastic"  # of an update into int8
     basis_format: Literal["int4", "nf4", "bf16", "fp32"] | None = None  # None: the method's
     grad_dtype: Literal["float32", "bfloat16"] | None = None  # None: float32, but bfloat16 where nothing is added to it
     embeddings: Literal["full", "int8"] = "full"  # int8: the input embedding and the head are low-rank layers too
@@ -168,7 +167,7 @@ Method = Literal["qgalore", "galore", "galore8bit", "lora", "adamw", "adamw8bit"
 class Config(Section):
     method: Method = "qgalore"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    kernels: Literal["auto", "reference", "triton", "compiled"] = "auto"  # auto: Triton on a GPU; compiled: for a CPU
+    kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: Triton on a GPU
     parallel: Literal["replicate", "shard"] = "replicate"  # of a job that torchrun starts; shard: weights by rows
     run: RunSection = RunSection()
     model: ModelSection
@@ -196,9 +195,7 @@ class Config(Section):
             found.append("train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0")
         found += self._compute_problems()
         found += self._rule_problems() if self.method != "lora" else self._lora_problems()
-        found += self._rank_problems() + self._feedback_problems()
-        if self.lowrank.similarity is not None and "policy" in self.lowrank.model_fields_set:
-            found.append("lowrank.similarity: the old name of lowrank.policy; give that one alone")
+        found += self._rank_problems()
         if "int8" in self.export.formats and (self.lowrank.weight_format or METHODS[self.method][1]) != "int8":
             found.append(f"export.formats: int8 needs int8 weights, which method {self.method} does not keep; use hf")
         found += self._problems_of_task()
@@ -222,7 +219,6 @@ class Config(Section):
             ("lowrank.rank", low.rank, low.rank != "auto", "a number"),
             ("lowrank.rule", low.rule, low.rule == "galore", "galore"),
             ("lowrank.embeddings", low.embeddings, low.embeddings == "full", "full, which each process holds whole"),
-            ("lowrank.weight_rounding", low.weight_rounding, low.weight_rounding != "feedback", "stochastic"),
             ("model.compile", model.compile, model.compile == "none", "none"),
             ("model.compute", model.compute, model.compute == "bf16", "bf16"),
             ("train.optimizer", train.optimizer, train.optimizer in (None, "adamw8bit", "adamw"), "adamw8bit or adamw"),
@@ -276,22 +272,6 @@ class Config(Section):
             found.append(
                 f"lowrank.mean_rank: {low.mean_rank} is above max_rank, {low.max_rank}; lower it or raise that"
             )
-        return found
-
-    def _feedback_problems(self) -> list[str]:
-        """Rules for ``lowrank.weight_rounding: feedback``, where int8 weights are stepped."""
-        low, train, found = self.lowrank, self.train, []
-        converted, weight_format, *_ = METHODS[self.method]
-        stepped = "int8" in (low.weight_format or weight_format, low.embeddings)
-        if low.weight_rounding != "feedback" or not converted or self.method == "lora" or not stepped:
-            return found
-        key = "lowrank.weight_rounding: feedback gives the error to Adam's momentum"
-        if low.rule != "galore":
-            found.append(f"{key}, under rule: galore; with rule {low.rule} use stochastic")
-        if train.optimizer not in (None, *ADAMS):
-            found.append(f"{key}, which train.optimizer {train.optimizer} has not; use one of {', '.join(ADAMS)}")
-        if train.betas[0] == 0:
-            found.append(f"{key}, and train.betas[0] is 0; give 0.9 say")
         return found
 
     def _rule_problems(self) -> list[str]:
@@ -362,5 +342,4 @@ RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {
     "apollo_mini": (128.0**0.5, False, ("update_proj_gap",)),
     "scale": (1.0, False, ()),
     "fira": (1.0, True, ()),
-    "momentum": (1.0, True, ()),
 }

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from ..lowrank.schedule import LazySchedule
+from ..lowrank.subspace.schedule import LazySchedule
 from .records import Row, Run, number
 
 LAST_LOSSES = 10  # train losses averaged for the summary: one batch's loss says little

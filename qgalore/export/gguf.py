@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layers.linear import LowRankLinear
 from .huggingface import other_tensors
 
 BLOCK = 32

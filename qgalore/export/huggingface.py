@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..lowrank.conv import LowRankConv
-from ..lowrank.experts import NAMES, Experts
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layers.conv import LowRankConv
+from ..lowrank.layers.experts import NAMES, Experts
+from ..lowrank.layers.linear import LowRankLinear
 
 
 def other_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from ..lowrank.embedding import LowRankEmbedding, TiedHead
-from ..lowrank.experts import Experts
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layers.embedding import LowRankEmbedding, TiedHead
+from ..lowrank.layers.experts import Experts
+from ..lowrank.layers.linear import LowRankLinear
 from ..storage import Deferred, write_safetensors
 from .huggingface import other_tensors
 

@@ -11,20 +11,25 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..parallel import ALONE, Team, shards
 from ..quant.int8 import ROUNDINGS, SCALES
-from . import feedback, rule_slot
-from . import inner as inner_optimizers
-from .experts import Experts
-from .linear import LowRankLinear
-from .lora import LoraLinear
-from .moments import POLICIES as MOMENTS
-from .optimizer import LowRankOptimizer
-from .policies import POLICIES, THRESHOLDS, make_schedules
-from .projector import METHODS
-from .rules import RuleOptions
-from .shard_slot import shareable
-from .slots import DenseSlot, LowRankSlot, RefreshOptions
+from .inner import checked as inner_optimizers
+from .layers.experts import Experts
+from .layers.linear import LowRankLinear
+from .layers.lora import LoraLinear
+from .optimizer import STEPPING, LowRankOptimizer
+from .rules import GALORE, RULES, RuleOptions, default_scale
+from .rules import check as check_rule
+from .subspace.moments import POLICIES as MOMENTS
+from .subspace.policies import POLICIES, THRESHOLDS, make_schedules
+from .subspace.refresh import RefreshOptions
+from .subspace.schedule import Schedule
+from .subspace.search import METHODS
+from .tensors.adaptive import AdaptiveTensor
+from .tensors.base import TrainedTensor
+from .tensors.dense import DenseTensor
+from .tensors.projected import ProjectedTensor
+from .tensors.sharded import ShardedTensor, shareable
+from .tensors.whole import WholeTensor
 
-STEPPING = ("deferred", "fused")
 PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
 
 
@@ -52,7 +57,7 @@ def stepped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in found if not isinstance(module, LoraLinear)}
 
 
-def collect_slots(
+def trained_tensors(
     model: nn.Module,
     *,
     update_proj_gap: int,
@@ -61,17 +66,48 @@ def collect_slots(
     find: RefreshOptions,
     rule: str,
     of_rule: RuleOptions,
-) -> tuple[list[LowRankSlot], list[DenseSlot]]:
-    """A slot for every trainable tensor of a converted model, low-rank layers first."""
+) -> list[TrainedTensor]:
+    """All trained tensors of a converted model, the weights of its low-rank layers first."""
     modules = stepped_layers(model)
     schedules = make_schedules(find.policy, len(modules), update_proj_gap, stagger, lazy)
-    low_rank = rule_slot.make(rule, modules, schedules, find, of_rule)
+    found: list[TrainedTensor] = [
+        _of_layer(name, index, module, schedules[index], find, rule, of_rule)
+        for index, (name, module) in enumerate(modules.items())
+    ]
+    _tell_of_clamped_ranks(found, of_rule)
     owned = {id(leaf) for module in modules.values() for leaf in module.leaves().values()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     for name, parameter in trainable:
         allowed = (torch.float32, torch.bfloat16)
         _require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
-    return low_rank, [DenseSlot(name, len(low_rank) + i, p) for i, (name, p) in enumerate(trainable)]
+    return found + [DenseTensor(name, len(found) + i, p) for i, (name, p) in enumerate(trainable)]
+
+
+def _of_layer(
+    name: str,
+    index: int,
+    module: LowRankLinear,
+    schedule: Schedule,
+    find: RefreshOptions,
+    rule: str,
+    of_rule: RuleOptions,
+) -> ProjectedTensor:
+    if rule != GALORE:
+        return WholeTensor(name, index, module, schedule, find, RULES[rule](module, index, of_rule))
+    if shards.is_shared(module.weight):
+        return ShardedTensor(name, index, module, schedule, find)
+    kind = ProjectedTensor if module.max_rank is None else AdaptiveTensor
+    return kind(name, index, module, schedule, find)
+
+
+def _tell_of_clamped_ranks(tensors: list[TrainedTensor], of_rule: RuleOptions) -> None:
+    clamped = [t for t in tensors if t.keeps_whole and t.rule.clamped()]
+    if clamped:
+        print(
+            f"note: rank {of_rule.rank} is above the smaller side of {len(clamped)} layers, for example "
+            f"{clamped[0].name}; {clamped[0].rule.rank} is used there",
+            flush=True,
+        )
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
@@ -79,17 +115,14 @@ def _require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be {rule}")
 
 
-def _check_shares(
-    modules: dict[str, LowRankLinear], team: Team, inner, rule: str, stepping: str, rounding: str
-) -> None:
+def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: str, stepping: str) -> None:
     """Raise :class:`ConfigError` if some weights are shared by rows and cannot be stepped so."""
     shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
     if not shared:
         return
-    given = (("rule", rule, rule_slot.GALORE), ("stepping", stepping, "deferred"))
+    given = (("rule", rule, GALORE), ("stepping", stepping, "deferred"))
     for name, value, wanted in given:
         _require(value == wanted, name, value, f"{wanted!r} where processes share weights by rows")
-    _require(rounding != feedback.NAME, "weight_rounding", rounding, "another where processes share weights by rows")
     for name, module in shared.items():
         shareable(name, module, inner, team.size, part_elements(inner))
 
@@ -123,7 +156,6 @@ def optimizer(
     stagger: bool = True,
     projector: str = "randomized",
     policy: str = "overlap",
-    similarity: str | None = None,
     moments: str = "rotate",
     weight_rounding: str = "stochastic",
     weight_scales: str = "sticky",
@@ -136,12 +168,13 @@ def optimizer(
     Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
 
     rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
-      projection), ``apollo_mini``, ``scale``, ``fira``, ``momentum`` (see ``rules``). ``scale`` None: the rule's own.
+      projection), ``apollo_mini``, ``scale``, ``fira`` (see ``rules``). ``scale`` None: the rule's own.
     full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
     inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw4bit``, ``adamw``, or any ``torch.optim.Optimizer``
       class or dotted path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to
       the three named ones, others take ``inner_options``.
-    stepping: ``deferred`` or ``fused`` (see the module). Fused refuses accumulation and cannot clip the global norm.
+    stepping: ``deferred``, ``fused`` or ``manual`` (see ``optimizer``). Fused refuses accumulation and cannot clip the
+      global norm. Manual has no hooks: the caller steps each tensor when its gradient is complete.
     update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
       defaults to 16 · update_proj_gap, cos_threshold to the policy's (0.2 for overlap, 0.4 for the cosines); one > 1
       never stretches a gap.
@@ -149,9 +182,8 @@ def optimizer(
     team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;
       the loss of each must be its share of the whole batch's.
     policy: when to refresh, ``overlap`` | ``first_vector`` | ``signed_cosine`` | ``energy`` | ``fixed`` (see
-      ``policies``; ``similarity`` is its name of old); moments: ``rotate`` | ``keep`` | ``reset``;
-    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``feedback`` (to the nearest, the error into the
-      momentum; see ``feedback``) | ``nearest``, a negative control;
+      ``subspace.policies``); moments: ``rotate`` | ``keep`` | ``reset``;
+    weight_rounding: of int8 weights at a merge, ``stochastic`` | ``nearest``, a negative control;
     weight_scales: ``sticky`` | ``rederived`` at every merge, as published (see ``quant.int8``).
     energy: the share of a gradient's energy that a layer's rank keeps, where the model was converted with rank="auto".
 
@@ -161,13 +193,9 @@ def optimizer(
     _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
     _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
     _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
-    if similarity is not None:
-        print(f"note: similarity={similarity!r} is deprecated; say policy={similarity!r}", flush=True)
-        policy = similarity
     _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
     _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
-    roundings = (*ROUNDINGS, feedback.NAME)
-    _require(weight_rounding in roundings, "weight_rounding", weight_rounding, f"one of {roundings}")
+    _require(weight_rounding in ROUNDINGS, "weight_rounding", weight_rounding, f"one of {ROUNDINGS}")
     _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
@@ -177,37 +205,33 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    if weight_rounding == feedback.NAME:
-        _require(rule == rule_slot.GALORE, "rule", rule, "galore with weight_rounding 'feedback'")
-        feedback.check(inner, options)
     merging = {"rounding": weight_rounding, "scales": weight_scales}
     find = RefreshOptions(projector, policy, moments, seed=seed, team=team, energy=energy, **merging)
     threshold = THRESHOLDS.get(policy) if cos_threshold is None else cos_threshold
     lazy = {"cos_threshold": threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or 16 * update_proj_gap
     modules = stepped_layers(model)
-    _check_shares(modules, team, inner, rule, stepping, weight_rounding)
+    _check_shares(modules, team, inner, rule, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
-    rule_slot.check(rule, rank, stepping, full_gradients, modules)
+    check_rule(rule, rank, stepping, full_gradients, modules)
     if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
         print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
-    of_rule = RuleOptions(rank, update_proj_gap, seed, "8bit" if inner in inner_optimizers.CODED else "fp32")
-    low_rank, dense = collect_slots(
+    of_rule = RuleOptions(rank, update_proj_gap, seed)
+    tensors = trained_tensors(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )
-    _require(bool(low_rank or dense), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
-    for device in {slot.leaves()[0].device for slot in [*low_rank, *dense]}:
+    _require(bool(tensors), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
+    for device in {tensor.leaves()[0].device for tensor in tensors}:
         inner_optimizers.check_ignores_value(factory, device)
-        if moments == "rotate" and any(rule_slot.turns_moments(slot) for slot in low_rank):
+        if moments == "rotate" and any(tensor.turns_moments() for tensor in tensors):
             inner_optimizers.check_rotates(factory, device)
         if inner in inner_optimizers.CODED:
             inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
     made = LowRankOptimizer(
-        low_rank,
-        dense,
+        tensors,
         lr=lr,
         weight_decay=weight_decay,
-        scale=rule_slot.default_scale(rule) if scale is None else scale,
+        scale=default_scale(rule) if scale is None else scale,
         factory=factory,
         stepping=stepping,
         seed=seed,

@@ -19,8 +19,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError
-from ..lowrank.experts import Experts
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layers.experts import Experts
+from ..lowrank.layers.linear import LowRankLinear
 
 LEAVES = ("delta", "probe", None)
 KINDS = 4  # of blocks that differ in which products are int8; dynamo keeps 8 graphs, some of them for other lengths

@@ -11,12 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
-from ..lowrank import conv, experts
-from ..lowrank.embedding import LowRankEmbedding, TiedHead
-from ..lowrank.linear import LowRankLinear
-from ..lowrank.products import Products
-from ..lowrank.ranks import STEP
-from ..lowrank.sides import PROJ_TYPES
+from ..lowrank.layers import conv, experts
+from ..lowrank.layers.embedding import LowRankEmbedding, TiedHead
+from ..lowrank.layers.int8_products import Products
+from ..lowrank.layers.linear import LowRankLinear
+from ..lowrank.subspace.ranks import STEP
+from ..lowrank.subspace.sides import PROJ_TYPES
 from ..quant.basis import FORMATS
 from ..quant.int8 import GROUP_SIZES, group_size_for
 from ..quant.int8_products import obstacle
@@ -304,11 +304,11 @@ def convert(
     convolutions: str = "full",
 ) -> ConversionReport:
     """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer, and
-    every module of a mixture's experts by one with such a layer for each matrix (see ``lowrank.experts``). The head is
-    a language model's output layer, or what a classifier has beside the pretrained body.
+    every module of a mixture's experts by one with such a layer for each matrix (see ``lowrank.layers.experts``). The
+    head is a language model's output layer, or what a classifier has beside the pretrained body.
 
     rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected;
-    ``auto``: each layer's own, found at refreshes (``lowrank.ranks``), up to ``max_rank`` (None: a quarter of the
+    ``auto``: each layer's own, found at refreshes (``subspace.ranks``), up to ``max_rank`` (None: a quarter of the
     smaller side), all layers together within the memory of a uniform ``mean_rank`` (None: no less than their maxima).
     weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
     reported fallback where it does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``.
@@ -319,7 +319,7 @@ def convert(
     compute: ``bf16``, products in the activations' dtype with the weight dequantized, or ``int8``: with its integers,
     except in the head (see ``quant.int8_products``). That needs int8 weights with group_size ``row``.
     convolutions: ``full`` (dense), or ``tucker``: kernels keep their dtype, and their gradients are projected on both
-    channel dimensions to at most ``rank`` (see ``lowrank.conv``).
+    channel dimensions to at most ``rank`` (see ``lowrank.layers.conv``).
 
     Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model with
     other stacked 3-D tensors than such experts', and one in which no layer is left to convert.

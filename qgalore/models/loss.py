@@ -1,7 +1,7 @@
 """The training loss: cross entropy summed over target tokens, so that any split into micro-batches adds up.
 
-Two ways to the same value: from all the logits, or in blocks of the vocabulary (``lowrank.head``), which never holds
-the tokens × vocabulary logits but is right only for a model that leaves its head's output as it is.
+Two ways to the same value: from all the logits, or in blocks of the vocabulary (``lowrank.layers.head``), which
+never holds the tokens × vocabulary logits but is right only for a model that leaves its head's output as it is.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..lowrank import head as chunked
-from ..lowrank.experts import Experts
+from ..lowrank.layers import head as chunked
+from ..lowrank.layers.experts import Experts
 
 IGNORED = -100
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]

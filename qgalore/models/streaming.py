@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from ..errors import ConfigError
-from ..lowrank.experts import Experts
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layers.experts import Experts
+from ..lowrank.layers.linear import LowRankLinear
 from ..parallel import shards
 
 Rows = Callable[[int, int], Tensor]  # of a tensor of more than two dimensions: the vectors along its last one

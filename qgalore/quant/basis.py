@@ -4,6 +4,7 @@ A basis with ``dim`` rows and ``rank`` orthonormal columns is stored transposed,
 contiguous and its 4-bit groups (128, 64, 32 values or the whole vector) lie along it.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -75,3 +76,15 @@ def decode(codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch
     values = nibbles.float() - 8.0 if fmt == "int4" else _nf4_code(codes.device)[nibbles.int()]
     groups = scale.shape[1]
     return (values.view(codes.shape[0], groups, -1) * scale.float().unsqueeze(2)).view(-1, dim).to(dtype)
+
+
+def update_rows(delta: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Callable[[int, int], Tensor]:
+    """A function (a, b) → rows a … b−1 of ``scale · L Δ R̂ᵀ``, so that the (out, in) product never exists whole."""
+    if left is not None and right is not None:  # the small product first
+        left, right = left @ delta, right
+        return lambda a, b: (left[a:b] @ right.T).mul_(scale)
+    if left is not None:
+        return lambda a, b: (left[a:b] @ delta).mul_(scale)
+    if right is not None:
+        return lambda a, b: (delta[a:b] @ right.T).mul_(scale)
+    return lambda a, b: delta[a:b] * scale

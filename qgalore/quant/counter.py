@@ -6,6 +6,7 @@ xor-shift-multiply "lowbias32" finaliser), keyed by 64 bits of BLAKE2b; it needs
 """
 
 import hashlib
+import struct
 
 import torch
 from torch import Tensor
@@ -21,9 +22,8 @@ _NINE, _MANTISSA, _ONE = (torch.tensor(value, dtype=torch.int32) for value in (9
 
 def derive_key(*parts: int) -> tuple[int, int]:
     """Two signed 32-bit integers that name a random stream, for example ``derive_key(seed, step, tensor_index)``."""
-    digest = hashlib.blake2b(b"".join(part.to_bytes(8, "little", signed=True) for part in parts), digest_size=8)
-    raw = digest.digest()
-    return int.from_bytes(raw[:4], "little", signed=True), int.from_bytes(raw[4:], "little", signed=True)
+    words = struct.pack(f"<{len(parts)}q", *parts)
+    return struct.unpack("<2i", hashlib.blake2b(words, digest_size=8).digest())
 
 
 def _mix_(x: Tensor, scratch: Tensor) -> Tensor:

@@ -6,19 +6,19 @@ raises where a kernel cannot run. Code that ``torch.compile`` traces always take
 """
 
 import os
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import basis, compiled, int8
+from . import basis, dense, int8
 from .self_check import first_failure
 
-CHOICES = ("auto", "reference", "triton", "compiled")
+CHOICES = ("auto", "reference", "triton")
 _choice = "auto"
 
 
@@ -26,15 +26,13 @@ def use(kernels: str, device: torch.device) -> None:
     """Choose the code for this process and, where it is kernels, check them on ``device``.
 
     Raises :class:`ConfigError` for a name that is not in ``CHOICES``, and under ``triton`` if kernels cannot run on
-    ``device`` or one of them is wrong there, or under ``compiled`` if that code cannot be made or is wrong there.
+    ``device`` or one of them is wrong there.
     """
     global _choice
     if kernels not in CHOICES:
         raise ConfigError(f"kernels is {kernels!r}; it must be one of {CHOICES}")
     before, _choice = _choice, kernels
     try:
-        if kernels == "compiled" and (reason := _compiler_obstacle(device)):
-            raise ConfigError(f"kernels is 'compiled', but {reason}; set kernels to auto or reference")
         kernels_for(device)
     except ConfigError:
         _choice = before
@@ -44,11 +42,6 @@ def use(kernels: str, device: torch.device) -> None:
 @cache
 def _say_once(text: str) -> None:
     print(f"{'kernels:':<11}{text}", flush=True)
-
-
-@cache
-def _compiler_obstacle(device: torch.device) -> str | None:
-    return compiled.failure() if device.type == "cpu" else f"that code is for a CPU, not for {device.type}"
 
 
 @cache
@@ -69,7 +62,7 @@ def kernels_for(device: torch.device, obstacle: str | None = None) -> ModuleType
     ``obstacle`` says why this case has no kernel. Under ``triton`` whatever keeps a kernel from running raises
     :class:`ConfigError`; under ``auto`` it is printed, once.
     """
-    if _choice in ("reference", "compiled") or device.type == "meta" or torch.compiler.is_compiling():
+    if _choice == "reference" or device.type == "meta" or torch.compiler.is_compiling():
         return None
     if _choice == "auto" and device.type != "cuda":
         return None
@@ -172,20 +165,47 @@ def fused_merge(
     return True
 
 
-def write_back(
-    q: Tensor,
-    scale: Tensor,
-    update_rows: Callable[[int, int], Tensor],
+class StoredBasis(Protocol):
+    """Columns (dim, rank) as ``basis.encode`` stores them."""
+
+    codes: Tensor
+    scale: Tensor | None
+    fmt: str
+
+    def columns(self) -> Tensor:
+        """fp32 (dim, rank)."""
+
+
+@torch.no_grad()
+def merge(
+    weight: Tensor,
+    scale: Tensor | None,
+    delta: Tensor,
+    left: StoredBasis | None,
+    right: StoredBasis | None,
     *,
+    s: float,
+    shrink: float,
+    key: tuple[int, int],
+    first_row: int = 0,
     rounding: str = "stochastic",
     scales: str = "sticky",
-    **where,
 ) -> None:
-    """See ``int8.write_back``; groups of 128, 64 or 32 on a CPU have compiled code."""
-    if _choice == "compiled" and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        obstacle = _group_obstacle("weight", q.shape[1] // scale.shape[1]) or _way_obstacle(rounding, scales)
-        if obstacle is None:
-            compiled.write_back(q, scale, update_rows, **where)
-            return
-        _say_once(f"{obstacle}: plain PyTorch is used there")
-    int8.write_back(q, scale, update_rows, rounding=rounding, scales=scales, **where)
+    """``W ← W · (1 − shrink) + s · L Δ R̂ᵀ`` in place, rounded once: by a kernel where there is one.
+
+    ``weight`` (rows, in): int8 with its ``scale``, or floating point without; ``delta``: fp32. ``left`` and ``right``
+    are None for the identity. The rest as in ``int8.write_back``; ``rounding`` and ``scales`` are those of int8.
+    """
+    where = {"shrink": shrink, "key": key, "first_row": first_row}
+    if scale is not None:
+        how = {"rounding": rounding, "scales": scales}
+        if kernels_for(weight.device) is not None:
+            stored = [None if side is None else (side.codes, side.scale, side.fmt) for side in (left, right)]
+            if fused_merge(weight, scale, delta, *stored, s=s, **where, **how):
+                return
+    columns = None if left is None else left.columns(), None if right is None else right.columns()
+    rows = basis.update_rows(delta, *columns, s)
+    if scale is None:
+        dense.write_back(weight, rows, **where)
+    else:
+        int8.write_back(weight, scale, rows, **where, **how)

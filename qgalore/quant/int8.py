@@ -134,7 +134,6 @@ def write_back(
     first_row: int = 0,
     rounding: str = "stochastic",
     scales: str = "sticky",
-    left_out: Callable[[int, int, Tensor], None] | None = None,
 ) -> None:
     """``W ← SR(W · (1 − shrink) + update)`` in place, in fp32, tile by tile, with one stochastic rounding at the end.
 
@@ -143,8 +142,7 @@ def write_back(
     element of the whole tensor, in which ``q``'s first row has the number ``first_row``. The sum is formed as (integer,
     small change) wherever the scale stays, so that updates far below fp32's resolution at 127 still count.
 
-    ``rounding``: one of ``ROUNDINGS``; ``scales``: one of ``SCALES``. With rounding to the nearest, ``left_out(a, b,
-    error)`` is told the fp32 (b − a, in) by which rows a … b−1 fall short of the exact sum.
+    ``rounding``: one of ``ROUNDINGS``; ``scales``: one of ``SCALES``.
     """
     rows, width = q.shape
     step = min(rows, max(1, tile_elements(q.device) // width))
@@ -165,8 +163,6 @@ def write_back(
                 target.copy_(add_rounded_(base, change, bits, work).clamp_(-QMAX, QMAX))
                 continue
             target.copy_(base.add_(torch.round(change, out=work)).clamp_(-QMAX, QMAX))
-            if left_out is not None:
-                left_out(c, d, change.sub_(work).mul_(scale[c:d].float().unsqueeze(2)).view(d - c, width))
 
 
 def _prepare_tile(q: Tensor, scale: Tensor, update: Tensor, tile: list[Tensor], shrink: float, scales: str) -> Tensor:

@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 
 from qgalore.convergence import records, summary
-from qgalore.lowrank.schedule import LazySchedule, staggered_first_gaps
+from qgalore.lowrank.subspace.schedule import LazySchedule, staggered_first_gaps
 
 
 def test_counts_and_share_are_those_the_run_printed(recorded):

@@ -10,7 +10,7 @@ import qgalore
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
 from qgalore.export import int8
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError
-from qgalore.lowrank import adam4bit, moments
-from qgalore.lowrank.adam4bit import AdamW4bit
+from qgalore.lowrank.inner import adam4bit
+from qgalore.lowrank.inner.adam4bit import AdamW4bit
+from qgalore.lowrank.subspace import moments
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(61, 83), (129, 257), (4096, 2), (16, 32, 9)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError
-from qgalore.lowrank.adam8bit import AdamW8bitCPU
+from qgalore.lowrank.inner.adam8bit import AdamW8bitCPU
 from qgalore.quant.blockwise import dequantize
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -8,7 +8,7 @@ from torch import nn
 
 import qgalore
 from qgalore.errors import ConfigError
-from qgalore.lowrank.conv import LowRankConv
+from qgalore.lowrank.layers.conv import LowRankConv
 
 SHAPES = {
     "2d": (nn.Conv2d(5, 12, (3, 2), stride=2, padding=1), (4, 5, 9, 8)),

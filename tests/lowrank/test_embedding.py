@@ -6,12 +6,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgalore
-from qgalore.lowrank import embedding as module_under_test
-from qgalore.lowrank import sides
-from qgalore.lowrank.embedding import LowRankEmbedding, TiedHead
-from qgalore.lowrank.head import chunked_cross_entropy
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.sides import PROJ_TYPES, project
+from qgalore.lowrank.layers import embedding as module_under_test
+from qgalore.lowrank.layers.embedding import LowRankEmbedding, TiedHead
+from qgalore.lowrank.layers.head import chunked_cross_entropy
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace import sides
+from qgalore.lowrank.subspace.sides import PROJ_TYPES, project
 from qgalore.models.loss import chunked_loss, summed_loss
 
 WIDTH = 32
@@ -149,7 +149,7 @@ def test_a_tied_head_owns_nothing_but_its_bias(tiny_llama, device):
     assert twin.lm_head.embedding is twin.model.embed_tokens
     assert twin.lm_head.embedding is not model.lm_head.embedding
     assert model.to(torch.bfloat16).lm_head.embedding is model.model.embed_tokens
-    slots = [slot.name for slot in qgalore.optimizer(twin, lr=1e-2).slots]
+    slots = [slot.name for slot in qgalore.optimizer(twin, lr=1e-2).tensors]
     assert slots.count("model.embed_tokens") == 1
     assert not any("lm_head" in name for name in slots)
 
@@ -236,7 +236,7 @@ def test_a_refresh_of_a_bf16_gradient_makes_no_fp32_copy(device, monkeypatch):
     monkeypatch.setattr(sides, "TILE_ELEMENTS", tile)
     layer = made(vocabulary, "std", device, rank=rank, dtype=torch.bfloat16, grad_dtype=torch.bfloat16)
     opt = qgalore.optimizer(nn.Sequential(layer), lr=1e-2, inner="adamw")
-    slot = opt.slots[0]
+    slot = opt.tensors[0]
     for step in range(2):
         layer.delta.requires_grad_(False)
         layer.probe.requires_grad_(True)

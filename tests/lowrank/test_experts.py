@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import qgalore
-from qgalore.lowrank.experts import Experts
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.experts import Experts
+from qgalore.lowrank.layers.linear import LowRankLinear
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

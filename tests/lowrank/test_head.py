@@ -4,9 +4,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from qgalore.lowrank.head import chunked_cross_entropy, vocabulary_blocks
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.sides import PROJ_TYPES
+from qgalore.lowrank.layers.head import chunked_cross_entropy, vocabulary_blocks
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace.sides import PROJ_TYPES
 
 WIDTH = 32
 

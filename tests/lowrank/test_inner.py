@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError
-from qgalore.lowrank import inner
-from qgalore.lowrank.adam8bit import AdamW8bitCPU
+from qgalore.lowrank.inner import checked
+from qgalore.lowrank.inner.adam8bit import AdamW8bitCPU
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", [*inner.BUILTIN, "torch.optim.SGD", "torch.optim.NAdam", torch.optim.RMSprop])
+@pytest.mark.parametrize("name", [*checked.BUILTIN, "torch.optim.SGD", "torch.optim.NAdam", torch.optim.RMSprop])
 def test_accepted_optimizers(name, device):
-    inner.check_ignores_value(inner.make_factory(name, 0.01, {}), device)
+    checked.check_ignores_value(checked.make_factory(name, 0.01, {}), device)
 
 
 def test_accepted_with_options():
-    inner.check_ignores_value(inner.make_factory("bitsandbytes.optim.Lion8bit", 0.01, {}), CPU)
-    inner.check_ignores_value(inner.make_factory("torch.optim.Adafactor", 0.01, {"eps": [None, 1.0]}), CPU)
+    checked.check_ignores_value(checked.make_factory("bitsandbytes.optim.Lion8bit", 0.01, {}), CPU)
+    checked.check_ignores_value(checked.make_factory("torch.optim.Adafactor", 0.01, {"eps": [None, 1.0]}), CPU)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_accepted_with_options():
 )
 def test_steps_that_depend_on_the_value_are_refused(name):
     with pytest.raises(ConfigError, match="depends on the parameter's own value"):
-        inner.check_ignores_value(inner.make_factory(name, 0.01, {}), CPU)
+        checked.check_ignores_value(checked.make_factory(name, 0.01, {}), CPU)
 
 
 def test_a_decay_of_its_own_is_refused():
@@ -36,9 +36,9 @@ def test_a_decay_of_its_own_is_refused():
             super().__init__(params, lr=lr, **{**options, "weight_decay": 0.1})
 
     with pytest.raises(ConfigError, match="depends on the parameter's own value"):
-        inner.check_ignores_value(inner.make_factory(Decaying, 0.01, {}), CPU)
+        checked.check_ignores_value(checked.make_factory(Decaying, 0.01, {}), CPU)
     with pytest.raises(ConfigError, match=r"train\.weight_decay"):
-        inner.make_factory("adamw", 0.01, {"weight_decay": 0.1})
+        checked.make_factory("adamw", 0.01, {"weight_decay": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -51,19 +51,19 @@ def test_a_decay_of_its_own_is_refused():
 )
 def test_unknown_names(name, message):
     with pytest.raises(ConfigError, match=message):
-        inner.make_factory(name, 0.01, {})
+        checked.make_factory(name, 0.01, {})
 
 
 @pytest.mark.parametrize("name", ["torch.optim.LBFGS", "torch.optim.SparseAdam"])
 def test_what_cannot_take_an_ordinary_step_is_refused(name):
     with pytest.raises(ConfigError, match=r"trial step|does not take"):
-        inner.check_ignores_value(inner.make_factory(name, 0.01, {}), CPU)
+        checked.check_ignores_value(checked.make_factory(name, 0.01, {}), CPU)
 
 
-@pytest.mark.parametrize("name", [*inner.BUILTIN, "torch.optim.SGD", "bitsandbytes.optim.Lion8bit"])
+@pytest.mark.parametrize("name", [*checked.BUILTIN, "torch.optim.SGD", "bitsandbytes.optim.Lion8bit"])
 def test_optimizers_whose_moments_rotate(name, device):
     options = {"momentum": 0.9} if name.endswith("SGD") else {}
-    inner.check_rotates(inner.make_factory(name, 0.01, options), device)
+    checked.check_rotates(checked.make_factory(name, 0.01, options), device)
 
 
 @pytest.mark.parametrize(
@@ -77,38 +77,38 @@ def test_optimizers_whose_moments_rotate(name, device):
 )
 def test_optimizers_whose_moments_do_not_rotate_are_refused_at_the_start(name, options):
     with pytest.raises(ConfigError, match=r"lowrank\.moments=keep"):
-        inner.check_rotates(inner.make_factory(name, 0.01, options), CPU)
+        checked.check_rotates(checked.make_factory(name, 0.01, options), CPU)
 
 
 def test_the_learning_rate_is_not_an_option():
     with pytest.raises(ConfigError, match=r"train\.lr"):
-        inner.make_factory("adamw", 0.01, {"lr": 3})
+        checked.make_factory("adamw", 0.01, {"lr": 3})
 
 
 def test_the_name_says_which_code_runs():
     [leaf] = params = [torch.nn.Parameter(torch.zeros(2))]
-    assert type(inner.make_factory("adamw8bit", 0.01, {})(params)) is AdamW8bitCPU
-    assert type(inner.make_factory("bitsandbytes.optim.AdamW8bit", 0.01, {})(params)) is bnb.optim.AdamW8bit
-    assert "CPU code" in inner.describe("adamw8bit", leaf.device)
-    assert inner.describe("adamw8bit", torch.device("cuda")) == "adamw8bit (bitsandbytes)"
-    assert inner.describe("adamw", CPU) == "adamw"
+    assert type(checked.make_factory("adamw8bit", 0.01, {})(params)) is AdamW8bitCPU
+    assert type(checked.make_factory("bitsandbytes.optim.AdamW8bit", 0.01, {})(params)) is bnb.optim.AdamW8bit
+    assert "CPU code" in checked.describe("adamw8bit", leaf.device)
+    assert checked.describe("adamw8bit", torch.device("cuda")) == "adamw8bit (bitsandbytes)"
+    assert checked.describe("adamw", CPU) == "adamw"
 
 
 def test_unknown_options():
     with pytest.raises(ConfigError, match="does not take the options"):
-        inner.make_factory("adamw", 0.01, {"momentum": 0.9})
+        checked.make_factory("adamw", 0.01, {"momentum": 0.9})
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
 def test_4bit_adamw_passes_its_self_check(betas, device):
-    factory = inner.make_factory("adamw4bit", 0.01, {"betas": betas, "eps": 1e-8})
-    inner.check_coded("adamw4bit", factory, betas, 1e-8, device)
+    factory = checked.make_factory("adamw4bit", 0.01, {"betas": betas, "eps": 1e-8})
+    checked.check_coded("adamw4bit", factory, betas, 1e-8, device)
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "bitsandbytes.optim.AdamW8bit"])
 def test_8bit_adamw_passes_its_self_check(name, device):
-    factory = inner.make_factory(name, 0.01, {"betas": (0.9, 0.95), "eps": 1e-8})
-    inner.check_coded("adamw8bit", factory, (0.9, 0.95), 1e-8, device)
+    factory = checked.make_factory(name, 0.01, {"betas": (0.9, 0.95), "eps": 1e-8})
+    checked.check_coded("adamw8bit", factory, (0.9, 0.95), 1e-8, device)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_8bit_adamw_passes_its_self_check(name, device):
 )
 def test_self_check_refuses_what_is_not_adamw(name, wrong):
     with pytest.raises(ConfigError, match="self-check"):
-        inner.check_coded(name, wrong, (0.9, 0.999), 1e-8, CPU)
+        checked.check_coded(name, wrong, (0.9, 0.999), 1e-8, CPU)
 
 
 def test_self_check_refuses_an_optimizer_that_does_nothing():
@@ -132,7 +132,7 @@ def test_self_check_refuses_an_optimizer_that_does_nothing():
             return None
 
     with pytest.raises(ConfigError, match="self-check"):
-        inner.check_coded("adamw8bit", lambda params: Idle(params, lr=0.01), (0.9, 0.999), 1e-8, CPU)
+        checked.check_coded("adamw8bit", lambda params: Idle(params, lr=0.01), (0.9, 0.999), 1e-8, CPU)
 
 
 def test_missing_bitsandbytes_names_the_remedy(monkeypatch):
@@ -147,5 +147,5 @@ def test_missing_bitsandbytes_names_the_remedy(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"pip install bitsandbytes.*train\.optimizer=adamw"):
-        inner.adamw8bit_class(torch.device("cuda"))
-    assert inner.adamw8bit_class(CPU) is AdamW8bitCPU
+        checked.adamw8bit_class(torch.device("cuda"))
+    assert checked.adamw8bit_class(CPU) is AdamW8bitCPU

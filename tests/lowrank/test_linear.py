@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qgalore.lowrank.linear import Basis, LowRankLinear
-from qgalore.lowrank.sides import PROJ_TYPES, basis_sides, project
+from qgalore.lowrank.layers.bases import Basis
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace.sides import PROJ_TYPES, basis_sides, project
 from qgalore.models.convert import convert
 
 SHAPES = [(48, 32), (32, 48), (40, 40), (33, 7)]

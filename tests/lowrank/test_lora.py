@@ -10,8 +10,8 @@ from test_optimizer import loss_of, train
 
 from qgalore import config
 from qgalore.errors import ConfigError
-from qgalore.lowrank import lora
 from qgalore.lowrank.factory import optimizer
+from qgalore.lowrank.layers import lora
 from qgalore.models.convert import convert
 
 SETTINGS = {"rank": 4, "alpha": 8.0, "dtype": torch.float32, "seed": 3}

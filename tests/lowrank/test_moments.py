@@ -2,7 +2,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qgalore.lowrank import moments
+from qgalore.lowrank.subspace import moments
 
 
 def stepped(make, shape, steps=3, device="cpu"):

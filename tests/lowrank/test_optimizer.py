@@ -7,8 +7,8 @@ import torch
 
 from qgalore.errors import ConfigError, NumericalError
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.slots import LowRankSlot
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.tensors.projected import ProjectedTensor
 from qgalore.models.convert import convert
 
 QUICK = {"rank": 8, "basis_format": "int4"}
@@ -205,12 +205,12 @@ def test_fused_mode_holds_one_tensors_gradient_at_a_time(tiny_llama, token_batch
         for batch in token_batches(device, steps=2):
             seen.clear()
             train(model, opt, [batch])
-            assert len(seen) == len(opt.slots)
+            assert len(seen) == len(opt.tensors)
             peaks[stepping].append((max(live for live, _ in seen), max(own for _, own in seen)))
     print(f"\nlive gradients at most, bytes: { ({k: [live for live, _ in v] for k, v in peaks.items()}) }")
     for live, largest in peaks["fused"]:
         assert live == largest
-    everything = sum(slot.shape.numel() * 4 for slot in opt.slots)
+    everything = sum(slot.shape.numel() * 4 for slot in opt.tensors)
     assert peaks["deferred"][1][0] == everything
     assert everything > 3 * peaks["fused"][1][0]
 
@@ -231,7 +231,7 @@ def test_clipping_sees_every_gradient(tiny_llama, token_batches, device):
     loss_of(model, token_batches(device)[0]).backward()
     opt.refresh()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-    after = torch.stack([slot.gradient().norm() for slot in opt.slots]).norm()
+    after = torch.stack([slot.gradient().norm() for slot in opt.tensors]).norm()
     assert float(norm) > 0.01
     assert float(after) == pytest.approx(0.01, rel=1e-3)
     opt.step()
@@ -322,13 +322,13 @@ def test_a_failed_decomposition_keeps_the_old_basis(tiny_llama, token_batches, m
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr("qgalore.lowrank.projector.randomized_basis", fail)
+    monkeypatch.setattr("qgalore.lowrank.subspace.search.randomized_basis", fail)
     before = model.model.layers[0].mlp.down_proj.weight.clone()
     opt.events.clear()
     train(model, opt, token_batches(steps=1))
     assert_same(codes, {n: v for n, v in model.state_dict().items() if n in codes})
     assert [e["failed"] for e in opt.events] == ["did not converge"] * 14
-    assert all(s.schedule.failures == 1 for s in opt.slots if isinstance(s, LowRankSlot))
+    assert all(s.schedule.failures == 1 for s in opt.tensors if isinstance(s, ProjectedTensor))
     assert not torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
 
 
@@ -358,7 +358,7 @@ def test_bf16_vectors_keep_an_fp32_master(tiny_llama, token_batches):
     convert(model, **QUICK)
     opt = optimizer(model, lr=1e-5, inner="adamw")
     train(model, opt, token_batches(steps=3))
-    masters = [slot.master for slot in opt.slots if getattr(slot, "master", None) is not None]
+    masters = [slot.master for slot in opt.tensors if getattr(slot, "master", None) is not None]
     assert len(masters) == 5
     for master in masters:
         assert 0 < float((master - 1).abs().max()) < 1e-4
@@ -395,7 +395,7 @@ def test_converted_layers_are_all_slots(tiny_llama):
     report = convert(model, **QUICK)
     opt = optimizer(model, lr=1e-3)
     layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
-    assert len(layers) == len(report.converted) == len([s for s in opt.slots if isinstance(s, LowRankSlot)]) == 14
+    assert len(layers) == len(report.converted) == len([s for s in opt.tensors if isinstance(s, ProjectedTensor)]) == 14
 
 
 def test_a_zero_gradient_gives_no_basis_but_another_try(tiny_llama, token_batches):

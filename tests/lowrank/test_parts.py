@@ -30,9 +30,9 @@ def test_parts_give_the_same_bits(tiny_llama, token_batches, monkeypatch, device
         for limit in (1 << 30, LIMIT)
     ]
     (whole, one), (split, several) = runs
-    assert max(len(slot.parts) for slot in one.slots) == 1
-    assert {len(slot.parts) for slot in several.slots} == {1, 6}
-    assert all(part.leaf.numel() <= LIMIT + 256 * 96 for slot in several.slots for part in slot.parts)
+    assert max(len(slot.parts) for slot in one.tensors) == 1
+    assert {len(slot.parts) for slot in several.tensors} == {1, 6}
+    assert all(part.leaf.numel() <= LIMIT + 256 * 96 for slot in several.tensors for part in slot.parts)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, split.state_dict()[name]), name
 
@@ -58,4 +58,4 @@ def test_parts_resume(tiny_llama, token_batches, monkeypatch):
 def test_a_matrix_wise_optimizer_sees_whole_tensors(tiny_llama, token_batches, monkeypatch):
     options = {"inner": "torch.optim.Adafactor", "inner_options": {"eps": (None, 1.0)}, "moments": "keep"}
     _, opt = trained(tiny_llama(vocab_size=1003, hidden_size=96), [], monkeypatch, LIMIT, **options)
-    assert all(len(slot.parts) == 1 for slot in opt.slots)
+    assert all(len(slot.parts) == 1 for slot in opt.tensors)

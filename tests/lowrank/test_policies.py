@@ -9,11 +9,10 @@ import torch
 from test_optimizer import QUICK, assert_same, loss_of, stored, train
 
 from qgalore import checkpoint, config
-from qgalore.errors import ConfigError
-from qgalore.lowrank import projector
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.policies import POLICIES, THRESHOLDS, layers_at_once, make_schedules
-from qgalore.lowrank.schedule import EnergySchedule
+from qgalore.lowrank.subspace import search
+from qgalore.lowrank.subspace.policies import POLICIES, THRESHOLDS, layers_at_once, make_schedules
+from qgalore.lowrank.subspace.schedule import EnergySchedule
 from qgalore.models.convert import convert
 
 LAZY = {"cos_threshold": 0.4, "gamma_proj": 2.0, "queue_size": 1, "max_gap": 1000}
@@ -129,7 +128,7 @@ def test_a_run_goes_on_after_a_checkpoint(tiny_llama, token_batches, device, pol
     for one, its in ((model, opt), (twin, other)):
         train(one, its, batches[7:])
         assert_same(stored(one), stored(fused))
-    states = [[slot.schedule.state() for slot in o.slots if hasattr(slot, "schedule")] for o in (opt, other, third)]
+    states = [[slot.schedule.state() for slot in o.tensors if hasattr(slot, "schedule")] for o in (opt, other, third)]
     assert states[0] == states[1] == states[2]
 
 
@@ -154,7 +153,7 @@ def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device
     batches = token_batches(device, 2)
     train(model, opt, batches[:1])
     twin = copy.deepcopy(model)
-    slot = opt.slots[0]
+    slot = opt.tensors[0]
     slot.schedule.next_refresh = 1
     slot.arm(1)
     assert slot.module.probe.requires_grad
@@ -170,27 +169,20 @@ def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device
     assert torch.allclose(looked, module.delta.grad, rtol=1e-4, atol=1e-5 * float(full.abs().max()))
     seen = slot.schedule.first_looks
     side, matrix = (right, full) if right is not None else (left, full.T)
-    assert seen == [pytest.approx(projector.captured_energy(matrix, side), rel=1e-5)]
+    assert seen == [pytest.approx(search.captured_energy(matrix, side), rel=1e-5)]
 
 
-def test_the_old_name_works_and_says_so(tiny_llama, capsys):
-    model = tiny_llama()
-    convert(model, **QUICK)
-    opt = optimizer(model, lr=0.1, inner="adamw", similarity="first_vector")
-    assert opt.slots[0].options.policy == "first_vector"
-    assert "deprecated" in capsys.readouterr().out
+def test_a_run_that_saved_the_old_key_as_null_goes_on():
+    """``similarity`` was a key, null unless somebody gave it; one that was given is told."""
+    now = config.resolve(config.load("quickstart.yaml", []), "cpu", False)
+    saved = now.model_dump(mode="json")
+    saved["lowrank"]["similarity"] = None
+    assert config.differences(saved, now) == []
+    saved["lowrank"]["similarity"] = "first_vector"
+    assert config.differences(saved, now) == ["lowrank.similarity: 'first_vector' → None"]
 
 
-def test_the_old_key_works_and_says_so():
-    old = config.load("quickstart.yaml", ["lowrank.similarity=first_vector"])
-    new = config.resolve(config.load("quickstart.yaml", ["lowrank.policy=first_vector"]), "cpu", False)
-    assert config.resolve(old, "cpu", False) == new
-    assert any("say lowrank.policy: first_vector" in line for line in config.remarks(old))
-    saved = new.model_dump(mode="json")
-    saved["lowrank"]["similarity"] = saved["lowrank"].pop("policy")  # as a run of old has saved it
-    assert config.differences(saved, new) == []
-    with pytest.raises(ConfigError, match="give that one alone"):
-        config.load("quickstart.yaml", ["lowrank.policy=energy", "lowrank.similarity=overlap"])
+def test_a_key_that_the_policy_does_not_read_is_named():
     assert any(
         "lowrank.queue_size has no effect with policy: energy" in line
         for line in config.remarks(config.load("quickstart.yaml", ["lowrank.policy=energy"]))
@@ -205,7 +197,7 @@ def test_each_policy_has_a_threshold_of_its_own(tiny_llama):
             assert config.resolve(loaded, "cpu", False).lowrank.cos_threshold == wanted
     schedules = {
         name: next(
-            s.schedule for s in built(tiny_llama, "cpu", name, cos_threshold=None)[1].slots if hasattr(s, "schedule")
+            s.schedule for s in built(tiny_llama, "cpu", name, cos_threshold=None)[1].tensors if hasattr(s, "schedule")
         )
         for name in POLICIES
     }

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from qgalore import convert, optimizer
 from qgalore.errors import ConfigError
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.products import MAX_ERROR, Products
+from qgalore.lowrank.layers.int8_products import MAX_ERROR, Products
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.models.checkpointing import checkpoint_blocks
 
 INT8 = ("model.compute=int8", "lowrank.group_size=row")

@@ -6,9 +6,10 @@ import torch
 import qgalore
 from qgalore import checkpoint
 from qgalore.errors import ConfigError
-from qgalore.lowrank import moments, projector, ranks
-from qgalore.lowrank.adam4bit import AdamW4bit
-from qgalore.lowrank.adam8bit import AdamW8bitCPU
+from qgalore.lowrank.inner.adam4bit import AdamW4bit
+from qgalore.lowrank.inner.adam8bit import AdamW8bitCPU
+from qgalore.lowrank.subspace import moments, ranks, search
+from qgalore.lowrank.tensors.adaptive import AdaptiveTensor
 
 AUTO = {"rank": "auto", "max_rank": 32, "mean_rank": 16, "group_size": 32}
 
@@ -61,9 +62,9 @@ def test_a_known_spectrum_gets_its_rank(shape, values, energy, wanted):
     basis = layer.left or layer.right
     assert basis.rank == wanted
     assert layer.delta.shape == layer.delta_shape(wanted)
-    assert opt.slots[0].parts[0].state()["exp_avg"].shape == layer.delta.shape
+    assert opt.tensors[0].parts[0].state()["exp_avg"].shape == layer.delta.shape
     gradient = with_spectrum(shape, values)
-    kept = projector.captured_energy(gradient if layer.right else gradient.T, projector.orthonormal(basis.columns()))
+    kept = search.captured_energy(gradient if layer.right else gradient.T, search.orthonormal(basis.columns()))
     # int4 steps are 1/7 of a group's largest value, about 2.4 standard deviations of 64 or 96: the rounding's energy is
     # (2.4 / 7)² / 12 = 1 % of a vector's
     assert kept > min(energy, sum(v * v for v in values[:48]) / sum(v * v for v in values)) - 0.02
@@ -93,7 +94,7 @@ def test_no_gradient_and_no_decomposition_leave_the_rank(monkeypatch):
     def fails(*_):
         raise torch.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr(projector, "randomized_basis", fails)
+    monkeypatch.setattr(search, "randomized_basis", fails)
     step(with_spectrum((96, 64), flat(4)))
     assert layer.rank == 24
     assert opt.events[-1]["failed"]
@@ -134,8 +135,8 @@ def held(slots):
 def test_the_budget_is_never_exceeded(tiny_llama, token_batches, monkeypatch, inner):
     """After every single change of a rank; and it binds: a layer has grown beyond the mean, and wanted more."""
     model, opt = converted(tiny_llama, inner=inner, energy=0.95)
-    slots = [slot for slot in opt.slots if isinstance(slot, ranks.AutoRankSlot)]
-    budget, adopt = slots[0].budget, ranks.AutoRankSlot._adopt
+    slots = [slot for slot in opt.tensors if isinstance(slot, AdaptiveTensor)]
+    budget, adopt = slots[0].budget, AdaptiveTensor.adopt
     seen = []
 
     def checked(slot, *arguments):
@@ -144,7 +145,7 @@ def test_the_budget_is_never_exceeded(tiny_llama, token_batches, monkeypatch, in
         assert held(slots) <= budget.limit[0]
         seen.append(slot.module.rank)
 
-    monkeypatch.setattr(ranks.AutoRankSlot, "_adopt", checked)
+    monkeypatch.setattr(AdaptiveTensor, "adopt", checked)
     assert budget.used() == budget.limit
     for tokens in token_batches(steps=6):
         model(tokens, labels=tokens, use_cache=False).loss.backward()
@@ -168,7 +169,7 @@ def test_bytes_of_moments_are_those_of_the_shape(inner, shape):
 
 def test_what_is_not_needed_is_freed(tiny_llama, token_batches):
     model, opt = converted(tiny_llama, energy=0.2)
-    slots = [slot for slot in opt.slots if isinstance(slot, ranks.AutoRankSlot)]
+    slots = [slot for slot in opt.tensors if isinstance(slot, AdaptiveTensor)]
     trained(model, token_batches(steps=1), opt)
     assert {slot.module.rank for slot in slots} == {8}
     assert held(slots) < 0.7 * slots[0].budget.limit[0]  # half, but for small moments, which are in fp32
@@ -196,7 +197,7 @@ def test_resumed_equals_uninterrupted(tiny_llama, token_batches, tmp_path, throu
     half, opt = converted(tiny_llama)
     trained(half, batches[:4], opt)
     again, other = converted(tiny_llama)
-    assert len({slot.module.rank for slot in opt.slots if isinstance(slot, ranks.AutoRankSlot)}) > 1
+    assert len({slot.module.rank for slot in opt.tensors if isinstance(slot, AdaptiveTensor)}) > 1
     if through == "files":
         path = checkpoint.save(tmp_path / "step-00000004", half, opt.state_dict(), {})
         checkpoint.load_into(path, checkpoint.read_state(path), again, other)
@@ -220,10 +221,10 @@ def test_loaded_before_the_optimizer_is_built(tiny_llama, token_batches, tmp_pat
     qgalore.convert(again, **AUTO)
     qgalore.load(again, path)
     other = qgalore.optimizer(again, lr=5e-3)
-    found, wanted = ([s.module.rank for s in o.slots if isinstance(s, ranks.AutoRankSlot)] for o in (other, opt))
+    found, wanted = ([s.module.rank for s in o.tensors if isinstance(s, AdaptiveTensor)] for o in (other, opt))
     assert found == wanted != [16] * 7
-    assert other.slots[0].budget.limit == opt.slots[0].budget.limit
-    assert other.slots[0].budget.used() == opt.slots[0].budget.used()
+    assert other.tensors[0].budget.limit == opt.tensors[0].budget.limit
+    assert other.tensors[0].budget.used() == opt.tensors[0].budget.used()
 
 
 def test_a_fixed_rank_takes_no_other_ranks_tensors(tiny_llama):
@@ -292,7 +293,7 @@ def test_moments_that_are_not_turned_begin_again(capsys, moments_do):
     assert ("cannot be kept" in capsys.readouterr().out) == (moments_do == "keep")
     for count in (60, 60, 20):
         step(with_spectrum((96, 64), flat(count)))
-    state = opt.slots[0].parts[0].state()
+    state = opt.tensors[0].parts[0].state()
     assert state["exp_avg"].shape == (96, 24)
     assert float(state["step"]) == 1
 
@@ -306,7 +307,7 @@ def test_large_layers_step_in_parts(monkeypatch):
         step, layer, opt = one_layer((512, 64), energy=0.97, max_rank=64)
         for count in (60, 20, 30):
             step(with_spectrum((512, 64), flat(count)))
-        made.append((layer.weight.clone(), layer.rank, len(opt.slots[0].parts)))
+        made.append((layer.weight.clone(), layer.rank, len(opt.tensors[0].parts)))
     assert [entry[1:] for entry in made] == [(32, 1), (32, 8)]
     assert torch.equal(made[0][0], made[1][0])
 

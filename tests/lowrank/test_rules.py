@@ -10,7 +10,7 @@ from test_optimizer import QUICK, assert_same, distance, loss_of, stored, train
 from qgalore import checkpoint
 from qgalore.errors import ConfigError
 from qgalore.lowrank.factory import optimizer
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.rules import RULES
 from qgalore.lowrank.rules.apollo import random_projection
 from qgalore.lowrank.rules.common import GrowthLimiter, unit_rms_rows
@@ -19,7 +19,7 @@ from qgalore.quant.counter import derive_key
 
 SHAPES = {"wide": (24, 41), "tall": (41, 24), "square": (33, 33)}
 RANK, STEPS, GAP, SEED = 5, 30, 8, 3
-WITH_BASIS = ("fira", "momentum")
+WITH_BASIS = ("fira",)
 
 
 class Adam:
@@ -99,32 +99,11 @@ def dense_fira(shape):
     return update, limit
 
 
-def dense_momentum(shape, moments="rotate"):
-    """The full-size m̃ = P m, which lives in the span of P: a new basis P' keeps its part P' P'ᵀ m̃, or none of it."""
-    tall, basis, m, t = shape[0] >= shape[1], None, torch.zeros(min(shape), max(shape)), 0
-
-    def update(gradient, step):
-        nonlocal basis, m, t
-        if step % GAP == 0:
-            basis = leading(gradient, tall)
-            m, t = (basis @ basis.T @ m, t) if moments == "rotate" else (torch.zeros_like(m), 0)
-        t += 1
-        x = gradient.T if tall else gradient
-        inside = basis @ basis.T @ x
-        m = 0.9 * m + 0.1 * inside
-        z = x - inside + m / (1 - 0.9**t)
-        z = z.T if tall else z
-        return z * math.sqrt(shape[1]) / z.norm(dim=1, keepdim=True)
-
-    return update, None
-
-
 DENSE = {
     "apollo": lambda shape: dense_apollo(shape, tensor_wise=False),
     "apollo_mini": lambda shape: dense_apollo(shape, tensor_wise=True),
     "scale": dense_scale,
     "fira": dense_fira,
-    "momentum": dense_momentum,
 }
 
 
@@ -132,7 +111,7 @@ def options_of(rule):
     return {"rule": rule, "rank": RANK if rule == "apollo" else None}
 
 
-def compare(rule, shape, moments, dense):
+def compare(rule, shape, dense):
     """30 steps of a least-squares problem with noise, four subspaces or projections, weight decay, fp32 throughout.
 
     Both sides round each of 30 steps in fp32 (2⁻²⁴), through the decomposition of a gradient and Adam's division; 1e-3
@@ -148,7 +127,7 @@ def compare(rule, shape, moments, dense):
         model[0].weight.copy_(start)
     convert(model, rank=RANK if rule in WITH_BASIS else None, weight_format="none", basis_format="fp32")
     fixed = {"update_proj_gap": GAP, "cos_threshold": 2.0, "stagger": False, "projector": "exact", "seed": SEED}
-    how = {"inner": "adamw", "stepping": "fused", "weight_decay": 0.1, "moments": moments, "scale": 0.5}
+    how = {"inner": "adamw", "stepping": "fused", "weight_decay": 0.1, "moments": "keep", "scale": 0.5}
     opt = optimizer(model, lr=0.02, **options_of(rule), **fixed, **how)
     for x in data:
         ((model(x) - x @ target.T).square().sum() / 64).backward()
@@ -165,11 +144,7 @@ def compare(rule, shape, moments, dense):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_is_its_papers_equations(rule, shape):
-    compare(rule, shape, "rotate" if rule == "momentum" else "keep", DENSE[rule](shape))
-
-
-def test_momentum_forgets_on_reset():
-    compare("momentum", SHAPES["wide"], "reset", dense_momentum(SHAPES["wide"], "reset"))
+    compare(rule, shape, DENSE[rule](shape))
 
 
 def fresh(tiny_llama, rule, **changes):
@@ -279,12 +254,12 @@ def test_rules_without_a_basis_store_none(tiny_llama, token_batches, rule):
 def test_only_one_full_gradient_lives_in_fused_stepping(tiny_llama, token_batches):
     model, opt = fresh(tiny_llama, "scale")
     alive = []
-    for parameter in [leaf for slot in opt.slots for leaf in slot.leaves()]:
+    for parameter in [leaf for slot in opt.tensors for leaf in slot.leaves()]:
         parameter.register_post_accumulate_grad_hook(  # after the optimizer's hook, which has freed it
             lambda p: alive.append(sum(q.grad is not None for q in model.parameters()))
         )
     train(model, opt, token_batches(steps=1))
-    assert len(alive) == len(opt.slots)
+    assert len(alive) == len(opt.tensors)
     assert set(alive) == {0}
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from qgalore.lowrank.schedule import LazySchedule, staggered_first_gaps
+from qgalore.lowrank.subspace.schedule import LazySchedule, staggered_first_gaps
 
 
 def run(schedule, steps, similarity):

@@ -22,7 +22,7 @@ from transformers import (
 
 import qgalore
 from qgalore.errors import ConfigError
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
 PLAIN = {**SIZE, "intermediate_size": 48, "max_position_embeddings": 64}

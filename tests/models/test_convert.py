@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTCon
 
 import qgalore
 from qgalore.errors import ConfigError
-from qgalore.lowrank.embedding import LowRankEmbedding, TiedHead
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.embedding import LowRankEmbedding, TiedHead
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.models.convert import convert
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

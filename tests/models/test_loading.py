@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qgalore.errors import ConfigError
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.models import loading
 from qgalore.models.convert import convert
 from qgalore.models.loss import IGNORED, check_isolation, summed_loss, target_tokens, uncalled_layers

@@ -19,7 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import qgalore
 from qgalore.build.model import balance_line
-from qgalore.lowrank import head as chunked
+from qgalore.lowrank.layers import head as chunked
 from qgalore.models.checkpointing import checkpoint_blocks
 from qgalore.models.loss import balance, choose_loss, chunked_loss, head_is_plain, summed_loss, target_tokens
 

@@ -15,7 +15,7 @@ from test_shard import MICRO_BATCHES, Layers
 import qgalore
 from qgalore import checkpoint
 from qgalore.errors import ConfigError, RankError
-from qgalore.lowrank.shard_slot import share_rows
+from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import ALONE, job
 
 HOW = ("replicate", "shard")

@@ -8,9 +8,9 @@ from test_shard import whole
 from torch import nn
 
 import qgalore
-from qgalore.lowrank.experts import Experts
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.shard_slot import share_rows
+from qgalore.lowrank.layers.experts import Experts
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import job
 
 MICRO_BATCHES, TOKENS, WIDE, RANK, EXPERTS = 4, 64, 512, 8, 4  # Δ has 4,096 values: moments of 8 bits

@@ -7,7 +7,7 @@ from processes import run_in
 from torch import nn
 
 import qgalore
-from qgalore.lowrank.linear import LowRankLinear
+from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.parallel import job
 from qgalore.wire import payload
 
@@ -99,7 +99,7 @@ def count_bytes(steps):
             model.loss(step, team.rank).backward()
             optimizer.step()
             found.append(sizes[-1])
-        return found, payload(optimizer.slots, 1), payload(optimizer.slots, float("inf"))
+        return found, payload(optimizer.tensors, 1), payload(optimizer.tensors, float("inf"))
 
 
 def test_bytes_sent_are_those_planned_and_a_share_of_full_gradients():

@@ -10,8 +10,8 @@ from torch import nn
 
 import qgalore
 from qgalore.errors import ConfigError
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.shard_slot import share_rows, shareable
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.tensors.sharded import share_rows, shareable
 from qgalore.parallel import job, shards
 from qgalore.wire import payload
 
@@ -99,7 +99,7 @@ def count_bytes(steps):
                     model.loss(step, number).backward()
                 optimizer.step()
             found.append(dict(wire.bytes))
-        return found, payload(optimizer.slots, float("inf"), MICRO_BATCHES // team.size)
+        return found, payload(optimizer.tensors, float("inf"), MICRO_BATCHES // team.size)
 
 
 def test_bytes_sent_are_those_planned():

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError
-from qgalore.lowrank.linear import LowRankLinear
-from qgalore.lowrank.optimizer import attach
-from qgalore.lowrank.schedule import LazySchedule
-from qgalore.lowrank.slots import LowRankSlot, RefreshOptions
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.subspace.refresh import RefreshOptions
+from qgalore.lowrank.subspace.schedule import LazySchedule
+from qgalore.lowrank.tensors.base import attach
+from qgalore.lowrank.tensors.projected import ProjectedTensor
 from qgalore.quant import basis, dispatch, int8
 from qgalore.quant.counter import derive_key
 
@@ -184,7 +185,7 @@ def test_a_slot_that_steps_in_parts_merges_by_kernels_as_by_the_reference():
         dispatch.use(choice, DEVICE)
         layer = LowRankLinear(randn(96, 64) * 0.1, None, rank=8, group_size=64)
         layer.right.assign(torch.linalg.qr(randn(64, 8, seed=1)).Q)
-        slot = LowRankSlot("layer", 0, layer, LazySchedule(200, 200), RefreshOptions())
+        slot = ProjectedTensor("layer", 0, layer, LazySchedule(200, 200), RefreshOptions())
         attach([slot], partial(torch.optim.AdamW, lr=1.0, weight_decay=0.0), 32 * 8)
         assert len(slot.parts) == 3
         layer.delta.grad = randn(96, 8, seed=2)

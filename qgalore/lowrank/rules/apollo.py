@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...quant.counter import derive_key, random_bits, uniform
-from ..linear import LowRankLinear
+from ..layers.linear import LowRankLinear
 from .common import Adam, GrowthLimiter, Rows, Rule, RuleOptions, channel_scaling
 
 _STREAM = 1  # apart from the bits that round this layer's weights, which (seed, step, index) names
@@ -48,6 +48,9 @@ class Apollo(Rule):
     def wanted_rank(self) -> int:
         assert self.options.rank is not None
         return self.options.rank
+
+    def clamped(self) -> bool:
+        return self.rank < self.wanted_rank()
 
     def leaf_shape(self) -> torch.Size:
         long = max(self.module.weight.shape)

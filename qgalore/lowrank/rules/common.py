@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linear import LowRankLinear
+from ..layers.linear import LowRankLinear
 
 Rows = Callable[[int, int], Tensor]  # (a, b) → rows a … b−1 of a direction, fp32, a fresh tensor
 Adam = Callable[[Tensor], Tensor]  # a gradient → the inner optimizer's direction N, so that its step is −lr · N
@@ -16,13 +16,11 @@ GAMMA = 1.01  # the growth that Fira and APOLLO allow a norm from step to step
 
 @dataclass(frozen=True)
 class RuleOptions:
-    """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams;
-    ``moment_format``: ``8bit`` or ``fp32``, how ``momentum`` keeps its moment."""
+    """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams."""
 
     rank: int | None = None
     gap: int = 200
     seed: int = 0
-    moment_format: str = "fp32"
 
 
 class Rule:
@@ -44,16 +42,14 @@ class Rule:
         """The shape of what the inner optimizer would step: Δ's in a subspace, nothing for a rule without moments."""
         return self.module.delta.shape if self.uses_basis and self.uses_inner else torch.Size([0])
 
+    def clamped(self) -> bool:
+        """Whether its rank is lower than asked, because the layer has no more."""
+        return False
+
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
         """N for the gradient G, fp32 (out, in), of optimizer step ``step``, by rows. G is used up: it may be
         overwritten, and the rows read it. Call it once a step: it advances the state."""
         raise NotImplementedError
-
-    def change_basis(self, left: Tensor | None, right: Tensor | None) -> None:
-        """Turn the rule's own state (not the inner optimizer's) by the changes of basis, each (r, r) or None."""
-
-    def reset(self) -> None:
-        """Forget the rule's own state that belongs to a subspace."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The rule's own state, for checkpoints; restored by copying into these tensors."""

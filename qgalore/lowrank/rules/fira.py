@@ -17,9 +17,10 @@ paper's matrix-wise variant. With a 4-bit P, S is what P as stored discards.
 import torch
 from torch import Tensor
 
+from ...quant.basis import update_rows
 from ...quant.int8 import row_tiles
-from .. import sides
-from ..linear import LowRankLinear
+from ..layers.linear import LowRankLinear
+from ..subspace import sides
 from .common import Adam, GrowthLimiter, Rows, Rule, RuleOptions, channel_scaling
 
 
@@ -36,7 +37,7 @@ class Fira(Rule):
         left, right = self.module.columns()
         projected = sides.project(gradient, left, right)
         normalised = adam(projected)
-        kept = sides.update_rows(projected, left, right, 1.0)
+        kept = update_rows(projected, left, right, 1.0)
         for a, b in row_tiles(*gradient.shape):
             gradient[a:b].sub_(kept(a, b))
         dims = (0, 1) if (left is None) == (right is None) else (0,) if right is None else (1,)
@@ -44,7 +45,7 @@ class Fira(Rule):
         sizes = torch.linalg.vector_norm(gradient, dim=dims, keepdim=True)
         factor = self.limiter.factor(torch.linalg.vector_norm(scaling * sizes))
         scaling = (scaling * factor).expand(gradient.shape)
-        inside = sides.update_rows(normalised, left, right, 1.0)
+        inside = update_rows(normalised, left, right, 1.0)
         return lambda a, b: inside(a, b).add_(gradient[a:b] * scaling[a:b])
 
     def tensors(self) -> dict[str, Tensor]:

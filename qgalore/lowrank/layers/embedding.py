@@ -7,9 +7,9 @@ over the tokens of each id of dX R̂, r wide. The (V, d) gradient is formed only
 import torch
 from torch import Tensor, nn
 
-from ..quant import dispatch
+from ...quant import dispatch
+from ..subspace.sides import TILE_ELEMENTS
 from .linear import LowRankLinear, delta_linear, stored_weight
-from .sides import TILE_ELEMENTS
 
 
 def _sum_by_id(values: Tensor, ids: Tensor, rows: int, padding: int, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from qgalore.lowrank import projector, sides
+from qgalore.lowrank.subspace import search, sides
 
 SHAPES = [(60, 40), (40, 60), (50, 50), (33, 7), (16, 200)]
 
@@ -30,7 +30,7 @@ def assert_orthonormal(columns):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact_basis_is_scipys(shape, device):
     g = gradient(shape, device)
-    basis = projector.exact_basis(g, 6)
+    basis = search.exact_basis(g, 6)
     assert_orthonormal(basis)
     reference = np.linalg.svd(g.cpu().double().numpy())[2][:6].T
     assert np.max(subspace_angles(basis.cpu().double().numpy(), reference)) < 1e-3
@@ -39,19 +39,19 @@ def test_exact_basis_is_scipys(shape, device):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_randomized_basis_captures_what_the_exact_one_does(shape, device):
     g = gradient(shape, device, decay=0.9)
-    basis = projector.randomized_basis(g, 6, random_generator(device))
+    basis = search.randomized_basis(g, 6, random_generator(device))
     assert basis.shape == (shape[1], 6)
     assert_orthonormal(basis)
-    best = projector.captured_energy(g, projector.exact_basis(g, 6))
-    assert projector.captured_energy(g, basis) >= 0.999 * best
+    best = search.captured_energy(g, search.exact_basis(g, 6))
+    assert search.captured_energy(g, basis) >= 0.999 * best
 
 
 def test_randomized_basis_is_ordered(device):
     g = gradient((60, 40), device)
-    basis = projector.randomized_basis(g, 6, random_generator(device))
+    basis = search.randomized_basis(g, 6, random_generator(device))
     energies = (g @ basis).square().sum(0)
     assert bool((energies[:-1] >= energies[1:]).all())
-    assert abs(projector.first_vector_cosine(projector.exact_basis(g, 1), basis)) > 0.999
+    assert abs(search.first_vector_cosine(search.exact_basis(g, 1), basis)) > 0.999
 
 
 def test_warm_start_helps_on_a_flat_spectrum(device):
@@ -59,12 +59,12 @@ def test_warm_start_helps_on_a_flat_spectrum(device):
     starts from it and misses a third or less of what it misses without."""
     g = torch.randn(200, 160, generator=torch.Generator().manual_seed(1)).to(device)
     drifted = g + 0.1 * torch.randn(200, 160, generator=torch.Generator().manual_seed(2)).to(device)
-    warm = projector.exact_basis(g, 20)
+    warm = search.exact_basis(g, 20)
     exact, cold, warm = (
-        projector.captured_energy(drifted, basis)
+        search.captured_energy(drifted, basis)
         for basis in (
-            projector.exact_basis(drifted, 20),
-            *(projector.randomized_basis(drifted, 20, random_generator(device), w) for w in (None, warm)),
+            search.exact_basis(drifted, 20),
+            *(search.randomized_basis(drifted, 20, random_generator(device), w) for w in (None, warm)),
         )
     )
     assert exact - warm < (exact - cold) / 3
@@ -75,14 +75,14 @@ def test_warm_start_helps_on_a_flat_spectrum(device):
 def test_a_gradient_of_few_directions_needs_one_iteration_and_ignores_the_old_basis(shape, device):
     """So that the overlap of successive bases says how the gradient has moved, not where the search began."""
     g = gradient(shape, device, decay=0.8)
-    old = projector.random_basis(shape[1], 20, random_generator(device), device)
+    old = search.random_basis(shape[1], 20, random_generator(device), device)
     cold, warm, one = (
-        projector.randomized_basis(g, 20, random_generator(device), *start) for start in ((), (old,), (old, 1))
+        search.randomized_basis(g, 20, random_generator(device), *start) for start in ((), (old,), (old, 1))
     )
     assert torch.equal(cold, warm)
     assert torch.equal(cold, one)
     # 1 - 0.8⁴⁰ of the energy is there to be found, and an orthonormal basis cannot capture more than all
-    assert projector.captured_energy(g, cold) >= 0.98 * (1 - 0.8**40)
+    assert search.captured_energy(g, cold) >= 0.98 * (1 - 0.8**40)
 
 
 @pytest.mark.parametrize("used", [1, 5, 20])
@@ -90,9 +90,9 @@ def test_rows_of_which_few_are_not_zero_are_all_found(used, device):
     """Each sum has rows of its own: those of a sparse gradient seldom meet, and a sum of two has both where it goes."""
     g = torch.zeros(300, 100)
     g[:: 300 // used][:used] = torch.randn(used, 100, generator=torch.Generator().manual_seed(3))
-    basis = projector.randomized_basis(g.to(device), 24, random_generator(device))
+    basis = search.randomized_basis(g.to(device), 24, random_generator(device))
     assert_orthonormal(basis)
-    assert projector.captured_energy(g.to(device), basis) == pytest.approx(1.0, abs=1e-5)
+    assert search.captured_energy(g.to(device), basis) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_captured_share_is_within_two_percent_where_one_iteration_is_enough(device):
@@ -100,52 +100,50 @@ def test_captured_share_is_within_two_percent_where_one_iteration_is_enough(devi
     noise = torch.randn(120, 90, generator=torch.Generator().manual_seed(4)).to(device)
     g = gradient((120, 90), device, decay=0.5)
     g += noise * 0.1 * torch.linalg.vector_norm(g) / torch.linalg.vector_norm(noise)
-    basis = projector.randomized_basis(g, 8, random_generator(device))
+    basis = search.randomized_basis(g, 8, random_generator(device))
     assert_orthonormal(basis)
-    best = projector.captured_energy(g, projector.exact_basis(g, 8))
-    assert 0.98 * best <= projector.captured_energy(g, basis) <= best * (1 + 1e-5)
+    best = search.captured_energy(g, search.exact_basis(g, 8))
+    assert 0.98 * best <= search.captured_energy(g, basis) <= best * (1 + 1e-5)
 
 
 def test_full_rank_captures_everything(device):
     g = gradient((33, 7), device)
-    basis = projector.randomized_basis(g, 7, random_generator(device))
-    assert projector.captured_energy(g, basis) == pytest.approx(1.0, abs=1e-5)
+    basis = search.randomized_basis(g, 7, random_generator(device))
+    assert search.captured_energy(g, basis) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_rank_deficient_and_zero_gradients_still_give_orthonormal_columns(device):
     for g in (torch.zeros(30, 20, device=device), torch.ones(30, 20, device=device)):
-        basis = projector.randomized_basis(g, 6, random_generator(device))
+        basis = search.randomized_basis(g, 6, random_generator(device))
         assert_orthonormal(basis)
-    assert projector.captured_energy(torch.zeros(30, 20, device=device), basis) == 0.0
+    assert search.captured_energy(torch.zeros(30, 20, device=device), basis) == 0.0
 
 
 def test_overlap_is_the_mean_squared_cosine_of_principal_angles(device):
-    a, b = (projector.random_basis(50, 8, torch.Generator().manual_seed(s), "cpu") for s in (1, 2))
+    a, b = (search.random_basis(50, 8, torch.Generator().manual_seed(s), "cpu") for s in (1, 2))
     angles = subspace_angles(a.double().numpy(), b.double().numpy())
     wanted = float(np.mean(np.cos(angles) ** 2))
-    assert projector.overlap(a.to(device), b.to(device)) == pytest.approx(wanted, abs=1e-5)
+    assert search.overlap(a.to(device), b.to(device)) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_overlap_ignores_signs_and_rotations_where_the_first_vector_does_not():
-    basis = projector.random_basis(50, 8, torch.Generator().manual_seed(1), "cpu")
-    turned = basis @ projector.random_basis(8, 8, torch.Generator().manual_seed(2), "cpu")
-    assert projector.overlap(basis, turned) == pytest.approx(1.0, abs=1e-5)
-    assert projector.overlap(basis, -basis) == pytest.approx(1.0, abs=1e-5)
-    assert projector.first_vector_cosine(basis, -basis) == pytest.approx(-1.0, abs=1e-5)
-    assert abs(projector.first_vector_cosine(basis, turned)) < 0.9
+    basis = search.random_basis(50, 8, torch.Generator().manual_seed(1), "cpu")
+    turned = basis @ search.random_basis(8, 8, torch.Generator().manual_seed(2), "cpu")
+    assert search.overlap(basis, turned) == pytest.approx(1.0, abs=1e-5)
+    assert search.overlap(basis, -basis) == pytest.approx(1.0, abs=1e-5)
+    assert search.first_vector_cosine(basis, -basis) == pytest.approx(-1.0, abs=1e-5)
+    assert abs(search.first_vector_cosine(basis, turned)) < 0.9
 
 
 def test_chance_level_of_random_subspaces():
     overlaps = [
-        projector.overlap(
-            *(projector.random_basis(64, 16, torch.Generator().manual_seed(2 * i + j), "cpu") for j in (0, 1))
-        )
+        search.overlap(*(search.random_basis(64, 16, torch.Generator().manual_seed(2 * i + j), "cpu") for j in (0, 1)))
         for i in range(200)
     ]
-    removed = [projector.above_chance(o, 16, 64) for o in overlaps]
+    removed = [search.above_chance(o, 16, 64) for o in overlaps]
     assert abs(np.mean(removed)) < 5 * np.std(removed) / 200**0.5
-    assert projector.above_chance(1.0, 16, 64) == 1.0
-    assert projector.above_chance(1.0, 64, 64) == 1.0
+    assert search.above_chance(1.0, 16, 64) == 1.0
+    assert search.above_chance(1.0, 64, 64) == 1.0
 
 
 TALL = [(700, 40), (600, 33), (2000, 8)]
@@ -157,25 +155,25 @@ TALL = [(700, 40), (600, 33), (2000, 8)]
 def test_tall_gradients_have_the_exact_basis(shape, dtype, tile, device, monkeypatch):
     monkeypatch.setattr(sides, "TILE_ELEMENTS", tile)
     g = gradient(shape, device, decay=0.6).to(dtype)
-    basis = projector.randomized_basis(g, 6, random_generator(device))
+    basis = search.randomized_basis(g, 6, random_generator(device))
     assert_orthonormal(basis)
-    exact = projector.exact_basis(g, 6)
+    exact = search.exact_basis(g, 6)
     # the sketch leaves σ₂₃ and below out, 0.6¹⁶ of σ₇: after five products that is nothing; rounding is all there is
-    assert projector.overlap(exact, basis) > 0.9999
+    assert search.overlap(exact, basis) > 0.9999
     energies = (g.float() @ basis).square().sum(0)
     assert bool((energies[:-1] >= energies[1:] * (1 - 1e-4)).all())
-    assert projector.captured_energy(g, basis) == pytest.approx(
+    assert search.captured_energy(g, basis) == pytest.approx(
         float((g.float() @ exact).square().sum() / g.float().square().sum()), rel=1e-4
     )
 
 
-@pytest.mark.parametrize("one_pass", [projector._pass, projector._tall_pass])
+@pytest.mark.parametrize("one_pass", [search._pass, search._tall_pass])
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (700, 40)])
 def test_one_pass_gives_the_singular_vectors_of_the_gradient_in_the_range_of_its_sketch(one_pass, shape, device):
     """Against numpy, in double precision. Nyström's approximation of GᵀG from S is Gᵀ P G with P the projection onto
     the range of G S."""
     g = gradient(shape, device, decay=0.8)
-    start = projector.random_basis(shape[1], 12, random_generator(device), device)
+    start = search.random_basis(shape[1], 12, random_generator(device), device)
     captured, columns, values = one_pass(g, start, torch.tensor(2.0, device=device))
     assert_orthonormal(columns)
     wide = g.cpu().double().numpy() / 2.0
@@ -188,21 +186,21 @@ def test_one_pass_gives_the_singular_vectors_of_the_gradient_in_the_range_of_its
 
 def test_a_tall_gradient_so_small_that_its_squares_underflow(device):
     g = gradient((700, 40), device, decay=0.6) * 1e-25
-    basis = projector.randomized_basis(g, 6, random_generator(device))
-    assert projector.overlap(projector.exact_basis(g, 6), basis) > 0.9999
+    basis = search.randomized_basis(g, 6, random_generator(device))
+    assert search.overlap(search.exact_basis(g, 6), basis) > 0.9999
 
 
 def test_tall_zero_gradients_still_give_orthonormal_columns(device):
     for g in (torch.zeros(300, 20, device=device), torch.ones(300, 20, device=device)):
-        assert_orthonormal(projector.randomized_basis(g, 6, random_generator(device)))
+        assert_orthonormal(search.randomized_basis(g, 6, random_generator(device)))
 
 
 @pytest.mark.parametrize("with_left", [True, False])
 @pytest.mark.parametrize("with_right", [True, False])
 def test_projection_by_tiles(with_left, with_right, device, monkeypatch):
     g = gradient((60, 40), device)
-    left = projector.random_basis(60, 5, random_generator(device), device) if with_left else None
-    right = projector.random_basis(40, 5, random_generator(device), device) if with_right else None
+    left = search.random_basis(60, 5, random_generator(device), device) if with_left else None
+    right = search.random_basis(40, 5, random_generator(device), device) if with_right else None
     whole = sides.project(g, left, right)
     monkeypatch.setattr(sides, "TILE_ELEMENTS", 300)
     torch.testing.assert_close(sides.project(g, left, right), whole, rtol=1e-5, atol=1e-6)

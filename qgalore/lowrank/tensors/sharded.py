@@ -1,4 +1,4 @@
-"""The slot of a layer of whose weight this process holds some rows (``parallel: shard``), and steps those."""
+"""A layer's weight of which this process holds some rows (``parallel: shard``), and steps those."""
 
 import sys
 from collections.abc import Iterable
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..parallel import Team, shards
-from ..quant.blockwise import BLOCK
-from .adam8bit import MIN_8BIT_SIZE
-from .linear import LowRankLinear
-from .schedule import Schedule
-from .slots import LowRankSlot, RefreshOptions
+from ...errors import ConfigError
+from ...parallel import Team, shards
+from ...quant.blockwise import BLOCK
+from ..inner.adam8bit import MIN_8BIT_SIZE
+from ..layers.linear import LowRankLinear
+from ..subspace.refresh import RefreshOptions
+from ..subspace.schedule import Schedule
+from .projected import ProjectedTensor
 
 INNERS = ("adamw8bit", "adamw")
 
 
-class ShardSlot(LowRankSlot):
+class ShardedTensor(ProjectedTensor):
     """Rows ``first_row`` … of a layer with no left basis. Every process computes Δ's whole gradient from its tokens;
     each micro-batch's is summed and scattered by rows at once. Moments and merge are those of the rows alone: row i of
     Δ moves row i of the weight. Bases are whole everywhere and are found as in any team. On the meta device, for a
@@ -50,9 +51,16 @@ class ShardSlot(LowRankSlot):
             self.take(leaf.grad, True)
             leaf.grad = None
 
-    def take(self, gradient: Tensor, first: bool) -> None:
+    def sum_over(self, team: Team) -> None:
+        """Scatter what :meth:`received` has not; a whole gradient is summed and stays whole."""
+        delta = self.module.delta
+        if delta.grad is not None:
+            self.received(delta)
+        super().sum_over(team)
+
+    def take(self, gradient: Tensor, own: bool) -> None:
         team = self.options.team
-        if first:
+        if own:
             rows = team.scatter(f"the gradient of {self.name}", gradient)
             self._rows = rows if self._rows is None else self._rows.add_(rows)
         else:  # of a sum that all hold
@@ -64,6 +72,15 @@ class ShardSlot(LowRankSlot):
     def drop_gradient(self) -> None:
         super().drop_gradient()
         self._rows = None
+
+    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
+        """The weights are gathered forward and backward, and Δ's gradient is scattered, for each micro-batch."""
+        module = self.module
+        stored = [module.weight, *([] if module.weight_scale is None else [module.weight_scale])]
+        sent = super().traffic(gap, micro_batches)
+        delta = sent.pop("all-reduce Δ gradients")
+        gathered = 2.0 * micro_batches * sum(tensor.nbytes for tensor in stored)
+        return {"gather weights": gathered, "reduce-scatter Δ gradients": micro_batches * delta} | sent
 
     def kept(self, name: str, value: Any) -> Any:
         """Moments and their blocks' scales as shared tensors; codes and counts, the same everywhere, as they are."""

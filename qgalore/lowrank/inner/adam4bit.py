@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..quant import fourbit
-from ..quant.int8 import tile_elements
+from ...errors import ConfigError
+from ...quant import fourbit
+from ...quant.int8 import tile_elements
 from .adam8bit import CodedAdamW, adamw
 
 

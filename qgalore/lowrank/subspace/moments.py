@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..quant import fourbit
-from ..quant.blockwise import BLOCK, dequantize, quantize
+from ...quant import fourbit
+from ...quant.blockwise import BLOCK, dequantize, quantize
 
 POLICIES = ("keep", "rotate", "reset")
 # (first moment, second moment) names in the state of an optimizer for one parameter.

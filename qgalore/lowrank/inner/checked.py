@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import ConfigError
+from ...errors import ConfigError
+from ..subspace.moments import FIRST_MOMENTS, SECOND_MOMENTS
 from .adam4bit import AdamW4bit
 from .adam8bit import AdamW8bitCPU
-from .moments import FIRST_MOMENTS, SECOND_MOMENTS
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
 BUILTIN = ("adamw8bit", "adamw4bit", "adamw")

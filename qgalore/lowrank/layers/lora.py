@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..quant.counter import derive_key
+from ...errors import ConfigError
+from ...quant.counter import derive_key
 from .linear import LowRankLinear
 
 _STREAM = 2  # apart from the bits of weights (0) and of APOLLO's projection (1)

@@ -12,48 +12,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..parallel import shards
-from ..quant import basis, dispatch, int8_products
-from ..quant.int8 import quantize
-from . import sides
-from .products import Choice, Products
-
-
-class Basis(nn.Module):
-    """Stored orthonormal columns (dim, rank) in one of ``quant.basis.FORMATS``; zero until first assigned."""
-
-    def __init__(self, dim: int, rank: int, fmt: str, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.dim, self.fmt = dim, fmt
-        codes, scale = basis.empty(rank, dim, fmt, device)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-
-    @property
-    def rank(self) -> int:
-        """How many columns there are now."""
-        return self.codes.shape[0]
-
-    def resize(self, rank: int) -> None:
-        """Make room for ``rank`` columns, in new memory; they are zero until assigned."""
-        self.codes, self.scale = basis.empty(rank, self.dim, self.fmt, self.codes.device)
-
-    def assign(self, columns: Tensor) -> None:
-        """Store ``columns`` fp32 (dim, rank)."""
-        codes, scale = dispatch.encode(columns.T.contiguous(), self.fmt)
-        self.codes.copy_(codes)
-        if scale is not None:
-            self.scale.copy_(scale)
-
-    def stored(self) -> tuple[Tensor, Tensor | None, str]:
-        """Codes, scale and format, as ``quant.dispatch`` takes them."""
-        return self.codes, self.scale, self.fmt
-
-    def columns(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The stored basis (dim, rank), as the forward and the merge use it; a copy, which outlives :meth:`assign`."""
-        columns = dispatch.decode(self.codes, self.scale, self.dim, self.fmt, dtype)
-        return (columns.clone() if columns.data_ptr() == self.codes.data_ptr() else columns).T
+from ...errors import ConfigError
+from ...parallel import shards
+from ...quant import dispatch, int8_products
+from ...quant.int8 import quantize
+from ..subspace import sides
+from .bases import Basis
+from .int8_products import Choice, Products
 
 
 def zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> nn.Parameter:
@@ -211,7 +176,8 @@ class LowRankLinear(nn.Module):
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
         """The stored bases (L, R̂) as fp32 (dim, rank), None for the identity."""
-        return tuple(None if side is None else side.columns() for side in (self.left, self.right))
+        left, right = self.left, self.right
+        return None if left is None else left.columns(), None if right is None else right.columns()
 
     @torch.no_grad()
     def store(self, first: int, rows: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.int8 import dequantize
+from ...quant.int8 import dequantize
 from .moments import BLOCK
 from .sides import fp32_tiles
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import ConfigError
-from ..quant.blockwise import (
+from ...errors import ConfigError
+from ...quant.blockwise import (
     BLOCK,
     block_counts,
     block_parts,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quant import dispatch
-from ..quant.int8 import kind_of
+from ...quant import dispatch
+from ...quant.int8 import kind_of
 from .embedding import TiedHead
 from .linear import LowRankLinear, stored_weight
 

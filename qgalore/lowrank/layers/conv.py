@@ -15,7 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .linear import Basis, LowRankLinear, zero_leaf
+from .bases import Basis
+from .linear import LowRankLinear, zero_leaf
 
 
 class BlockBasis(Basis):

@@ -1,9 +1,9 @@
-"""Which side of a gradient is projected, and the two maps: G → R = LᵀGR̂ and Δ → L Δ R̂ᵀ.
+"""Which side of a gradient is projected, and the map G → R = LᵀGR̂. Its counterpart is ``quant.basis.update_rows``.
 
 L is (out, r) or the identity, R̂ is (in, r) or the identity; None stands for the identity.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,28 +52,3 @@ def project(gradient: Tensor, left: Tensor | None, right: Tensor | None, dtype: 
     for a, b, tile in fp32_tiles(gradient):
         image.addmm_(left[a:b].T, tile)
     return (image if right is None else image @ right).to(dtype)
-
-
-def gather(into: Tensor, left: Tensor | None, right: Tensor | None) -> Callable[[int, int, Tensor], None]:
-    """A function (a, b, rows a … b−1 of E) that adds LᵀE R̂ up in ``into``, zero at first: E never exists whole."""
-
-    def add(a: int, b: int, rows: Tensor) -> None:
-        rows = rows if right is None else rows @ right
-        if left is None:
-            into[a:b] = rows
-        else:
-            into.addmm_(left[a:b].T, rows)
-
-    return add
-
-
-def update_rows(delta: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Callable[[int, int], Tensor]:
-    """A function (a, b) → rows a … b−1 of ``scale · L Δ R̂ᵀ``, so that the (out, in) product never exists whole."""
-    if left is not None and right is not None:  # the small product first
-        left, right = left @ delta, right
-        return lambda a, b: (left[a:b] @ right.T).mul_(scale)
-    if left is not None:
-        return lambda a, b: (left[a:b] @ delta).mul_(scale)
-    if right is not None:
-        return lambda a, b: (delta[a:b] @ right.T).mul_(scale)
-    return lambda a, b: delta[a:b] * scale

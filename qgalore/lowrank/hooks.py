@@ -1,0 +1,150 @@
+"""Autograd hooks, for a training loop that knows only ``loss.backward()`` and ``optimizer.step()``.
+
+*Fused*: each tensor steps inside backward, as soon as its gradient is complete; ``step()`` then only closes the step.
+*Deferred*: gradients are kept until ``step()``. In both the very first bases are found in one process's share of the
+gradient, its first micro-batch, so that the whole gradients of all layers never exist together, nor travel. Those of a
+mixture's expert are found in the first micro-batch that has tokens for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..parallel import Team
+from .layers.experts import Experts
+from .tensors.base import TrainedTensor
+
+if TYPE_CHECKING:
+    from .optimizer import LowRankOptimizer
+
+
+class Idle:
+    """Which process has a gradient for a tensor that some micro-batches leave out: those of a mixture's experts."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.sometimes: dict[int, TrainedTensor] = {}  # by the identity of their leaves
+
+    def watch(self, experts: Experts, tensors: Iterable[TrainedTensor]) -> None:
+        """In a team: the weights of ``experts``, among ``tensors``, may have a gradient elsewhere but not here."""
+        leaves = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
+        own = (id(parameter) for parameter in experts.parameters())
+        self.sometimes |= {leaf: leaves[leaf] for leaf in own if leaf in leaves}
+
+    def lowest(self, tensor: TrainedTensor, leaf: nn.Parameter) -> int | None:
+        """The lowest process with a gradient in ``leaf``, where the others then have zeros; None if none has one."""
+        if id(leaf) not in self.sometimes:
+            return 0
+        found = self.team.lowest(f"the tokens of {tensor.name}", leaf.grad is not None)
+        if found is not None and leaf.grad is None:
+            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.grad_dtype, device=leaf.device)
+        return found
+
+    def someone_has(self, tensor: TrainedTensor) -> bool:
+        """Whether a process has a gradient for ``tensor``; all then have one, if only of zeros."""
+        for leaf in tensor.leaves():
+            if leaf.requires_grad and id(leaf) in self.sometimes:
+                return self.lowest(tensor, leaf) is not None
+        return tensor.holds_gradient()
+
+
+class Fused:
+    """Step each tensor when its gradient arrives."""
+
+    def __init__(self, optimizer: LowRankOptimizer) -> None:
+        self.optimizer, self.idle = optimizer, optimizer.idle
+        self._summed = False  # whether the gradients here are those of the whole team already
+        for tensor in optimizer.tensors:
+            for leaf in tensor.leaves():
+                leaf.requires_grad_(True)  # a hook needs it; arm() then leaves it on for one leaf of each layer
+                leaf.register_post_accumulate_grad_hook(partial(self.arrived, tensor))
+
+    def arrived(self, tensor: TrainedTensor, leaf: nn.Parameter) -> None:
+        """Autograd hook: ``leaf.grad`` now holds a micro-batch's contribution, or an expert's has none."""
+        if tensor.name in self.optimizer.stepped:
+            raise RuntimeError(
+                f"{tensor.name} received a second gradient before step(): fused stepping takes one backward pass a "
+                "step. For gradient accumulation build the optimizer with stepping='deferred'."
+            )
+        source = self.idle.lowest(tensor, leaf) if self.idle.sometimes else 0
+        if source is not None:
+            self.optimizer.step_tensor(tensor, source)
+
+    def nothing_came(self, layers: Iterable[nn.Module]) -> None:
+        """No token of a micro-batch has come to ``layers``: all meet here, as others may have some."""
+        inside = [p for layer in layers for p in reversed(list(layer.parameters()))]  # in the order of a backward pass
+        for leaf in [p for p in inside if p.requires_grad]:  # which a refresh changes
+            if id(leaf) in self.idle.sometimes:
+                self.arrived(self.idle.sometimes[id(leaf)], leaf)
+
+    def refresh(self) -> None:
+        """For tensors that hold a gradient at ``step()``: those that backward did not fill, or none."""
+        self._sum_over_team()
+        self._refresh_due({})
+
+    def close(self) -> None:
+        """The step is over."""
+        self._summed = False
+
+    def _sum_over_team(self) -> None:
+        """Once a step, sum the gradients of all processes. One without a share has zeros."""
+        team = self.optimizer.team
+        if team.size == 1 or self._summed:
+            return
+        leaves = [leaf for tensor in self.optimizer.tensors for leaf in tensor.leaves()]
+        held = team.any("which tensors have gradients", [leaf.grad is not None for leaf in leaves])
+        leaves = [leaf for leaf, has in zip(leaves, held, strict=True) if has]
+        for leaf in leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros(leaf.shape, dtype=leaf.grad_dtype, device=leaf.device)
+        team.sum_("the gradients of a step", [leaf.grad for leaf in leaves])
+        self._summed = True
+
+    def _refresh_due(self, order: dict[str, int]) -> None:
+        due = [tensor for tensor in self.optimizer.tensors if tensor.awaits_refresh()]
+        if due:
+            self._check_all()
+        for tensor in sorted(due, key=lambda tensor: order.get(tensor.name, len(order))):
+            self.optimizer.refresh_tensor(tensor)
+
+    def _check_all(self) -> None:
+        """Look at every gradient before a basis changes: a step that fails must leave no trace."""
+        for tensor in self.optimizer.tensors:
+            for gradient in (*(leaf.grad for leaf in tensor.leaves()), tensor.gradient()):
+                if gradient is not None and not torch.isfinite(torch.linalg.vector_norm(gradient)):
+                    self.optimizer.complain(tensor)
+
+
+class Deferred(Fused):
+    """Keep gradients until ``step()``, but for those that first bases are found from."""
+
+    def __init__(self, optimizer: LowRankOptimizer) -> None:
+        super().__init__(optimizer)
+        self._arrived: dict[str, None] = {}  # in the order of the backward pass, in which fused stepping refreshes
+
+    def arrived(self, tensor: TrainedTensor, leaf: nn.Parameter) -> None:
+        self._arrived[tensor.name] = None
+        first = tensor.seeks_first_basis()
+        source = self.idle.lowest(tensor, leaf) if first or tensor.shared else 0
+        if source is None:
+            return
+        tensor.received(leaf)
+        if first and tensor.awaits_refresh():
+            self.optimizer.refresh_tensor(tensor, source)
+
+    def refresh(self) -> None:
+        """Sum the gradients of all processes, and refresh what is due in the order of the backward pass."""
+        self._sum_over_team()
+        self._refresh_due({name: place for place, name in enumerate(self._arrived)})
+
+    def close(self) -> None:
+        super().close()
+        self._arrived.clear()
+
+
+HOOKS = {"fused": Fused, "deferred": Deferred}

@@ -1,0 +1,284 @@
+"""What a trained tensor must do, and the scratch memory in which Δ is stepped.
+
+The optimizer is a loop over trained tensors, and all that differs between them is a method here. In the order of a
+step: ``arm`` chooses the leaf that the coming backward passes fill. ``received`` hears of each gradient. ``refresh``
+turns a whole gradient into a new basis where one is due. ``step`` lets the inner optimizer move Δ from zero and calls
+``merge``, which writes the update back. ``drop_gradient`` frees what is no longer needed.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...parallel import ALONE, Team
+from ..inner.checked import Factory
+from ..subspace import ranks
+from ..subspace.moments import BLOCK
+
+
+class Scratch:
+    """fp32 memory that the leaves of all parts on a device share, there only while a step is taken."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.flat = torch.zeros(elements, device=device)
+        self.nbytes = self.flat.untyped_storage().nbytes()
+
+    def hold(self) -> None:
+        """Make the memory real, with any content, if it is not."""
+        if self.flat.untyped_storage().nbytes() < self.nbytes:
+            self.flat.untyped_storage().resize_(self.nbytes)
+
+    def release(self) -> None:
+        """Give the memory back; views of it stay valid objects, to be used after the next :meth:`hold`."""
+        self.flat.untyped_storage().resize_(0)
+
+
+@dataclass
+class Part:
+    """Rows of a tensor that step together: ``leaf`` is an fp32 view into ``scratch``, which all parts share, real only
+    while ``inner`` steps it from zero; ``first`` is its first row."""
+
+    first: int
+    leaf: nn.Parameter
+    inner: Optimizer
+    scratch: Scratch
+
+    def state(self) -> dict[str, Any]:
+        """What the inner optimizer keeps for the leaf; empty before the first step."""
+        return dict(self.inner.state.get(self.leaf, {}))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Give the inner optimizer what :meth:`state` told of another leaf of this shape; nothing, if it is empty."""
+        self.inner.state.pop(self.leaf, None)
+        if state:
+            self.inner.state[self.leaf] = {
+                # torch keeps Adam's step count on the CPU on purpose; other tensors belong beside the leaf
+                name: value.to(self.leaf.device) if torch.is_tensor(value) and name != "step" else value
+                for name, value in state.items()
+            }
+
+    def step(self, gradient: Tensor, lr: float) -> Tensor:
+        """The inner optimizer's step from zero: Δ, fp32, valid until another part steps or the scratch is released."""
+        self.scratch.hold()
+        self.leaf.data = self.scratch.flat[: self.leaf.numel()].view(self.leaf.shape)  # whose rank may have changed
+        with torch.no_grad():
+            self.leaf.zero_()
+        self.leaf.grad = gradient.to(torch.float32).contiguous()
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+        self.leaf.grad = None
+        return self.leaf.detach()
+
+
+class TrainedTensor(ABC):
+    """One weight with all that belongs to it: where its gradient arrives, the optimizer's state, how it is written.
+
+    ``name`` is that of its layer or parameter. ``index`` numbers its random streams. ``shape`` is that of what the
+    inner optimizer steps: Δ's, or the parameter's own. It steps in ``parts``: whole, or by rows where that saves
+    scratch memory and changes nothing.
+    """
+
+    module: nn.Module | None = None  # the layer whose weight this is; None for an ordinary parameter
+    projected = False  # whether it has bases that are refreshed
+    keeps_whole = False  # whether its rule needs the whole gradient in every step
+    adaptive = False  # whether its rank is free to move
+    by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
+    shared = False  # whether other processes step other rows of the same tensor
+    deciding = ALONE  # the team, led by the process whose gradient gives a basis
+
+    def __init__(self, name: str, index: int, shape: torch.Size) -> None:
+        self.name, self.index, self.shape = name, index, shape
+        self.parts: list[Part] = []
+
+    # Where its gradient arrives.
+
+    @property
+    @abstractmethod
+    def group(self) -> str:
+        """The optimizer's parameter group: ``lowrank``, ``dense`` or ``vector``."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> Tensor:
+        """What the update is written into."""
+
+    @abstractmethod
+    def leaves(self) -> list[nn.Parameter]:
+        """The parameters that autograd fills. All of them listen to hooks, and ``arm`` leaves one of them on."""
+
+    @abstractmethod
+    def arm(self, step: int) -> None:
+        """Choose the leaf that the backward passes of ``step`` fill."""
+
+    def received(self, leaf: nn.Parameter) -> None:  # noqa: B027 - most have nothing to do
+        """``leaf`` has its gradient of a micro-batch."""
+
+    @abstractmethod
+    def gradient(self) -> Tensor | None:
+        """The gradient that the next :meth:`step` takes; None if there is none, or a basis must be found first."""
+
+    @abstractmethod
+    def drop_gradient(self) -> None:
+        """Free all gradients."""
+
+    def holds_gradient(self) -> bool:
+        """Whether this process has any gradient for it, a whole one included."""
+        return self.gradient() is not None or any(leaf.grad is not None for leaf in self.leaves())
+
+    def sum_over(self, team: Team) -> None:
+        """Replace the gradients here by their sums over the processes of ``team``."""
+        team.sum_(f"the gradient of {self.name}", [leaf.grad for leaf in self.leaves() if leaf.grad is not None])
+
+    def is_whole(self, leaf: nn.Parameter) -> bool:
+        """Whether ``leaf`` receives the whole gradient of a layer whose Δ is smaller."""
+        return False
+
+    # Its subspace.
+
+    def awaits_refresh(self) -> bool:
+        """Whether a whole gradient is here from which a due basis can be found."""
+        return False
+
+    def seeks_first_basis(self) -> bool:
+        """Whether it cannot step before it has found a basis."""
+        return False
+
+    def refresh(self, step: int, own: bool = False) -> dict[str, Any] | None:
+        """Find a due basis from the gradient that is here; returns the record of the decision.
+
+        ``own``: the gradient is this process's share alone, and not the sum that all of a team hold.
+        """
+        raise NotImplementedError(f"{self.name} has no basis")
+
+    def refresh_counts(self, steps: int) -> tuple[int, int]:
+        """(refreshes done, those that a schedule of fixed gaps would have done in the first ``steps`` steps)."""
+        return 0, 0
+
+    def waits(self, step: int) -> bool:
+        """Whether a refresh was due before ``step`` and still waits for a gradient."""
+        return False
+
+    def turns_moments(self) -> bool:
+        """Whether the inner optimizer has moments in a subspace that is refreshed."""
+        return False
+
+    # Its step.
+
+    def row_ranges(self, limit: int) -> list[tuple[int, int]]:
+        """Row ranges of the parts, of about ``limit`` elements at most, each whole 8-bit blocks but the last."""
+        rows, size = self.shape[0] if len(self.shape) else 1, self.shape.numel()
+        if size <= limit or not self.by_rows or len(self.shape) < 2:
+            return [(0, rows)]
+        unit = BLOCK // math.gcd(BLOCK, size // rows)
+        step = -(-rows // -(-size // limit) // unit) * unit
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def largest_part(self, limit: int) -> int:
+        """Elements of scratch memory that this tensor needs."""
+        a, b = self.row_ranges(limit)[0]
+        return self.shape.numel() if len(self.shape) < 2 else (b - a) * (self.shape.numel() // self.shape[0])
+
+    def attach(self, scratch: Scratch, factory: Factory, limit: int) -> None:
+        """Place the parts' leaves in ``scratch`` (held, large enough) and give each its inner optimizer."""
+        for a, b in self.row_ranges(limit):
+            shape = (b - a, *self.shape[1:]) if len(self.shape) else ()
+            leaf = nn.Parameter(scratch.flat[: torch.Size(shape).numel()].view(shape))
+            self.parts.append(Part(a, leaf, factory([leaf]), scratch))
+
+    def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """Step every part and write it back: ``W ← W(1 − shrink) + scale · update``, then drop the gradient.
+
+        ``shrink`` is lr · weight decay. ``key`` names the stream of the random bits that round the weight.
+        """
+        gradient = self.gradient()
+        for part in self.parts:
+            mine = gradient if len(self.parts) == 1 else gradient[part.first : part.first + part.leaf.shape[0]]
+            self.merge(part.step(mine, lr), part.first, scale, shrink, key)
+        self.drop_gradient()
+
+    @abstractmethod
+    def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """Write the update that the fp32 ``delta`` stands for into the rows from ``first`` on."""
+
+    # What a checkpoint holds.
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its own state beside the model's tensors and the inner optimizer's; restored by copying into these."""
+        return {}
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside tensors."""
+        return {}
+
+    def restore(self, progress: dict[str, Any]) -> None:  # noqa: B027 - most have none
+        """The inverse of :meth:`progress`, called before the moments are loaded."""
+
+    def kept(self, name: str, value: Any) -> Any:
+        """What a checkpoint is given of ``value``, which the inner optimizer calls ``name``."""
+        return value
+
+    def restored(self, name: str, value: Any) -> Any:
+        """Inverse of :meth:`kept`."""
+        return value
+
+    def state(self) -> dict[str, Any]:
+        """``inner``: the parts' optimizer states, with the part's number before each name where there are several;
+        ``extra``: :meth:`tensors`; and :meth:`progress`."""
+        inner: dict[str, Any] = {}
+        for prefix, part in self._numbered():
+            inner |= {prefix + name: self.kept(name, value) for name, value in part.state().items()}
+        return {"inner": inner, "extra": self.tensors()} | self.progress()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`; values keep their dtypes."""
+        self.restore(state)
+        for prefix, part in self._numbered():
+            mine = {n.removeprefix(prefix): value for n, value in state["inner"].items() if n.startswith(prefix)}
+            part.set_state({name: self.restored(name, value) for name, value in mine.items()})
+        for name, value in self.tensors().items():
+            value.copy_(state["extra"][name])
+
+    def _numbered(self) -> list[tuple[str, Part]]:
+        return [(f"{number}." if len(self.parts) > 1 else "", part) for number, part in enumerate(self.parts)]
+
+    # For the plans of memory and of what processes send.
+
+    @abstractmethod
+    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
+        """Bytes that an ordinary step sends of it, by collective; see ``wire.payload``."""
+
+    def step_on_paper(self) -> None:
+        """The work of a step on the meta device, from :meth:`gradient`: that of the first part, as others repeat it."""
+        part = self.parts[0]
+        rows = self.gradient()[: part.leaf.shape[0]] if len(self.parts) > 1 else self.gradient()
+        self.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
+
+    def at_ceiling(self, work: Callable[[], None]) -> Callable[[], None]:
+        """``work``, to be done with this tensor as large as it may become."""
+        return work
+
+    def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
+        """Make this tensor, on the meta device, as large as it may become."""
+
+
+def attach(tensors: list[TrainedTensor], factory: Factory, part_elements: int) -> list[Scratch]:
+    """Give every tensor its leaves and inner optimizers. One scratch memory for each device, as large as the largest
+    leaf: only one leaf is real at a time. Returned unheld, and to be released after each step."""
+    sizes: dict[torch.device, int] = {}
+    for tensor in tensors:
+        device = tensor.leaves()[0].device
+        sizes[device] = max(sizes.get(device, 0), tensor.largest_part(part_elements))
+    scratches = {device: Scratch(size, device) for device, size in sizes.items()}
+    for tensor in tensors:
+        tensor.attach(scratches[tensor.leaves()[0].device], factory, part_elements)
+    ranks.share([tensor for tensor in tensors if tensor.adaptive], factory)
+    for scratch in scratches.values():
+        scratch.release()
+    return list(scratches.values())

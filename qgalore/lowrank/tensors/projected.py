@@ -1,0 +1,218 @@
+"""GaLore's trained tensor: a stored weight whose Δ receives the projected gradient, and whose bases are refreshed."""
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quant import dispatch
+from ...quant.counter import derive_key
+from ..layers.linear import LowRankLinear
+from ..subspace import measures, refresh, sides
+from ..subspace.refresh import Found, RefreshOptions, Sides
+from ..subspace.schedule import Schedule
+from .base import TrainedTensor
+
+
+class ProjectedTensor(TrainedTensor):
+    """A :class:`LowRankLinear`'s weight, with its refresh schedule.
+
+    Δ is the leaf of an ordinary step, and its gradient is the projected one. The probe is the leaf of a step in which a
+    refresh is due, and receives the whole gradient.
+    """
+
+    module: LowRankLinear
+
+    def __init__(
+        self, name: str, index: int, module: LowRankLinear, schedule: Schedule, options: RefreshOptions
+    ) -> None:
+        super().__init__(name, index, module.delta.shape)
+        self.module, self.schedule, self.options = module, schedule, options
+        self.mine, self.first_row = module, 0  # what of the weight is stepped here
+        self.projected = module.left is not None or module.right is not None
+        self.by_rows = module.left is None
+        self._unfinished: tuple[dict[str, Any], measures.Lines | None] | None = None  # a record that waits for a merge
+
+    @property
+    def group(self) -> str:
+        return "lowrank"
+
+    @property
+    def stored(self) -> Tensor:
+        return self.module.weight
+
+    @property
+    def bases(self) -> tuple:
+        """The left and the right basis; None for the identity."""
+        return self.module.left, self.module.right
+
+    def leaves(self) -> list[nn.Parameter]:
+        return [self.module.delta, self.module.probe]
+
+    def arm(self, step: int) -> None:
+        """Δ, or the probe where a refresh is due. Products of integers are tried again where one is."""
+        self._finish_record()
+        due = self.projected and self.schedule.due(step)
+        self.listen(due)
+        if due and self.module.products is not None:
+            self.module.products.retry()
+
+    def listen(self, whole: bool) -> None:
+        """Let autograd fill the probe, if the ``whole`` gradient is wanted, or Δ."""
+        self.module.probe.requires_grad_(whole)
+        self.module.delta.requires_grad_(not whole)
+
+    def gradient(self) -> Tensor | None:
+        return self.module.delta.grad
+
+    def drop_gradient(self) -> None:
+        self.module.delta.grad = None
+        self.module.probe.grad = None
+
+    def is_whole(self, leaf: nn.Parameter) -> bool:
+        return leaf is self.module.probe
+
+    def awaits_refresh(self) -> bool:
+        return self.module.probe.grad is not None
+
+    def seeks_first_basis(self) -> bool:
+        return self.projected and self.schedule.refreshes == 0
+
+    def refresh_counts(self, steps: int) -> tuple[int, int]:
+        return (self.schedule.refreshes, self.schedule.fixed_refreshes(steps)) if self.projected else (0, 0)
+
+    def waits(self, step: int) -> bool:
+        return self.projected and self.schedule.next_refresh < step
+
+    def turns_moments(self) -> bool:
+        return self.projected
+
+    @torch.no_grad()
+    def refresh(self, step: int, own: bool = False) -> dict[str, Any] | None:
+        """Turn the probe's whole gradient into a new basis and Δ's gradient G P_new; returns the record of the
+        decision, None if the schedule has only looked at the gradient and keeps the basis.
+
+        Afterwards Δ receives any further micro-batch of this step. If no basis can be found the old one stays. In a
+        team one process decides, and the others adopt what it has found.
+        """
+        started, team = time.perf_counter(), self.deciding
+        gradient, self.module.probe.grad = self.module.probe.grad, None
+        first = self.schedule.refreshes == 0
+        waited = step - self.schedule.next_refresh  # for a gradient, as an expert without tokens does
+        if not team.of_first(f"the refresh of {self.name}", lambda: bool(gradient.any())):
+            return self._postpone(gradient, step, own)
+        stored = self.module.columns()
+        energy = partial(team.of_first, f"a look at {self.name}", lambda: refresh.energy(gradient, stored))
+        if not self.schedule.wants(step, energy):
+            self.receive(gradient, own)
+            return None
+        old = (None, None) if first else refresh.orthonormal(stored)
+        found = self._find(gradient, old, step)
+        failure = team.of_first(f"a basis of {self.name}", lambda: found.failure)
+        team.receive_(f"the basis of {self.name}", [columns for columns in found.columns if columns is not None])
+        row = self._record(step, first, failure) | measures.moments(part.state() for part in self.parts)
+        if failure is None or first:
+            policy = self.options.policy
+            place = f"the subspaces of {self.name}"
+            row |= team.of_first(place, lambda: refresh.compare(gradient, old, found.columns, policy))
+            self.adopt(found, stored, first)
+            self.schedule.record(step, row["similarity"])
+        else:
+            row["similarity"] = None
+            self.schedule.record_failure(step)
+        self.receive(gradient, own)
+        row |= {"rank": self.module.rank, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
+        self._unfinished = row, measures.lines_before(self.mine, step)
+        row |= {"waited": waited, "refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
+        return row
+
+    def _find(self, gradient: Tensor, old: Sides, step: int) -> Found:
+        generator = torch.Generator(gradient.device)
+        generator.manual_seed(derive_key(self.options.seed, step, self.index)[0] & 0x7FFFFFFF)
+        found = refresh.find(gradient, self.bases, old, self.rank_to_find(), self.options, generator)
+        return self.settle_rank(gradient, found, old)
+
+    def rank_to_find(self) -> int:
+        """The rank of the bases that a refresh looks for."""
+        return self.module.rank
+
+    def settle_rank(self, gradient: Tensor, found: Found, old: Sides) -> Found:
+        """What is kept of the columns that were found; here all."""
+        return found
+
+    def adopt(self, found: Found, stored: Sides, first: bool) -> None:
+        """Store the new bases and bring the moments along, in the coordinates of what was ``stored``."""
+        refresh.adopt(self.bases, found.columns)
+        if not first:
+            pairs = [(part.inner, part.leaf) for part in self.parts]
+            refresh.bring_moments(pairs, stored, self.module.columns(), self.options.moments)
+
+    def receive(self, gradient: Tensor, own: bool) -> None:
+        """Give Δ the projection of a whole gradient (this process's ``own``, or a sum), and micro-batches to come."""
+        self.listen(False)
+        self.take(sides.project(gradient, *self.module.columns(), self.module.delta.dtype), own)
+
+    def take(self, gradient: Tensor, own: bool) -> None:
+        """Keep a gradient of Δ that a refresh has made."""
+        self.module.delta.grad = gradient
+
+    def receive_nothing(self, gradient: Tensor, own: bool) -> None:
+        """As :meth:`receive`, for a whole ``gradient`` of zeros."""
+        self.listen(False)
+        self.take(torch.zeros_like(self.module.delta, memory_format=torch.contiguous_format), own)
+
+    def _postpone(self, gradient: Tensor, step: int, own: bool) -> dict[str, Any]:
+        """A zero gradient (behind a zero-initialised layer, say) has no subspace: look again in the next step."""
+        first = self.schedule.refreshes == 0
+        self.schedule.next_refresh = step + 1
+        self.receive_nothing(gradient, own)
+        row = self._record(step, first, "the gradient is zero")
+        row |= {"similarity": None, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
+        return row | {"refreshes": self.schedule.refreshes, "seconds": 0.0}
+
+    def _record(self, step: int, first: bool, failure: str | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"version": measures.VERSION, "step": step, "layer": self.name, "first": first}
+        return row | {"failed": failure, "shape": list(self.module.weight.shape), "rank": self.module.rank}
+
+    def _finish_record(self) -> None:
+        """Add to the record of this step's refresh what the merge after it did to the weight."""
+        if self._unfinished is not None:
+            started = time.perf_counter()
+            (row, before), self._unfinished = self._unfinished, None
+            row |= measures.int8_change(self.mine, before)
+            row["seconds"] += time.perf_counter() - started
+
+    @torch.no_grad()
+    def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """Add ``scale · L Δ R̂ᵀ`` to the weight's rows from ``first`` on (all of them where L is not the identity)."""
+        module, mine, options = self.module, self.mine, self.options
+        part = slice(first, None if not self.by_rows else first + delta.shape[0])
+        scales = None if mine.weight_scale is None else mine.weight_scale[part]
+        where = {"shrink": shrink, "key": key, "first_row": self.first_row + first}
+        how = {"rounding": options.rounding, "scales": options.scales}
+        dispatch.merge(mine.weight.detach()[part], scales, delta, module.left, module.right, s=scale, **where, **how)
+
+    def progress(self) -> dict[str, Any]:
+        """Bases and weights are the model's own tensors; what remains is when to look again."""
+        products = self.module.products
+        return {"schedule": self.schedule.state()} | ({} if products is None else {"products": products.state()})
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        self.schedule = type(self.schedule)(**progress["schedule"])
+        if self.module.products is not None:
+            self.module.products.load(progress["products"])
+
+    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
+        delta, probe = self.module.delta, self.module.probe
+        whole = probe.numel() * probe.dtype.itemsize / gap if self.projected else 0.0
+        return {
+            "all-reduce Δ gradients": float(delta.numel() * delta.dtype.itemsize),
+            "all-reduce full gradients of refreshes": whole,
+            "broadcast bases": self.basis_bytes() / gap,
+        }
+
+    def basis_bytes(self) -> float:
+        """Bytes of the bases in fp32, as they travel after a refresh."""
+        return sum(4.0 * basis.dim * basis.rank for basis in self.bases if basis is not None and self.projected)

@@ -1,0 +1,101 @@
+"""A layer's weight under a rule that needs the whole gradient in every step (see :mod:`..rules`)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quant import dense as dense_grid
+from ...quant import int8
+from ..layers.linear import LowRankLinear
+from ..rules import Rule
+from ..rules.common import Rows
+from ..subspace.refresh import RefreshOptions
+from ..subspace.schedule import Schedule
+from .projected import ProjectedTensor
+
+
+class WholeTensor(ProjectedTensor):
+    """A :class:`LowRankLinear`'s weight whose ``probe`` receives the whole gradient in every step; Δ never does.
+
+    The bases, if the rule has any, follow the schedule of the class above, from the same gradient.
+    """
+
+    keeps_whole = True
+
+    def __init__(
+        self, name: str, index: int, module: LowRankLinear, schedule: Schedule, options: RefreshOptions, rule: Rule
+    ) -> None:
+        super().__init__(name, index, module, schedule, options)
+        self.rule, self.current_step, self.shape = rule, 0, rule.leaf_shape()
+        self.by_rows = False
+        self.projected = self.projected and rule.uses_basis
+        module.delta.requires_grad_(False)
+
+    def leaves(self) -> list[nn.Parameter]:
+        return [self.module.probe]
+
+    def arm(self, step: int) -> None:
+        """Always the probe."""
+        self._finish_record()
+        self.current_step = step
+        self.listen(True)
+        if self.module.products is not None and step % self.schedule.gap == 0:  # not every rule has refreshes
+            self.module.products.retry()
+
+    def listen(self, whole: bool) -> None:
+        super().listen(True)
+
+    def gradient(self) -> Tensor | None:
+        return self.module.probe.grad
+
+    def awaits_refresh(self) -> bool:
+        return self.projected and self.gradient() is not None and self.schedule.due(self.current_step)
+
+    def seeks_first_basis(self) -> bool:
+        """Never: every step has a whole gradient, so a first basis need not come before the step's sum."""
+        return False
+
+    def turns_moments(self) -> bool:
+        return self.projected and self.rule.uses_inner
+
+    def receive(self, gradient: Tensor, own: bool) -> None:
+        """The whole gradient stays, for the rule."""
+        self.module.probe.grad = gradient
+        self.listen(True)
+
+    receive_nothing = receive
+
+    def _adam(self, gradient: Tensor) -> Tensor:
+        """The inner optimizer's direction N: at a rate of 1 its step from zero is −N."""
+        return self.parts[0].step(gradient, 1.0).neg()
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N; drops the gradient."""
+        gradient = self.gradient().to(torch.float32).contiguous()
+        rows = self.rule.direction(gradient, self.current_step, self._adam)
+        write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
+        self.drop_gradient()
+
+    def step_on_paper(self) -> None:
+        self.step(1.0, 1.0, 0.0, (0, 0))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
+
+    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
+        """The rule works on whole gradients, which all processes then have for a refresh too."""
+        probe = self.module.probe
+        whole = float(probe.numel() * probe.dtype.itemsize)
+        return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
+
+
+def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int], options: RefreshOptions) -> None:
+    """``W ← W · (1 − shrink) + rows`` in the layer's own format, rounded once, int8 as ``options`` say."""
+    weight = module.weight.detach()
+    if module.weight_scale is None:
+        dense_grid.write_back(weight, rows, shrink=shrink, key=key)
+    else:
+        how: dict[str, Any] = {"rounding": options.rounding, "scales": options.scales}
+        int8.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
