@@ -89,6 +89,24 @@ class TakesATrace(Plain):
         return super().forward(x) + self.blocks[0].trace.square().mean()
 
 
+class ReadsATrace(LeavesATrace):
+    """Takes what another block left, without being given it."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.__dict__["other"] = other
+
+    def forward(self, x):
+        return super().forward(x) + self.other.trace
+
+
+class TakesATraceInside(Plain):
+    def __init__(self):
+        super().__init__()
+        first = LeavesATrace()
+        self.blocks = nn.ModuleList([first, LeavesATrace(), ReadsATrace(first)])
+
+
 class KnowsItsInputs(Plain):
     """Without a trace in a gradient: the second block's value depends on a number that the first one left."""
 
@@ -148,6 +166,7 @@ REASONS = {
     FromOtherBlocks: "arguments carry gradients from other blocks",
     BySideWay: "arguments carry gradients from other blocks",
     TakesATrace: "what follows the blocks takes something with a gradient from an earlier block",
+    TakesATraceInside: "block 2 takes something with a gradient from an earlier block",
     KnowsItsInputs: "when walked, and",
 }
 
