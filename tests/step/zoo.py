@@ -101,7 +101,7 @@ def batch_major(model, blocks, micro_batches, loss, step=0) -> list[float]:
             seed(step, number, 0)
             part = loss(model, batch) / 50
             part.backward()
-            losses.append(float(part))
+            losses.append(float(part.detach()))
     finally:
         for handle in handles:
             handle.remove()
