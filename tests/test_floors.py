@@ -11,6 +11,7 @@ FLOORS = (
     {"config", "atomic"},
     {"quant", "storage", "metrics", "parallel", "on_paper", "checkpoint_folder"},
     {"lowrank", "data"},
+    {"step"},
     {"filling"},
     {"checkpoint", "position", "run_lock"},
     {

@@ -1,0 +1,1 @@
+"""The layer-major step: every micro-batch goes through one block before the next block begins."""

@@ -1,0 +1,124 @@
+"""The layer-major step in one call, for a training loop of one's own."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..lowrank.optimizer import LowRankOptimizer
+from . import walk
+from .activations import Activations
+from .trial import Loss, Trial, try_walk
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step did. ``loss``: the step's; ``grad_norm``: of its gradients, Δ's for low-rank layers, None if it was
+    skipped because the loss was not finite; ``blocks``: how many blocks were walked, 1 for ordinary accumulation."""
+
+    loss: float
+    grad_norm: float | None
+    blocks: int
+
+
+@dataclass
+class _Known:
+    """What is kept of a model between steps."""
+
+    loss: Any
+    trial: Trial
+    activations: Activations
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def step(
+    model: nn.Module,
+    optimizer: LowRankOptimizer,
+    micro_batches: Sequence[Any],
+    *,
+    loss: Loss,
+    targets: Callable[[Any], int] | None = None,
+    seed: int = 0,
+    activations: str = "device",
+    graphs_of_last: int = 0,
+) -> Taken:
+    """One optimizer step over all ``micro_batches``, block by block, in the memory of one of them.
+
+    ``loss(model, batch)`` is a scalar. With ``targets``, which counts what a batch's loss is a sum over, the step's
+    loss is the sum of all losses divided by the sum of all targets; without, it is the mean of the losses.
+    ``optimizer``: from :func:`qgalore.optimizer` with ``stepping="manual"``. ``seed``: of dropout. The blocks' inputs
+    wait on the ``device`` or in ``host`` memory until the backward pass; the last ``graphs_of_last`` blocks keep their
+    whole graphs instead, which saves running them again.
+
+    The first call tries whether the model can be walked, with the first micro-batch. If it cannot, its micro-batches
+    are accumulated as usual, and a line says why. Raises :class:`ConfigError` for an optimizer of another kind or no
+    micro-batches, and :class:`NumericalError` for a gradient that is not finite: weights of later blocks have moved
+    then.
+    """
+    stepping = getattr(optimizer, "stepping", None)
+    if stepping != "manual":
+        raise ConfigError(
+            f"qgalore.step was given an optimizer with stepping={stepping!r}, but it steps each tensor itself; build "
+            "the optimizer with qgalore.optimizer(model, ..., stepping='manual')"
+        )
+    if not micro_batches:
+        raise ConfigError("qgalore.step was given no micro-batches; a step needs at least one")
+    known = _look_at(model, micro_batches[0], loss, activations, graphs_of_last)
+    total = len(micro_batches) if targets is None else sum(map(targets, micro_batches))
+    runs = [partial(_share, model, loss, batch, max(total, 1)) for batch in micro_batches]
+    optimizer.accumulate_in_fp32(len(runs) > 1)
+    taking = {
+        "reseed": partial(walk.reseed, seed, optimizer.step_count),
+        "decide": lambda losses: bool(torch.isfinite(losses).all()),
+        "step": lambda _, parameters: _step_tensors(optimizer, parameters),
+    }
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):  # the caller's random numbers go on as they would
+        if known.trial.layout is None:
+            losses = walk.accumulate(model, runs, **taking)
+        else:
+            losses = walk.walk(known.trial.layout, runs, **taking, activations=known.activations)
+    value = float(losses.sum())
+    blocks = 1 if known.trial.layout is None else len(known.trial.layout)
+    if not math.isfinite(value):
+        optimizer.skip()
+        return Taken(value, None, blocks)
+    optimizer.step()  # closes the step: all tensors have moved, and learning-rate schedulers wait for this call
+    return Taken(value, optimizer.grad_norm, blocks)
+
+
+def _share(model: nn.Module, loss: Loss, batch: Any, total: int) -> Tensor:
+    """A micro-batch's share of the step's loss."""
+    return loss(model, batch) / total
+
+
+def _step_tensors(optimizer: LowRankOptimizer, parameters: list[nn.Parameter]) -> None:
+    for tensor in optimizer.tensors_of(parameters):
+        optimizer.step_tensor(tensor)
+
+
+def _as_written(loss: Loss) -> Any:
+    """What a ``loss`` has in common with those that the same line of a program made in other steps."""
+    plain = loss.func if isinstance(loss, partial) else loss
+    return getattr(plain, "__code__", plain)
+
+
+def _look_at(model: nn.Module, batch: Any, loss: Loss, where: str, graphs_of_last: int) -> _Known:
+    """What is known of ``model``, found out where it is not, or where the loss is another."""
+    known, written = _known.get(model), _as_written(loss)
+    if known is None or known.loss is not written:
+        trial = try_walk(model, batch, loss)
+        if trial.layout is None:
+            print(trial, flush=True)
+        known = _known[model] = _Known(written, trial, Activations(where=where, graphs_of_last=graphs_of_last))
+    if (known.activations.where, known.activations.graphs.last) != (where, graphs_of_last):
+        known.activations = Activations(where=where, graphs_of_last=graphs_of_last)
+    return known
