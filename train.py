@@ -27,21 +27,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     # Imported here so that --help and a misspelt option answer at once.
-    from qgalore import build, config, loop
+    from qgalore import config
     from qgalore.parallel import job
+    from qgalore.training import assemble, loop
 
     settings = config.load(options.config, options.overrides)
     if options.plan:
-        build.plan(settings, options.world_size)
+        assemble.plan(settings, options.world_size)
         return
     with job(settings.device) as team:
         with team.together("the end of training"):
-            made = build.build(settings, options.resume, team)
+            made = assemble.build(settings, options.resume, team)
             training = loop.Loop(**made.loop, position=loop.Position(**made.position))
             result = training.run()
         if team.leads:
-            build.finish(made, training.position.best_step)
-    print(f"done: {build.ending(settings, result, training.position)}; everything is in {made.folder}")
+            assemble.finish(made, training.position.best_step)
+    print(f"done: {assemble.ending(settings, result, training.position)}; everything is in {made.folder}")
 
 
 def main(arguments: list[str]) -> int:

@@ -17,13 +17,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import checkpoint
 from .errors import ConfigError
-from .export import folder as folders
-from .export import huggingface
+from .files import checkpoint, export_hf
+from .files import export_folder as folders
+from .files.safetensors import write_safetensors
 from .lowrank.layers.linear import CODES, LowRankLinear
 from .models import convert as conversion
-from .storage import write_safetensors
 
 STORED_AS = "qgalore-checkpoint"  # the model type that a Trainer's checkpoint names
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # what Hugging Face's Trainer calls the folders it resumes from
@@ -160,7 +159,7 @@ def save(
     written.
     """
     with _writing(Path(folder)) as building:
-        huggingface.save(model, tokenizer, building, dtype, max_shard_size)
+        export_hf.save(model, tokenizer, building, dtype, max_shard_size)
 
 
 def load(model: nn.Module, folder: str | Path) -> None:

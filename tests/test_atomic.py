@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qgalore import atomic
 from qgalore.errors import ConfigError
+from qgalore.files import atomic
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def test_a_loss_that_is_not_finite_is_skipped_until_it_is_hopeless(tiny_run):
 
 def replace_loss(monkeypatch, wrap):
     """Let every loop train on ``wrap(loss)`` instead of its loss."""
-    from qgalore.loop import Loop
+    from qgalore.training.loop import Loop
 
     original = Loop.__post_init__
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_a_newer_version_is_named_as_that(tiny_run):
 
 def test_a_rollback_goes_where_a_run_without_a_clock_would(tiny_run, monkeypatch):
     """Checkpoints that the clock asks for are no places to roll back to: they would make the weights depend on it."""
-    from qgalore import keeping
+    from qgalore.training import keeping
 
     how = ("train.loss_spike=rollback", "train.save_every=null", "train.max_steps=28", "train.eval_every=28")
     how += ("train.lr=0.001", "export.formats=[]", "train.keep_last=1")
@@ -205,7 +205,7 @@ def test_deferred_stepping_saves_no_beginning(tiny_run):
 
 
 def test_a_half_taken_step_without_any_checkpoint_left_stops(tiny_run, monkeypatch):
-    from qgalore import loop
+    from qgalore.training import loop
 
     PoisonedGradient(monkeypatch, 2)
     real = loop.Loop._step

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import qgalore
-from qgalore import checkpoint
 from qgalore.errors import ConfigError
+from qgalore.files import checkpoint
 
 TEXT = {"config": {"a": 1}, "position": {"step": 1, "sample": [0, 4], "tokens": 9}}
 

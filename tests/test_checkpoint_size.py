@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import qgalore
-from qgalore import checkpoint
+from qgalore.files import checkpoint
 from qgalore.models import loading
 
 PROC = Path("/proc/self")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tokenizers import processors
 
-from qgalore.choices import Question, Scores, read_questions, score, with_examples
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
+from qgalore.evaluation.multiple_choice import Question, Scores, read_questions, score, with_examples
 
 QUESTIONS = [
     Question("Question: What is red?\nAnswer:", ("a rose", "the sky", "some snow and more"), 0),

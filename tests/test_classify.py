@@ -159,13 +159,14 @@ def test_regression(classify_run, tmp_path):
 
 
 def test_the_body_is_the_folders_and_the_head_is_drawn_from_the_seed(classify_run, tmp_path):
-    from qgalore import build, config
-    from qgalore.build.model import architecture, source_of
+    from qgalore import config
+    from qgalore.training import assemble
+    from qgalore.training.model import architecture, source_of
 
     classify_run("train.max_steps=1", "export.formats=[]")
     settings = config.resolve(config.load("c.yaml"), "cpu", False)
-    labels = build.labelled.PLANNED
-    vocabulary = build.Vocabulary(290, None, None, labels, 0)
+    labels = assemble.labelled.PLANNED
+    vocabulary = assemble.Vocabulary(290, None, None, labels, 0)
 
     def tensors(seed):
         run = settings.run.model_copy(update={"seed": seed})

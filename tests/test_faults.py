@@ -1,6 +1,6 @@
 import random
 
-from qgalore.faults import LEAST, is_spike
+from qgalore.training.spikes import LEAST, is_spike
 
 RNG = random.Random(0)
 NOISY = [3.0 + RNG.gauss(0, 0.1) for _ in range(200)]

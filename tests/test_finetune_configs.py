@@ -5,13 +5,15 @@ import json
 
 import pytest
 
-from qgalore import build, config, memory
-from qgalore.build.model import Vocabulary
+from qgalore import config
 from qgalore.data.conversations import conversations
 from qgalore.errors import ConfigError
+from qgalore.memory.plan import plan
 from qgalore.models.presets import PRESETS
+from qgalore.training import assemble
+from qgalore.training.model import Vocabulary
 
-planning = importlib.import_module("qgalore.build.plan")
+planning = importlib.import_module("qgalore.training.fit")
 GIB = 2**30
 
 
@@ -21,7 +23,7 @@ GIB = 2**30
 def test_resident_bytes_from_a_config_json_alone(tmp_path, name, preset, limit):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS[preset]}))
     made = config.load(f"finetune_{name}_16gb", [f"model.path={tmp_path}", "train.activation_checkpointing=true"])
-    sizes = memory.resident(*planning.on_paper(config.resolve(made, "cuda", True), Vocabulary(1, None, None)))
+    sizes = plan.resident(*planning.on_paper(config.resolve(made, "cuda", True), Vocabulary(1, None, None)))
     assert sizes["int8 weights"] > 7 * GIB
     assert sum(sizes.values()) < limit * GIB
 
@@ -34,7 +36,7 @@ def test_headers_are_what_plan_prints(path, tmp_path, capsys):
         preset = path.stem.removeprefix("finetune_").removesuffix("_16gb")
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS[preset]}))
         given = [f"model.path={tmp_path}"]
-    build.plan(config.load(str(path), given))
+    assemble.plan(config.load(str(path), given))
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     header = [line[1:].split() for line in path.read_text().splitlines() if line.startswith("#")]
     assert len(printed) > 8

@@ -8,28 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
     {"errors", "plain_yaml", "schedule_defaults"},
-    {"config", "atomic"},
-    {"quant", "storage", "metrics", "parallel", "on_paper", "checkpoint_folder"},
+    {"config", "quant", "parallel"},
     {"lowrank", "data"},
-    {"step"},
-    {"filling"},
-    {"checkpoint", "position", "run_lock"},
-    {
-        "keeping",
-        "models",
-        "memory",
-        "export",
-        "stats",
-        "evaluate",
-        "choices",
-        "lr",
-        "faults",
-        "convergence",
-        "trainer_guard",
-        "stopping",
-        "wire",
-    },
-    {"build", "loop", "comparison", "library"},
+    {"files", "step", "evaluation", "convergence"},
+    {"models", "hugging_face"},
+    {"memory"},
+    {"training", "library"},
+    {"comparison"},
     {"cli"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -73,9 +58,9 @@ def test_every_room_is_on_a_floor():
     assert rooms <= set().union(*FLOORS)
 
 
-def test_configuration_stops_at_build():
+def test_configuration_stops_at_training():
     users = {room(path) for path in MODULES if "config" in imported_rooms(path)}
-    assert users - {"config"} == {"build"}
+    assert users - {"config"} == {"training"}
 
 
 def test_train_script_is_short():
@@ -83,4 +68,4 @@ def test_train_script_is_short():
 
 
 def test_the_import_reader_sees_relative_imports(tmp_path):
-    assert imported_rooms(PACKAGE / "loop.py") >= {"checkpoint", "data", "lowrank", "models"}
+    assert imported_rooms(PACKAGE / "training" / "loop.py") >= {"files", "data", "lowrank", "models"}

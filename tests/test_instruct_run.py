@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qgalore import build
 from qgalore.data.chat import PLAIN_TEMPLATE
 from qgalore.data.tokenizer import train_tokenizer
+from qgalore.training import assemble
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"Say {w} twice."}, {"role": "assistant", "content": f"{w} {w}"}]}
@@ -87,7 +87,7 @@ def test_a_template_with_a_date_keeps_that_of_the_first_day(tiny_run, monkeypatc
     code, out, err = tiny_run(*arguments)
     assert code == 0, err
     assert f"in this run it is {date.today().isoformat()}, also when resumed" in out
-    monkeypatch.setattr(build, "date", Later)
+    monkeypatch.setattr(assemble, "date", Later)
     shutil.rmtree("cache")
     code, out, err = tiny_run(*arguments, "--resume", "runs/tiny/checkpoints/step-00000002")
     assert code == 0, err

@@ -2,9 +2,10 @@
 
 import pytest
 
-from qgalore import checkpoint, keeping
-from qgalore.keeping import Keeper
+from qgalore.files import checkpoint
 from qgalore.parallel import ALONE, Team
+from qgalore.training import keeping
+from qgalore.training.keeping import Keeper
 
 
 def keeper(tmp_path, now, save_every=None, team=ALONE):

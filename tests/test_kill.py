@@ -40,7 +40,9 @@ def writing(run: Path) -> bool:
 def test_thirty_kills_change_no_bit(tiny_run, tmp_path):
     # A server that has imported everything but computed nothing forks each life: threads do not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "qgalore.build", "qgalore.loop", "bitsandbytes.optim", "test_kill"])
+    context.set_forkserver_preload(
+        ["train", "qgalore.training.assemble", "qgalore.training.loop", "bitsandbytes.optim", "test_kill"]
+    )
     settings = yaml.safe_load(Path("tiny.yaml").read_text())
     settings["train"] |= {"save_every": 1, "eval_every": 20, "stepping": "fused"}
     settings["export"] = {"formats": []}

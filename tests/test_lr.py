@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from qgalore.lr import lr_at
+from qgalore.training.learning_rate import lr_at
 
 SHAPE = {"peak": 1.0, "warmup_steps": 10, "max_steps": 110, "min_lr_ratio": 0.1}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qgalore.evaluate import evaluate
+from qgalore.evaluation.loss import evaluate
 
 WORDS = ("red", "green", "blue", "black", "white", "brown", "pink", "grey", "gold", "plum", "teal", "rust", "sand")
 TURNS = [[f"Say {w} {n} times.", " ".join([w] * n)] for w in WORDS for n in (1, 2, 40)]

@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from qgalore import build, config, memory
-from qgalore.build.model import Vocabulary
+from qgalore import config
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import DoesNotFitError
-from qgalore.loop import Loop, Position
+from qgalore.memory.plan import plan
+from qgalore.training import assemble
+from qgalore.training.loop import Loop, Position
+from qgalore.training.model import Vocabulary
 
-planning = importlib.import_module("qgalore.build.plan")  # build.plan is the function
+planning = importlib.import_module("qgalore.training.fit")  # build.plan is the function
 
 GIB = 2**30
 WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_layers: 3, tie_word_embeddings: %s}"
@@ -51,7 +53,7 @@ COMMON = ("train.max_steps=9", "train.micro_batch_size=8", "data.sequence_length
 REFRESHES = ("lowrank.update_proj_gap=1", "lowrank.stagger=false")
 
 
-def storages(run: build.Run) -> int:
+def storages(run: assemble.Run) -> int:
     """Bytes of everything that a built run keeps between steps."""
     optimizer = run.loop["optimizer"]
     kept = [*run.model.parameters(), *run.model.buffers()]
@@ -97,7 +99,7 @@ def test_the_plan_is_what_is_taken(name, tiny_run):
 
 
 def check_plan(settings: config.Config) -> None:
-    run = build.build(settings, None)
+    run = assemble.build(settings, None)
     loop = Loop(**run.loop, position=Position(**run.position))
     run.model.train()
     loop._step()
@@ -119,7 +121,7 @@ def test_the_plan_has_room_for_every_rank(stepping, tiny_run):
     checkpointing = "train.activation_checkpointing=true"
     ranks = (*AUTO, "lowrank.mean_rank=32", "lowrank.energy=0.8", "train.lr=0.05", f"train.stepping={stepping}")
     overrides = [*COMMON, *REFRESHES, "run.name=moving", one_layer, checkpointing, *ranks]
-    run = build.build(config.load("tiny.yaml", overrides), None)
+    run = assemble.build(config.load("tiny.yaml", overrides), None)
     loop = Loop(**run.loop, position=Position(**run.position))
     run.model.train()
     seen = set()
@@ -170,14 +172,14 @@ def test_resident_bytes_of_the_large_configurations(arguments):
     """Counted over tensors on the meta device. The limits are what the project promises."""
     settings, vocabulary = on_paper(*arguments)
     settings = planning._changed(settings, {"train.activation_checkpointing": True})
-    sizes = memory.resident(*planning.on_paper(settings, vocabulary))
+    sizes = plan.resident(*planning.on_paper(settings, vocabulary))
     assert sum(sizes.values()) <= LARGE[arguments] * GIB
     layers = sizes["int8 weights"] / GIB
     assert 5.5 < layers < 12.5  # none was forgotten
 
 
 def test_the_plan_needs_no_gpu_and_prints_every_category(capsys):
-    build.plan(config.load("llama7b_16gb.yaml", []))
+    assemble.plan(config.load("llama7b_16gb.yaml", []))
     out = capsys.readouterr().out
     assert "planned for a CUDA device of 15.5GiB; there is none here" in out or torch.cuda.is_available()
     for word in ("int8 weights", "weight scales", "bases", "moments", "activations", "CUDA context", "total"):
@@ -192,12 +194,12 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys):
     with pytest.raises(
         DoesNotFitError, match=r"the plan needs .* GiB, and there are 3\.20 GiB \(memory\.budget\)"
     ) as error:
-        build.plan(config.load(arguments[0], list(arguments[1:])))
+        assemble.plan(config.load(arguments[0], list(arguments[1:])))
     lines = str(error.value).splitlines()[1:]
     assert len(lines) == 3
     for line in lines:
         changes, promised = line.strip().split("  → ")
-        build.plan(config.load(arguments[0], [*arguments[1:], *changes.split()]))
+        assemble.plan(config.load(arguments[0], [*arguments[1:], *changes.split()]))
         assert f"planned peak {promised}" in capsys.readouterr().out
 
 

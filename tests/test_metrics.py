@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qgalore import metrics
+from qgalore.evaluation import metrics
 
 
 def pairs(classes, rows=200, seed=0):

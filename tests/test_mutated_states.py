@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import mutate, trained
 
-from qgalore import checkpoint
-from qgalore.build import resume
 from qgalore.errors import ConfigError, NumericalError
-from qgalore.stats import Records
+from qgalore.files import checkpoint
+from qgalore.training import resume
+from qgalore.training.records import Records
 
 CASES = 300
 POSITION = {"step": 2, "sample": [0, 4], "tokens": 9, "losses": [2.0, 1.5], "skip": [], "best_loss": 1.0, "order": 0}

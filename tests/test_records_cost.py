@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from qgalore import build, config
-from qgalore.loop import Loop, Position
+from qgalore import config
 from qgalore.lowrank.subspace import measures, search
+from qgalore.training import assemble
+from qgalore.training.loop import Loop, Position
 
 STEPS = 16
 RECORDING = [(measures, name) for name in ("moments", "captured", "angle_cosines", "lines_before", "int8_change")]
@@ -29,7 +30,9 @@ def test_records_cost_less_than_a_hundredth_of_a_step(tiny_run, monkeypatch):
 
     for module, name in (*RECORDING, (search, "captured_energy")):
         monkeypatch.setattr(module, name, timed(getattr(module, name)))
-    run = build.build(config.load("quickstart", ["data.cache_dir=cache", "run.dir=runs", "train.max_steps=100"]), None)
+    run = assemble.build(
+        config.load("quickstart", ["data.cache_dir=cache", "run.dir=runs", "train.max_steps=100"]), None
+    )
     loop = Loop(**run.loop, position=Position(**run.position))
     run.model.train()
     loop._step()  # in which every layer finds its first basis

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qgalore import build, config
+from qgalore import config
 from qgalore.config import RULES
 from qgalore.errors import ConfigError
 from qgalore.lowrank import rules
+from qgalore.training import assemble
 
 ROOT = Path(__file__).resolve().parent.parent
 # A rate at which two steps of warm-up and four of training lower the loss; wide enough for 8-bit moments.
@@ -117,7 +118,7 @@ def test_the_plan_names_the_bytes_of_rules(tiny_run):
     """No basis and no moments of the layers for ``scale``; for ``fira`` GaLore's, and one norm for each layer."""
     sizes = {}
     for rule in ("galore", "scale", "fira"):
-        run = build.build(config.load("tiny.yaml", [*WIDE, f"lowrank.rule={rule}", f"run.name={rule}"]), None)
+        run = assemble.build(config.load("tiny.yaml", [*WIDE, f"lowrank.rule={rule}", f"run.name={rule}"]), None)
         sizes[rule] = run.planned.resident
     assert sizes["scale"]["bases"] == 0 < sizes["fira"]["bases"] == sizes["galore"]["bases"]
     of_layers = {rule: one["moments"] - sizes["scale"]["moments"] for rule, one in sizes.items()}

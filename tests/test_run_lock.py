@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from qgalore import run_lock
 from qgalore.errors import ConfigError
-from qgalore.run_lock import RunLock
+from qgalore.training import run_lock
+from qgalore.training.run_lock import RunLock
 
 
 @contextmanager

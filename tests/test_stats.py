@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError
-from qgalore.stats import ProgressLine, Records, human_time, memory_bytes
+from qgalore.training.records import ProgressLine, Records, human_time, memory_bytes
 
 
 def test_records_append_and_cut_back(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qgalore.stopping import StopSignal
+from qgalore.training.stopping import StopSignal
 
 
 class Gone:

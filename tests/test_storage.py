@@ -5,8 +5,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qgalore import storage
-from qgalore.storage import Deferred, Rows, altered, create, file_bytes, joined, write_safetensors, write_share
+from qgalore.files import safetensors
+from qgalore.files.safetensors import (
+    Deferred,
+    Rows,
+    altered,
+    create,
+    file_bytes,
+    joined,
+    write_safetensors,
+    write_share,
+)
 
 
 def test_writer_handles_odd_tensors(tmp_path):
@@ -43,7 +52,7 @@ def test_deferred_tensors_are_made_one_at_a_time(tmp_path):
 
 
 def test_a_long_write_says_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(storage._Progress, "INTERVAL", 0.0)
+    monkeypatch.setattr(safetensors._Progress, "INTERVAL", 0.0)
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(600), "b": torch.zeros(200)})
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"x\.safetensors: 7\d%, \d+ MB/s", lines[1])
@@ -55,11 +64,11 @@ def test_a_deferred_tensor_of_another_shape_is_a_bug(tmp_path):
         write_safetensors(tmp_path / "x", {"a": Deferred(torch.float32, (2,), lambda: torch.zeros(3))})
 
 
-@pytest.mark.parametrize("piece", [100, 1000, storage.PIECE])
+@pytest.mark.parametrize("piece", [100, 1000, safetensors.PIECE])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_several_write_the_file_that_one_writes(tmp_path, monkeypatch, piece, size):
     """Each its own rows, and an even share of what all have; every byte is sealed once."""
-    monkeypatch.setattr(storage, "PIECE", piece)
+    monkeypatch.setattr(safetensors, "PIECE", piece)
     make = torch.Generator().manual_seed(size)
     whole = {
         "scalar": torch.tensor(3.5),

@@ -170,11 +170,12 @@ def test_every_method_trains(tiny_run, method):
 
 def test_adamw_is_torchs_adamw(tiny_run):
     """Invariant 1 through the whole program: ``method=adamw`` against a loop of five lines on the same batches."""
-    from qgalore import build, config
+    from qgalore import config
+    from qgalore.training import assemble
 
     overrides = ["method=adamw", "train.weight_decay=0.1", "run.name=x"]
     assert tiny_run(*overrides, "run.name=y")[0] == 0
-    run = build.build(config.load("tiny.yaml", overrides), None)
+    run = assemble.build(config.load("tiny.yaml", overrides), None)
     model, options = copy.deepcopy(run.model).train(), run.loop  # a copy has none of the optimizer's hooks
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     groups = [
@@ -246,7 +247,7 @@ def test_a_finished_run_that_is_resumed_records_nothing_twice(tiny_run):
 
 def test_a_run_without_save_every_saves_by_the_clock(tiny_run, monkeypatch):
     """Half an hour passes in each step: every one is saved, the weights are those of a run that saves at its end."""
-    from qgalore import keeping
+    from qgalore.training import keeping
 
     plain = ("train.save_every=null", "train.keep_last=9", "export.formats=[]", "train.stepping=deferred")
     code, out, err = tiny_run("run.name=end", *plain)
@@ -266,7 +267,7 @@ def test_a_run_without_save_every_saves_by_the_clock(tiny_run, monkeypatch):
 
 def test_a_run_that_ends_in_nan_is_not_done(tiny_run, monkeypatch):
     """A weight that is not finite, of which no step said anything, and a held-out loss that is not."""
-    from qgalore import loop
+    from qgalore.training import loop
 
     evaluate = loop.Loop._evaluate
 

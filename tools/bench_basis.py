@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qgalore import build, config
+from qgalore import config
 from qgalore.cli import arguments as kinds
 from qgalore.cli import door
 from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.subspace import search
+from qgalore.training import assemble
 
 DEPTHS = ("first", "middle", "last")
 
@@ -56,7 +57,7 @@ def gradients(loop: dict, batch: dict[str, Tensor], layers: list[LowRankLinear])
 def captured(settings: config.Config, layer: str, depths: list[str], steps: int, ago: int) -> dict[str, list[Tensor]]:
     """Gradients by depth, ``ago`` steps before the end of the run and at its end, oriented so that the basis is on the
     right and has the shorter dimension."""
-    loop = build.build(settings, None).loop
+    loop = assemble.build(settings, None).loop
     layers = chosen_layers(loop["model"], layer, depths)
     size, found = settings.train.micro_batch_size, {depth: [] for depth in depths}
     for number in range(steps + 1):

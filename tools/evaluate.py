@@ -39,14 +39,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def load(source: Path):
     """(model, tokenizer, a name for what was loaded) of a run, a checkpoint or a Hugging Face folder."""
-    from qgalore import build
     from qgalore.data.tokenizer import load_tokenizer
     from qgalore.errors import ConfigError
     from qgalore.models.loading import pretrained
+    from qgalore.training import assemble
 
     source = kinds.saved_folder(source)
     if (source / "state.json").is_file():
-        return *build.restore_model(source), str(source)
+        return *assemble.restore_model(source), str(source)
     if not (source / "config.json").is_file():
         raise ConfigError(
             f"{source} is no run, checkpoint or hf folder; name a folder that train.py or an export wrote"
@@ -55,10 +55,10 @@ def load(source: Path):
 
 
 def ask(model, tokenizer, path: str, options: argparse.Namespace) -> dict:
-    from qgalore import choices
+    from qgalore.evaluation import multiple_choice
 
-    questions = choices.with_examples(choices.read_questions(path), options.shots)[: options.limit]
-    made = choices.score(model, tokenizer, questions, batch_size=options.batch)
+    questions = multiple_choice.with_examples(multiple_choice.read_questions(path), options.shots)[: options.limit]
+    made = multiple_choice.score(model, tokenizer, questions, batch_size=options.batch)
     if made.cut:
         print(f"note: {path}: {made.cut} prompts lost their beginning to fit the model's positions")
     raw, per_byte = made.accuracy, made.accuracy_per_byte
@@ -79,7 +79,7 @@ def held_out(model, tokenizer, path: str, options: argparse.Namespace, kind: str
     from qgalore.data.packing import PackedSequences
     from qgalore.data.tokens import tokenize_to_disk
     from qgalore.errors import ConfigError
-    from qgalore.evaluate import evaluate
+    from qgalore.evaluation.loss import evaluate
     from qgalore.models.loss import summed_loss, target_tokens
 
     length = min(options.sequence, getattr(model.config, "max_position_embeddings", None) or options.sequence)

@@ -24,9 +24,9 @@ def export(options: argparse.Namespace) -> None:
     source = kinds.saved_folder(options.checkpoint)
     if source != options.checkpoint:
         print(f"export: of {source}, the newest checkpoint", flush=True)
-    from qgalore import build
+    from qgalore.training import assemble
 
-    build.export_checkpoint(source, options.format, options.out)
+    assemble.export_checkpoint(source, options.format, options.out)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qgalore import atomic
 from qgalore.cli import arguments as kinds
 from qgalore.cli import door
+from qgalore.files import atomic
 
 HEADER = struct.Struct("<7i")  # dim, hidden, layers, heads, kv heads, vocabulary (negative: untied head), positions
 UNKNOWN, BOS, EOS = 0, 1, 2  # of every llama2.c tokenizer

@@ -54,7 +54,7 @@ def saved_folder(source: Path) -> Path:
         source = source.parent
     if not (source / CHECKPOINTS).is_dir() or (source / STATE).exists():
         return source
-    from ..checkpoint import newest_in
+    from ..files.checkpoint import newest_in
 
     return newest_in(source)
 

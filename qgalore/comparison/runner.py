@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..convergence import records
 from ..errors import ConfigError, Interrupted
-from ..stats import human_time
+from ..training.records import human_time
 from .grid import Job
 
 POLL = 0.05  # seconds between two looks at the processes

@@ -1,7 +1,7 @@
 """The configuration: pydantic models, YAML, overrides. The only room that knows YAML.
 
 ``load`` gives a validated :class:`Config` or one :class:`ConfigError` with every problem; ``resolve`` fills in what
-the method and the device decide. Nothing mutates a configuration afterwards, and none travels below ``build``.
+the method and the device decide. Nothing mutates a configuration afterwards, and none travels below ``training``.
 """
 
 from .reading import PACKAGED, dump, find, load, parse

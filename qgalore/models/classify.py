@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from .. import metrics
 from ..errors import ConfigError
+from ..evaluation import metrics
 from . import streaming
 from .folder import load_buffers, stored
 from .shapes import stored_config, stored_fields

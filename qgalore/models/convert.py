@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError
 from ..lowrank.layers import conv, experts
 from ..lowrank.layers.embedding import LowRankEmbedding, TiedHead
-from ..lowrank.layers.int8_products import Products
 from ..lowrank.layers.linear import LowRankLinear
+from ..lowrank.layers.product_choice import Products
 from ..lowrank.subspace.ranks import STEP
 from ..lowrank.subspace.sides import PROJ_TYPES
 from ..quant.basis import FORMATS

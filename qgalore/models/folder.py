@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tensor_files import Entry, is_finite, same
+from ..files.headers import Entry, is_finite, same
 from .packed import Packed
 from .streaming import CannotStreamError, Rows
 

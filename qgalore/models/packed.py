@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files.headers import Entry
 from ..quant.int8 import QMAX, dequantize
-from ..tensor_files import Entry
 
 _PARTS = (".weight_packed", ".weight_scale", ".weight_shape")
 

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from ..files.headers import as_matrix, is_finite
 from ..lowrank.layers.experts import Experts
 from ..lowrank.layers.linear import LowRankLinear
 from ..parallel import shards
-from ..tensor_files import as_matrix, is_finite
 from .packed import Packed
 
 Rows = Callable[[int, int], Tensor]  # of a tensor of more than two dimensions: the vectors along its last one

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..tensor_files import Entry, entries, same
+from ..files.headers import Entry, entries, same
 from . import kinds
 from .packed import unpacked
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import qgalore
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
-from qgalore.export import int8
+from qgalore.files import export_int8
 from qgalore.lowrank.layers.linear import LowRankLinear
 
 
@@ -31,8 +31,8 @@ def trained(model, tokens, group_size, **options):
 @pytest.mark.parametrize("width", [128, 64, 33, 101])
 def test_packing_is_the_librarys(width):
     q = torch.randint(-127, 128, (5, width), dtype=torch.int8)
-    assert torch.equal(int8.pack(q), pack_to_int32(q, 8))
-    assert torch.equal(unpack_from_int32(int8.pack(q), 8, q.shape), q)
+    assert torch.equal(export_int8.pack(q), pack_to_int32(q, 8))
+    assert torch.equal(unpack_from_int32(export_int8.pack(q), 8, q.shape), q)
 
 
 SHAPES = {
@@ -55,7 +55,7 @@ def test_transformers_reads_back_every_bit(tiny_llama, tokenizer, tmp_path, case
     blank = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=320, **shape).config, dtype=torch.bfloat16)
     model = trained(blank, tokens, group_size)
     lines = []
-    int8.save(model, tokenizer, tmp_path, lines.append)
+    export_int8.save(model, tokenizer, tmp_path, lines.append)
     assert lines == ["int8 export: not quantized, kept in bf16: lm_head"]
 
     stored = load_file(tmp_path / "model.safetensors")
@@ -80,7 +80,7 @@ def test_int8_embeddings_are_dense_and_an_int8_head_is_quantized(tiny_llama, tok
     blank = AutoModelForCausalLM.from_config(tiny_llama(vocab_size=320, **shape).config, dtype=torch.bfloat16)
     model = trained(blank, tokens, 64, embeddings="int8")
     lines = []
-    int8.save(model, tokenizer, tmp_path, lines.append)
+    export_int8.save(model, tokenizer, tmp_path, lines.append)
     dense = "model.embed_tokens" + (", lm_head" if tied else "")
     assert lines == [f"int8 export: not quantized, kept in bf16: {dense}"]
     quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -105,7 +105,7 @@ def test_int8_embeddings_are_dense_and_an_int8_head_is_quantized(tiny_llama, tok
 def test_layers_of_another_scheme_are_named(tiny_llama):
     model = tiny_llama(hidden_size=256, intermediate_size=101)
     qgalore.convert(model, rank=4, exclude=["*.1.mlp.up_proj"])
-    config = json.loads(json.dumps(int8.quantization_config(model)))
+    config = json.loads(json.dumps(export_int8.quantization_config(model)))
     groups = config["config_groups"]
     assert groups["group_0"]["targets"] == [r"re:.*\.down_proj$"]  # names first: readers take the first that matches
     assert groups["group_0"]["weights"]["strategy"] == "channel"
@@ -118,8 +118,8 @@ def test_what_is_not_int8_is_refused(tiny_llama, tokenizer, tmp_path):
     for model in (tiny_llama(), tiny_llama()):
         qgalore.convert(model, rank=4, weight_format="none")
         with pytest.raises(ConfigError, match="not int8"):
-            int8.save(model, tokenizer, tmp_path)
+            export_int8.save(model, tokenizer, tmp_path)
     conv = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=32))
     qgalore.convert(conv, rank=4)
     with pytest.raises(ConfigError, match="Conv1D"):
-        int8.save(conv, tokenizer, tmp_path)
+        export_int8.save(conv, tokenizer, tmp_path)

@@ -11,7 +11,7 @@ import qgalore
 from qgalore.data.chat import answer_ends
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
-from qgalore.export import gguf
+from qgalore.files import export_gguf
 from qgalore.lowrank.layers.linear import LowRankLinear
 
 
@@ -29,7 +29,7 @@ def read(folder):
 def test_the_integers_and_scales_survive(tiny_llama, tokenizer, tmp_path, group_size):
     model = tiny_llama(vocab_size=320, hidden_size=256, intermediate_size=384)
     qgalore.convert(model, rank=4, group_size=group_size)
-    gguf.save(model, tokenizer, tmp_path)
+    export_gguf.save(model, tokenizer, tmp_path)
     _, tensors = read(tmp_path)
     layer = model.model.layers[1].mlp.down_proj
     stored = tensors["blk.1.ffn_down.weight"]
@@ -40,7 +40,7 @@ def test_the_integers_and_scales_survive(tiny_llama, tokenizer, tmp_path, group_
     scales = torch.from_numpy(blocks[:, :, :2].copy()).view(torch.float16).float().reshape(256, -1)
     assert torch.equal(scales, layer.weight_scale.float().repeat_interleave(12 // layer.weight_scale.shape[1], dim=1))
     assert torch.equal(torch.from_numpy(dequantize(stored.data, stored.tensor_type)), layer.dense_weight())
-    query = model.model.layers[0].self_attn.q_proj.dense_weight()[gguf.rope_order(4, 256)]
+    query = model.model.layers[0].self_attn.q_proj.dense_weight()[export_gguf.rope_order(4, 256)]
     stored = tensors["blk.0.attn_q.weight"]
     assert torch.equal(torch.from_numpy(dequantize(stored.data, stored.tensor_type)), query)
 
@@ -49,7 +49,7 @@ def test_the_integers_and_scales_survive(tiny_llama, tokenizer, tmp_path, group_
 def test_int8_embeddings_and_head_are_the_same_integers(tiny_llama, tokenizer, tmp_path, tied):
     model = tiny_llama(vocab_size=320, hidden_size=256, intermediate_size=384, tie_word_embeddings=tied)
     qgalore.convert(model, rank=4, embeddings="int8")
-    gguf.save(model, tokenizer, tmp_path)
+    export_gguf.save(model, tokenizer, tmp_path)
     _, tensors = read(tmp_path)
     layers = {"token_embd.weight": model.model.embed_tokens}
     if not tied:
@@ -68,7 +68,7 @@ def test_everything_is_there(tiny_llama, tokenizer, tmp_path):
     model = tiny_llama(vocab_size=320, hidden_size=64, intermediate_size=101)
     qgalore.convert(model, rank=4)
     lines = []
-    gguf.save(model, tokenizer, tmp_path, lines.append)
+    export_gguf.save(model, tokenizer, tmp_path, lines.append)
     reader, tensors = read(tmp_path)
     assert len(tensors) == len([m for m in model.modules() if isinstance(m, LowRankLinear)]) + 7
     assert len(lines) == 2
@@ -86,14 +86,14 @@ def test_everything_is_there(tiny_llama, tokenizer, tmp_path):
 
 
 def test_rope_order_turns_half_rotations_into_adjacent_ones():
-    order = gguf.rope_order(heads=2, rows=8)
+    order = export_gguf.rope_order(heads=2, rows=8)
     assert order.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_what_it_does_not_know_is_refused(tokenizer, tmp_path):
     conv = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=32))
     with pytest.raises(ConfigError, match="not gpt2"):
-        gguf.save(conv, tokenizer, tmp_path)
+        export_gguf.save(conv, tokenizer, tmp_path)
 
 
 def test_the_file_names_every_token_that_ends_an_answer(tiny_llama, tokenizer, tmp_path):
@@ -106,7 +106,7 @@ def test_the_file_names_every_token_that_ends_an_answer(tiny_llama, tokenizer, t
     model = tiny_llama(vocab_size=320)
     qgalore.convert(model, rank=4)
     model.generation_config.eos_token_id = [end, tokenizer.eos_token_id]
-    gguf.save(model, tokenizer, tmp_path)
+    export_gguf.save(model, tokenizer, tmp_path)
     fields = {name: field.contents() for name, field in read(tmp_path)[0].fields.items()}
     assert fields["tokenizer.ggml.eot_token_id"] == end
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id

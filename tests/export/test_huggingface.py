@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 import qgalore
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
-from qgalore.export import gguf, huggingface, int8
+from qgalore.files import export_gguf, export_hf, export_int8
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,18 @@ def test_the_export_reloads_to_the_same_values(tiny_llama, tokenizer, tmp_path, 
     """Invariant 7 for bf16: every tensor is the stored value rounded once; logits agree in bf16's precision."""
     tokens = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(0))
     model = trained(list(cases(tiny_llama))[index], tokens, embeddings)
-    huggingface.save(model, tokenizer, tmp_path)
+    export_hf.save(model, tokenizer, tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert loaded.dtype == torch.bfloat16
     state = loaded.state_dict()
-    wanted = huggingface.dense_state(model)
+    wanted = export_hf.dense_state(model)
     missing = set(state) - set(wanted)
     assert missing <= {"lm_head.weight"}  # tied: stored once
     for name, value in wanted.items():
         assert torch.equal(value, state[name]), name
-    exact = huggingface.dense_state(model, torch.float32)
+    exact = export_hf.dense_state(model, torch.float32)
     assert all(torch.equal(wanted[n], exact[n].to(torch.bfloat16)) for n in wanted)
     ours = model(tokens).logits
     theirs = loaded.float()(tokens).logits
@@ -66,13 +66,13 @@ def test_experts_reload_to_equal_logits_and_other_formats_refuse_them(kind, toke
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **few), dtype=torch.float32)
     tokens = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(0))
     model = trained(model, tokens, "full")
-    huggingface.save(model, tokenizer, tmp_path, torch.float32)
+    export_hf.save(model, tokenizer, tmp_path, torch.float32)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match=r"mixture of experts.*--format hf"):
-        int8.save(model, tokenizer, tmp_path / "int8")
+        export_int8.save(model, tokenizer, tmp_path / "int8")
     with pytest.raises(ConfigError, match=rf"not {kind}.*--format hf"):
-        gguf.save(model, tokenizer, tmp_path / "gguf")
+        export_gguf.save(model, tokenizer, tmp_path / "gguf")

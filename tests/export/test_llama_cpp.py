@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import qgalore
 from qgalore.errors import ConfigError
-from qgalore.export import gguf, gguf_tokens
+from qgalore.files import export_gguf, gguf_tokens
 
 from .llama_server import LlamaServer
 
@@ -124,7 +124,7 @@ def test_llama_cpp_gives_the_tokenizers_ids(tiny_llama, tmp_path, name):
     """200 mixed lines, with the added tokens inside them, and the marks that the tokenizer puts around a text."""
     tokenizer = TOKENIZERS[name]()
     model = tiny_llama(vocab_size=len(tokenizer) + 9, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    gguf.save(model, tokenizer, tmp_path, lambda line: None)
+    export_gguf.save(model, tokenizer, tmp_path, lambda line: None)
     server = LlamaServer(tmp_path / "model.gguf")
     texts = lines(200)
     different = [text for text in texts if server.tokenize(text) != tokenizer(text)["input_ids"]]
@@ -182,7 +182,7 @@ def test_llama_cpp_computes_every_shape_as_transformers_does(tokenizer, tmp_path
             value.copy_(value.bfloat16())  # what the file holds, so that llama.cpp's own rounding is all that differs
     qgalore.convert(model, rank=4, weight_format="none")
     model.eval()
-    gguf.save(model, tokenizer, tmp_path, lambda line: None)
+    export_gguf.save(model, tokenizer, tmp_path, lambda line: None)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(4, 300, (40,), generator=generator).tolist()
     said, probabilities = LlamaServer(tmp_path / "model.gguf", context=64 if "long" in case else 96).greedy(prompt, 16)
@@ -221,7 +221,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(tokenizer, changes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ConfigError, match=complaint):
-        gguf.check(model, tokenizer)
+        export_gguf.check(model, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -236,4 +236,4 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(tokenizer, changes
 )
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tiny_llama, make, complaint):
     with pytest.raises(ConfigError, match=complaint):
-        gguf.check(tiny_llama(vocab_size=420), make())
+        export_gguf.check(tiny_llama(vocab_size=420), make())

@@ -100,12 +100,12 @@ def test_a_run_trains_resumes_and_exports_what_it_trained(tiny_run):
     assert torch.equal(exported[f"{name}.weight"], dense.bfloat16())
     assert not any("lora" in key for key in exported)
 
-    from qgalore import build
+    from qgalore.training import assemble
 
-    model, _ = build.restore_model(Path("runs/whole/checkpoints/step-00000006"))
+    model, _ = assemble.restore_model(Path("runs/whole/checkpoints/step-00000006"))
     assert torch.equal(model.get_submodule(name).dense_weight(torch.bfloat16), exported[f"{name}.weight"])
     with pytest.raises(ConfigError, match="export with --format hf"):
-        build.export(model, "int8", Path("x"), Path("runs/whole"))
+        assemble.export(model, "int8", Path("x"), Path("runs/whole"))
 
 
 def test_the_plain_weight_can_be_kept_in_floats():

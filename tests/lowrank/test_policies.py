@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_optimizer import QUICK, assert_same, loss_of, stored, train
 
-from qgalore import checkpoint, config
+from qgalore import config
+from qgalore.files import checkpoint
 from qgalore.lowrank.factory import optimizer
 from qgalore.lowrank.subspace import search
 from qgalore.lowrank.subspace.policies import POLICIES, layers_at_once, make_schedules

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from qgalore import convert, optimizer
 from qgalore.errors import ConfigError
-from qgalore.lowrank.layers.int8_products import MAX_ERROR, Products
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.models.checkpointing import checkpoint_blocks
+from qgalore.lowrank.layers.product_choice import MAX_ERROR, Products
+from qgalore.models.recompute import checkpoint_blocks
 
 INT8 = ("model.compute=int8", "lowrank.group_size=row")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import qgalore
-from qgalore import checkpoint
 from qgalore.errors import ConfigError
+from qgalore.files import checkpoint
 from qgalore.lowrank.inner.adam4bit import AdamW4bit
 from qgalore.lowrank.inner.adam8bit import AdamW8bitCPU
 from qgalore.lowrank.subspace import moments, ranks, search

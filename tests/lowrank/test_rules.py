@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_optimizer import QUICK, assert_same, distance, loss_of, stored, train
 
-from qgalore import checkpoint
 from qgalore.errors import ConfigError
+from qgalore.files import checkpoint
 from qgalore.lowrank.factory import optimizer
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.rules import RULES

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from qgalore.errors import ConfigError
-from qgalore.models.checkpointing import FUNCTIONS, checkpoint_blocks
 from qgalore.models.convert import convert
+from qgalore.models.recompute import FUNCTIONS, checkpoint_blocks
 
 
 def gradients(model, tokens):

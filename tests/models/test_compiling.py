@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from qgalore import convert, optimizer
 from qgalore.errors import ConfigError
 from qgalore.models import compiling
-from qgalore.models.checkpointing import checkpoint_blocks
+from qgalore.models.recompute import checkpoint_blocks
 
 
 @pytest.fixture(autouse=True)

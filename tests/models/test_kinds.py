@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, OPTConfig, RobertaConfig
 
 from qgalore.errors import ConfigError
-from qgalore.export import int8
+from qgalore.files import export_int8
 from qgalore.models import loading, streaming
 from qgalore.models.causality import check_causal
 from qgalore.models.convert import convert
@@ -95,7 +95,7 @@ def exported(model, tmp_path):
         def save_pretrained(self, folder):
             pass
 
-    int8.save(model, Nothing(), tmp_path, report=lambda line: None)
+    export_int8.save(model, Nothing(), tmp_path, report=lambda line: None)
     return tmp_path
 
 

@@ -18,10 +18,10 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import qgalore
-from qgalore.build.model import balance_line
 from qgalore.lowrank.layers import head as chunked
-from qgalore.models.checkpointing import checkpoint_blocks
 from qgalore.models.loss import balance, choose_loss, chunked_loss, head_is_plain, summed_loss, target_tokens
+from qgalore.models.recompute import checkpoint_blocks
+from qgalore.training.model import balance_line
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

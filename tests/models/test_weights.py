@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qgalore.errors import ConfigError
+from qgalore.files.headers import entries
 from qgalore.models import loading
-from qgalore.tensor_files import entries
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

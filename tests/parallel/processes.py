@@ -28,7 +28,9 @@ def _live(work, arguments, environment, answers):
 def _context(module):
     # A server that has imported everything but computed nothing forks each process: threads do not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "qgalore.build", "qgalore.loop", "bitsandbytes.optim", module])
+    context.set_forkserver_preload(
+        ["train", "qgalore.training.assemble", "qgalore.training.loop", "bitsandbytes.optim", module]
+    )
     return context
 
 

@@ -13,8 +13,8 @@ from test_runs import assert_same, codes, live
 from test_shard import MICRO_BATCHES, Layers
 
 import qgalore
-from qgalore import checkpoint
 from qgalore.errors import ConfigError, RankError
+from qgalore.files import checkpoint
 from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import ALONE, job
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import qgalore
 from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.memory.traffic import payload
 from qgalore.parallel import job
-from qgalore.wire import payload
 
 MICRO_BATCHES, WIDTH, LONG, RANK = 4, 64, 512, 8  # Δ has 4,096 values, from where on moments have 8 bits
 ORDER = (

@@ -15,14 +15,14 @@ from conftest import ROOT
 from processes import run_in
 from safetensors.torch import load_file
 
-from qgalore import build
+from qgalore.training import assemble
 
 STEPS = 50
 
 
 def live(folder, arguments, fault=None):
     """(exit code, standard error) of one process; ``fault`` (rank, step, what) breaks something in it."""
-    from qgalore import loop
+    from qgalore.training import loop
     from train import main
 
     os.chdir(folder)
@@ -89,7 +89,7 @@ def test_a_nan_in_one_process_skips_the_step_in_all(folder):
     assert [row.get("skipped") for row in losses] == [None, None, "rank 1: the loss is nan in step 3", None]
     assert len(rows(folder / "runs/tiny", "eval_loss")) == 1
     # what two processes wrote is an ordinary checkpoint
-    model, _ = build.restore_model(folder / "runs/tiny/checkpoints/step-00000004")
+    model, _ = assemble.restore_model(folder / "runs/tiny/checkpoints/step-00000004")
     saved = state(folder / "runs/tiny", 4)
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name in saved)
     one = run_in(1, live, str(folder), [*short, "train.max_steps=6", "--resume", "auto"])
@@ -241,7 +241,7 @@ def test_saved_by_four_continued_by_two_exported_by_one(folder):
     command = [sys.executable, str(ROOT / "tools/export.py"), str(done), "--format", "hf", "--out", str(folder / "hf")]
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     exported = load_file(Path(folder / "hf/model.safetensors"))
-    model, _ = build.restore_model(done)
+    model, _ = assemble.restore_model(done)
     layer = model.model.layers[0].mlp.up_proj
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(exported[name], layer.dense_weight().to(exported[name].dtype))

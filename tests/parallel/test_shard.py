@@ -12,8 +12,8 @@ import qgalore
 from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.sharded import share_rows, shareable
+from qgalore.memory.traffic import payload
 from qgalore.parallel import job, shards
-from qgalore.wire import payload
 
 MICRO_BATCHES, WIDTH, LONG, RANK = 4, 64, 2048, 8  # a quarter of Δ has 4,096 values, from where on moments have 8 bits
 SMALL = 256  # whose Δ has 2,048: fp32 moments

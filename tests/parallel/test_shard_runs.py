@@ -14,7 +14,7 @@ from processes import run_in
 from safetensors.torch import load_file
 from test_runs import assert_same, codes, live, rows, state
 
-from qgalore import build
+from qgalore.training import assemble
 
 SHARD = ["parallel=shard", "lowrank.proj_type=right"]
 
@@ -25,7 +25,7 @@ def test_two_processes_train_save_and_one_goes_on(folder):
     assert codes(run_in(2, live, str(folder), first, (1, 2, "nan"))) == {0}
     made = rows(folder / "runs/tiny", "lr")
     assert [row.get("skipped") for row in made] == [None, None, "rank 1: the loss is nan in step 3", None]
-    model, _ = build.restore_model(folder / "runs/tiny/checkpoints/step-00000004")
+    model, _ = assemble.restore_model(folder / "runs/tiny/checkpoints/step-00000004")
     saved = state(folder / "runs/tiny", 4)
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name in saved)
     name = "model.layers.0.mlp.up_proj"
@@ -62,7 +62,7 @@ def test_saved_by_one_four_and_two_exported_by_one(folder):
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     exported = load_file(folder / "hf/model.safetensors")
     assert_same(exported, load_file(folder / "runs/r/export/hf/model.safetensors"))
-    model, _ = build.restore_model(done)
+    model, _ = assemble.restore_model(done)
     layer = model.model.layers[0].mlp.up_proj
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(exported[name], layer.dense_weight().to(exported[name].dtype))
@@ -80,19 +80,21 @@ def test_what_four_saved_is_what_they_held(folder):
 
 def planned_and_real(where, arguments):
     """Resident bytes by the plan, and of the tensors that are there after two steps."""
-    from qgalore import config, loop, memory
+    from qgalore import config
+    from qgalore.memory.plan import plan
     from qgalore.parallel import job, shards
+    from qgalore.training import loop
 
     os.chdir(where)
     with job("cpu") as team, contextlib.redirect_stdout(io.StringIO()):
-        made = build.build(config.load("tiny.yaml", arguments), None, team)
+        made = assemble.build(config.load("tiny.yaml", arguments), None, team)
         loop.Loop(**made.loop, position=loop.Position()).run()
         model, slots = made.model, made.loop["optimizer"].tensors
         tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not shards.is_shared(t))
         storages = (t.untyped_storage() for t in tensors if t.dtype == torch.int8 and not t.is_meta)
         integers = {storage.data_ptr(): storage.nbytes() for storage in storages}
         scales = {shards.local(m.weight_scale) for m in model.modules() if getattr(m, "weight_scale", None) is not None}
-        real = {"int8 weights": sum(integers.values()), "moments": memory.state_bytes(slots)}
+        real = {"int8 weights": sum(integers.values()), "moments": plan.state_bytes(slots)}
         real["weight scales"] = sum(scale.untyped_storage().nbytes() for scale in scales)
         return {name: made.planned.resident[name] for name in real}, real
 

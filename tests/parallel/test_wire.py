@@ -4,14 +4,16 @@ import re
 
 import pytest
 
-from qgalore import build, config, wire
+from qgalore import config
 from qgalore.errors import ConfigError
+from qgalore.memory import traffic
+from qgalore.training import assemble
 
 SMALL = ("model.overrides.vocab_size=512", "lowrank.rank=32", "train.grad_accumulation=4", "device=cpu")
 
 
 def planned(capsys, processes):
-    build.plan(config.load("quickstart.yaml", [*SMALL]), processes)
+    assemble.plan(config.load("quickstart.yaml", [*SMALL]), processes)
     return capsys.readouterr().out
 
 
@@ -32,14 +34,14 @@ def test_processes_that_cannot_share_a_step_are_refused(capsys):
 
 
 def test_a_ring_sends_each_part_once_for_a_broadcast_and_twice_for_a_sum():
-    assert wire.ring(8.0, 4, "all-reduce of anything") == 2 * 8 * 3 / 4
-    assert wire.ring(8.0, 4, "broadcast bases") == 8 * 3 / 4
-    assert wire.ring(8.0, 1, "all-reduce of anything") == 0
+    assert traffic.ring(8.0, 4, "all-reduce of anything") == 2 * 8 * 3 / 4
+    assert traffic.ring(8.0, 4, "broadcast bases") == 8 * 3 / 4
+    assert traffic.ring(8.0, 1, "all-reduce of anything") == 0
 
 
 def test_the_plan_of_weights_that_are_split(capsys):
     shard = (*SMALL, "parallel=shard", "lowrank.proj_type=right", "train.optimizer=adamw")
-    build.plan(config.load("quickstart.yaml", [*shard]), 4)
+    assemble.plan(config.load("quickstart.yaml", [*shard]), 4)
     shown = capsys.readouterr().out
     assert all(part in shown for part in ("gather weights", "reduce-scatter Δ gradients", "gathered blocks"))
     assert "all-reduce Δ" not in shown

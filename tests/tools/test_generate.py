@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 from qgalore.data.tokenizer import train_tokenizer
-from qgalore.export import huggingface
+from qgalore.files import export_hf
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "generate.py"
 
@@ -15,7 +15,7 @@ def generate(*arguments):
 
 def test_it_continues_a_prompt_the_same_way_twice(tiny_llama, tmp_path):
     tokenizer = train_tokenizer(["a little text"] * 5, vocab_size=300, report=lambda line: None)
-    huggingface.save(tiny_llama(vocab_size=320), tokenizer, tmp_path)
+    export_hf.save(tiny_llama(vocab_size=320), tokenizer, tmp_path)
     first, again = (generate(tmp_path, "--prompt", "a little", "--max-new-tokens", 5) for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("a little")

@@ -18,7 +18,7 @@ from ...quant import dispatch, int8_products
 from ...quant.int8 import quantize
 from ..subspace import sides
 from .bases import Basis
-from .int8_products import Choice, Products
+from .product_choice import Choice, Products
 
 CODES = "weight_int8"  # a name for int8 codes in a state dict that is not that of ordinary weights
 

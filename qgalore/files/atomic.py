@@ -1,0 +1,144 @@
+"""Files and folders that appear under their name whole, or not at all.
+
+What is written goes into a hidden sibling first, reaches the disk, and is renamed. A full disk, a kill or a power cut
+therefore leaves the old content, or none, and never half of the new one. Where the disk says no, everything raises
+``OSError``, also for libraries in Rust, which have classes of their own. :func:`explained` makes one message of it.
+"""
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import ConfigError
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+
+
+@contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into :class:`ConfigError`: "``what`` could not be written: …; ``remedy``"."""
+    try:
+        with plain_errors():
+            yield
+    except OSError as error:
+        raise ConfigError(f"{what} could not be written: {error}; {remedy}") from error
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise as ``OSError`` what safetensors and tokenizers raise for one: SafetensorError, or a bare Exception whose
+    text ends in "(os error N)"."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None or not (isinstance(error, SafetensorError) or type(error) is Exception):
+            raise
+        number = int(found[1]) if os.name != "nt" else errno.EIO  # Windows counts its errors differently
+        raise OSError(number, str(error)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A context whose value is a hidden sibling of the file ``path``, empty, to be written. At its end the sibling is
+    fsync'd, given the permissions that the umask asks for, and renamed to ``path``; after an error it is deleted.
+
+    A ``path`` that is a link keeps being one: the file it points to is replaced. Raises ``OSError``.
+    """
+    target = Path(os.path.realpath(path))
+    fresh = _sibling(target, "tmp")
+    try:
+        with plain_errors():
+            fresh.open("xb").close()
+            mode = fresh.stat().st_mode
+            yield fresh
+            _settle(fresh, mode)
+            fresh.replace(target)
+            sync_folder(target.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder with all that is in it. A folder that stood there is deleted, after the new one has taken
+    its place; in between it has the hidden name ``.NAME.….old`` for a moment. Raises ``OSError``."""
+    target = Path(os.path.realpath(path))
+    fresh, old = _sibling(target, "tmp"), _sibling(target, "old")
+    try:
+        with plain_errors():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh.mkdir()
+            yield fresh
+            _settle_all(fresh)
+            if target.exists():
+                target.rename(old)
+            try:
+                fresh.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+            sync_folder(target.parent)
+    finally:
+        for gone in (fresh, old):
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file ``path`` by ``text`` in UTF-8, whole or not at all. Raises ``OSError``."""
+    with replacing(path) as fresh:
+        fresh.write_bytes(text.encode("utf-8"))
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed process left of its writes in ``folder``: only names that this module gives. For callers
+    who know that nobody writes there now."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk. Windows opens no folders; its renames are journalled."""
+    if os.name != "nt":
+        _fsync(path, os.O_RDONLY)
+
+
+def _sibling(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{ending}")
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Permissions as for an ordinary new file (safetensors' own writer leaves 0600), and bytes that are on the disk."""
+    path.chmod(mode & 0o7777)
+    _fsync(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+
+
+def _settle_all(folder: Path) -> None:
+    probe = _sibling(folder / "probe", "tmp")
+    probe.touch(exist_ok=False)
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _settle(Path(place, name), mode)
+        sync_folder(Path(place))
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,35 @@
+"""Export as an ordinary Hugging Face folder: dense safetensors, config, tokenizer."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import export_folder as folders
+from .export_tensors import dense_tensors, hub_tensors
+
+READERS = "transformers 4.48 or later, vLLM, and what else reads Hugging Face folders"
+
+
+def dense_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The model's tensors under their original names and layouts, floating-point ones in ``dtype``, on the CPU.
+
+    Int8 weights are dequantized in fp32 and rounded once to ``dtype``; a mixture's experts are stacked again.
+    """
+    return folders.deferred(dense_tensors(model, dtype))
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write ``folder`` so that ``model``'s own class, its ``AutoModelFor…`` and ``AutoTokenizer`` load it. Tensors are
+    made and written one at a time. ``max_shard_size``: bytes, or text such as "5GB"; None for one file. Raises
+    ``OSError``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = hub_tensors(model, folders.skeleton_of(model, dtype), dtype)
+    folders.write(model, tokenizer, folder, entries, dtype=dtype, max_shard_size=max_shard_size)

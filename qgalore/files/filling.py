@@ -1,0 +1,235 @@
+"""Filling a model and its optimizer from a checkpoint's tensors, none of which is taken on trust.
+
+The seals of a checkpoint tell whether its bytes are those that were written. Here it is seen whether they are those of
+this model: every name, shape, dtype and kind of number, and that all values are finite.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..lowrank.layers.linear import LowRankLinear
+from ..lowrank.tensors.base import Part, TrainedTensor
+from ..parallel import shards
+
+KINDS = ("inner", "extra")  # of an optimizer's tensors: the inner optimizer's state, and all else
+
+
+def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state dict into tensors, named ``slot|kind|name``, and what JSON can hold."""
+    tensors: dict[str, Tensor] = {}
+    rest = {"step_count": state["step_count"], "groups": state["groups"], "slots": {}}
+    for slot, parts in state["slots"].items():
+        scalars: dict[str, Any] = {"inner": {}, "extra": {}}
+        for kind in KINDS:
+            for name, value in parts[kind].items():
+                if torch.is_tensor(value):
+                    tensors[f"{slot}|{kind}|{name}"] = value
+                else:
+                    scalars[kind][name] = value
+        rest["slots"][slot] = {**scalars, **{k: v for k, v in parts.items() if k not in KINDS}}
+    return tensors, rest
+
+
+def _unflatten(tensors: Iterator[tuple[str, Tensor]], rest: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of :func:`flatten`. Raises ``ValueError`` for a tensor that belongs to no slot, or is not finite."""
+    slots = {slot: {**parts, **{kind: dict(parts[kind]) for kind in KINDS}} for slot, parts in rest["slots"].items()}
+    for key, value in tensors:
+        slot, kind, name = (*key.rsplit("|", 2), "", "")[:3]
+        if slot not in slots or kind not in KINDS:
+            raise ValueError(f"the model has no optimizer state {key}")
+        _check_finite(key, value)
+        slots[slot][kind][name] = value
+    return {**rest, "slots": slots}
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} holds values that are not finite")
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of a tensor of ``model`` with a value that is not finite; None if there is none."""
+    for name, value in model.state_dict().items():
+        here = shards.local(value)
+        if here.is_floating_point() and not bool(torch.isfinite(here).all()):
+            return name
+    return None
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            yield name, file.get_tensor(name).clone()  # the library's own may be backed by the file
+
+
+def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) -> None:
+    """Fill ``model`` and ``optimizer`` (a LowRankOptimizer) from a checkpoint whose ``state`` its seal vouches for.
+
+    Raises :class:`ConfigError` if the tensors or numbers are those of another model, or are not finite.
+    """
+    load_model(folder, model)
+    with _usable(folder):
+        saved = _unflatten(_tensors(folder / "optimizer.safetensors"), state["optimizer"])
+        _check_numbers(optimizer, saved)
+        for tensor in optimizer.tensors:
+            _check_tensor(tensor, saved["slots"][tensor.name])
+        optimizer.load_state_dict(saved)
+        known: dict[Any, dict[str, Any]] = {}
+        for tensor in optimizer.tensors:
+            _check_inner(tensor, known)
+
+
+def _check_numbers(optimizer, saved: dict[str, Any]) -> None:
+    now = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    fits = like(0, saved["step_count"]) and like(now, saved["groups"]) and len(now) == len(saved["groups"])
+    if not fits or saved["step_count"] < 0:
+        raise ValueError("its state.json says nothing sensible under optimizer.step_count or optimizer.groups")
+    if apart := {tensor.name for tensor in optimizer.tensors} ^ set(saved["slots"]):
+        raise ValueError(f"optimizer state and model differ in {len(apart)} tensors, for example {min(apart)}")
+
+
+def _check_tensor(tensor: TrainedTensor, saved: dict[str, Any]) -> None:
+    """What a trained tensor copies, or builds its schedule from, before it does."""
+    wanted = tensor.tensors()
+    if set(saved["extra"]) != set(wanted):
+        raise ValueError(f"{tensor.name} has the state {sorted(saved['extra'])} instead of {sorted(wanted)}")
+    for name, value in wanted.items():
+        _check_same(f"{tensor.name}|extra|{name}", saved["extra"][name], value)
+    numbers = {name.split(".")[0] for name in saved["inner"]} if len(tensor.parts) > 1 else set()
+    if numbers - {str(number) for number in range(len(tensor.parts))}:
+        raise ValueError(
+            f"{tensor.name} has the state of parts {sorted(numbers)}, and steps in {len(tensor.parts)} parts"
+        )
+    if tensor.module is None:
+        return
+    now = tensor.progress()
+    found = {name: saved.get(name) for name in now}
+    gaps = found["schedule"] if like(now["schedule"], found["schedule"]) else {}
+    if min(gaps.get("base_gap", 0), gaps.get("first_gap", 0)) < 1 or not _are_choices(now, found):
+        raise ValueError(f"its state.json says nothing sensible under optimizer.slots.{tensor.name}")
+    if found.get("rank") != now.get("rank"):
+        raise ValueError(f"{tensor.name} has rank {found['rank']} in state.json and bases of rank {now['rank']}")
+
+
+def _are_choices(now: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether what was measured of int8 products has the same keys, with single values (None before a measurement)."""
+    if "products" not in now:
+        return True
+    kept = found["products"] if isinstance(found["products"], dict) else {}
+    return kept.keys() == now["products"].keys() and all(
+        isinstance(kept[name], dict)
+        and kept[name].keys() == now["products"][name].keys()
+        and not any(isinstance(value, (dict, list)) for value in kept[name].values())
+        for name in kept
+    )
+
+
+def _check_same(name: str, value: Any, wanted: Any) -> None:
+    if torch.is_tensor(value) and torch.is_tensor(wanted):
+        if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(
+                f"{name} is {tuple(value.shape)} {value.dtype} in the checkpoint and {tuple(wanted.shape)} "
+                f"{wanted.dtype} here"
+            )
+    elif torch.is_tensor(value) or torch.is_tensor(wanted) or not like(wanted, value):
+        raise ValueError(f"{name} is a {type(value).__name__} in the checkpoint and a {type(wanted).__name__} here")
+
+
+def _check_inner(tensor: TrainedTensor, known: dict[Any, dict[str, Any]]) -> None:
+    """The inner optimizers' states, against those that a step makes; tried once for each size and kept in ``known``.
+    A tensor that never had a gradient has none."""
+    for part in tensor.parts:
+        state = part.state()
+        if not state:
+            continue
+        key = (type(part.inner), part.leaf.shape)
+        if key not in known:
+            known[key] = _made_by_a_step(part)
+        if absent := known[key].keys() - state.keys():
+            raise ValueError(f"{tensor.name} has no {min(absent)} of {type(part.inner).__name__}")
+        for name, wanted in known[key].items():
+            _check_same(f"{tensor.name}|inner|{name}", state[name], wanted)
+
+
+def _made_by_a_step(part: Part) -> dict[str, Any]:
+    """The state after a step with a gradient of zeros, tensors as empty ones on the meta device. Changes nothing."""
+    before, groups = part.inner.state.pop(part.leaf), [dict(group) for group in part.inner.param_groups]
+    try:
+        part.step(torch.zeros(part.leaf.shape, device=part.leaf.device), 0.0)
+        made = part.state()
+    finally:
+        part.inner.state[part.leaf] = before
+        for group, old in zip(part.inner.param_groups, groups, strict=True):
+            group.update(old)
+        part.scratch.release()
+    return {name: value.to("meta") if torch.is_tensor(value) else value for name, value in made.items()}
+
+
+def like(wanted: Any, value: Any) -> bool:
+    """Whether ``value``, read from JSON, is of the same make as ``wanted``: no key that this has not, lists of numbers,
+    finite numbers below 2⁶³, all of the same type."""
+    if isinstance(wanted, dict):
+        return isinstance(value, dict) and all(key in wanted and like(wanted[key], value[key]) for key in value)
+    if isinstance(wanted, (list, tuple)):
+        if not isinstance(value, (list, tuple)):
+            return False
+        if wanted and len(wanted) == len(value):
+            return all(map(like, wanted, value))
+        return all(like(0.0, item) or like(0, item) for item in value)
+    if type(wanted) is not type(value):
+        return False
+    return not isinstance(value, (int, float)) or (math.isfinite(value) and abs(value) < 2**63)
+
+
+def _fit_ranks(model: nn.Module, files: list[Path]) -> None:
+    """Give the layers of ``model`` whose rank is free to move the ranks that ``files`` have."""
+    shapes = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            module.fit(shapes, f"{name}.")
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Fill ``model`` alone from ``model.safetensors`` or its shards; of tied tensors one name is enough. Raises
+    :class:`ConfigError` if the tensors are those of another model, or hold values that are not finite."""
+    with _usable(folder):
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise OSError("it has no model.safetensors")
+        _fit_ranks(model, files)
+        own = model.state_dict()
+        loaded = set()
+        for name, value in (item for path in files for item in _tensors(path)):
+            if name not in own:
+                raise ValueError(f"the model has no tensor {name}")
+            if own[name].shape != value.shape or own[name].dtype != value.dtype:
+                raise ValueError(
+                    f"{name} is {tuple(value.shape)} {value.dtype} in the checkpoint and {tuple(own[name].shape)} "
+                    f"{own[name].dtype} in the model"
+                )
+            _check_finite(name, value)
+            here = shards.local(own[name])
+            with torch.no_grad():
+                here.copy_(shards.rows_of(own[name], value))
+            loaded.add(here.data_ptr())
+        if absent := [n for n, value in own.items() if value.numel() and shards.local(value).data_ptr() not in loaded]:
+            raise ValueError(f"the checkpoint has no tensor {min(absent)}")

@@ -1,0 +1,1 @@
+"""Working inside Hugging Face's own programs."""

@@ -1,0 +1,1 @@
+"""What a run will need: a rehearsal of a step without memory, and the bytes that processes send."""

@@ -1,0 +1,70 @@
+"""Labelled data of a run with ``data.task: classify``."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Config
+from ..data.labelled import LabelledTexts, Labels, read_examples
+from ..data.notes import Notes
+from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
+from ..models import classify
+from .data import Data
+from .model import Vocabulary
+from .say import say
+
+PLANNED = Labels(("0", "1"))  # before the data are read; a few labels more weigh nothing
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """The training and held-out examples, and the labels of the former."""
+
+    train: LabelledTexts
+    valid: LabelledTexts
+    labels: Labels
+
+    def data(self) -> Data:
+        described = f"{len(self.train)} examples {self.train.digest()}"
+        return Data(self.train, self.valid, self.train.highest_id, described)
+
+    def vocabulary(self, before: Vocabulary) -> Vocabulary:
+        return replace(before, labels=self.labels, padding=self.train.pad_id)
+
+
+def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
+    """Read and tokenize ``data.train`` and ``data.valid``. Raises :class:`ConfigError` for what cannot be used."""
+    data = config.data
+    keys = {"text_keys": data.text_keys, "label_key": data.label_key, "header": data.header}
+    examples = {}
+    for key in ("train", "valid"):
+        notes = Notes()
+        examples[key] = read_examples(getattr(data, key), notes=notes, **keys)
+        for line in notes.lines():
+            say("note", f"data.{key}: {line}")
+    if data.max_tokens is not None:
+        say("note", "data.max_tokens has no effect with data.task: classify, which reads all examples")
+    labels = Labels.of(examples["train"], data.label_type)
+    texts = {}
+    for key, rows in examples.items():
+        texts[key] = LabelledTexts(rows, labels.encode(rows, f"data.{key}"), tokenizer, data.sequence_length)
+        if texts[key].truncated:
+            say("note", f"{texts[key].truncated} examples of data.{key} are cut to {data.sequence_length} tokens")
+    train = texts["train"]
+    epochs = config.train.max_steps * config.train.micro_batch_size * config.train.grad_accumulation / len(train)
+    kind = "numbers" if labels.names is None else f"{len(labels.names)} classes ({', '.join(labels.names[:8])})"
+    say(
+        "data",
+        f"{len(train):,} examples, {train.tokens:,} tokens ({epochs:.2f} epochs), labels: {kind}; held out: "
+        f"{len(texts['valid']):,}",
+    )
+    return LabelledData(train, texts["valid"], labels)
+
+
+def loop_settings(config: Config, labels: Labels) -> dict[str, Any]:
+    """What ``loop.Loop`` is told about labelled data: how to count and to evaluate."""
+    known = OF_NUMBERS if labels.names is None else OF_CLASSES
+    names = config.data.metric or list(known)
+    return {"targets": classify.rows_in, "unit": "rows", "evaluate": partial(classify.evaluate, names=names)}

@@ -1,0 +1,103 @@
+"""One process at a time in a run's folder.
+
+The lock is a POSIX record lock (``fcntl``) on ``RUN/.lock``. The system drops it when its process ends, however that
+happens, so no stale lock can keep a run from going on. NFS passes such locks to its server; where a file system has
+none, a line says so. The processes that torchrun starts count as one: rank 0 holds the lock for all.
+"""
+
+import errno
+import json
+import os
+import socket
+import time
+import weakref
+from pathlib import Path
+
+from ..errors import ConfigError
+
+NAME = ".lock"
+_held: dict[tuple[int, str], list[int]] = {}  # (process, path) → [descriptor, how many objects]
+
+
+class RunLock:
+    """The lock of a run's ``folder``, held until :meth:`release`, the end of this object or that of the process.
+
+    A process may hold the same one several times. Raises :class:`ConfigError` if another process holds it, or if the
+    folder cannot be written. ``works`` is False where the file system cannot lock, which is said.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder.resolve() / NAME
+        key = (os.getpid(), str(path))
+        if key not in _held:
+            try:
+                # Closing any descriptor of the file would drop the lock, so a process opens it only once.
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
+            try:
+                self._take(descriptor, folder)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            _held[key] = [descriptor, 0]
+        _held[key][1] += 1
+        self.works = _works(_held[key][0])
+        self.release = weakref.finalize(self, _release, key)
+
+    def _take(self, descriptor: int, folder: Path) -> None:
+        try:
+            _lock(descriptor)
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as systems differ
+            raise ConfigError(
+                f"{folder} is in use: {_holder(descriptor)} trains this run and holds its lock. Wait for it, stop it, "
+                "or choose another run.name"
+            ) from None
+        except OSError as error:
+            print(
+                f"note: {folder} lies on a file system that cannot lock files ({error.strerror}), so nothing keeps a "
+                "second process out of this run; start only one",
+                flush=True,
+            )
+            return
+        about = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        text = json.dumps(about).encode()
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text, 0)
+        except OSError as error:
+            raise ConfigError(f"the run folder {folder} cannot be written: {error}; set run.dir") from error
+
+
+def _lock(descriptor: int) -> None:
+    """Raises ``OSError``: ``BlockingIOError`` or ``PermissionError`` if another process has the lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError(errno.ENOSYS, "no such locks on this system") from None
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _works(descriptor: int) -> bool:
+    """Whether the lock can be had, which this process then has."""
+    try:
+        _lock(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock, as far as the file says."""
+    try:
+        about = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {int(about['process'])} on {about['host']!s}, since {about['since']!s},"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
+
+
+def _release(key: tuple[int, str]) -> None:
+    if key[0] == os.getpid() and key in _held:
+        _held[key][1] -= 1
+        if not _held[key][1]:
+            os.close(_held.pop(key)[0])
