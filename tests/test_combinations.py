@@ -24,7 +24,7 @@ def mixture(tmp_path):
     [
         (("--plan", "model.compile=blocks"), "set model.compile=none"),
         (("export.formats=[hf,int8]",), "export.formats is ['hf', 'int8']: MixtralForCausalLM is a mixture"),
-        (("export.formats=[gguf]",), "not mixtral; use --format hf"),
+        (("export.formats=[gguf]",), "not mixtral; export with --format hf"),
     ],
 )
 def test_what_a_mixture_cannot_have(tiny_run, tmp_path, mixture, arguments, message):

@@ -8,7 +8,7 @@ import pytest
 from qgalore import config
 from qgalore.data.conversations import conversations
 from qgalore.errors import ConfigError
-from qgalore.memory.plan import plan
+from qgalore.memory import plan
 from qgalore.models.presets import PRESETS
 from qgalore.training import assemble
 from qgalore.training.model import Vocabulary

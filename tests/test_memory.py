@@ -10,7 +10,7 @@ from transformers import BertConfig
 from qgalore import config
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import DoesNotFitError
-from qgalore.memory.plan import plan
+from qgalore.memory import plan
 from qgalore.training import assemble
 from qgalore.training.loop import Loop, Position
 from qgalore.training.model import Vocabulary

@@ -33,7 +33,7 @@ def pretrained(tmp_path):
         (["data.task=instruct", "data.train=rows.jsonl"], "data.train: 'rows.jsonl' line 1 has the keys 'text'"),
         (["data.tokenizer=none.json"], "data.tokenizer: 'none.json' does not exist"),
         (["data.cache_dir=table.csv/cache"], "data.cache_dir: "),
-        (["data.vocab_size=100"], "data.vocab_size: 100 is too small"),
+        (["data.vocab_size=100"], "data.vocab_size is 100; it must be"),
         (["model.config=llama_quikstart"], "did you mean llama_quickstart?"),
         (["model.overrides.hiden_size=64"], "did you mean hidden_size?"),
         (["train.optimizer=torch.optim.Adamm"], "torch.optim.Adamm"),

@@ -17,8 +17,10 @@ VOCAB_MULTIPLE = 64  # matrix units like an embedding whose rows are a multiple 
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an exception and the first line of what it says."""
+    """The kind of an exception and the first line of what it says, or of its cause where it only wraps another."""
     lines = [line for line in str(error).splitlines() if line.strip()]
+    if error.__cause__ is not None and lines and lines[0].strip().endswith(":"):
+        return first_line(error.__cause__)
     return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
 
 

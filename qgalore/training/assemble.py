@@ -20,6 +20,7 @@ from ..evaluation.loss import evaluate
 from ..lowrank.inner import checked
 from ..memory import plan as memory_plan
 from ..models.compiling import check_compiler
+from ..models.loading import local_folder
 from ..models.loss import Loss, target_tokens
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
@@ -30,7 +31,7 @@ from . import classification
 from .checks import check_data, check_model
 from .data import build_data, build_tokenizer, given_tokenizer
 from .export import check_formats, export, export_checkpoint, finish, mark_ends, restore_model
-from .fit import prepare_allocator, recheck, settle
+from .fit import has_weights, prepare_allocator, recheck, settle
 from .learning_rate import lr_at
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
@@ -90,6 +91,8 @@ def plan(config: Config, processes: int = 1) -> None:
     )
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=classification.PLANNED)
+    elif section.path is not None and not has_weights(local_folder(section.path)):
+        say("note", f"{section.path} holds no weights yet; the plan is made from its config.json alone")
     remarks = configuration.remarks(config)
     config = _resolved(config, device, processes)
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")

@@ -28,6 +28,7 @@ from ..memory import plan, traffic
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
+from ..models.shapes import stored_config
 from ..parallel import Team
 from .model import (
     Vocabulary,
@@ -95,10 +96,24 @@ def _inner_factory(config: Config):
     return factory
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a pretrained folder holds more than its description."""
+    return any(folder.glob("*.safetensors"))
+
+
+def _shape(config: Config, vocabulary: Vocabulary) -> torch.nn.Module:
+    """The unconverted model. A pretrained folder that holds no weights yet is planned from its ``config.json``."""
+    if config.model.path is not None and vocabulary.labels is None:
+        folder = loading.local_folder(config.model.path)
+        if not has_weights(folder):
+            return loading.skeleton(stored_config(folder), dtype=getattr(torch, config.model.dtype))
+    return architecture(config, vocabulary, lambda line: None)
+
+
 def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, list[TrainedTensor]]:
     """The converted model of a resolved configuration and its trained tensors, all on the meta device; with more than
     one of ``shares``, those of layers in blocks are the ones of the first of so many processes."""
-    model = architecture(config, vocabulary, lambda line: None)
+    model = _shape(config, vocabulary)
     if vocabulary.labels is None:
         loading.untie_padding(model)
     convert_as(config, model)

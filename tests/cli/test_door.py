@@ -102,13 +102,13 @@ def test_nonsense_about_processes_is_refused_at_once(monkeypatch, given, named):
     assert named in str(error.value)
 
 
-def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
-    for step in (2, 10):
-        (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-        (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")
+def test_a_checkpoint_stands_for_itself_and_a_run_needs_a_usable_one(tmp_path):
     newest = tmp_path / "run" / "checkpoints" / "step-00000010"
-    assert arguments.saved_folder(tmp_path / "run") == newest
-    assert arguments.saved_folder(tmp_path / "run" / "checkpoints") == newest
+    newest.mkdir(parents=True)
+    (newest / "state.json").write_text("{}")
     assert arguments.saved_folder(newest) == newest
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(errors.ConfigError, match="holds no usable checkpoint"):
+            arguments.saved_folder(source)
     with pytest.raises(errors.ConfigError, match="is a file"):
         arguments.saved_folder(newest / "state.json")

@@ -81,7 +81,7 @@ def test_what_four_saved_is_what_they_held(folder):
 def planned_and_real(where, arguments):
     """Resident bytes by the plan, and of the tensors that are there after two steps."""
     from qgalore import config
-    from qgalore.memory.plan import plan
+    from qgalore.memory import plan
     from qgalore.parallel import job, shards
     from qgalore.training import loop
 

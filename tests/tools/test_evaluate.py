@@ -60,7 +60,7 @@ def test_bad_arguments_are_named(evaluate, tmp_path, capfd, monkeypatch):
         (["x", "--text", "t.txt"], "x does not exist"),
         (["empty", "--text", "t.txt"], "no run, checkpoint or hf folder"),
         (["tagger", "--text", "t.txt"], "tagger holds a classifier, which continues no text"),
-        (["young", "--text", "t.txt"], "young has no checkpoint yet"),
+        (["young", "--text", "t.txt"], "young/checkpoints holds no usable checkpoint"),
         (["x"], "nothing to evaluate"),
         (["x", "--text", "t.txt", "--json", "no/where.json"], "--json no/where.json cannot be written"),
         (["x", "--text", "t.txt", "--device", "tpu7"], "--device tpu7: "),
