@@ -160,12 +160,12 @@ def test_regression(classify_run, tmp_path):
 
 def test_the_body_is_the_folders_and_the_head_is_drawn_from_the_seed(classify_run, tmp_path):
     from qgalore import config
-    from qgalore.training import assemble
+    from qgalore.training import assemble, classification
     from qgalore.training.model import architecture, source_of
 
     classify_run("train.max_steps=1", "export.formats=[]")
     settings = config.resolve(config.load("c.yaml"), "cpu", False)
-    labels = assemble.labelled.PLANNED
+    labels = classification.PLANNED
     vocabulary = assemble.Vocabulary(290, None, None, labels, 0)
 
     def tensors(seed):

@@ -61,7 +61,6 @@ class Fused:
         self._summed = False  # whether the gradients here are those of the whole team already
         for tensor in optimizer.tensors:
             for leaf in tensor.leaves():
-                leaf.requires_grad_(True)  # a hook needs it; arm() then leaves it on for one leaf of each layer
                 leaf.register_post_accumulate_grad_hook(partial(self.arrived, tensor))
 
     def arrived(self, tensor: TrainedTensor, leaf: nn.Parameter) -> None:

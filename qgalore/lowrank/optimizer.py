@@ -68,6 +68,8 @@ class LowRankOptimizer(Optimizer):
         super().__init__(groups, {"lr": lr})
         self._scratches = attach(tensors, factory, part_elements)
         self.idle = Idle(team)
+        for leaf in (leaf for tensor in tensors for leaf in tensor.leaves()):
+            leaf.requires_grad_(True)  # a hook needs it; arm() then leaves it on for one leaf of each layer
         self.hooks = HOOKS[stepping](self) if stepping in HOOKS else None
         for tensor in tensors:
             tensor.arm(0)
