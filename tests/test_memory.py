@@ -161,6 +161,7 @@ LARGE = {
     ("llama7b_16gb.yaml", "lowrank.proj_type=reverse_std"): 9.8,
     ("llama7b_16gb.yaml", "lowrank.rank=256"): 8.0,
     ("llama7b_16gb.yaml", "lowrank.rank=256", "lowrank.embeddings=int8"): 8.0,
+    ("llama7b_16gb_muon.yaml",): 10.3,
     ("llama7b_12gb.yaml",): 9.0,
     ("llama13b_16gb.yaml",): 14.0,
     ("llama3_8b_16gb.yaml",): 12.2,
