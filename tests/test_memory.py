@@ -22,6 +22,7 @@ WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_la
 KEPT = ("train.stepping=deferred", "train.full_gradients=keep")
 INT8 = "lowrank.embeddings=int8"
 INT8_PRODUCTS = ("model.compute=int8", "lowrank.group_size=row")
+ACCUMULATED = "train.grad_accumulation=2"
 EXPERTS = ("model.config=mixtral_quickstart", "model.overrides={num_hidden_layers: 2}")
 AUTO = ("lowrank.rank=auto", "lowrank.max_rank=64")
 SHAPES = {
@@ -37,6 +38,11 @@ SHAPES = {
     "AdamW": (WIDE % "true", "method=adamw"),
     "apollo": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=apollo"),
     "scale, int8 embeddings": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=scale", INT8),
+    "muon": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=muon"),
+    "muon 8-bit, accumulating": (WIDE % "true", "lowrank.rule=muon", "lowrank.momentum=8bit", ACCUMULATED, *KEPT),
+    "muon, experts": (*EXPERTS, "train.activation_checkpointing=true", "lowrank.rule=muon"),
+    "muon, bf16": (WIDE % "true", "lowrank.rule=muon", "model.dtype=bfloat16", "lowrank.momentum=bf16"),
+    "sinkgd": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=sinkgd"),
     "fira, deferred": (WIDE % "true", "train.activation_checkpointing=true", "lowrank.rule=fira", *KEPT),
     "accumulating": (WIDE % "true", "train.activation_checkpointing=false", "train.grad_accumulation=2"),
     "scale, accumulating": (WIDE % "true", "lowrank.rule=scale", "train.grad_accumulation=3", *KEPT),
@@ -86,6 +92,7 @@ QUICK = (
     "bf16",
     "apollo",
     "scale, accumulating",
+    "muon",
     "LoRA",
 )
 
@@ -154,6 +161,7 @@ LARGE = {
     ("llama7b_16gb.yaml", "lowrank.proj_type=reverse_std"): 9.8,
     ("llama7b_16gb.yaml", "lowrank.rank=256"): 8.0,
     ("llama7b_16gb.yaml", "lowrank.rank=256", "lowrank.embeddings=int8"): 8.0,
+    ("llama7b_16gb_muon.yaml",): 10.3,
     ("llama7b_12gb.yaml",): 9.0,
     ("llama13b_16gb.yaml",): 14.0,
     ("llama3_8b_16gb.yaml",): 12.2,

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 
 from qgalore import config
 from qgalore.config import RULES
+from qgalore.config.sections import LowRankSection
 from qgalore.errors import ConfigError
 from qgalore.lowrank import rules
 from qgalore.training import assemble
 
 ROOT = Path(__file__).resolve().parent.parent
 # A rate at which two steps of warm-up and four of training lower the loss; wide enough for 8-bit moments.
-RATES = {"apollo": 0.01, "apollo_mini": 0.003, "scale": 0.003, "fira": 0.01}
+RATES = {"apollo": 0.01, "apollo_mini": 0.003, "scale": 0.003, "fira": 0.01, "muon": 0.01, "sinkgd": 0.003}
 WIDE = ("model.overrides={hidden_size: 128, intermediate_size: 160, num_hidden_layers: 1}", "lowrank.rank=40")
 
 
@@ -34,10 +35,12 @@ def test_the_configuration_and_the_package_agree_on_every_rule():
     for name, (scale, with_bases, _) in RULES.items():
         assert scale == rules.default_scale(name)
         assert with_bases == (name == "galore" or rules.RULES[name].uses_basis)
+    fields, own = LowRankSection.model_fields, rules.RuleOptions()
+    assert (fields["momentum"].default, fields["mu"].default) == (own.momentum, own.mu)
 
 
 @pytest.mark.parametrize(
-    "rule", [r if r in ("apollo", "fira") else pytest.param(r, marks=pytest.mark.slow) for r in RATES]
+    "rule", [r if r in ("apollo", "fira", "muon") else pytest.param(r, marks=pytest.mark.slow) for r in RATES]
 )
 def test_a_rule_trains_and_goes_on_to_the_same_bits(tiny_run, rule):
     """Through train.py: the loss falls, a run that lost its last checkpoints ends like one that did not, and the
@@ -102,6 +105,15 @@ def test_keys_that_a_rule_does_not_read_are_named():
     apollo = "\n".join(config.remarks(config.load("quickstart.yaml", ["lowrank.rule=apollo"])))
     assert "lowrank.queue_size has no effect with rule: apollo" in apollo
     assert "lowrank.rank" not in apollo
+    keys = ["lowrank.momentum=8bit", "lowrank.mu=0.5"]
+    assert config.remarks(config.load("quickstart.yaml", keys)) == [
+        "lowrank.momentum, lowrank.mu has no effect with rule: galore; rule muon reads it"
+    ]
+    lora = config.remarks(config.load("quickstart.yaml", [*keys, "method=lora"]))
+    assert "lowrank.momentum, lowrank.mu has no effect with method: lora" in lora
+    muon = "\n".join(config.remarks(config.load("quickstart.yaml", [*keys, "lowrank.rule=muon"])))
+    assert "lowrank.rank" in muon
+    assert "lowrank.m" not in muon
     galore = config.remarks(config.load("quickstart.yaml", ["train.full_gradients=keep"]))
     assert galore == ["train.full_gradients has no effect with rule: galore, which needs none"]
 
@@ -117,9 +129,26 @@ def test_a_run_from_before_a_key_existed_can_go_on():
 def test_the_plan_names_the_bytes_of_rules(tiny_run):
     """No basis and no moments of the layers for ``scale``; for ``fira`` GaLore's, and one norm for each layer."""
     sizes = {}
-    for rule in ("galore", "scale", "fira"):
+    for rule in ("galore", "scale", "fira", "muon", "sinkgd"):
         run = assemble.build(config.load("tiny.yaml", [*WIDE, f"lowrank.rule={rule}", f"run.name={rule}"]), None)
         sizes[rule] = run.planned.resident
     assert sizes["scale"]["bases"] == 0 < sizes["fira"]["bases"] == sizes["galore"]["bases"]
     of_layers = {rule: one["moments"] - sizes["scale"]["moments"] for rule, one in sizes.items()}
     assert of_layers["fira"] - of_layers["galore"] == 4 * 7  # an fp32 norm for each matrix of the one block
+    assert of_layers["sinkgd"] == 0
+    # codes, the scales of groups of 128 (of 32 for the 160 columns), the sizes of rows and columns, the step
+    shapes = [(128, 128)] * 4 + [(160, 128)] * 2 + [(128, 160)]
+    groups = {128: 1, 160: 5}
+    assert of_layers["muon"] == sum(m * n // 2 + 2 * m * groups[n] + 4 * (m + n) + 8 for m, n in shapes)
+
+
+def test_the_plan_says_what_orthogonalising_costs(tiny_run, capfd):
+    """At the tokens of a whole step, and for the rule that does it alone."""
+    accumulated = ("train.grad_accumulation=3", "train.full_gradients=keep")
+    settings = config.load("tiny.yaml", [*arguments("muon"), *accumulated])
+    tokens = 3 * settings.train.micro_batch_size * settings.data.sequence_length
+    assemble.plan(settings)
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("muon:"))
+    assert f"of a step's arithmetic at {tokens:,} tokens a step; it is below 10% from" in line
+    assemble.plan(config.load("tiny.yaml", arguments("sinkgd")))
+    assert "orthogonalisation" not in capfd.readouterr().out

@@ -87,18 +87,25 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     low, data, train = config.lowrank, config.data, config.train
     basis = low.model_fields_set & {"proj_type", "update_proj_gap", "cos_threshold", "projector", "basis_format"}
     converted, weight_format = METHODS[config.method][:2]
+    lora = config.method == "lora"
     dense = (low.weight_format or weight_format) == "none"
     idle = _idle_keys(config) if converted else ""
     of_rules = low.model_fields_set & {"rule", "scale"}
     of_auto = sorted(low.model_fields_set & {"energy", "max_rank", "mean_rank"}) if low.rank != "auto" else []
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
+    of_muon = low.model_fields_set & {"momentum", "mu"} - set(() if lora else RULES[low.rule][2])
     read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
     return [
         (", ".join(f"lowrank.{n}" for n in read_by_none), bool(read_by_none), f"with policy: {low.policy}"),
-        (idle, bool(idle), "with method: lora" if config.method == "lora" else f"with rule: {low.rule}"),
+        (idle, bool(idle), "with method: lora" if lora else f"with rule: {low.rule}"),
+        (
+            ", ".join(f"lowrank.{n}" for n in sorted(of_muon)),
+            converted and bool(of_muon),
+            "with method: lora" if lora else f"with rule: {low.rule}; rule muon reads it",
+        ),
         (", ".join(f"lowrank.{n}" for n in of_auto), bool(of_auto) and not idle, f"with rank: {low.rank}"),
-        ("lowrank.rule, lowrank.scale", config.method == "lora" and bool(of_rules), "with method: lora"),
-        ("lowrank.alpha", config.method != "lora" and "alpha" in low.model_fields_set, "without method: lora"),
+        ("lowrank.rule, lowrank.scale", lora and bool(of_rules), "with method: lora"),
+        ("lowrank.alpha", not lora and "alpha" in low.model_fields_set, "without method: lora"),
         ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),
         (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
         ("lowrank.group_size", dense and converted and "group_size" in low.model_fields_set, "without int8 weights"),

@@ -233,7 +233,7 @@ class TrainSection(Section):
     )
 
 
-Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira"]
+Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "muon", "sinkgd"]
 
 
 class LowRankSection(Section):
@@ -250,6 +250,10 @@ class LowRankSection(Section):
         unset="no such limit",
     )  # fmt: skip
     rule: Rule = key("galore", "How a matrix's gradient becomes its update; docs/method.md has the equations.")
+    momentum: Literal["4bit", "8bit", "bf16", "fp32"] = key(
+        "4bit", "Of rule: muon, how the momentum of a matrix is kept between steps."
+    )
+    mu: float = key(0.8, "Of rule: muon, the share of the old momentum in the new.", ge=0, lt=1)
     alpha: float | None = key(
         None, "Of method: lora, whose update is alpha / rank · B A.", gt=0, le=1e6, example=16, unset="alpha = rank"
     )
@@ -404,4 +408,6 @@ RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {
     "apollo_mini": (128.0**0.5, False, ("update_proj_gap",)),
     "scale": (1.0, False, ()),
     "fira": (1.0, True, ()),
+    "muon": (1.0, False, ("momentum", "mu")),
+    "sinkgd": (1.0, False, ()),
 }

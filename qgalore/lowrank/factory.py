@@ -17,8 +17,9 @@ from .layers.experts import Experts
 from .layers.linear import LowRankLinear
 from .layers.lora import LoraLinear
 from .optimizer import STEPPING, LowRankOptimizer
-from .rules import GALORE, RULES, RuleOptions, default_scale
+from .rules import GALORE, RULES, RuleOptions, check_momentum, default_scale
 from .rules import check as check_rule
+from .rules.common import MOMENTUM, MU
 from .subspace.moments import POLICIES as MOMENTS
 from .subspace.policies import POLICIES, make_schedules
 from .subspace.refresh import RefreshOptions
@@ -160,6 +161,8 @@ def optimizer(
     lr: float,
     rule: str = "galore",
     rank: int | None = None,
+    momentum: str | None = None,
+    mu: float | None = None,
     weight_decay: float = 0.0,
     scale: float | None = None,
     inner: str | type[Optimizer] = "adamw8bit",
@@ -191,7 +194,9 @@ def optimizer(
     Steps of low-rank layers are ``W ← W(1 − lr·weight_decay) + scale · L Δ R̂ᵀ`` with Δ the inner optimizer's step.
 
     rule: ``galore``, or one that needs the full gradient in every step: ``apollo`` (with ``rank``, of its random
-      projection), ``apollo_mini``, ``scale``, ``fira`` (see ``rules``). ``scale`` None: the rule's own.
+      projection), ``apollo_mini``, ``scale``, ``fira``, ``muon``, ``sinkgd`` (see ``rules``). ``scale`` None: the
+      rule's own. ``momentum`` and ``mu`` are of ``muon``: ``4bit`` (None) | ``8bit`` | ``bf16`` | ``fp32``, and the
+      share of the old momentum in the new, 0.8 if it is None.
     full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
     inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw4bit``, ``adamw``, or any ``torch.optim.Optimizer``
       class or dotted path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to
@@ -239,9 +244,10 @@ def optimizer(
     _check_shares(modules, team, inner, rule, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     check_rule(rule, rank, stepping, full_gradients, modules)
+    check_momentum(rule, momentum, mu, modules)
     if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
         print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
-    of_rule = RuleOptions(rank, update_proj_gap, seed)
+    of_rule = RuleOptions(rank, update_proj_gap, seed, momentum or MOMENTUM, MU if mu is None else mu)
     tensors = trained_tensors(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )

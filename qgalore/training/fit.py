@@ -24,7 +24,7 @@ from ..lowrank.subspace.ranks import STEP
 from ..lowrank.subspace.refresh import RefreshOptions
 from ..lowrank.tensors.base import TrainedTensor, attach
 from ..lowrank.tensors.sharded import ShardedTensor, shareable
-from ..memory import plan, traffic
+from ..memory import orthogonal_work, plan, traffic
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
@@ -37,6 +37,7 @@ from .model import (
     checkpoint_as,
     convert_as,
     ordinary_leaf,
+    rule_momentum,
     rule_of,
     rule_rank,
 )
@@ -126,7 +127,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
     how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
     find = RefreshOptions(low.projector, low.policy, low.moments, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
-    of_rule = RuleOptions(rule_rank(config), low.update_proj_gap)
+    of_rule = RuleOptions(rule_rank(config), low.update_proj_gap, **rule_momentum(config))
     tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
     if shares > 1:
         tensors = _shared(model, tensors, config.train.optimizer, shares)
@@ -313,6 +314,8 @@ def settle(
     whose = "memory.budget" if asked is not None else f"free on {device.type}"
     say("memory", f"planned peak {plan.human(found.total)} of {plan.human(budget) if budget else '?'} ({whose})")
     print(found, flush=True)
+    if rule_of(config) == "muon":
+        say("muon", _orthogonalisation(chosen, vocabulary))
     if processes > 1:
         _, tensors = on_paper(config, vocabulary, shares)
         sizes = traffic.payload(tensors, config.lowrank.update_proj_gap, whole // processes)
@@ -323,6 +326,16 @@ def settle(
     if budget is not None and found.total > budget:
         raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, whose, shares))
     return _changed(chosen, {"train.grad_accumulation": whole}), found
+
+
+def _orthogonalisation(config: Config, vocabulary: Vocabulary) -> str:
+    """The share of a step's arithmetic in one process, whose ``train.grad_accumulation`` is given."""
+    model, _ = on_paper(config, vocabulary)
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    recomputed = config.train.activation_checkpointing is not False
+    work = orthogonal_work.count(orthogonal_work.matrices(model, chosen), recomputed)
+    tokens = config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation
+    return orthogonal_work.line(work, tokens)
 
 
 def _refusal(config, vocabulary, device: torch.device, found: plan.Plan, budget: int, whose: str, shares: int) -> str:

@@ -232,6 +232,12 @@ def rule_rank(config: Config) -> int | None:
     return config.lowrank.rank if rule_of(config) == "apollo" else None
 
 
+def rule_momentum(config: Config) -> dict[str, Any]:
+    """``momentum`` and ``mu`` if the rule has them."""
+    read = RULES[rule_of(config)][2]
+    return {name: getattr(config.lowrank, name) for name in ("momentum", "mu") if name in read}
+
+
 def optimizer_options(config: Config) -> dict[str, Any]:
     """Arguments of ``lowrank.factory.optimizer``."""
     train, low = config.train, config.lowrank
@@ -247,6 +253,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "stepping": train.stepping,
         "rule": rule_of(config),
         "rank": rule_rank(config),
+        **rule_momentum(config),
         "full_gradients": train.full_gradients,
         "seed": config.run.seed,
         **options,

@@ -14,6 +14,8 @@ from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.rules import RULES
 from qgalore.lowrank.rules.apollo import random_projection
 from qgalore.lowrank.rules.common import GrowthLimiter, unit_rms_rows
+from qgalore.lowrank.rules.orthogonal import SEQUENCES
+from qgalore.lowrank.rules.sinkgd import sinkhorn_rms_
 from qgalore.models.convert import convert
 from qgalore.quant.counter import derive_key
 
@@ -99,7 +101,39 @@ def dense_fira(shape):
     return update, limit
 
 
+def dense_muon(shape):
+    """B = μ B + G, U = 0.2 √max · polar(G + μ B). The polar factor is iterated in fp64 with the same polynomials."""
+    momentum = torch.zeros(shape, dtype=torch.float64)
+
+    def update(gradient, step):
+        nonlocal momentum
+        g = gradient.double()
+        momentum = 0.7 * momentum + g
+        u, s, vh = torch.linalg.svd(g + 0.7 * momentum, full_matrices=False)
+        s = s / s.norm()
+        for a, b, c in SEQUENCES["polar_express"][:5]:
+            s = a * s + b * s**3 + c * s**5
+        return (0.2 * math.sqrt(max(shape)) * (u * s) @ vh).float()
+
+    return update, None
+
+
+def dense_sinkgd(shape):
+    """Algorithm 2 of arXiv 2502.06742: diagonal matrices of row and column norms, applied in turn."""
+
+    def update(gradient, step):
+        x = gradient.double()
+        for _ in range(5):
+            x = math.sqrt(shape[1]) * torch.diag(1 / x.norm(dim=1)) @ x
+            x = math.sqrt(shape[0]) * x @ torch.diag(1 / x.norm(dim=0))
+        return x.float()
+
+    return update, None
+
+
 DENSE = {
+    "muon": dense_muon,
+    "sinkgd": dense_sinkgd,
     "apollo": lambda shape: dense_apollo(shape, tensor_wise=False),
     "apollo_mini": lambda shape: dense_apollo(shape, tensor_wise=True),
     "scale": dense_scale,
@@ -109,6 +143,9 @@ DENSE = {
 
 def options_of(rule):
     return {"rule": rule, "rank": RANK if rule == "apollo" else None}
+
+
+EXACT = {"muon": {"momentum": "fp32", "mu": 0.7}}
 
 
 def compare(rule, shape, dense):
@@ -128,7 +165,7 @@ def compare(rule, shape, dense):
     convert(model, rank=RANK if rule in WITH_BASIS else None, weight_format="none", basis_format="fp32")
     fixed = {"update_proj_gap": GAP, "cos_threshold": 2.0, "stagger": False, "projector": "exact", "seed": SEED}
     how = {"inner": "adamw", "stepping": "fused", "weight_decay": 0.1, "moments": "keep", "scale": 0.5}
-    opt = optimizer(model, lr=0.02, **options_of(rule), **fixed, **how)
+    opt = optimizer(model, lr=0.02, **options_of(rule), **EXACT.get(rule, {}), **fixed, **how)
     for x in data:
         ((model(x) - x @ target.T).square().sum() / 64).backward()
         opt.step()
@@ -238,17 +275,79 @@ def kept_bytes(opt):
     return sum(v.nbytes for k, v in named if torch.is_tensor(v) and not k.startswith("qmap"))
 
 
-@pytest.mark.parametrize("rule", ["apollo", "apollo_mini", "scale"])
+@pytest.mark.parametrize("rule", ["apollo", "apollo_mini", "scale", "sinkgd"])
 def test_rules_without_a_basis_store_none(tiny_llama, token_batches, rule):
     model, opt = fresh(tiny_llama, rule)
     train(model, opt, token_batches(steps=1))
     layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
     assert all(m.left is None and m.right is None for m in layers)
-    rank = {"apollo": RANK, "apollo_mini": 1, "scale": 0}[rule]
+    rank = {"apollo": RANK, "apollo_mini": 1}.get(rule, 0)
     two_moments = sum(2 * 4 * rank * max(m.weight.shape) for m in layers)  # fp32 below bitsandbytes' 4,096 elements
-    limits = 0 if rule == "scale" else 4 * len(layers)
+    limits = 0 if rank == 0 else 4 * len(layers)
     steps = 0
     assert kept_bytes(opt) == two_moments + limits + steps
+
+
+@pytest.mark.parametrize("fmt", ["4bit", "8bit", "bf16", "fp32"])
+def test_a_momentum_of_every_format_resumes_to_the_same_bits(tiny_llama, token_batches, fmt, tmp_path):
+    """Through the files of a checkpoint, into fresh objects. The 4-bit code is read with the bits of its last write, so
+    that a step which is not saved would show."""
+    batches = token_batches(steps=5)
+    model, opt = fresh(tiny_llama, "muon", momentum=fmt)
+    train(model, opt, batches[:3])
+    path = checkpoint.save(tmp_path / "step-00000003", model, opt.state_dict(), {})
+    train(model, opt, batches[3:])
+    other, twin = fresh(tiny_llama, "muon", momentum=fmt)
+    checkpoint.load_into(path, checkpoint.read_state(path), other, twin)
+    assert {int(slot.rule.written) for slot in twin.tensors if slot.keeps_whole} == {2}
+    train(other, twin, batches[3:])
+    assert_same(everything(model, opt), everything(other, twin))
+
+
+@pytest.mark.parametrize("weights", ["int8", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_of_muon_has_adams_size(weights, dtype):
+    """A root mean square of 0.2 · lr · scale in wide and tall matrices alike, in every format of a weight."""
+    for shape in ((96, 32), (32, 96)):
+        generator = torch.Generator().manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
+        torch.nn.init.normal_(model[0].weight, generator=generator)
+        model.to(dtype)
+        convert(model, rank=None, weight_format=weights, group_size=32)
+        opt = optimizer(model, lr=0.5, rule="muon", stepping="fused", scale=0.5)
+        before = model[0].dense_weight().detach().float().clone()
+        model(torch.randn(256, shape[1], generator=generator).to(dtype)).square().sum().backward()
+        opt.step()
+        moved = (model[0].dense_weight().detach().float() - before).square().mean().sqrt()
+        assert float(moved) == pytest.approx(0.2 * 0.5 * 0.5, rel=0.12)  # singular values end within 13 % of 1
+
+
+def test_an_expert_without_tokens_keeps_its_momentum_and_its_step():
+    """What is not stepped is not written, and is read with the step that wrote it."""
+    model = torch.nn.ModuleList([torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(64, 32, bias=False)])
+    convert(model, rank=None, group_size=32)
+    opt = optimizer(model, lr=1e-3, rule="muon", stepping="fused")
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    (model[0](x).square().sum() + model[1](x).square().sum()).backward()
+    opt.step()
+    idle = opt.tensors[1].rule
+    kept = idle.momentum.read(idle._key(int(idle.written)))
+    for _ in range(2):
+        model[0](x).square().sum().backward()
+        opt.step()
+    assert [int(slot.rule.written) for slot in opt.tensors] == [2, 0]
+    assert torch.equal(idle.momentum.read(idle._key(int(idle.written))), kept)
+
+
+def test_the_size_of_a_gradient_does_not_matter_to_sinkgd():
+    """Mean losses of large models give gradients near 1e-9; a floor meant for larger ones would shrink their step."""
+    gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sinkhorn_rms_(gradient * 2.0**-40), sinkhorn_rms_(gradient.clone()))
+    gradient[3], gradient[:, 5] = 0.0, 0.0
+    found = sinkhorn_rms_(gradient)
+    assert not found[3].any()
+    assert not found[:, 5].any()
+    assert torch.isfinite(found).all()
 
 
 def test_only_one_full_gradient_lives_in_fused_stepping(tiny_llama, token_batches):
@@ -326,6 +425,9 @@ REFUSED = {
     "bad policy": ({"rule": "scale", "full_gradients": "some"}, None, "full_gradients is 'some'"),
     "apollo without a rank": ({"rule": "apollo"}, None, "rank is None"),
     "a rank that is not read": ({"rule": "scale", "rank": 4}, None, "does not read it"),
+    "a momentum that is not read": ({"rule": "sinkgd", "momentum": "8bit"}, None, "does not read it"),
+    "an unknown momentum": ({"rule": "muon", "momentum": "2bit"}, None, "momentum is '2bit'"),
+    "a share of one": ({"rule": "muon", "mu": 1.0}, None, "mu is 1.0"),
     "a basis that is not read": ({"rule": "scale"}, 8, "convert the model with rank=None"),
 }
 
@@ -337,6 +439,13 @@ def test_what_a_rule_cannot_do_is_refused(tiny_llama, case):
     convert(model, rank=rank)
     with pytest.raises(ConfigError, match=message):
         optimizer(model, **{"lr": 1e-3, "stepping": "fused", **options})
+
+
+def test_an_embedding_under_muon_is_said(tiny_llama, capsys):
+    model = tiny_llama()
+    convert(model, rank=None, embeddings="int8")
+    optimizer(model, lr=1e-3, rule="muon", stepping="fused")
+    assert "rule muon orthogonalises the int8 embedding model.embed_tokens too" in capsys.readouterr().out
 
 
 def test_a_clamped_rank_is_said(tiny_llama, capsys):

@@ -38,7 +38,7 @@ def everything(model, optimizer):
     return found
 
 
-@pytest.mark.parametrize("rule", ["galore", "apollo", "scale"])
+@pytest.mark.parametrize("rule", ["galore", "apollo", "scale", "muon"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_weights_and_moments_are_those_of_accumulation(rule, count):
     made = [make("llama", rule=rule) for _ in range(2)]

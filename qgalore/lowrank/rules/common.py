@@ -11,16 +11,20 @@ from ..layers.linear import LowRankLinear
 Rows = Callable[[int, int], Tensor]  # (a, b) → rows a … b−1 of a direction, fp32, a fresh tensor
 Adam = Callable[[Tensor], Tensor]  # a gradient → the inner optimizer's direction N, so that its step is −lr · N
 FLOOR = 1e-8  # what the authors of APOLLO, Fira and SCALE keep their divisors above
+MOMENTUM, MU = "4bit", 0.8  # Muon's: docs/lab/muon.md
 GAMMA = 1.01  # the growth that Fira and APOLLO allow a norm from step to step
 
 
 @dataclass(frozen=True)
 class RuleOptions:
-    """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams."""
+    """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams;
+    ``momentum`` and ``mu``: how Muon keeps its momentum, and the share of the old one in the new."""
 
     rank: int | None = None
     gap: int = 200
     seed: int = 0
+    momentum: str = MOMENTUM
+    mu: float = MU
 
 
 class Rule:

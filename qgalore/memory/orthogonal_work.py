@@ -1,0 +1,76 @@
+"""What share of a step's arithmetic Muon's orthogonalisation takes, counted from the shapes of a model's layers.
+
+Orthogonalising costs the same however many tokens a step has, and everything else grows with them. For a square m × m
+matrix and T tokens it is 5 m / T of the forward and backward pass. So this rule is for steps of many tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..lowrank.layers.embedding import LowRankEmbedding
+from ..lowrank.layers.experts import Experts
+from ..lowrank.layers.linear import LowRankLinear
+from ..lowrank.rules import orthogonal
+
+LIMIT = 0.1  # the share below which it hardly counts
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight (``rows``, ``columns``), the share of all tokens that it is multiplied with, and whether its momentum is
+    orthogonalised in each step."""
+
+    rows: int
+    columns: int
+    tokens: float = 1.0
+    orthogonalised: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a step: ``fixed`` of all orthogonalisations, ``per_token`` of all else."""
+
+    fixed: float
+    per_token: float
+
+    def share(self, tokens: float) -> float:
+        """The orthogonalisations' part of a step of so many ``tokens``, in [0, 1]."""
+        return self.fixed / (self.fixed + self.per_token * tokens)
+
+    def tokens_for(self, share: float) -> float:
+        """The tokens of a step in which that part is ``share``; with more tokens it is less."""
+        return self.fixed * (1.0 - share) / (share * self.per_token)
+
+
+def count(matrices: Iterable[Matrix], recomputed: bool) -> Work:
+    """The work of a step. A token takes 2 operations for each value of a weight in the forward pass, 4 in the backward
+    pass, and 2 more where activations are ``recomputed``. Attention and elementwise operations are not counted."""
+    found = list(matrices)
+    fixed = sum(orthogonal.flop(m.rows, m.columns) for m in found if m.orthogonalised)
+    each = 8.0 if recomputed else 6.0
+    return Work(fixed, sum(each * m.rows * m.columns * m.tokens for m in found))
+
+
+def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
+    """The matrices of a converted ``model``, on any device. ``chosen``: experts that a token of a mixture takes; None
+    if it is no mixture."""
+    shares = {}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            layers = [*module.gate_up_proj, *module.down_proj]
+            shares |= {layer: (chosen or 1) / len(module.down_proj) for layer in layers}
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | LowRankLinear):
+            tokens = 0.0 if isinstance(module, LowRankEmbedding) else shares.get(module, 1.0)
+            found.append(Matrix(*module.weight.shape, tokens, isinstance(module, LowRankLinear)))
+    return found
+
+
+def line(work: Work, tokens: int) -> str:
+    """What the plan says of it."""
+    enough = work.tokens_for(LIMIT)
+    now = f"orthogonalisation is {work.share(tokens):.1%} of a step's arithmetic at {tokens:,} tokens a step"
+    return f"{now}; it is below {LIMIT:.0%} from {enough:,.0f} tokens on"
