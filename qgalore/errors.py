@@ -53,3 +53,9 @@ def printable(text: str) -> str:
         letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs") else ascii(letter)[1:-1]
         for letter in text
     )
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """``number`` with what is counted: ``counted(1, "layer")`` → "1 layer", of 1,200 → "1,200 layers". ``many`` is the
+    plural where it is more than an s, or where a verb follows."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

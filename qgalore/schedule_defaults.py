@@ -1,6 +1,7 @@
 """What keys of the refresh schedule stand for when they are not given, for all who ask: keys, optimizer, reports."""
 
-# The cos_threshold of a policy that reads one: measured for overlap (docs/results.md), published for the others.
+# The cos_threshold of a policy that reads one. That of overlap was measured (docs/lab/first_edition.md), the others
+# are published.
 THRESHOLDS = {"overlap": 0.2, "first_vector": 0.4, "signed_cosine": 0.4}
 
 

@@ -31,6 +31,7 @@ FAST = (
     "test_config.py",
     "test_floors.py",
     "test_mutations.py",
+    "test_readme.py",
 )
 
 

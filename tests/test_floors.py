@@ -1,6 +1,7 @@
 """The architecture as a test: imports point down, and only the top knows the configuration."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,10 @@ def test_train_script_is_short():
 
 def test_the_import_reader_sees_relative_imports(tmp_path):
     assert imported_rooms(PACKAGE / "training" / "loop.py") >= {"files", "data", "lowrank", "models"}
+
+
+def test_the_page_of_the_architecture_has_these_floors():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", page, flags=re.M)
+    named = [(int(number), room) for number, rooms in rows for room in re.findall(r"`(\w+)`", rooms)]
+    assert sorted(named) == sorted((level + 1, room) for level, rooms in enumerate(FLOORS) for room in rooms)

@@ -206,57 +206,70 @@ def _classifier(config: Config) -> list[str]:
 
 
 TABLE = (
-    Conflict(("model.config", "model.path"), "give exactly one of `model.config` and `model.path`", _one_model),
+    Conflict(("model.config", "model.path"), "Give exactly one of `model.config` and `model.path`.", _one_model),
     Conflict(
-        ("model.overrides", "model.path"), "`model.overrides` goes with `model.config` only", _shape_of_pretrained
+        ("model.overrides", "model.path"), "`model.overrides` goes with `model.config` only.", _shape_of_pretrained
     ),
     Conflict(
         ("model.compile", "train.activation_checkpointing"),
-        "compiled blocks do not go with `train.activation_checkpointing: offload`",
+        "Compiled blocks do not go with `train.activation_checkpointing: offload`.",
         _compiled_offload,
     ),
     Conflict(
         ("parallel",),
-        "`shard` needs method qgalore, galore or galore8bit, rule galore with a right basis and a number as rank, full "
-        "embeddings, deferred stepping, 8-bit or fp32 Adam, and a task other than classify",
+        "`shard` needs method `qgalore`, `galore` or `galore8bit`, and rule `galore` with a right basis and a number "
+        "as rank. It also needs full embeddings, deferred stepping, 8-bit or fp32 Adam, and a task other than "
+        "`classify`. It does not go with compiled blocks, integer products or offloaded activations.",
         _sharded,
     ),
-    Conflict(("train.stepping", "train.clip_grad_norm"), "fused stepping cannot clip the global norm", _fused_clipping),
-    Conflict(("model.compile", "lowrank.rank"), "compiled blocks do not go with `lowrank.rank: auto`", _compiled_ranks),
+    Conflict(
+        ("train.stepping", "train.clip_grad_norm"), "Fused stepping cannot clip the global norm.", _fused_clipping
+    ),
+    Conflict(
+        ("model.compile", "lowrank.rank"), "Compiled blocks do not go with `lowrank.rank: auto`.", _compiled_ranks
+    ),
     Conflict(
         ("model.compute", "lowrank.group_size"),
-        "`model.compute: int8` needs trained int8 weights and `lowrank.group_size: row`",
+        "`model.compute: int8` needs trained int8 weights and `lowrank.group_size: row`.",
         _compute,
     ),
     Conflict(
         ("train.full_gradients", "train.grad_accumulation", "train.clip_grad_norm", "lowrank.rule"),
-        "a rule other than galore needs `train.full_gradients: keep` for accumulation, clipping or deferred stepping; "
-        "rule apollo needs a number as rank",
+        "A rule other than `galore` needs `train.full_gradients: keep` for accumulation, clipping or deferred "
+        "stepping. Rule `apollo` needs a number as rank.",
         _whole_gradients,
     ),
     Conflict(
         ("method", "lowrank.rank", "lowrank.embeddings", "export.formats"),
-        "method lora needs a number as rank, full embeddings and `hf` exports",
+        "Method `lora` needs a number as rank, full embeddings and `hf` exports.",
         _lora,
     ),
     Conflict(
         ("lowrank.rank", "lowrank.max_rank", "lowrank.mean_rank", "lowrank.proj_type"),
-        "`rank: auto` goes with rule galore, one-sided projection, and a `mean_rank` of at most `max_rank`",
+        "`rank: auto` goes with rule `galore`, one-sided projection, and a `mean_rank` of at most `max_rank`.",
         _automatic_rank,
     ),
-    Conflict(("export.formats",), "`int8` needs int8 weights", _int8_export),
+    Conflict(("export.formats",), "`int8` needs int8 weights.", _int8_export),
     Conflict(
         ("data.label_key", "data.label_type", "data.header", "data.metric", "data.valid", "data.tokenizer"),
-        "labels go with `data.task: classify` only, which needs `data.valid`, a tokenizer, metrics that suit the "
-        "labels, and `hf` exports",
+        "Labels go with `data.task: classify` only. This task needs `data.valid`, a tokenizer, metrics that suit the "
+        "labels, and `hf` exports.",
         _classifier,
     ),
-    Conflict(("export.which", "train.keep_best"), "`best` needs `train.keep_best: true`", _best_export),
-    Conflict(("train.weight_decay", "train.lr"), "their product must be below 1", _decay),
-    Conflict(("lowrank.max_gap", "lowrank.update_proj_gap"), "gaps begin at `update_proj_gap`", _gaps),
+    Conflict(("export.which", "train.keep_best"), "`best` needs `train.keep_best: true`.", _best_export),
+    Conflict(
+        ("train.weight_decay", "train.lr"),
+        "The product of `train.lr` and `train.weight_decay` must be below 1.",
+        _decay,
+    ),
+    Conflict(
+        ("lowrank.max_gap", "lowrank.update_proj_gap"),
+        "`max_gap` must be at least `update_proj_gap`, where gaps begin.",
+        _gaps,
+    ),
     Conflict(
         ("train.betas", "train.eps"),
-        "an optimizer given by its dotted path takes `train.optimizer_options` instead",
+        "An optimizer given by its dotted path takes `train.optimizer_options` instead.",
         _adam_only,
     ),
 )

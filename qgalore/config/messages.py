@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -159,17 +160,17 @@ def example_of(field: FieldInfo) -> Any:
     return default_of(field) if example is None else example
 
 
-def rule_of(field: FieldInfo) -> str:
-    """What a key's value must be, in words."""
-    return extra_of(field, "rule") or kind_of(field.annotation, field.metadata)
+def rule_of(field: FieldInfo, far: float = math.inf) -> str:
+    """What a key's value must be, in words. Bounds from ``far`` on are left out."""
+    return extra_of(field, "rule") or kind_of(field.annotation, field.metadata, far)
 
 
-def kind_of(annotation: Any, limits: Any = ()) -> str:
-    """An annotation in words, ``limits`` being pydantic's bounds beside it."""
+def kind_of(annotation: Any, limits: Any = (), far: float = math.inf) -> str:
+    """An annotation in words, ``limits`` being pydantic's bounds beside it. Bounds from ``far`` on are left out."""
     if typing.get_origin(annotation) is Annotated:
         inner, *beside = typing.get_args(annotation)
         bounds = [limit for one in beside for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
-        return kind_of(inner, bounds)
+        return kind_of(inner, bounds, far)
     parts = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
     if typing.get_origin(annotation) is Literal:
         words = [str(word) for word in parts]
@@ -177,20 +178,22 @@ def kind_of(annotation: Any, limits: Any = ()) -> str:
     if typing.get_origin(annotation) is list:
         return f"a list of {_plural(parts[0])}"
     if typing.get_origin(annotation) is tuple:
-        return f"a list of {['no', 'one', 'two', 'three'][len(parts)]} values, each {kind_of(parts[0])}"
+        return f"a list of {['no', 'one', 'two', 'three'][len(parts)]} values, each {kind_of(parts[0], (), far)}"
     if parts and members(annotation) != (annotation,):
-        return ", or ".join(kind_of(part, limits if len(parts) == 1 else ()) for part in parts)
+        return ", or ".join(kind_of(part, limits if len(parts) == 1 else (), far) for part in parts)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(annotation, "a mapping") + _range(limits)
+    return names.get(annotation, "a mapping") + _range(limits, far)
 
 
 def _plural(annotation: Any) -> str:
     return "texts" if annotation is str else f"different values, each {kind_of(annotation)}"
 
 
-def _range(limits: Any) -> str:
+def _range(limits: Any, far: float) -> str:
     low = high = None
     for limit in limits:
+        if getattr(limit, "le", getattr(limit, "lt", 0)) >= far:
+            continue
         if isinstance(limit, annotated_types.Ge):
             low = f"at least {_figure(limit.ge)}"
         elif isinstance(limit, annotated_types.Gt):

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .. import plain_yaml
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from . import incompatible
 from .messages import field_at, is_section, problems_of, short, shown
 from .sections import Config, is_textual
@@ -103,7 +103,7 @@ def parse(data: Any, origin: str) -> Config:
     except ValidationError as error:
         problems = problems_of(error, data)
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        count = counted(len(problems), "problem")
         raise ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in problems))
     return config
 

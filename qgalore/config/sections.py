@@ -88,11 +88,11 @@ class RunSection(Section):
 
 class ModelSection(Section):
     config: str | None = key(
-        None, "Train from scratch: a preset's name, or a Hugging Face config.json or its folder.", min_length=1,
-        example="llama_60m", unset="model.path is given instead",
+        None, "A preset's name, or a Hugging Face config.json or its folder. The model is trained from scratch.",
+        min_length=1, example="llama_60m", unset="model.path is given instead",
     )  # fmt: skip
     path: str | None = key(
-        None, "Continue from pretrained weights: a Hugging Face folder or a hub id.", min_length=1,
+        None, "A Hugging Face folder or a hub id. Training continues from its weights.", min_length=1,
         example="models/Qwen2.5-7B", unset="model.config is given instead",
     )  # fmt: skip
     overrides: dict[str, Any] = key(
@@ -100,21 +100,24 @@ class ModelSection(Section):
         rule="a mapping of fields to values, such as {hidden_size: 512}", example={"hidden_size": 512},
     )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "The number format of activations and of tensors that are not quantized. With auto it is bfloat16 on a "
-        "GPU that computes in it, else float32.",
+        "auto", "The number format of activations and of tensors that are not quantized. With `auto` it is bfloat16 on "
+        "a GPU that computes in it, else float32.",
     )  # fmt: skip
     compute: Literal["bf16", "int8"] = key(
-        "bf16", "How low-rank layers multiply: in model.dtype (bf16), or integers by integers (int8)."
+        "bf16",
+        "How low-rank layers multiply. With `bf16` they do so in model.dtype, and with `int8` integers by integers.",
     )
-    compile: Literal["none", "blocks"] = key("none", "With blocks, torch.compile makes each transformer block faster.")
+    compile: Literal["none", "blocks"] = key(
+        "none", "With `blocks`, torch.compile makes each transformer block faster."
+    )
 
 
 class DataSection(Section):
     task: Literal["text", "instruct", "classify"] = key(
-        "text", "What the data are: plain text, conversations whose answers are learned, or labelled texts."
+        "text", "What the data are: plain text, conversations whose answers are learned, or labelled texts to classify."
     )
     train: str = key(
-        ..., "The training data: a file, a folder of files, or a Hugging Face dataset's id.", min_length=1,
+        ..., "A file, a folder of files, or a Hugging Face dataset's id.", min_length=1,
         example="my_text.jsonl",
     )  # fmt: skip
     valid: str | None = key(
@@ -123,23 +126,25 @@ class DataSection(Section):
     )  # fmt: skip
     valid_fraction: float = key(0.01, "The share of data.train to hold out if there is no data.valid.", gt=0, lt=0.5)
     tokenizer: str | None = key(
-        None, "A tokenizer: a folder, a tokenizer.json or a hub id.", min_length=1, example="models/Qwen2.5-7B",
+        None, "The tokenizer's folder, its tokenizer.json, or a hub id.", min_length=1, example="models/Qwen2.5-7B",
         unset="that of model.path, or else a byte-level BPE is trained on data.train",
     )  # fmt: skip
     vocab_size: int = key(
         8192, "The size of a tokenizer that is trained here.", unit="tokens", ge=257, le=SIDE,
-        rule=f"a whole number from 257 (the 256 bytes and an end mark) to {SIDE}",
+        rule=f"a whole number from 257 (the 256 bytes and an end mark) to {SIDE:,}",
     )  # fmt: skip
     sequence_length: int = key(256, "The length of a row of the batch.", unit="tokens", ge=2, le=SIDE)
     valid_split: str = key(
-        "validation", "The split to read when data.valid is a hub id; data.train reads the split train.", min_length=1
+        "validation",
+        "The split to read if data.valid is a hub id. From data.train the split train is read.",
+        min_length=1,
     )
     text_key: str = key("text", "The key of a row that holds its text.", min_length=1)
     document_attention: Literal["isolated", "joined"] = key(
-        "isolated", "Whether documents packed into one row see each other (joined) or only themselves (isolated)."
+        "isolated", "Whether documents packed into one row see each other (`joined`) or only themselves (`isolated`)."
     )
     max_tokens: int | None = key(
-        None, "Stop reading data.train after this many.", unit="tokens", ge=1, le=2**50, example=100_000_000,
+        None, "Reading of data.train stops after this many tokens.", unit="tokens", ge=1, le=2**50, example=100_000_000,
         unset="all of a file, or as much of a hub dataset as the run needs",
     )  # fmt: skip
     cache_dir: str = key("cache", "The folder for tokens and tokenizers, which later runs use again.", min_length=1)
@@ -155,7 +160,7 @@ class DataSection(Section):
         True, 'Whether the first line of a .tsv or .csv names its columns. If not, they are called "0", "1" and so on.'
     )
     metric: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] = key(
-        [], "Metrics of held-out labels; an empty list stands for all that suit the labels.", example=["f1"]
+        [], "Metrics of held-out labels. An empty list stands for all that suit the labels.", example=["f1"]
     )
 
     @field_validator("metric")
@@ -172,16 +177,18 @@ class TrainSection(Section):
     )
     lr: float = key(..., "The peak learning rate.", gt=0, le=100, example=0.001)
     weight_decay: float = key(
-        0.0, "Decoupled weight decay: a step shrinks weights by lr · weight_decay.", ge=0, le=1000
+        0.0, "Decoupled weight decay. A step shrinks weights by lr · weight_decay.", ge=0, le=1000
     )
     warmup_steps: int = key(
-        0, "The learning rate rises linearly for this long.", unit="optimizer steps", ge=0, le=STEPS
+        0, "The learning rate rises linearly for this long at the start.", unit="optimizer steps", ge=0, le=STEPS
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "How the learning rate falls after warm-up.")
     min_lr_ratio: float = key(0.1, "The learning rate of the last step, as a share of train.lr.", ge=0, le=1)
-    clip_grad_norm: float = key(0.0, "The largest global norm of the gradient; 0 switches clipping off.", ge=0, le=1e9)
+    clip_grad_norm: float = key(
+        0.0, "The largest global norm of the gradient. With 0 nothing is clipped.", ge=0, le=1e9
+    )
     optimizer: str | None = key(
-        None, "The optimizer of the projected gradients: adamw8bit, adamw4bit, adamw, or the dotted path of a "
+        None, "The optimizer of the projected gradients: `adamw8bit`, `adamw4bit`, `adamw`, or the dotted path of a "
         "torch.optim.Optimizer class.", min_length=1, example="torch.optim.Adafactor", unset="the method's own",
     )  # fmt: skip
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = key(
@@ -193,19 +200,21 @@ class TrainSection(Section):
         rule="a mapping of argument names to values, such as {momentum: 0.9}", example={"momentum": 0.9},
     )  # fmt: skip
     stepping: Literal["auto", "fused", "deferred"] = key(
-        "auto", "Whether a tensor steps as soon as its gradient is there (fused), or all step at the end (deferred)."
+        "auto",
+        "Whether a tensor steps as soon as its gradient is there (`fused`), or all step at the end (`deferred`).",
     )
     full_gradients: Literal["free", "keep"] = key(
-        "free", "With keep, a rule that needs whole gradients may step deferred, and keeps those of all layers at once."
+        "free",
+        "With `keep`, a rule that needs full gradients may step deferred. It then keeps those of all layers at once.",
     )
     activation_checkpointing: bool | Literal["auto", "offload"] = key(
-        "auto", "Whether to compute activations again in the backward pass, or to keep them in host memory (offload). "
-        "With auto the plan takes the fastest way that it has room for.",
+        "auto", "Whether to compute activations again in the backward pass, or to keep them in host memory "
+        "(`offload`). With `auto` the plan takes the fastest way that it has room for.",
     )  # fmt: skip
     eval_every: int = key(100, "How often the held-out loss is measured.", unit="optimizer steps", ge=1, le=STEPS)
     eval_batches: int | None = key(
-        None, "Measure the held-out loss on this many micro-batches.", unit="micro-batches", ge=1, le=STEPS, example=50,
-        unset="on all of the held-out data",
+        None, "The held-out loss is measured on this many micro-batches.", unit="micro-batches", ge=1, le=STEPS,
+        example=50, unset="on all of the held-out data",
     )  # fmt: skip
     save_every: int | None = key(
         None, "How often a checkpoint is saved.", unit="optimizer steps", ge=1, le=STEPS, example=500,
@@ -218,15 +227,16 @@ class TrainSection(Section):
     )  # fmt: skip
     keep_best: bool = key(False, "Whether to save and keep the checkpoint with the lowest held-out loss.")
     early_stopping: int | None = key(
-        None, "Stop after this many evaluations without a lower held-out loss.", unit="evaluations", ge=1, le=STEPS,
-        example=5, unset="the run never stops early",
+        None, "The run stops after this many evaluations without a lower held-out loss.", unit="evaluations", ge=1,
+        le=STEPS, example=5, unset="the run never stops early",
     )  # fmt: skip
     max_skipped_in_a_row: int = key(
-        5, "Steps whose loss or gradient is not finite are skipped; more than this in a row end the run.",
+        5, "If a loss or gradient is not finite, its step is skipped. More of them in a row than this end the run.",
         unit="optimizer steps", ge=1, le=STEPS,
     )  # fmt: skip
     loss_spike: Literal["off", "warn", "skip", "rollback"] = key(
-        "warn", "What to do about a loss far above those before it: nothing, a line, no step, or back to a checkpoint."
+        "warn",
+        "What to do about a loss far above those before it: nothing, a printed line, no step, or back to a checkpoint.",
     )
     spike_threshold: float = key(
         8.0, "How far above the mean of the last 100 losses a spike begins.", unit="standard deviations", gt=0, le=1e6
@@ -238,43 +248,62 @@ Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "muon", "sink
 
 class LowRankSection(Section):
     rank: Annotated[int, Field(ge=1, le=SIDE)] | Literal["full", "auto"] = key(
-        128, "Columns of a basis. With full gradients are not projected; with auto each layer has a rank of its own."
+        128,
+        "Columns of a basis. With `full`, gradients are not projected. With `auto`, each layer has a rank of its own.",
     )
-    energy: float = key(0.9, "Of rank: auto, the share of a gradient's energy that a layer's rank keeps.", gt=0, le=1)
+    energy: float = key(
+        0.9, "The share of a gradient's energy that a layer's rank keeps, for `rank: auto`.", gt=0, le=1
+    )
     max_rank: int | None = key(
-        None, "Of rank: auto, the largest rank of a layer.", ge=8, le=SIDE, example=256,
+        None, "The largest rank of a layer, for `rank: auto`.", ge=8, le=SIDE, example=256,
         unset="a quarter of the layer's smaller side",
     )  # fmt: skip
     mean_rank: int | None = key(
-        None, "Of rank: auto, all layers together stay within the memory of this rank.", ge=8, le=SIDE, example=128,
+        None, "All layers together stay within the memory of this rank, for `rank: auto`.", ge=8, le=SIDE, example=128,
         unset="no such limit",
     )  # fmt: skip
-    rule: Rule = key("galore", "How a matrix's gradient becomes its update; docs/method.md has the equations.")
+    rule: Rule = key("galore", "How a matrix's gradient becomes its update. [method.md](method.md) has the equations.")
     momentum: Literal["4bit", "8bit", "bf16", "fp32"] = key(
-        "4bit", "Of rule: muon, how the momentum of a matrix is kept between steps."
+        "4bit", "How the momentum of a matrix is kept between steps, for `rule: muon`."
     )
-    mu: float = key(0.8, "Of rule: muon, the share of the old momentum in the new.", ge=0, lt=1)
+    mu: float = key(0.8, "The share of the old momentum in the new one, for `rule: muon`.", ge=0, lt=1)
     alpha: float | None = key(
-        None, "Of method: lora, whose update is alpha / rank · B A.", gt=0, le=1e6, example=16, unset="alpha = rank"
+        None,
+        "The factor of a LoRA update, which is alpha / rank · B A. It is for `method: lora`.",
+        gt=0,
+        le=1e6,
+        example=16,
+        unset="alpha = rank",
     )
     scale: float | None = key(
         None, "The factor of an update in a low-rank layer.", gt=0, le=1e6, example=0.25, unset="the rule's own"
     )
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = key(
-        "std", "Which side of the gradient is projected: the smaller (std), the larger, a fixed one, or both (full)."
+        "std",
+        "Which side of the gradient is projected: the smaller (`std`), the larger, a fixed one, or both (`full`).",
     )
     update_proj_gap: int = key(
-        200, "The time between two refreshes of a basis.", unit="optimizer steps", ge=1, le=STEPS
+        200,
+        "The time between two refreshes of a basis, which are searches for a new one.",
+        unit="optimizer steps",
+        ge=1,
+        le=STEPS,
     )
     cos_threshold: float | None = key(
         None, "A similarity of successive bases from which a layer counts as settled, so that its gap grows.", ge=0,
         le=1, example=0.4, unset="the policy's own; policy: fixed is for gaps that never grow",
     )  # fmt: skip
     gamma_proj: float = key(2.0, "The factor by which a settled layer's gap grows.", ge=1, le=1e6)
-    queue_size: int = key(5, "Similarities whose mean is held against cos_threshold.", unit="refreshes", ge=1, le=SIDE)
+    queue_size: int = key(
+        5,
+        "How many of the last similarities are averaged and held against lowrank.cos_threshold.",
+        unit="refreshes",
+        ge=1,
+        le=SIDE,
+    )
     max_gap: int | None = key(
         None,
-        "The longest gap.",
+        "The longest time between two refreshes of a basis.",
         unit="optimizer steps",
         ge=1,
         le=16 * STEPS,
@@ -282,9 +311,11 @@ class LowRankSection(Section):
         unset="16 · update_proj_gap",
     )
     stagger: bool = key(True, "Whether refreshes are spread over the gap, or come in the same step for all layers.")
-    projector: Literal["randomized", "exact"] = key("randomized", "How a basis is found; exact is a whole SVD.")
+    projector: Literal["randomized", "exact"] = key(
+        "randomized", "How a basis is found. With `exact` it comes from a whole SVD."
+    )
     policy: Literal["overlap", "first_vector", "signed_cosine", "energy", "fixed"] = key(
-        "overlap", "What decides when a basis is refreshed."
+        "overlap", "What decides when a basis is refreshed. [method.md](method.md) compares the policies."
     )
     moments: Literal["rotate", "keep", "reset"] = key(
         "rotate", "What becomes of Adam's moments at a refresh: turned into the new basis, kept as they are, or zero."
@@ -293,7 +324,7 @@ class LowRankSection(Section):
         None, "How weights of low-rank layers are kept.", example="int8", unset="the method's own"
     )
     group_size: Literal[128, 64, 32, "row"] = key(
-        128, "Weights that share one scale, along a row; with row the whole row does.", unit="weights"
+        128, "How many weights along a row share one scale. With `row` the whole row does.", unit="weights"
     )
     weight_scales: Literal["sticky", "rederived"] = key(
         "sticky",
@@ -308,10 +339,10 @@ class LowRankSection(Section):
         unset="float32, or bfloat16 in a step of one micro-batch in bfloat16",
     )  # fmt: skip
     embeddings: Literal["full", "int8"] = key(
-        "full", "With int8 the input embedding and the head are low-rank layers too."
+        "full", "With `int8` the input embedding and the head are low-rank layers too."
     )
     include: list[str] = key(
-        [], "Patterns of the only layers to convert; an empty list stands for all.", example=["*.mlp.*"]
+        [], "Patterns of the only layers to convert. An empty list stands for all.", example=["*.mlp.*"]
     )
     exclude: list[str] = key([], "Patterns of layers to leave as they are.", example=["*.q_proj"])
 
@@ -344,10 +375,12 @@ class MemorySection(Section):
 class ExportSection(Section):
     formats: list[Literal["hf", "int8", "gguf"]] = key(
         ["hf"],
-        "What to write after training: for transformers (hf), vLLM (int8), llama.cpp (gguf).",
+        "What to write after training. `hf` is for transformers, `int8` for vLLM and `gguf` for llama.cpp.",
         example=["hf", "gguf"],
     )
-    which: Literal["last", "best"] = key("last", "Export the last weights, or the best, which train.keep_best kept.")
+    which: Literal["last", "best"] = key(
+        "last", "Whether to export the last weights, or the best, which train.keep_best kept."
+    )
 
     @field_validator("formats")
     @classmethod
@@ -358,26 +391,25 @@ class ExportSection(Section):
 class SampleSection(Section):
     prompt: str | None = key(
         None,
-        "The sample printed after training continues this.",
+        "The text that the sample printed after training continues.",
         example="It was",
         unset="the beginning of a held-out document",
     )
-    max_new_tokens: int = key(60, "The length of the sample; 0 prints none.", unit="tokens", ge=0, le=SIDE)
+    max_new_tokens: int = key(60, "The length of the sample. With 0 none is printed.", unit="tokens", ge=0, le=SIDE)
 
 
 Method = Literal["qgalore", "galore", "galore8bit", "lora", "adamw", "adamw8bit"]
 
 
 class Config(Section):
-    method: Method = key(
-        "qgalore", "The method: a set of number formats and an optimizer; docs/method.md compares them."
-    )
-    device: Literal["auto", "cuda", "cpu"] = key("auto", "Where to train; auto takes a GPU if PyTorch sees one.")
+    method: Method = key("qgalore", "The method, which is a set of number formats with an optimizer.")
+    device: Literal["auto", "cuda", "cpu"] = key("auto", "Where to train. With `auto` it is a GPU if PyTorch sees one.")
     kernels: Literal["auto", "reference", "triton"] = key(
-        "auto", "The code of quantized steps. With auto it is Triton on a GPU and plain PyTorch elsewhere."
+        "auto", "The code of quantized steps. With `auto` it is Triton on a GPU and plain PyTorch elsewhere."
     )
     parallel: Literal["replicate", "shard"] = key(
-        "replicate", "How the processes that torchrun starts hold the model: each all of it, or each some rows (shard)."
+        "replicate",
+        "How the processes that torchrun starts hold the model. Each has all of it, or some of its rows (`shard`).",
     )
     run: RunSection = Field(RunSection(), description="The run's name, place and seed.")
     model: ModelSection = Field(..., description="The model, from scratch or pretrained.")

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from ..errors import printable
+from ..errors import counted, printable
 from .summary import LayerSummary, RunSummary, by_kind, together
 
 WIDTH = 100
@@ -139,9 +139,9 @@ def state(summary: RunSummary) -> str:
         parts.append(f"refreshes {summary.share:.1%} of step time")
     lines = textwrap.fill(" | ".join(parts), WIDTH)
     if summary.total is not None and summary.total.failed:
-        lines += f"\n{summary.total.failed} refreshes found no basis and kept the old one"
+        lines += f"\n{counted(summary.total.failed, 'refresh', 'refreshes')} found no basis and kept the old one"
     if run.unreadable:
-        lines += f"\n{run.unreadable} damaged lines were left out"
+        lines += f"\n{counted(run.unreadable, 'damaged line was', 'damaged lines were')} left out"
     return lines
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qgalore.data.checksums import file_digest, sync
 from qgalore.data.sources import ENDINGS, fingerprint
 from qgalore.data.tokenizing import Totals, id_bound, id_dtype, leading_ids
-from qgalore.errors import ConfigError
+from qgalore.errors import ConfigError, counted
 
 _VERSION = 2  # of the layout below and of how texts are read; a change makes every old cache a miss
 _TOKENS, _OFFSETS, _META, _ANSWERS = "tokens.bin", "offsets.npy", "meta.json", "answers.bin"
@@ -119,7 +119,7 @@ def cached(
             f"the token cache {str(folder.parent)!r} cannot be used ({error.strerror or error}); free some space or "
             "set another folder for it."
         ) from error
-    size = f"{len(found.tokens)} tokens of {len(found.offsets) - 1} documents"
+    size = f"{counted(len(found.tokens), 'token')} of {counted(len(found.offsets) - 1, 'document')}"
     report(f"tokens: {inputs['source']}: {size} reused from {folder}")
     for remark in here.remarks:
         report(f"tokens: {inputs['source']}: {remark}")

@@ -20,7 +20,7 @@ from qgalore.data.sources import ROW_ENDINGS
 from qgalore.data.templates import writes_date
 from qgalore.data.tokenizing import Progress, Totals, id_bound
 from qgalore.data.tokens import TokenFile
-from qgalore.errors import ConfigError
+from qgalore.errors import ConfigError, counted
 
 # Conversations that are tokenized, and fitted into rows, together
 _BATCH, _BATCH_CHARACTERS = 1024, 1 << 24
@@ -42,7 +42,12 @@ class InstructTotals(Totals):
     def summary(self) -> str:
         notes = f"{self.answers} of them in answers, {self.padding} padding"
         if self.cut:
-            notes += f"; {self.cut} conversations longer than sequence_length were cut short"
+            many = counted(
+                self.cut,
+                "conversation longer than sequence_length was",
+                "conversations longer than sequence_length were",
+            )
+            notes += f"; {many} cut short"
         if self.without_answer:
             notes += f"; {self.without_answer} without an answer to learn (or none before the cut) were left out"
         return f"{super().summary()}; {notes}"
@@ -52,12 +57,14 @@ class InstructTotals(Totals):
         self.remarks = list(notes.lines())
         if self.endless:
             self.remarks.append(
-                f"the chat template writes no mark at the end of {self.endless} answers, so that the model does not "
-                "learn from them to stop; use a template that ends an answer with a token, such as the tokenizer's eos"
+                f"the chat template writes no mark at the end of {counted(self.endless, 'answer')}, so that the model "
+                "does not learn from them to stop; use a template that ends an answer with a token, such as the "
+                "tokenizer's eos"
             )
         if self.quoting:
+            many = counted(self.quoting, "conversation says", "conversations say")
             self.remarks.append(
-                f"{self.quoting} conversations say strings of special tokens, which become those tokens; take the "
+                f"{many} strings of special tokens, which become those tokens; take the "
                 "strings out if they are not meant as marks"
             )
 

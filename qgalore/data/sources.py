@@ -14,7 +14,7 @@ from qgalore.data.jsons import json_rows, jsonl_rows
 from qgalore.data.notes import Notes, listed
 from qgalore.data.opening import Unfinished, in_pieces, text_chunks, unreadable
 from qgalore.data.paths import close_names, looks_like_path
-from qgalore.errors import ConfigError
+from qgalore.errors import ConfigError, counted
 
 ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")  # rows with keys
 ENDINGS = (".txt", ".txt.gz", *ROW_ENDINGS)
@@ -46,7 +46,7 @@ class DocumentStream(Iterator[str]):
                 return text
             self.blank += 1
         if self.documents == 0:
-            held = f"{self.blank} documents, all blank" if self.blank else "no rows (it is empty)"
+            held = f"{counted(self.blank, 'document')}, all blank" if self.blank else "no rows (it is empty)"
             raise ConfigError(f"data source {self._source!r} holds {held}; give a source with some text in it.")
         raise StopIteration
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qgalore.data.opening import Unfinished
 from qgalore.data.sources import DocumentStream
-from qgalore.errors import ConfigError
+from qgalore.errors import ConfigError, counted
 
 # A batch is large enough for the tokenizer's threads and small enough to hold as Python integers.
 _BATCH_DOCUMENTS = 1024
@@ -35,8 +35,9 @@ class Totals:
     def summary(self) -> str:
         seconds = time.monotonic() - self.started
         rate = self.tokens / max(seconds, 1e-9)
-        blank = f" ({self.blank} blank documents skipped)" if self.blank else ""
-        return f"{self.tokens} tokens of {self.documents} documents{blank} in {seconds:.1f} s, {rate:,.0f} tokens/s"
+        blank = f" ({counted(self.blank, 'blank document')} skipped)" if self.blank else ""
+        size = f"{counted(self.tokens, 'token')} of {counted(self.documents, 'document')}"
+        return f"{size}{blank} in {seconds:.1f} s, {rate:,.0f} tokens/s"
 
 
 def id_bound(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -183,7 +184,8 @@ class _Encoder:
                 'text, put "split_special_tokens": true into the tokenizer\'s tokenizer_config.json'
             )
         if self._unknowns:
-            yield f"{self._unknowns} tokens are {self._tokenizer.unk_token!r}: the tokenizer does not know their text"
+            many = counted(self._unknowns, "token is", "tokens are")
+            yield f"{many} {self._tokenizer.unk_token!r}: the tokenizer does not know their text"
 
 
 class Progress:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import counted
 from ..parallel import ALONE, Team
 
 
@@ -27,7 +28,7 @@ class Evaluation:
         return {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
 
     def __str__(self) -> str:
-        return f"held-out loss {self.loss:.4f} | perplexity {self.perplexity:.2f} ({self.tokens:,} tokens)"
+        return f"held-out loss {self.loss:.4f} | perplexity {self.perplexity:.2f} ({counted(self.tokens, 'token')})"
 
 
 @torch.no_grad()

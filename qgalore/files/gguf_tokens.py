@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 
 REMEDY = "export with --format hf (export.formats: [hf]) and convert that with llama.cpp's own script"
 _ENDINGS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -191,7 +191,8 @@ def _vocabulary(
     by_id = {index: text for text, index in description["model"]["vocab"].items()}
     added = {entry["id"]: entry for entry in description["added_tokens"]}
     if beyond := [index for index in {*by_id, *added} if index >= rows]:
-        notes.append(f"GGUF export: {len(beyond)} tokens have no row in the embedding of {rows} and are left out")
+        many = counted(len(beyond), "token has", "tokens have")
+        notes.append(f"GGUF export: left out, {many} no row in the embedding of {rows}")
     unknown = description["model"].get("unk_token")
     texts, types = [], []
     for index in range(rows):

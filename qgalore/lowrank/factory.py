@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..parallel import ALONE, Team, shards
 from ..quant.int8 import ROUNDINGS, SCALES
 from ..schedule_defaults import THRESHOLDS, longest_gap
@@ -75,7 +75,8 @@ def _tell_of_layers(model: nn.Module, dense: bool) -> None:
         )
     frozen = [name for name, module in layers.items() if not isinstance(module, LoraLinear) and is_frozen(module)]
     if frozen:
-        print(f"note: {len(frozen)} frozen layers keep their weights, for example {frozen[0]}", flush=True)
+        many = counted(len(frozen), "frozen layer keeps its weights", "frozen layers keep their weights")
+        print(f"note: {many}, for example {frozen[0]}", flush=True)
 
 
 def trained_tensors(
@@ -125,7 +126,7 @@ def _tell_of_clamped_ranks(tensors: list[TrainedTensor], of_rule: RuleOptions) -
     clamped = [t for t in tensors if t.keeps_whole and t.rule.clamped()]
     if clamped:
         print(
-            f"note: rank {of_rule.rank} is above the smaller side of {len(clamped)} layers, for example "
+            f"note: rank {of_rule.rank} is above the smaller side of {counted(len(clamped), 'layer')}, for example "
             f"{clamped[0].name}; {clamped[0].rule.rank} is used there",
             flush=True,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..evaluation import metrics
 from . import streaming
 from .folder import load_buffers, stored
@@ -116,7 +116,7 @@ class LabelEvaluation:
 
     def __str__(self) -> str:
         figures = [f"{name} {'undefined' if v is None else format(v, '.4f')}" for name, v in self.figures.items()]
-        return " | ".join([f"held-out loss {self.loss:.4f}", *figures]) + f" ({self.rows:,} rows)"
+        return " | ".join([f"held-out loss {self.loss:.4f}", *figures]) + f" ({counted(self.rows, 'row')})"
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..files.headers import Entry, is_finite, same
 from .packed import Packed
 from .streaming import CannotStreamError, Rows
@@ -163,7 +163,8 @@ def stored(
     if absent:
         raise CannotStreamError(f"{folder} has no tensor named {absent[0]}")
     if unused:
-        report(f"{len(unused)} tensors in {folder} have no place in the model and are left, for example {unused[0]}")
+        many = counted(len(unused), f"tensor in {folder} has", f"tensors in {folder} have")
+        report(f"{many} no place in the model and will not be read, for example {unused[0]}")
 
     return ((name, entry if isinstance(entry, Packed) else entry.rows) for name, entry in chosen)
 
@@ -171,8 +172,9 @@ def stored(
 def lacking(folder: Path, what: str, names: Collection[str]) -> str:
     """The message about weights that a folder does not hold, or not as the model needs them."""
     listed = ", ".join(sorted(names)[:3])
+    many = counted(len(names), "weight has", "weights have")
     return (
-        f"model.path {str(folder)!r}: {len(names)} weights have {what}, for example {listed}; they would start from "
+        f"model.path {str(folder)!r}: {many} {what}, for example {listed}; they would start from "
         "random values. The folder is incomplete or belongs to another architecture: copy it again, whole"
     )
 

@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..errors import counted
+
 
 @dataclass(frozen=True)
 class ConvertedLayer:
@@ -42,11 +44,11 @@ class ConversionReport:
             weight = "as it was" if group is None else f"int8, groups of {'a row' if group == shape[1] else group}"
             lines.append(f"{count:>6}  {label:<14}{size:>16}  {side:<6}{rank:>6}  {weight}")
         notes = Counter(note for layer in self.converted for note in layer.notes)
-        lines += [f"note: {note} ({count} layers)" for note, count in notes.items()]
+        lines += [f"note: {note} ({counted(count, 'layer')})" for note, count in notes.items()]
         dense = sum(self.dense.values())
         lines.append(
-            f"converted: {self.converted_elements:,} weights in {len(self.converted)} layers; "
-            f"trained in full: {dense:,} values in {len(self.dense)} tensors"
+            f"converted: {self.converted_elements:,} weights in {counted(len(self.converted), 'layer')}; "
+            f"trained in full: {dense:,} values in {counted(len(self.dense), 'tensor')}"
         )
         if dense:
             lines.append("in full: " + _summary(self.dense))

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import Config
 from ..data.labelled import LabelledTexts, Labels, read_examples
 from ..data.notes import Notes
+from ..errors import counted
 from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
 from .data import Data
@@ -51,14 +52,15 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
     for key, rows in examples.items():
         texts[key] = LabelledTexts(rows, labels.encode(rows, f"data.{key}"), tokenizer, data.sequence_length)
         if texts[key].truncated:
-            say("note", f"{texts[key].truncated} examples of data.{key} are cut to {data.sequence_length} tokens")
+            many = counted(texts[key].truncated, f"example of data.{key} is", f"examples of data.{key} are")
+            say("note", f"{many} cut to {data.sequence_length} tokens")
     train = texts["train"]
     epochs = config.train.max_steps * config.train.micro_batch_size * config.train.grad_accumulation / len(train)
     kind = "numbers" if labels.names is None else f"{len(labels.names)} classes ({', '.join(labels.names[:8])})"
     say(
         "data",
-        f"{len(train):,} examples, {train.tokens:,} tokens ({epochs:.2f} epochs), labels: {kind}; held out: "
-        f"{len(texts['valid']):,}",
+        f"{counted(len(train), 'example')}, {counted(train.tokens, 'token')} ({epochs:.2f} epochs), labels: {kind}; "
+        f"held out: {len(texts['valid']):,}",
     )
     return LabelledData(train, texts["valid"], labels)
 

@@ -26,7 +26,7 @@ from ..data.templates import writes_date
 from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..data.tokenizing import Progress
 from ..data.tokens import TokenFile, tokenize_to_disk
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..models import loading
 from .say import say
 
@@ -179,8 +179,9 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
     epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
     say(
         "data",
-        f"{len(tokens.tokens):,} tokens in {tokens.n_documents:,} documents, {len(packed):,} samples of "
-        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {len(valid):,} samples",
+        f"{counted(len(tokens.tokens), 'token')} in {counted(tokens.n_documents, 'document')}, "
+        f"{counted(len(packed), 'sample')} of "
+        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {counted(len(valid), 'sample')}",
     )
     return Data(packed, valid, tokens.vocab_high, f"{len(packed)} samples of {tokens.digest()}", tokens.checksum)
 

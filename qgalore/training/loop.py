@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.order import SampleOrder
-from ..errors import DoesNotFitError, Interrupted, NumericalError
+from ..errors import DoesNotFitError, Interrupted, NumericalError, counted
 from ..files import checkpoint
 from ..files.filling import first_not_finite
 from ..lowrank.optimizer import LowRankOptimizer
@@ -151,8 +151,8 @@ class Loop:
         if self._stops_early():
             where = self.position
             print(
-                f"stopped early after step {where.step}: {where.since_best} evaluations brought no lower held-out loss "
-                f"than step {where.best_step} (train.early_stopping {self.early_stopping}); the "
+                f"stopped early after step {where.step}: {counted(where.since_best, 'evaluation')} brought no lower "
+                f"held-out loss than step {where.best_step} (train.early_stopping {self.early_stopping}); the "
                 "state is saved, a larger number goes on with --resume auto",
                 flush=True,
             )
@@ -311,8 +311,8 @@ class Loop:
         )
         if (names := self.optimizer.untouched) and self.position.step == 1:
             print(
-                f"warning: {len(names)} tensors got no gradient in the first step, for example {names[0]} (a mixture's "
-                "experts without tokens wait for some)",
+                f"warning: {counted(len(names), 'tensor')} got no gradient in the first step, for example {names[0]} "
+                "(a mixture's experts without tokens wait for some)",
                 flush=True,
             )
         seconds = time.perf_counter() - started

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import METHODS, RULES, Config
 from ..data.labelled import Labels
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..lowrank.factory import optimizer
 from ..lowrank.inner.checked import BUILTIN
 from ..lowrank.layers import lora
@@ -177,25 +177,28 @@ def build_model(
     report = convert_as(config, model)
     if report is None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        say("model", f"{sum(p.numel() for p in parameters):,} values in {len(parameters)} tensors, all trained in full")
+        tensors = counted(len(parameters), "tensor")
+        say("model", f"{sum(p.numel() for p in parameters):,} values in {tensors}, all trained in full")
     else:
         print(report, flush=True)
         if config.method == "lora":
-            say(
-                "model",
-                f"LoRA: {len(report.converted)} weights are frozen; factors of rank {config.lowrank.rank} train",
-            )
+            frozen = counted(len(report.converted), "weight is", "weights are")
+            say("model", f"LoRA: {frozen} frozen; factors of rank {config.lowrank.rank} train")
     if config.parallel == "shard" and team.size > 1:
         shard_model(model, device)
     streaming.allocate(model, device)
     if anew := streaming.fill(model, source, "model"):
-        say("note", f"{len(anew)} int8 weights have other groups here and are quantized anew, for example {anew[0]}")
+        many = counted(
+            len(anew), "int8 weight has other groups here and is", "int8 weights have other groups here and are"
+        )
+        say("note", f"{many} quantized anew, for example {anew[0]}")
     adapt_as(config, model)
     checkpoint_as(config, model)
     model.eval()
     if uncalled := uncalled_layers(model, LowRankLinear):
         names = ", ".join(uncalled[:5])
-        say("note", f"{len(uncalled)} converted layers were not called in a trial forward pass: {names}")
+        many = counted(len(uncalled), "converted layer was", "converted layers were")
+        say("note", f"{many} not called in a trial forward pass: {names}")
     if config.data.task == "classify":
         return model, classify.classification_loss
     check_causal(model)

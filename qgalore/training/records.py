@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import counted
 from ..files import atomic
 
 
@@ -85,7 +86,7 @@ class Records:
                 os.fsync(file.fileno())
             atomic.write_text(self.path, "".join(text + "\n" for _, text, _ in rows))
             print(
-                f"note: {len(others)} line{'s' if len(others) > 1 else ''} of {self.path} (the first is line "
+                f"note: {counted(len(others), 'line')} of {self.path} (the first is line "
                 f"{others[0][0]}) cannot be read as a record; kept in {aside}",
                 flush=True,
             )

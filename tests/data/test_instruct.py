@@ -86,7 +86,7 @@ def test_long_ones_are_cut_and_those_without_an_answer_left_out_and_both_are_sai
     nothing = {"messages": [{"role": "user", "content": "Hello?"}]}
     too_late = {"prompt": "Count. " * 100, "completion": "1"}
     made, lines = write([ROWS[0], cut, nothing, too_late])
-    assert "1 conversations longer than sequence_length were cut short" in lines[0]
+    assert "1 conversation longer than sequence_length was cut short" in lines[0]
     assert "2 without an answer to learn (or none before the cut) were left out" in lines[0]
     long, short = rendered(tokenizer, [cut, ROWS[0]])
     assert made.tokens.tolist()[:LENGTH] == long.ids[:LENGTH].tolist()

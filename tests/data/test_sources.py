@@ -103,7 +103,7 @@ def jsonl(second: bytes) -> bytes:
         ("a.jsonl.gz", jsonl(b'["text"]'), r"line 2 is a JSON list, not an object"),
         ("a.jsonl", jsonl(b'{"body": "x", "n": 1}'), r"line 2 has no 'text'; the keys present are 'body', 'n'"),
         ("a.jsonl", jsonl(b'{"text": 5}'), r"line 2: 'text' is of type int, not text"),
-        ("a.txt", b"", r"holds 1 documents, all blank"),
+        ("a.txt", b"", r"holds 1 document, all blank"),
         ("a.jsonl", b"", r"holds no rows \(it is empty\)"),
         ("a.jsonl", rows("", " "), r"holds 2 documents, all blank"),
         ("a.parquet", b"no parquet", r"a\.parquet' could not be read"),

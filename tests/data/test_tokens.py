@@ -103,7 +103,7 @@ def test_reuse_and_what_makes_a_new_key(source, tokenizer, cache):
     assert np.array_equal(first.offsets, again.offsets)
     assert first.vocab_high == again.vocab_high
     assert "written to" in lines[0]
-    assert f"{len(first.tokens)} tokens of {len(TEXTS)} documents reused from" in lines[1]
+    assert f"{len(first.tokens):,} tokens of {len(TEXTS):,} documents reused from" in lines[1]
     make(max_tokens=50)
     assert len(folders(cache)) == 2
     os.utime(source, ns=(1, 1))  # the same bytes

@@ -183,7 +183,7 @@ def test_names_without_the_base_models_prefix(tmp_path):
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     lines = []
     assert_same(read(tmp_path, lines=lines), model)
-    assert lines == [f"1 tensors in {tmp_path} have no place in the model and are left, for example surplus"]
+    assert lines == [f"1 tensor in {tmp_path} has no place in the model and will not be read, for example surplus"]
 
 
 def test_pickles_and_damage_are_refused(tmp_path):

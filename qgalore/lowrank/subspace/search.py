@@ -14,7 +14,7 @@ OVERSAMPLE = 16
 TALL = 4  # rows for each column from which G itself is kept out of the decompositions (embeddings, heads)
 SAMPLES = 32  # sums of rows by which two bases are compared
 # On gradients of a 7B-wide Llama all further iterations would gain at most 0.27 of what the last half one did: where
-# that was less than 7.4 % of the energy, less than 2 % is missing (docs/results.md, "Bases").
+# that was less than 7.4 % of the energy, less than 2 % is missing (docs/lab/first_edition.md, "Bases").
 GAIN = 0.074
 
 
