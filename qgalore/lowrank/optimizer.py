@@ -210,11 +210,14 @@ class LowRankOptimizer(Optimizer):
         if not shares:
             return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         here = [parameter for parameter in parameters if parameter.grad is not None]
-        squares = [torch.nn.utils.get_total_norm([p.grad for p in here]).square(), *self._square_norms(shares)]
+        gradients = [parameter.grad for parameter in here if parameter.grad is not None]
+        squares = [torch.nn.utils.get_total_norm(gradients).square(), *self._square_norms(shares)]
         norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt()
         torch.nn.utils.clip_grads_with_norm_(here, limit, norm)
         for tensor in shares:
-            tensor.gradient().mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+            gradient = tensor.gradient()
+            if gradient is not None:
+                gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -234,7 +237,9 @@ class LowRankOptimizer(Optimizer):
         """‖gradient‖² of each, fp32; those of shared ones summed over the processes that hold rows."""
         squares, shares = [], []
         for tensor in tensors:
-            squares.append(torch.linalg.vector_norm(tensor.gradient(), dtype=torch.float32).square())
+            gradient = tensor.gradient()
+            assert gradient is not None, f"{tensor.name} has no gradient"
+            squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
             if tensor.shared:
                 shares.append(squares[-1])
         if shares:

@@ -51,11 +51,12 @@ def _input_gradient(
         return grad_output @ stored_weight(weight, scale, dtype, grad_output)
 
     def integers() -> Tensor:
+        assert scale is not None, "only an int8 weight is multiplied as integers"
         return int8_products.input_gradient(grad_output, weight, scale, dtype)
 
     if isinstance(int8, Choice):
         int8.settle(floating, integers)
-        int8 = int8.int8
+        return integers() if int8.int8 else floating()
     return integers() if int8 else floating()
 
 
@@ -119,6 +120,12 @@ class LowRankLinear(nn.Module):
     With a ``max_rank`` the rank is free to move up to it (see ``ranks``), from ``mean_rank``; both are None otherwise.
     """
 
+    weight: nn.Parameter
+    weight_scale: Tensor | None
+    bias: nn.Parameter | None
+    left: Basis | None
+    right: Basis | None
+    rank: int | None
     products: Products | None = None
     code_key = "weight"  # the name of int8 codes in a state dict; qgalore.convert gives one that no other reader takes
     max_rank: int | None = None  # here too for kinds with a constructor of their own
@@ -144,26 +151,30 @@ class LowRankLinear(nn.Module):
         self.rank, self.transposed = rank, transposed
         self.max_rank, self.mean_rank = max_rank, None if max_rank is None else rank
         device = weight.device
-        with_left, with_right = (False, False)
+        left = right = None
         if rank is not None:
-            with_left, with_right = sides.basis_sides(*weight.shape, proj_type)
+            on_left, on_right = sides.basis_sides(self.out_features, self.in_features, proj_type)
+            left = Basis(self.out_features, rank, basis_format, device) if on_left else None
+            right = Basis(self.in_features, rank, basis_format, device) if on_right else None
         scale = None
         if group_size is not None:
             weight, scale = quantize(weight.detach(), group_size)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_buffer("weight_scale", scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
-        self.left = Basis(self.out_features, rank, basis_format, device) if with_left else None
-        self.right = Basis(self.in_features, rank, basis_format, device) if with_right else None
+        self.left, self.right = left, right
         self.basis_format = basis_format
         self.delta = zero_leaf(*self.delta_shape(), dtype=grad_dtype, device=device, requires_grad=True)
         self.probe = zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
 
     def delta_shape(self, rank: int | None = None) -> torch.Size:
         """Δ's shape at ``rank``, by default the present one."""
-        rank = self.rank if rank is None else rank
-        left, right = self.left is not None, self.right is not None
-        return torch.Size((rank if left else self.out_features, rank if right else self.in_features))
+        rows, columns = self.out_features, self.in_features
+        if self.left is not None:
+            rows = self.left.rank if rank is None else rank
+        if self.right is not None:
+            columns = self.right.rank if rank is None else rank
+        return torch.Size((rows, columns))
 
     def set_rank(self, rank: int) -> None:
         """Give the bases, which are then unset, and Δ, which keeps its identity and hooks, the shapes of ``rank``."""

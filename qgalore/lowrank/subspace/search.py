@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .sides import fp32_tiles, project
 
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage] - public, if in no list of exports
 METHODS = ("randomized", "exact")
 OVERSAMPLE = 16
 TALL = 4  # rows for each column from which G itself is kept out of the decompositions (embeddings, heads)
