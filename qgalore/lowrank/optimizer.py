@@ -106,11 +106,14 @@ class LowRankOptimizer(Optimizer):
         """
         if first_from is None and not self.idle.someone_has(tensor):
             return False
-        if tensor.awaits_refresh() and first_from is not None and tensor.seeks_first_basis():
+        awaits = tensor.awaits_refresh()
+        # Processes sum projected gradients. Without a first basis there are none, so one process finds it beforehand.
+        if awaits and first_from is not None and tensor.seeks_first_basis():
             self.refresh_tensor(tensor, first_from)
+            awaits = tensor.awaits_refresh()
         if self.team.size > 1:
             tensor.sum_over(self.team)
-        if tensor.awaits_refresh():
+        if awaits:
             self.refresh_tensor(tensor)
         self._prepared.add(tensor.name)
         return True
@@ -210,6 +213,7 @@ class LowRankOptimizer(Optimizer):
         if not shares:
             return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         here = [parameter for parameter in parameters if parameter.grad is not None]
+        # The norm is that of the whole gradient, of which other processes hold the remaining rows.
         gradients = [parameter.grad for parameter in here if parameter.grad is not None]
         squares = [torch.nn.utils.get_total_norm(gradients).square(), *self._square_norms(shares)]
         norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt()

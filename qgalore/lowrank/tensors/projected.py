@@ -67,7 +67,7 @@ class ProjectedTensor(TrainedTensor):
         return not any(leaf.requires_grad for leaf in self.leaves())
 
     def freed(self) -> bool:
-        return all(leaf.requires_grad for leaf in self.leaves())
+        return self.module.delta.requires_grad and self.module.probe.requires_grad
 
     def listen(self, whole: bool) -> None:
         """Let autograd fill the probe, if the ``whole`` gradient is wanted, or Δ."""
