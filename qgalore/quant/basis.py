@@ -60,8 +60,8 @@ def encode(vectors: Tensor, fmt: str) -> tuple[Tensor, Tensor | None]:
     top = INT4_MAX if fmt == "int4" else 1
     # CUDA divides by a Python number through its reciprocal, which rounds otherwise than a CPU. So it is a tensor.
     scale = (grouped.abs().amax(dim=2) / grouped.new_full((), top)).to(torch.bfloat16)
-    unit = grouped / scale.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
     # A group of zeros has a scale of 0. Dividing by the smallest number instead keeps its codes at zero.
+    unit = grouped / scale.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
     if fmt == "int4":
         # The bytes hold whole numbers from 1 to 15, of which 8 stands for zero.
         codes = unit.round_().clamp_(-INT4_MAX, INT4_MAX).add_(8)
@@ -85,7 +85,7 @@ def decode(codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch
 def update_rows(delta: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Callable[[int, int], Tensor]:
     """A function (a, b) → rows a … b−1 of ``scale · L Δ R̂ᵀ``, so that the (out, in) product never exists whole."""
     if left is not None and right is not None:
-        # L Δ comes first: it is (out, r) and is kept, where Δ R̂ᵀ would have to be made again for every range of rows.
+        # L Δ is made once, for all rows. Each range of rows then costs one product.
         product = left @ delta
         return lambda a, b: (product[a:b] @ right.T).mul_(scale)
     if left is not None:

@@ -71,7 +71,8 @@ class _DeltaLinear(torch.autograd.Function):
         ctx.delta_dtype = delta.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.int8_gradient = int8[1]
-        return (int8_products.output if int8[0] else _output)(x, weight, weight_scale, bias)
+        multiply = int8_products.output if int8[0] else _output
+        return multiply(x, weight, weight_scale, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -83,8 +84,10 @@ class _DeltaLinear(torch.autograd.Function):
         columns = x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        # The probe's gradient is the whole one, dYᵀ X. It is asked for only where a basis is due.
         if ctx.needs_input_grad[9]:
             grad_probe = (rows.T @ columns).to(ctx.delta_dtype)
+        # Δ's gradient is (dY L)ᵀ (X R̂). Projecting the two factors first is what keeps G from being formed.
         if ctx.needs_input_grad[8]:
             if left is not None:
                 rows = rows @ dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, x.dtype).T
@@ -181,7 +184,9 @@ class LowRankLinear(nn.Module):
         for side in (self.left, self.right):
             if side is not None:
                 side.resize(rank)
-        self.rank, self.delta.grad = rank, None
+        self.rank = rank
+        self.delta.grad = None
+        # New data rather than a new parameter: optimizers and hooks hold on to the parameter.
         self.delta.data = self.delta.new_zeros(()).expand(self.delta_shape())
 
     def fit(self, shapes: dict[str, torch.Size], prefix: str) -> None:
@@ -193,8 +198,9 @@ class LowRankLinear(nn.Module):
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
         """The stored bases (L, R̂) as fp32 (dim, rank), None for the identity."""
-        left, right = self.left, self.right
-        return None if left is None else left.columns(), None if right is None else right.columns()
+        left = None if self.left is None else self.left.columns()
+        right = None if self.right is None else self.right.columns()
+        return left, right
 
     @torch.no_grad()
     def store(self, first: int, rows: Tensor) -> None:

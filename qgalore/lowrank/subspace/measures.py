@@ -59,7 +59,9 @@ def captured(gradient: Tensor, basis: Tensor) -> tuple[float, list[float] | None
     length = torch.linalg.vector_norm(gradient, dtype=torch.float32)
     norm, kept, first = (float(x) for x in (length, squares.sum(), squares.max()))
     total = norm * norm
-    return (kept / total if total > 0 else 0.0), (quantiles((squares / first).sqrt()) if first > 0 else None)
+    share = kept / total if total > 0 else 0.0
+    spectrum = quantiles((squares / first).sqrt()) if first > 0 else None
+    return share, spectrum
 
 
 def mean_of_sides(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -175,6 +177,7 @@ def noise_share(change: Tensor, before: Tensor, basis: Tensor) -> float | None:
     def outside(lines: Tensor) -> Tensor:
         return lines - (basis @ torch.cholesky_solve(basis.T @ lines.T, factor)).T
 
+    # What is left outside the basis is noise and decay. Decay lies along the weight, so that part is taken out too.
     noise, weight = outside(change), outside(before)
     along = weight.square().sum()
     if along > 0:

@@ -67,7 +67,9 @@ def find(
         if basis is None:
             found.append(None)
             continue
-        matrix, warm = basis.unfold(matrix), None if warm is None else basis.reduce(warm)
+        matrix = basis.unfold(matrix)
+        if warm is not None:
+            warm = basis.reduce(warm)
         most = min(rank, *matrix.shape)  # the two unfoldings of a kernel have ranks of their own
         try:
             if options.method == "exact":
@@ -76,6 +78,7 @@ def find(
                 columns = search.randomized_basis(matrix, most, generator, warm, options.power_iterations)
             if not torch.isfinite(columns).all():
                 raise search.LinAlgError("the decomposition returned values that are not finite")
+        # A decomposition may fail on some gradient of a long run. Random columns let the run go on, and are recorded.
         except search.LinAlgError as error:
             failure = str(error).splitlines()[0]
             columns = search.random_basis(basis.dim, most, generator, gradient.device)
@@ -137,9 +140,10 @@ def bring_moments(inners: Iterable[tuple[Optimizer, Tensor]], old: Sides, new: S
     """Bring the moments of (inner optimizer, leaf) pairs into the coordinates of the new bases, as ``policy`` says."""
     if policy == "keep":
         return
-    changes = changes_of_basis(old, new) if policy == "rotate" else None
-    for inner, leaf in inners:
-        if changes is None:
-            moments.reset(inner, leaf)
-        else:
+    if policy == "rotate":
+        changes = changes_of_basis(old, new)
+        for inner, leaf in inners:
             moments.rotate(inner, leaf, *changes)
+        return
+    for inner, leaf in inners:
+        moments.reset(inner, leaf)
