@@ -137,6 +137,7 @@ class LowRankOptimizer(Optimizer):
     def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
         """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
         ``own_of`` alone, which then decides for all."""
+        # A decomposition of inf or nan may hang or raise, so the gradient is looked at first.
         whole = [leaf.grad for leaf in tensor.leaves() if tensor.is_whole(leaf) and leaf.grad is not None]
         if not all(bool(torch.isfinite(torch.linalg.vector_norm(gradient))) for gradient in whole):
             self.complain(tensor)
@@ -187,6 +188,7 @@ class LowRankOptimizer(Optimizer):
                 loss = closure()
         self.refresh()
         pending = [tensor for tensor in self.tensors if tensor.gradient() is not None]
+        # All are checked before the first is stepped, so that a bad gradient leaves no weight changed.
         self._check_finite(pending)
         for tensor in pending:
             self._apply(tensor)
@@ -230,6 +232,7 @@ class LowRankOptimizer(Optimizer):
             tensor.drop_gradient()
 
     def _check_finite(self, tensors: list[TrainedTensor]) -> None:
+        # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
         for tensor, square in zip(tensors, self._square_norms(tensors), strict=True):

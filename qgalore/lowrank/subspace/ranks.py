@@ -56,6 +56,7 @@ class RankBudget:
 
     def fits(self, tensor: Adaptive, *ranks: int) -> int | None:
         """The first of ``ranks`` that ``tensor`` may take, the others being what they are; None if there is none."""
+        # What the layer itself takes now counts as room, since its new basis replaces the old one.
         parts = zip(self.limit, self.used(), tensor.cost(tensor.module.rank), strict=True)
         room = [limit - used + own for limit, used, own in parts]
         return next((rank for rank in ranks if all(a <= b for a, b in zip(tensor.cost(rank), room, strict=True))), None)
