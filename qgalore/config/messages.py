@@ -5,11 +5,12 @@ import json
 import math
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from .. import plain_yaml
 from .other_names import hint
@@ -18,7 +19,7 @@ from .sections import Config, Section, members
 MOST = 20  # problems told at once: a broken file has hundreds, and all from one cause
 
 
-def is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
@@ -33,7 +34,8 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[st
 
 def field_at(path: tuple[Any, ...]) -> FieldInfo | None:
     """The field that the names of ``path`` lead to: a section or a key; None if there is none of these names."""
-    section, field = Config, None
+    section: type[Section] | None = Config
+    field: FieldInfo | None = None
     for name in path:
         field = section.model_fields.get(name) if section is not None else None
         if field is None:
@@ -44,7 +46,7 @@ def field_at(path: tuple[Any, ...]) -> FieldInfo | None:
 
 def problems_of(error: ValidationError, data: Any) -> list[str]:
     """One line for each key with which pydantic found fault in ``data``."""
-    by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
+    by_key: dict[tuple[Any, ...], ErrorDetails] = {}
     for one in error.errors(include_url=False, include_context=False):
         location = tuple(one["loc"])
         unknown = one["type"] == "extra_forbidden"
@@ -62,7 +64,7 @@ def _known_part(location: tuple[Any, ...]) -> tuple[Any, ...]:
     return location[:1]
 
 
-def _problem(location: tuple[Any, ...], error: dict[str, Any], data: Any) -> str:
+def _problem(location: tuple[Any, ...], error: ErrorDetails, data: Any) -> str:
     name = ".".join(short(str(part)) for part in location)
     if not location:
         return f"a configuration is {shown(data)}; it must be a mapping of sections, such as train and data"
@@ -72,19 +74,20 @@ def _problem(location: tuple[Any, ...], error: dict[str, Any], data: Any) -> str
         siblings = section.model_fields if is_section(section) else ()
         return f"{name}: unknown key; {hint(tuple(map(str, location)), siblings, lambda: [k for k, _ in keys()])}"
     field = field_at(location)
+    assert field is not None, f"the schema has no {name}"  # of all else pydantic says that it is forbidden
     if error["type"] == "missing" and not _given(location, data):
         if is_section(field.annotation):
-            return f"{name}: missing, and a run needs this section. {_section_example(name, field)}"
+            return f"{name}: missing, and a run needs this section. {_section_example(name, field.annotation)}"
         return f"{name}: missing, and it has no default. Add it, for example {_assigned(name, example_of(field))}."
     value = _value_at(location, data)
     if is_section(field.annotation):
-        example = _section_example(name, field)
+        example = _section_example(name, field.annotation)
         return f"{name} is {shown(value)}; it must be a section, that is, keys with values. {example}"
     return f"{name} is {shown(value)}; it must be {rule_of(field)}. {_remedy(name, field, value)}"
 
 
-def _section_example(name: str, field: FieldInfo) -> str:
-    first, inner = next(iter(field.annotation.model_fields.items()))
+def _section_example(name: str, section: type[Section]) -> str:
+    first, inner = next(iter(section.model_fields.items()))
     return f"Give its keys, for example {_assigned(f'{name}.{first}', example_of(inner))}."
 
 
@@ -210,7 +213,7 @@ def _range(limits: Any, far: float) -> str:
     return f" {'of ' if bounds.startswith('at') else ''}{bounds}" if bounds else ""
 
 
-def _figure(bound: float) -> str:
+def _figure(bound: Any) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 

@@ -59,13 +59,15 @@ class Section(BaseModel):
     @classmethod
     def _of_one_kind(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would read ``rank: true`` as 1 and ``keep_best: 1`` as true, and refuse 2024 as a name."""
-        allowed = members(cls.model_fields[info.field_name].annotation)
+        assert info.field_name is not None  # as for every validator of fields
+        annotation = cls.model_fields[info.field_name].annotation
+        allowed = members(annotation)
         truth_values, number = bool in allowed, isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(value, bool) and not truth_values:
             raise ValueError("a truth value")
         if truth_values and not isinstance(value, bool) and (number or allowed == (bool,)):
             raise ValueError("no truth value")
-        if isinstance(value, int) and number and is_textual(cls.model_fields[info.field_name].annotation):
+        if isinstance(value, int) and number and is_textual(annotation):
             return str(value)
         return value
 

@@ -28,6 +28,7 @@ from .checkpoint_folder import (
     fresh_sibling,
     move_aside,
     name_for,
+    number_of,
     remove,
     set_aside,
     step_of,
@@ -185,9 +186,9 @@ def prune(
 
 
 def _too_old(newest: Path, keep_last: int, keep_every: int | None, keep_steps: set[int]) -> list[Path]:
-    older = [path for path in steps_in(newest.parent) if step_of(path) < step_of(newest)]
+    older = [path for path in steps_in(newest.parent) if number_of(path) < number_of(newest)]
     older = older[: max(0, len(older) + 1 - keep_last)]
-    steps = {path: step_of(path) for path in older}
+    steps = {path: number_of(path) for path in older}
     return [
         path for path, step in steps.items() if step not in keep_steps and not (keep_every and step % keep_every == 0)
     ]

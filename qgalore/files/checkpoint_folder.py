@@ -27,6 +27,13 @@ def step_of(path: Path) -> int | None:
     return int(found[1]) if found and path.name == name_for(int(found[1])) else None
 
 
+def number_of(path: Path) -> int:
+    """The step of a checkpoint that :func:`steps_in` has listed."""
+    step = step_of(path)
+    assert step is not None, f"{path} has not the name of a checkpoint"
+    return step
+
+
 def steps_in(folder: Path) -> list[Path]:
     """The checkpoints under ``folder``, oldest first; they may yet be damaged (``checkpoint.read_state``).
 
@@ -41,7 +48,7 @@ def steps_in(folder: Path) -> list[Path]:
         raise ConfigError(
             f"the checkpoints in {folder} cannot be listed: {error}; make it a readable folder"
         ) from error
-    return sorted((path for path in found if step_of(path) is not None), key=step_of)
+    return sorted((path for path in found if step_of(path) is not None), key=number_of)
 
 
 def fresh_sibling(path: Path, ending: str) -> Path:
@@ -63,7 +70,7 @@ def move_aside(path: Path, name: str | None = None) -> Path:
 def set_aside(folder: Path, step: int) -> list[Path]:
     """Rename checkpoints of steps after ``step`` to ``left-step-…`` and return their new paths: a run that goes on from
     ``step`` takes another course, and neither --resume auto nor pruning may mix the two."""
-    return [move_aside(path) for path in steps_in(folder) if step_of(path) > step]
+    return [move_aside(path) for path in steps_in(folder) if number_of(path) > step]
 
 
 def remove(folder: Path) -> None:

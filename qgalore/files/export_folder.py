@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import atomic
@@ -98,7 +97,7 @@ def plain_config(model: PreTrainedModel) -> PretrainedConfig:
     """A copy of the model's config, without the mark of a converted model."""
     config = copy.deepcopy(model.config)
     if marked(config):
-        del config.quantization_config
+        del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue] - set when it was converted
     return config
 
 
@@ -168,7 +167,7 @@ def _write_shards(folder: Path, entries: Mapping[str, Any], max_shard_size: int 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def skeleton_of(model: PreTrainedModel, dtype: torch.dtype) -> nn.Module:
+def skeleton_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The unconverted model on the meta device."""
     with torch.device("meta"):
         skeleton = type(model)._from_config(plain_config(model), dtype=dtype)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..lowrank.layers.linear import LowRankLinear
@@ -63,7 +63,7 @@ class _Entry:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def check(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[Keys, Tokens]:
+def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Keys, Tokens]:
     """What the file says besides its tensors. Raises :class:`ConfigError` for an architecture or a tokenizer that the
     export does not know, or if the package gguf is missing."""
     _library()
@@ -71,13 +71,15 @@ def check(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[Keys, T
     return keys, gguf_tokens.describe(tokenizer, model.config.vocab_size, _ends(model))
 
 
-def _ends(model: nn.Module) -> list[int]:
+def _ends(model: PreTrainedModel) -> list[int]:
     """The ids that end what the model says."""
     ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if ends is None:
+        return []
+    return [ends] if isinstance(ends, int) else list(ends)
 
 
-def _entries(model: nn.Module, keys: Keys, report: Callable[[str], None]) -> Iterator[_Entry]:
+def _entries(model: PreTrainedModel, keys: Keys, report: Callable[[str], None]) -> Iterator[_Entry]:
     """Every tensor of the file."""
     gguf = _library()
     config, shape = model.config, keys.shape
@@ -115,8 +117,11 @@ def _of_layer(
 
 def _blocks(layer: LowRankLinear, order: Tensor | None) -> np.ndarray:
     q, scale = layer.weight.detach(), layer.weight_scale
-    order = slice(None) if order is None else order.to(q.device)
-    return q8_0(q[order], scale[order])
+    assert scale is not None, "only int8 weights have blocks"
+    if order is not None:
+        order = order.to(q.device)
+        q, scale = q[order], scale[order]
+    return q8_0(q, scale)
 
 
 def _of_values(target: str, value: Deferred, order: Tensor | None, plus: float) -> _Entry:
@@ -136,7 +141,7 @@ def _values(value: Deferred, order: Tensor | None, plus: float) -> np.ndarray:
 
 
 def save(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Callable[[str], None] = print
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Callable[[str], None] = print
 ) -> None:
     """Write ``folder/model.gguf``, tokenizer included, a tensor at a time. Raises :class:`ConfigError` for an
     architecture or a tokenizer that it does not know or if the package gguf is missing, ``OSError``."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..lowrank.layers.embedding import LowRankEmbedding, TiedHead
@@ -56,7 +56,8 @@ def int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 def _heads(model: nn.Module) -> set[str]:
     """The names of the output layer."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     return {name for name, module in model.named_modules() if head is not None and module is head}
 
 
@@ -65,6 +66,7 @@ def _embeddings(model: nn.Module) -> dict[str, LowRankEmbedding]:
 
 
 def _scheme(layer: LowRankLinear) -> Scheme:
+    assert layer.weight_scale is not None, "int8_layers has let a floating-point weight pass"
     groups = layer.weight_scale.shape[1]
     return ("channel", None) if groups == 1 else ("group", layer.in_features // groups)
 
@@ -110,7 +112,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
 
 
 def save(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Callable[[str], None] = print
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Callable[[str], None] = print
 ) -> None:
     """Write ``folder``. Ignored layers are reported. Raises :class:`ConfigError` (see :func:`quantization_config`)."""
     quantization = quantization_config(model)
@@ -119,6 +121,7 @@ def save(
     report(f"int8 export: not quantized, kept in bf16: {dense or 'nothing'}")
     entries: dict[str, Tensor | Deferred] = {}
     for name, layer in int8_layers(model).items():
+        assert layer.weight_scale is not None, "int8_layers has let a floating-point weight pass"
         shape = (layer.out_features, -(-layer.in_features // 4))
         entries[f"{name}.weight_packed"] = Deferred(torch.int32, shape, lambda m=layer: pack(m.weight.detach()))
         entries[f"{name}.weight_scale"] = layer.weight_scale

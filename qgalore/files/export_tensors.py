@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..lowrank.layers.conv import LowRankConv
@@ -60,7 +61,7 @@ def dense_tensors(model: nn.Module, dtype: torch.dtype) -> Entries:
     return entries
 
 
-def hub_tensors(model: nn.Module, skeleton: nn.Module, dtype: torch.dtype) -> Entries:
+def hub_tensors(model: nn.Module, skeleton: PreTrainedModel, dtype: torch.dtype) -> Entries:
     """:func:`dense_tensors` under the names and in the shapes that the hub's files have, as ``save_pretrained`` of
     ``skeleton``, the unconverted model on the meta device, writes them."""
     entries = dense_tensors(model, dtype)
@@ -79,6 +80,6 @@ def hub_tensors(model: nn.Module, skeleton: nn.Module, dtype: torch.dtype) -> En
     return renamed
 
 
-def _reverted(skeleton: nn.Module, group: Entries, name: str) -> Tensor:
+def _reverted(skeleton: PreTrainedModel, group: Entries, name: str) -> Tensor:
     """One tensor of the hub's layout, made of the tensors of ``group``."""
     return revert_weight_conversion(skeleton, {n: d.make().cpu() for n, d in group.items()})[name].contiguous()

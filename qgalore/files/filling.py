@@ -119,7 +119,7 @@ def _check_tensor(tensor: TrainedTensor, saved: dict[str, Any]) -> None:
     if tensor.module is None:
         return
     now = tensor.progress()
-    found = {name: saved.get(name) for name in now}
+    found: dict[str, Any] = {name: saved.get(name) for name in now}
     gaps = found["schedule"] if like(now["schedule"], found["schedule"]) else {}
     if min(gaps.get("base_gap", 0), gaps.get("first_gap", 0)) < 1 or not _are_choices(now, found):
         raise ValueError(f"its state.json says nothing sensible under optimizer.slots.{tensor.name}")

@@ -7,7 +7,7 @@ the tokenizer really does with what the name stands for; a tokenizer that does s
 import json
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +50,7 @@ class Tokens:
     notes: list[str] = field(default_factory=list)
 
 
-def _refuse(what: str) -> None:
+def _refuse(what: str) -> NoReturn:
     raise ConfigError(f"the GGUF export cannot write this tokenizer: {what}; {REMEDY}")
 
 
@@ -59,7 +59,7 @@ def describe(tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int]) -> 
     :class:`ConfigError` for a tokenizer that llama.cpp has no name for."""
     if not getattr(tokenizer, "is_fast", False):
         _refuse(f"{type(tokenizer).__name__} has no tokenizer.json")
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description = json.loads(cast(Any, tokenizer.backend_tokenizer).to_str())
     model = description["model"]
     if model.get("type") != "BPE":
         _refuse(f"its model is {model.get('type')}, and llama.cpp reads BPE and SentencePiece's BPE")

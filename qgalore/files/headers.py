@@ -47,15 +47,18 @@ class Entry:
     def rows(self, a: int, b: int) -> Tensor:
         """Rows a … b−1 of the tensor :func:`as_matrix`, in the file's dtype; all of it for a scalar. Raises
         :class:`ConfigError` if the file ends before them."""
+        dtype = self.dtype
+        if dtype is None:
+            raise ConfigError(f"{self.path} holds values of type {self.kind}; use one of {', '.join(DTYPES)}")
         shape = as_matrix(self.shape)
-        width = shape[1:].numel() * self.dtype.itemsize
+        width = shape[1:].numel() * dtype.itemsize
         count = (b - a) * width if self.shape else width
         with self.path.open("rb") as file:
             file.seek(self.begin + a * width)
             raw = bytearray(file.read(count))
         if len(raw) < count:
             raise ConfigError(f"{self.path} ends inside a tensor: it is damaged or was not copied whole")
-        values = torch.frombuffer(raw, dtype=self.dtype) if raw else torch.empty(0, dtype=self.dtype)
+        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return values.view((b - a, *shape[1:]) if self.shape else ())
 
     def tiles(self) -> Iterator[tuple[int, int]]:

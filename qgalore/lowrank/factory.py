@@ -123,11 +123,12 @@ def _of_layer(
 
 
 def _tell_of_clamped_ranks(tensors: list[TrainedTensor], of_rule: RuleOptions) -> None:
-    clamped = [t for t in tensors if t.keeps_whole and t.rule.clamped()]
+    clamped = [(t.name, rank) for t in tensors if (rank := t.clamped_rank()) is not None]
     if clamped:
+        name, rank = clamped[0]
         print(
             f"note: rank {of_rule.rank} is above the smaller side of {counted(len(clamped), 'layer')}, for example "
-            f"{clamped[0].name}; {clamped[0].rule.rank} is used there",
+            f"{name}; {rank} is used there",
             flush=True,
         )
 
@@ -235,8 +236,16 @@ def optimizer(
     if inner in inner_optimizers.BUILTIN:
         options = {"betas": tuple(betas), "eps": eps, **options}
     factory = inner_optimizers.make_factory(inner, lr, options)
-    merging = {"rounding": weight_rounding, "scales": weight_scales}
-    find = RefreshOptions(projector, policy, moments, seed=seed, team=team, energy=energy, **merging)
+    find = RefreshOptions(
+        projector,
+        policy,
+        moments,
+        seed=seed,
+        team=team,
+        rounding=weight_rounding,
+        scales=weight_scales,
+        energy=energy,
+    )
     threshold = THRESHOLDS.get(policy) if cos_threshold is None else cos_threshold
     lazy = {"cos_threshold": threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
     lazy["max_gap"] = max_gap or longest_gap(update_proj_gap)
@@ -257,7 +266,7 @@ def optimizer(
         inner_optimizers.check_ignores_value(factory, device)
         if moments == "rotate" and any(tensor.turns_moments() for tensor in tensors):
             inner_optimizers.check_rotates(factory, device)
-        if inner in inner_optimizers.CODED:
+        if isinstance(inner, str) and inner in inner_optimizers.CODED:
             inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
     made = LowRankOptimizer(
         tensors,

@@ -111,7 +111,7 @@ class Fused:
         for leaf in leaves:
             if leaf.grad is None:
                 leaf.grad = torch.zeros(leaf.shape, dtype=leaf.grad_dtype, device=leaf.device)
-        team.sum_("the gradients of a step", [leaf.grad for leaf in leaves])
+        team.sum_("the gradients of a step", [leaf.grad for leaf in leaves if leaf.grad is not None])
         self._summed = True
 
     def _refresh_due(self, order: dict[str, int]) -> None:

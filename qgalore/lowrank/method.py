@@ -56,11 +56,12 @@ def step(
 
     if search:
         old, weight.basis = weight.basis, int4(torch.linalg.svd(g, full_matrices=False).Vh[:rank].T)
-        if old is not None:
+        if old is not None and weight.first is not None and weight.second is not None:
             turn = weight.basis.T @ old
             weight.first = eight_bits(turned(weight.first, turn, wide), signed=True)
             weight.second = eight_bits(turned(weight.second, turn.square(), wide), signed=False)
 
+    assert weight.basis is not None, "the first step of a weight must search"
     r = g @ weight.basis
     r = r.T if wide else r  # the shape in which the package keeps moments: their blocks of 256 run along rows
     weight.steps += 1

@@ -108,11 +108,14 @@ class LowRankOptimizer(Optimizer):
         """
         if first_from is None and not self.idle.someone_has(tensor):
             return False
-        if tensor.awaits_refresh() and first_from is not None and tensor.seeks_first_basis():
+        awaits = tensor.awaits_refresh()
+        # Processes sum projected gradients. Without a first basis there are none, so one process finds it beforehand.
+        if awaits and first_from is not None and tensor.seeks_first_basis():
             self.refresh_tensor(tensor, first_from)
+            awaits = tensor.awaits_refresh()
         if self.team.size > 1:
             tensor.sum_over(self.team)
-        if tensor.awaits_refresh():
+        if awaits:
             self.refresh_tensor(tensor)
         self._prepared.add(tensor.name)
         return True
@@ -136,6 +139,7 @@ class LowRankOptimizer(Optimizer):
     def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
         """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
         ``own_of`` alone, which then decides for all."""
+        # A decomposition of inf or nan may hang or raise, so the gradient is looked at first.
         whole = [leaf.grad for leaf in tensor.leaves() if tensor.is_whole(leaf) and leaf.grad is not None]
         if not all(bool(torch.isfinite(torch.linalg.vector_norm(gradient))) for gradient in whole):
             self.complain(tensor)
@@ -186,6 +190,7 @@ class LowRankOptimizer(Optimizer):
                 loss = closure()
         self.refresh()
         pending = [tensor for tensor in self.tensors if tensor.gradient() is not None]
+        # All are checked before the first is stepped, so that a bad gradient leaves no weight changed.
         self._check_finite(pending)
         for tensor in pending:
             self._apply(tensor)
@@ -212,11 +217,15 @@ class LowRankOptimizer(Optimizer):
         if not shares:
             return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         here = [parameter for parameter in parameters if parameter.grad is not None]
-        squares = [torch.nn.utils.get_total_norm([p.grad for p in here]).square(), *self._square_norms(shares)]
+        # The norm is that of the whole gradient, of which other processes hold the remaining rows.
+        gradients = [parameter.grad for parameter in here if parameter.grad is not None]
+        squares = [torch.nn.utils.get_total_norm(gradients).square(), *self._square_norms(shares)]
         norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt()
         torch.nn.utils.clip_grads_with_norm_(here, limit, norm)
         for tensor in shares:
-            tensor.gradient().mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+            gradient = tensor.gradient()
+            if gradient is not None:
+                gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -225,6 +234,7 @@ class LowRankOptimizer(Optimizer):
             tensor.drop_gradient()
 
     def _check_finite(self, tensors: list[TrainedTensor]) -> None:
+        # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
         for tensor, square in zip(tensors, self._square_norms(tensors), strict=True):
@@ -236,7 +246,9 @@ class LowRankOptimizer(Optimizer):
         """‖gradient‖² of each, fp32; those of shared ones summed over the processes that hold rows."""
         squares, shares = [], []
         for tensor in tensors:
-            squares.append(torch.linalg.vector_norm(tensor.gradient(), dtype=torch.float32).square())
+            gradient = tensor.gradient()
+            assert gradient is not None, f"{tensor.name} has no gradient"
+            squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
             if tensor.shared:
                 shares.append(squares[-1])
         if shares:

@@ -55,14 +55,18 @@ def encode(vectors: Tensor, fmt: str) -> tuple[Tensor, Tensor | None]:
     if fmt in ("bf16", "fp32"):
         return vectors.to(torch.bfloat16 if fmt == "bf16" else torch.float32), None
     size = group_size_for(dim)
+    # Each group is divided by its scale as stored, in bf16, so that decoding multiplies by what encoding divided by.
     grouped = vectors.float().view(rank, -1, size)
     top = INT4_MAX if fmt == "int4" else 1
-    # top as a tensor: CUDA divides by a Python number through its reciprocal, which rounds otherwise than a CPU
+    # CUDA divides by a Python number through its reciprocal, which rounds otherwise than a CPU. So it is a tensor.
     scale = (grouped.abs().amax(dim=2) / grouped.new_full((), top)).to(torch.bfloat16)
+    # A group of zeros has a scale of 0. Dividing by the smallest number instead keeps its codes at zero.
     unit = grouped / scale.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
     if fmt == "int4":
+        # The bytes hold whole numbers from 1 to 15, of which 8 stands for zero.
         codes = unit.round_().clamp_(-INT4_MAX, INT4_MAX).add_(8)
     else:
+        # The nearest of the 16 values is found by the middles between neighbours.
         code = _nf4_code(vectors.device)
         codes = torch.bucketize(unit, (code[1:] + code[:-1]) / 2)
     return pack_nibbles(codes.to(torch.uint8).view(rank, dim)), scale
@@ -80,9 +84,10 @@ def decode(codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch
 
 def update_rows(delta: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Callable[[int, int], Tensor]:
     """A function (a, b) → rows a … b−1 of ``scale · L Δ R̂ᵀ``, so that the (out, in) product never exists whole."""
-    if left is not None and right is not None:  # the small product first
-        left, right = left @ delta, right
-        return lambda a, b: (left[a:b] @ right.T).mul_(scale)
+    if left is not None and right is not None:
+        # L Δ is made once, for all rows. Each range of rows then costs one product.
+        product = left @ delta
+        return lambda a, b: (product[a:b] @ right.T).mul_(scale)
     if left is not None:
         return lambda a, b: (left[a:b] @ delta).mul_(scale)
     if right is not None:

@@ -174,6 +174,7 @@ class StoredBasis(Protocol):
 
     def columns(self) -> Tensor:
         """fp32 (dim, rank)."""
+        ...
 
 
 @torch.no_grad()
@@ -196,16 +197,14 @@ def merge(
     ``weight`` (rows, in): int8 with its ``scale``, or floating point without; ``delta``: fp32. ``left`` and ``right``
     are None for the identity. The rest as in ``int8.write_back``; ``rounding`` and ``scales`` are those of int8.
     """
-    where = {"shrink": shrink, "key": key, "first_row": first_row}
-    if scale is not None:
+    if scale is not None and kernels_for(weight.device) is not None:
+        stored = [None if side is None else (side.codes, side.scale, side.fmt) for side in (left, right)]
         how = {"rounding": rounding, "scales": scales}
-        if kernels_for(weight.device) is not None:
-            stored = [None if side is None else (side.codes, side.scale, side.fmt) for side in (left, right)]
-            if fused_merge(weight, scale, delta, *stored, s=s, **where, **how):
-                return
+        if fused_merge(weight, scale, delta, *stored, s=s, shrink=shrink, key=key, first_row=first_row, **how):
+            return
     columns = None if left is None else left.columns(), None if right is None else right.columns()
     rows = basis.update_rows(delta, *columns, s)
     if scale is None:
-        dense.write_back(weight, rows, **where)
-    else:
-        int8.write_back(weight, scale, rows, **where, **how)
+        dense.write_back(weight, rows, shrink=shrink, key=key, first_row=first_row)
+        return
+    int8.write_back(weight, scale, rows, shrink=shrink, key=key, first_row=first_row, rounding=rounding, scales=scales)

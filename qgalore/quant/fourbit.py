@@ -36,7 +36,7 @@ def encode_first(moment: Tensor) -> tuple[Tensor, Tensor]:
     return pack_nibbles(codes.to(torch.uint8)), absmax
 
 
-def decode_first(packed: Tensor, absmax: Tensor, shape: tuple[int, int]) -> Tensor:
+def decode_first(packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Inverse of :func:`encode_first`, fp32 of ``shape``."""
     values = signed_map(packed.device)[unpack_nibbles(packed, BLOCK).int()].mul_(absmax.unsqueeze(1))
     return values.view(-1)[: shape[0] * shape[1]].view(shape)

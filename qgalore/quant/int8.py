@@ -70,11 +70,13 @@ def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows, width // group_size, dtype=torch.bfloat16, device=weight.device)
     if weight.is_meta:
         return q, scale
+    # An fp32 copy of the whole weight would be four times its int8 size, so only one tile of rows has one.
     for a, b in row_tiles(rows, width):
         tile = weight[a:b].to(torch.float32).view(b - a, -1, group_size)
         absmax = tile.abs().amax(dim=2)
         if not torch.isfinite(absmax).all():
             raise ValueError(f"rows {a} to {b - 1} of a weight of shape {tuple(weight.shape)} hold inf or nan")
+        # The integers are made with the scale as it is stored, so that its rounding to bf16 is compensated.
         scale[a:b] = scale_for(absmax)
         q[a:b] = (tile / scale[a:b].float().unsqueeze(2)).round_().clamp_(-QMAX, QMAX).view(b - a, width)
     return q, scale
@@ -114,6 +116,7 @@ def _rederived_scale(
     if key is None:
         new = exact.to(torch.bfloat16)
     else:
+        # A stream of its own: with the bits of the weights, a scale and its weights would be rounded alike.
         bits = random_bits((key[0] ^ _FOR_SCALES, key[1]), start, exact.numel(), exact.device)
         new = to_bfloat16_stochastic(exact, bits.view(exact.shape))
     derived = (exact >= MIN_SCALE) & (exact <= MAX_SCALE)  # smaller groups do not fill the grid
@@ -167,6 +170,7 @@ def write_back(
     ``rounding``: one of ``ROUNDINGS``; ``scales``: one of ``SCALES``.
     """
     rows, width = q.shape
+    # All tiles share these buffers. New ones for every tile would cost a CPU more time than the arithmetic.
     step = min(rows, max(1, tile_elements(q.device) // width))
     shape = (step, scale.shape[1], width // scale.shape[1])
     first = ramp(step * width, q.device).view(shape)
@@ -176,6 +180,7 @@ def write_back(
         for c in range(a, b, step):
             d = min(c + step, b)
             tile = [buffer[: d - c] for buffer in (first, *buffers)]
+            # Bits are numbered by element of the whole tensor, so that tiles and shards round as one piece would.
             start = (first_row + c) * width
             target = q[c:d].view(tile[0].shape)
             draw = (key if rounding == "stochastic" else None, (first_row + c) * scale.shape[1])
@@ -183,9 +188,10 @@ def write_back(
             _, base, _, work, bits, scratch = tile
             if rounding == "stochastic":
                 fill_random_bits(key, start, tile[0], bits, scratch)
-                target.copy_(add_rounded_(base, change, bits, work).clamp_(-QMAX, QMAX))
-                continue
-            target.copy_(base.add_(torch.round(change, out=work)).clamp_(-QMAX, QMAX))
+                add_rounded_(base, change, bits, work)
+            else:
+                base.add_(torch.round(change, out=work))
+            target.copy_(base.clamp_(-QMAX, QMAX))
 
 
 def _prepare_tile(
@@ -200,6 +206,7 @@ def _prepare_tile(
     """For whole rows, (rows, groups, size): sets their new scales, the tile's integers, and returns the change that is
     to be added to these and rounded. ``draw``: ``key`` and ``start`` of :func:`_rederived_scale`."""
     _, base, change, work, _, scratch = tile
+    # Everything is in units of the old scale, in which the stored weights are whole numbers and a change is small.
     old = scale.float()
     base.copy_(q)
     torch.div(update, old.unsqueeze(2), out=change)
@@ -211,6 +218,8 @@ def _prepare_tile(
         new, ends = _rederived_scale(values, old, scratch.view(torch.float32), *draw)
     else:
         new = _sticky_scale(values, old, scratch.view(torch.float32))
+    # Where the scale moves, old integers lie between the new grid's points. The whole value is then to be rounded,
+    # which is said by an integer of 0 and a change of the value in new units.
     moved = new != old
     if kind_of(q.device) == "cpu" and scales == "sticky":
         if not q.is_meta and moved.any():  # few groups: a GPU would rather work on all than wait for the answer

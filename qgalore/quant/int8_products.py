@@ -45,9 +45,10 @@ def round_tokens(values: Tensor) -> tuple[Tensor, Tensor]:
 def _integer_product(a: Tensor, b: Tensor) -> Tensor:
     """(T, K) · (K, N), int8 → int32 and exact, with rows of zeros where a GPU wants more tokens."""
     tokens = a.shape[0]
+    multiply = torch._int_mm  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it yet
     if tokens >= MIN_TOKENS:
-        return torch._int_mm(a, b)
-    return torch._int_mm(pad(a, (0, 0, 0, MIN_TOKENS - tokens)), b)[:tokens]
+        return multiply(a, b)
+    return multiply(pad(a, (0, 0, 0, MIN_TOKENS - tokens)), b)[:tokens]
 
 
 def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,6 +6,9 @@ are those of ``counter``. Only the sum over the rank may be added in another ord
 before Triton is first imported, the kernels run on a CPU.
 """
 
+# Triton compiles the bodies below and gives numbers, shapes and launch options meanings that its annotations lack.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 import os
 
 import torch

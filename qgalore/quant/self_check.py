@@ -50,6 +50,7 @@ def _decode(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
     got, wanted = [], []
     for dim in (33, 192):
         codes, scale = basis.encode(_normal(3, dim), "int4")
+        assert scale is not None, "int4 has scales"
         for dtype in (torch.float32, torch.bfloat16):
             got.append(module.decode_int4(codes.to(device), scale.to(device), dim, dtype))
             wanted.append(basis.decode(codes, scale, dim, "int4", dtype))
@@ -65,6 +66,7 @@ def _merge(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
         vectors = _integers(rank, dim, top=7)
         vectors[:, 0] = 7.0
         codes, scale = basis.encode(vectors, "int4")
+        assert scale is not None, "int4 has scales"
         delta = _integers(rank, inner, top=5) * 2.0**-10
         delta = (delta if on_left else delta.T).contiguous()
         stored = int8.quantize(_normal(rows, width), 64)

@@ -188,12 +188,13 @@ class Arguments:
 
     def get(self, block: int, number: int) -> Call:
         """The call of ``block``. The next micro-batch's tensors begin to come, since it is likely to be next."""
-        ahead, found = (number + 1) % len(self._calls), {}
+        ahead, found, store = (number + 1) % len(self._calls), {}, self.store
 
         def fetch(parked: _Parked) -> Tensor:
+            assert store is not None, "an argument is parked without a store"
             index = parked.index
             if index not in found:
-                found[index] = self.store.get(index, number, drop=False, ahead=(index, ahead))
+                found[index] = store.get(index, number, drop=False, ahead=(index, ahead))
             return found[index]
 
         return self._calls[number][block].replaced(fetch, _Parked)

@@ -88,7 +88,7 @@ def stood_in(blocks: nn.ModuleList, act: Callable[[int, tuple, dict], Any]) -> I
 @contextmanager
 def without_checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
     """Inside, transformers' checkpointing of the blocks is off: a walk keeps their inputs itself."""
-    marked = [m for m in blocks.modules() if getattr(m, "gradient_checkpointing", False)]
+    marked: list[Any] = [m for m in blocks.modules() if getattr(m, "gradient_checkpointing", False)]
     for module in marked:
         module.gradient_checkpointing = False
     try:
@@ -106,7 +106,7 @@ class Call:
     kwargs: dict[str, Any]
     place: int | str
 
-    def of(self, hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+    def of(self, hidden: Tensor | None) -> tuple[tuple, dict[str, Any]]:
         """The arguments with ``hidden`` in its place."""
         if isinstance(self.place, str):
             return self.args, {**self.kwargs, self.place: hidden}
@@ -201,6 +201,7 @@ def prologue(layout: Layout, run: Run) -> Start:
         else:
             raise NotWalkableError(f"only {len(recorder.calls)} of {len(layout)} blocks are called")
     hidden, marks = recorder.hidden, {id(mark) for mark in recorder.marks}
+    assert hidden is not None, "the last block was reached without a first one"
     leaves = leaves_of([hidden])
     stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
 

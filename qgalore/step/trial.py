@@ -124,6 +124,7 @@ def _walked_loss(model: nn.Module, layout: Layout, run: Run) -> Tensor:
     _seed(0)
     start = blocks.prologue(layout, run)
     used, sides, inputs, hidden = [set(start.leaves)], [], [], start.hidden
+    assert hidden is not None, "a prologue gives a hidden state"
     with torch.enable_grad():
         for number, block in enumerate(layout.blocks):
             inputs.append(hidden.detach().requires_grad_())

@@ -111,6 +111,7 @@ class _Pass:
         for number, run in enumerate(self.runs):
             self.reseed(number, 0)
             start = blocks.prologue(self.layout, run)
+            assert start.hidden is not None, "a prologue gives a hidden state"
             self.kept.inputs.put(0, number, start.hidden)
             self.kept.arguments.put(number, start.calls)
             start.hidden, start.calls = None, []
@@ -202,7 +203,7 @@ class _Pass:
             if start.edge is not None:
                 edges.insert(0, (start.edge, self.kept.gradients.get(0, number, ahead=(0, number + 1))))
             if edges:
-                torch.autograd.backward(*map(list, zip(*edges, strict=True)))
+                torch.autograd.backward([edge for edge, _ in edges], [gradient for _, gradient in edges])
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of the model, those of the blocks last."""

@@ -38,14 +38,14 @@ class AdamW4bit(CodedAdamW):
 
     def new_state(self, parameter: Tensor) -> dict:
         rows, blocks = parameter.shape[0], -(-parameter.numel() // fourbit.BLOCK)
-        columns, made = parameter.numel() // rows, {"device": parameter.device}
+        columns, device = parameter.numel() // rows, parameter.device
         return {
             "step": 0,
-            "packed1": torch.zeros(blocks, fourbit.BLOCK // 2, dtype=torch.uint8, **made),
-            "absmax1": torch.zeros(blocks, **made),
-            "packed2": torch.zeros(rows, (columns + 1) // 2, dtype=torch.uint8, **made),
-            "rows2": torch.zeros(rows, **made),
-            "columns2": torch.zeros(columns, **made),
+            "packed1": torch.zeros(blocks, fourbit.BLOCK // 2, dtype=torch.uint8, device=device),
+            "absmax1": torch.zeros(blocks, device=device),
+            "packed2": torch.zeros(rows, (columns + 1) // 2, dtype=torch.uint8, device=device),
+            "rows2": torch.zeros(rows, device=device),
+            "columns2": torch.zeros(columns, device=device),
         }
 
     def step_coded(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:

@@ -32,7 +32,7 @@ def adamw8bit_class(device: torch.device) -> type[Optimizer]:
     if device.type == "cpu":
         return AdamW8bitCPU
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
     except Exception as error:
         raise ConfigError(
             f"optimizer 'adamw8bit' needs the package bitsandbytes, which cannot be imported: {error}. "

@@ -9,6 +9,9 @@ from ...quant import basis, dispatch
 class Basis(nn.Module):
     """Stored orthonormal columns (dim, rank) in one of ``quant.basis.FORMATS``; zero until first assigned."""
 
+    codes: Tensor
+    scale: Tensor | None
+
     def __init__(self, dim: int, rank: int, fmt: str, device: torch.device | None = None) -> None:
         super().__init__()
         self.dim, self.fmt = dim, fmt
@@ -29,7 +32,7 @@ class Basis(nn.Module):
         """Store ``columns`` fp32 (dim, rank)."""
         codes, scale = dispatch.encode(columns.T.contiguous(), self.fmt)
         self.codes.copy_(codes)
-        if scale is not None:
+        if scale is not None and self.scale is not None:  # both are None in the same formats
             self.scale.copy_(scale)
 
     def unfold(self, matrix: Tensor) -> Tensor:

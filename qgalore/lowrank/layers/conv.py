@@ -11,12 +11,15 @@ X U₂ (r₂ channels) that has the output gradient U₁ᵀ dY (r₁ channels). 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bases import Basis
 from .linear import LowRankLinear, zero_leaf
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class BlockBasis(Basis):
@@ -52,7 +55,9 @@ class BlockBasis(Basis):
 
 def _on_channels(x: Tensor, columns: Tensor) -> Tensor:
     """x (n, c, …) with its channels multiplied by ``columns`` (c, r)."""
-    return torch.tensordot(x, columns, dims=([1], [0])).movedim(-1, 1)
+    # torch documents a pair of lists, and annotates a number
+    dims: Any = ([1], [0])
+    return torch.tensordot(x, columns, dims=dims).movedim(-1, 1)
 
 
 class _DeltaConv(torch.autograd.Function):
@@ -99,7 +104,10 @@ class LowRankConv(LowRankLinear):
     ``notes``: where ``rank`` is not what is used.
     """
 
-    def __init__(self, conv: nn.Module, *, rank: int | None, basis_format: str, grad_dtype: torch.dtype) -> None:
+    kernel_shape: torch.Size
+    right: BlockBasis | None
+
+    def __init__(self, conv: Conv, *, rank: int | None, basis_format: str, grad_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.kernel_shape = conv.weight.shape
         out, channels, *positions = self.kernel_shape

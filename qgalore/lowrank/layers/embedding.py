@@ -109,6 +109,9 @@ class TiedHead(nn.Module):
     a ``bias`` (V,), or None, belongs to the head.
     """
 
+    embedding: LowRankEmbedding
+    bias: nn.Parameter | None
+
     def __init__(self, embedding: LowRankEmbedding, bias: Tensor | None = None) -> None:
         super().__init__()
         self.__dict__["embedding"] = embedding  # past nn.Module, which would register it

@@ -7,6 +7,7 @@ own slice alone: each slice is projected by itself.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Experts(nn.Module):
     token here, in the order in which their gradients would have come.
     """
 
+    gating: Any  # some module of transformers
     tell_idle: Callable[[Sequence[nn.Module]], None] | None = None
 
     def __init__(self, gating: nn.Module, gate_up_proj: list[nn.Module], down_proj: list[nn.Module]) -> None:
@@ -56,15 +58,16 @@ class Experts(nn.Module):
         tokens, chosen = top_k_index.shape
         order, sizes = self._by_expert(top_k_index.reshape(-1))
         repeated = hidden_states.unsqueeze(1).expand(-1, chosen, -1).reshape(tokens * chosen, -1)
-        outputs, told = [], self.tell_idle is not None and torch.is_grad_enabled()
+        tell = self.tell_idle if torch.is_grad_enabled() else None
+        outputs = []
         for rows, gate_up, down in zip(
             repeated.index_select(0, order).split(sizes), self.gate_up_proj, self.down_proj, strict=True
         ):
             if len(rows):  # an expert without tokens gets no gradient, rather than one of zeros
                 outputs.append(down(self.gating._apply_gate(gate_up(rows))))
-            elif told:
+            elif tell is not None:
                 nothing = hidden_states.new_empty(0, hidden_states.shape[1], requires_grad=True)
-                outputs.append(_Idle.apply(nothing, partial(self.tell_idle, (down, gate_up))))
+                outputs.append(_Idle.apply(nothing, partial(tell, (down, gate_up))))
         dtype = next(rows.dtype for rows in outputs if len(rows))  # of no rows it must not decide
         outputs = [rows.to(dtype) for rows in outputs]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

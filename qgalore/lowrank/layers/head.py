@@ -62,7 +62,8 @@ def chunked_cross_entropy(
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     limit = block_elements(hidden.device) if limit is None else limit
-    operands = (head.weight, None, head.bias, *[None] * 7) if type(head) is nn.Linear else head.operands()
+    low_rank = isinstance(head, LowRankLinear | TiedHead)
+    operands = head.operands() if low_rank else (head.weight, None, head.bias, *[None] * 7)
     return _ChunkedCrossEntropy.apply(hidden, labels, ignored, limit, *operands)
 
 
@@ -131,18 +132,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, labels, lse, weight, scale, bias, left, left_scale, right, right_scale = ctx.saved_tensors
         for_hidden, for_weight, for_bias, for_delta, for_probe = (ctx.needs_input_grad[i] for i in (0, 4, 6, 11, 12))
         columns = hidden
-        if for_delta and left is not None:
-            left = dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, hidden.dtype).T
         if for_delta and right is not None:
             columns = hidden @ dispatch.decode(right, right_scale, weight.shape[1], ctx.fmt, hidden.dtype).T
-        projected_rows = for_delta and left is not None
 
         full_dtype = weight.dtype if for_weight else ctx.leaf_dtype
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden else None
         grad_full = torch.empty_like(weight, dtype=full_dtype) if for_weight or for_probe else None
         grad_bias = torch.empty_like(bias) if for_bias else None
         grad_delta = rows = None
-        if projected_rows:
+        if for_delta and left is not None:
+            left = dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, hidden.dtype).T
             rows = hidden.new_zeros(hidden.shape[0], left.shape[1], dtype=torch.float32)
         elif for_delta:
             grad_delta = columns.new_empty(weight.shape[0], columns.shape[1], dtype=ctx.leaf_dtype)
@@ -151,19 +150,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for a, b in ctx.blocks:
             dense, logits = _block(hidden, weight, scale, bias, a, b)
             p = _residual(logits, labels, lse, factor, a, b).to(hidden.dtype)
-            if for_hidden:
+            if grad_hidden is not None:
                 _add_product(grad_hidden, p, dense)
             if grad_full is not None:
                 grad_full[a:b] = p.T @ hidden
-            if for_bias:
+            if grad_bias is not None:
                 grad_bias[a:b] = p.sum(0, dtype=torch.float32)
-            if projected_rows:
+            if rows is not None and left is not None:
                 _add_product(rows, p, left[a:b])
-            elif for_delta:
+            elif grad_delta is not None:
                 grad_delta[a:b] = p.T @ columns
-        if projected_rows:
+        if rows is not None:
             grad_delta = (rows.to(hidden.dtype).T @ columns).to(ctx.leaf_dtype)
-        if for_hidden:
+        if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
         grad_weight, grad_probe = (grad_full, None) if for_weight else (None, grad_full)
         return (

@@ -51,11 +51,12 @@ def _input_gradient(
         return grad_output @ stored_weight(weight, scale, dtype, grad_output)
 
     def integers() -> Tensor:
+        assert scale is not None, "only an int8 weight is multiplied as integers"
         return int8_products.input_gradient(grad_output, weight, scale, dtype)
 
     if isinstance(int8, Choice):
         int8.settle(floating, integers)
-        int8 = int8.int8
+        return integers() if int8.int8 else floating()
     return integers() if int8 else floating()
 
 
@@ -70,7 +71,8 @@ class _DeltaLinear(torch.autograd.Function):
         ctx.delta_dtype = delta.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.int8_gradient = int8[1]
-        return (int8_products.output if int8[0] else _output)(x, weight, weight_scale, bias)
+        multiply = int8_products.output if int8[0] else _output
+        return multiply(x, weight, weight_scale, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -82,8 +84,10 @@ class _DeltaLinear(torch.autograd.Function):
         columns = x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        # The probe's gradient is the whole one, dYᵀ X. It is asked for only where a basis is due.
         if ctx.needs_input_grad[9]:
             grad_probe = (rows.T @ columns).to(ctx.delta_dtype)
+        # Δ's gradient is (dY L)ᵀ (X R̂). Projecting the two factors first is what keeps G from being formed.
         if ctx.needs_input_grad[8]:
             if left is not None:
                 rows = rows @ dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, x.dtype).T
@@ -119,6 +123,12 @@ class LowRankLinear(nn.Module):
     With a ``max_rank`` the rank is free to move up to it (see ``ranks``), from ``mean_rank``; both are None otherwise.
     """
 
+    weight: nn.Parameter
+    weight_scale: Tensor | None
+    bias: nn.Parameter | None
+    left: Basis | None
+    right: Basis | None
+    rank: int | None
     products: Products | None = None
     code_key = "weight"  # the name of int8 codes in a state dict; qgalore.convert gives one that no other reader takes
     max_rank: int | None = None  # here too for kinds with a constructor of their own
@@ -144,33 +154,39 @@ class LowRankLinear(nn.Module):
         self.rank, self.transposed = rank, transposed
         self.max_rank, self.mean_rank = max_rank, None if max_rank is None else rank
         device = weight.device
-        with_left, with_right = (False, False)
+        left = right = None
         if rank is not None:
-            with_left, with_right = sides.basis_sides(*weight.shape, proj_type)
+            on_left, on_right = sides.basis_sides(self.out_features, self.in_features, proj_type)
+            left = Basis(self.out_features, rank, basis_format, device) if on_left else None
+            right = Basis(self.in_features, rank, basis_format, device) if on_right else None
         scale = None
         if group_size is not None:
             weight, scale = quantize(weight.detach(), group_size)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_buffer("weight_scale", scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
-        self.left = Basis(self.out_features, rank, basis_format, device) if with_left else None
-        self.right = Basis(self.in_features, rank, basis_format, device) if with_right else None
+        self.left, self.right = left, right
         self.basis_format = basis_format
         self.delta = zero_leaf(*self.delta_shape(), dtype=grad_dtype, device=device, requires_grad=True)
         self.probe = zero_leaf(*self.weight.shape, dtype=grad_dtype, device=device, requires_grad=False)
 
     def delta_shape(self, rank: int | None = None) -> torch.Size:
         """Δ's shape at ``rank``, by default the present one."""
-        rank = self.rank if rank is None else rank
-        left, right = self.left is not None, self.right is not None
-        return torch.Size((rank if left else self.out_features, rank if right else self.in_features))
+        rows, columns = self.out_features, self.in_features
+        if self.left is not None:
+            rows = self.left.rank if rank is None else rank
+        if self.right is not None:
+            columns = self.right.rank if rank is None else rank
+        return torch.Size((rows, columns))
 
     def set_rank(self, rank: int) -> None:
         """Give the bases, which are then unset, and Δ, which keeps its identity and hooks, the shapes of ``rank``."""
         for side in (self.left, self.right):
             if side is not None:
                 side.resize(rank)
-        self.rank, self.delta.grad = rank, None
+        self.rank = rank
+        self.delta.grad = None
+        # New data rather than a new parameter: optimizers and hooks hold on to the parameter.
         self.delta.data = self.delta.new_zeros(()).expand(self.delta_shape())
 
     def fit(self, shapes: dict[str, torch.Size], prefix: str) -> None:
@@ -182,8 +198,9 @@ class LowRankLinear(nn.Module):
 
     def columns(self) -> tuple[Tensor | None, Tensor | None]:
         """The stored bases (L, R̂) as fp32 (dim, rank), None for the identity."""
-        left, right = self.left, self.right
-        return None if left is None else left.columns(), None if right is None else right.columns()
+        left = None if self.left is None else self.left.columns()
+        right = None if self.right is None else self.right.columns()
+        return left, right
 
     @torch.no_grad()
     def store(self, first: int, rows: Tensor) -> None:

@@ -49,8 +49,8 @@ class Apollo(Rule):
         assert self.options.rank is not None
         return self.options.rank
 
-    def clamped(self) -> bool:
-        return self.rank < self.wanted_rank()
+    def clamped_rank(self) -> int | None:
+        return self.rank if self.rank < self.wanted_rank() else None
 
     def leaf_shape(self) -> torch.Size:
         long = max(self.module.weight.shape)

@@ -46,9 +46,9 @@ class Rule:
         """The shape of what the inner optimizer would step: Δ's in a subspace, nothing for a rule without moments."""
         return self.module.delta.shape if self.uses_basis and self.uses_inner else torch.Size([0])
 
-    def clamped(self) -> bool:
-        """Whether its rank is lower than asked, because the layer has no more."""
-        return False
+    def clamped_rank(self) -> int | None:
+        """Its rank, if that is lower than asked because the layer has no more; None otherwise."""
+        return None
 
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
         """N for the gradient G, fp32 (out, in), of optimizer step ``step``, by rows. G is used up: it may be

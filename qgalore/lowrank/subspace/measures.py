@@ -8,14 +8,16 @@ weights) is None. Nothing here changes training or draws from its random streams
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ...quant.int8 import dequantize
+from ..layers.bases import Basis
 from .moments import BLOCK
-from .sides import fp32_tiles
+from .search import LinAlgError
+from .sides import squared_lengths
 
 VERSION = 2  # of a row of subspace.jsonl; rows before this module existed carry none
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -42,7 +44,7 @@ def angle_cosines(old: Tensor, new: Tensor) -> list[float] | None:
         product = product.T
     try:
         squares = torch.linalg.eigvalsh(product.T @ product)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return None
     return quantiles(squares.clamp(0.0, 1.0).sqrt())
 
@@ -53,11 +55,13 @@ def captured(gradient: Tensor, basis: Tensor) -> tuple[float, list[float] | None
     σᵢ are the lengths of the columns of G P, which are G's singular values when P holds its singular vectors, as the
     projector returns them. None for a zero G P.
     """
-    squares = sum((tile @ basis).square_().sum(dim=0) for _, _, tile in fp32_tiles(gradient))
+    squares = squared_lengths(gradient, basis)
     length = torch.linalg.vector_norm(gradient, dtype=torch.float32)
     norm, kept, first = (float(x) for x in (length, squares.sum(), squares.max()))
     total = norm * norm
-    return (kept / total if total > 0 else 0.0), (quantiles((squares / first).sqrt()) if first > 0 else None)
+    share = kept / total if total > 0 else 0.0
+    spectrum = quantiles((squares / first).sqrt()) if first > 0 else None
+    return share, spectrum
 
 
 def mean_of_sides(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -102,6 +106,19 @@ def _count(codes: Tensor, code: Tensor, absmax: Tensor) -> tuple[int, int, int]:
     return int(zero.sum()), int((saturated & ~dead).sum()), len(places)
 
 
+class Stored(Protocol):
+    """A weight and its bases as a trained tensor steps them: a whole layer's, or the rows of one process."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def weight_scale(self) -> Tensor | None: ...
+    @property
+    def left(self) -> Basis | None: ...
+    @property
+    def right(self) -> Basis | None: ...
+
+
 @dataclass(frozen=True)
 class Lines:
     """A few rows (``dim`` 0) or columns (1) of an int8 weight as they were before a merge, with all their scales."""
@@ -112,22 +129,23 @@ class Lines:
     scale: Tensor
 
 
-def lines_before(module, number: int) -> Lines | None:
-    """Copy sample lines of ``module`` (a LowRankLinear), chosen by ``number``; None if its weight is not int8.
+def lines_before(stored: Stored, number: int) -> Lines | None:
+    """Copy sample lines of ``stored``, chosen by ``number``; None if its weight is not int8.
 
     Lines lie along the side that has a basis, so that the update of each one lies in that basis' span.
     """
-    if module.weight_scale is None:
+    if stored.weight_scale is None:
         return None
-    dim = 0 if module.right is not None else 1
-    count = min(SAMPLE_LINES, module.weight.shape[dim])
-    start = number * 7919 % (module.weight.shape[dim] - count + 1)
-    return Lines(dim, start, *(part.clone() for part in _lines(module, dim, start, count)))
+    dim = 0 if stored.right is not None else 1
+    count = min(SAMPLE_LINES, stored.weight.shape[dim])
+    start = number * 7919 % (stored.weight.shape[dim] - count + 1)
+    integers, scale = _lines(stored.weight, stored.weight_scale, dim, start, count)
+    return Lines(dim, start, integers.clone(), scale.clone())
 
 
-def _lines(module, dim: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+def _lines(weight: Tensor, scale: Tensor, dim: int, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Integers and scales of ``count`` rows; or of ``count`` columns, with the scales of the groups they lie in."""
-    weight, scale = module.weight.detach(), module.weight_scale.detach()
+    weight, scale = weight.detach(), scale.detach()
     if dim == 0:
         return weight[start : start + count], scale[start : start + count]
     group = weight.shape[1] // scale.shape[1]
@@ -159,6 +177,7 @@ def noise_share(change: Tensor, before: Tensor, basis: Tensor) -> float | None:
     def outside(lines: Tensor) -> Tensor:
         return lines - (basis @ torch.cholesky_solve(basis.T @ lines.T, factor)).T
 
+    # What is left outside the basis is noise and decay. Decay lies along the weight, so that part is taken out too.
     noise, weight = outside(change), outside(before)
     along = weight.square().sum()
     if along > 0:
@@ -166,16 +185,19 @@ def noise_share(change: Tensor, before: Tensor, basis: Tensor) -> float | None:
     return min(1.0, float(noise.square().sum()) / total * length / (length - rank))
 
 
-def int8_change(module, before: Lines | None) -> dict[str, float | None]:
+def int8_change(stored: Stored, before: Lines | None) -> dict[str, float | None]:
     """What the merge since :func:`lines_before` did to the sampled lines: share of integers that changed, share of
     groups that were given a new scale, and :func:`noise_share`. All None for a weight that is not int8."""
     if before is None:
         return {"int8_changed": None, "int8_rescaled": None, "int8_noise_share": None}
     count = before.integers.shape[before.dim]
-    after = Lines(before.dim, before.start, *_lines(module, before.dim, before.start, count))
-    shape = module.weight.shape[1], module.weight_scale.shape[1]
+    basis = stored.right if before.dim == 0 else stored.left
+    assert stored.weight_scale is not None, "a weight was int8 before a merge and is not after it"
+    assert basis is not None, "the sampled lines lie along a side without a basis"
+    now = _lines(stored.weight, stored.weight_scale, before.dim, before.start, count)
+    after = Lines(before.dim, before.start, *now)
+    shape = stored.weight.shape[1], stored.weight_scale.shape[1]
     old, new = _values(before, *shape), _values(after, *shape)
-    basis = module.right if before.dim == 0 else module.left
     return {
         "int8_changed": float((after.integers != before.integers).float().mean()),
         "int8_rescaled": float((after.scale != before.scale).float().mean()),

@@ -91,6 +91,7 @@ def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | 
                 f"{type(inner).__name__} keeps {name!r}, not a moment that 'rotate' knows ({', '.join(known)}); "
                 "set moments: keep or moments: reset"
             )
+    # A first moment turns with the basis. A second moment is a mean of squares, and turns with the squared entries.
     for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
         for name in names:
             if torch.is_tensor(state.get(name)):

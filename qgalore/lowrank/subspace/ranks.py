@@ -36,6 +36,7 @@ class Adaptive(Protocol):
 
     def cost(self, rank: int) -> Bytes:
         """What the layer takes at ``rank``."""
+        ...
 
     def leaves(self) -> list[nn.Parameter]: ...
 
@@ -55,6 +56,7 @@ class RankBudget:
 
     def fits(self, tensor: Adaptive, *ranks: int) -> int | None:
         """The first of ``ranks`` that ``tensor`` may take, the others being what they are; None if there is none."""
+        # What the layer itself takes now counts as room, since its new basis replaces the old one.
         parts = zip(self.limit, self.used(), tensor.cost(tensor.module.rank), strict=True)
         room = [limit - used + own for limit, used, own in parts]
         return next((rank for rank in ranks if all(a <= b for a, b in zip(tensor.cost(rank), room, strict=True))), None)
@@ -99,7 +101,7 @@ def measured_bytes(factory: Factory, device: torch.device) -> Callable[[torch.Si
 def enough(gradient: Tensor, columns: Tensor, energy: float) -> int:
     """How many of ``columns`` (in, k), the singular vectors of G (out, in) in descending order, keep ``energy`` of
     ‖G‖²; k if they do not, and for an ``energy`` of 1, which rounding must not decide."""
-    squares = sum((tile @ columns).square_().sum(dim=0) for _, _, tile in sides.fp32_tiles(gradient))
+    squares = sides.squared_lengths(gradient, columns)
     total = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
     needed = 1 + int((squares.cumsum(0) < energy * total).sum())
     return columns.shape[1] if energy == 1 else min(columns.shape[1], needed)

@@ -17,7 +17,8 @@ from . import measures, moments, search
 from .policies import DECIDING
 
 Sides = Sequence[Tensor | None]  # left and right: fp32 columns (dim, r), or None for the identity
-COSINES = ("first_vector", "signed_cosine")
+# What a record tells of a new basis only where there was an old one.
+FROM_OLD = ("energy_before", "overlap", "overlap_above_chance", "first_vector", "signed_cosine", "angle_cosines")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def find(
         if basis is None:
             found.append(None)
             continue
-        matrix, warm = basis.unfold(matrix), None if warm is None else basis.reduce(warm)
+        matrix = basis.unfold(matrix)
+        if warm is not None:
+            warm = basis.reduce(warm)
         most = min(rank, *matrix.shape)  # the two unfoldings of a kernel have ranks of their own
         try:
             if options.method == "exact":
@@ -74,8 +77,9 @@ def find(
             else:
                 columns = search.randomized_basis(matrix, most, generator, warm, options.power_iterations)
             if not torch.isfinite(columns).all():
-                raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
-        except torch.linalg.LinAlgError as error:
+                raise search.LinAlgError("the decomposition returned values that are not finite")
+        # A decomposition may fail on some gradient of a long run. Random columns let the run go on, and are recorded.
+        except search.LinAlgError as error:
             failure = str(error).splitlines()[0]
             columns = search.random_basis(basis.dim, most, generator, gradient.device)
         found.append(basis.expand(columns).contiguous())
@@ -100,9 +104,9 @@ def compare(gradient: Tensor, stored: Sides, old: Sides, new: Sides, policy: str
     for matrix, kept, before, after in zip((gradient.T, gradient), stored, old, new, strict=True):
         if after is None:
             continue
-        row = dict.fromkeys(("energy_before", "overlap", "overlap_above_chance", *COSINES, "angle_cosines"))
+        row: dict[str, Any] = dict.fromkeys(FROM_OLD)
         row["energy"], row["spectrum"] = measures.captured(matrix, after)
-        if before is not None:
+        if before is not None and kept is not None:
             row["energy_before"] = search.captured_energy(matrix, before)
             row["overlap"] = search.overlap(before, after)
             rank = max(after.shape[1], before.shape[1])
@@ -136,9 +140,10 @@ def bring_moments(inners: Iterable[tuple[Optimizer, Tensor]], old: Sides, new: S
     """Bring the moments of (inner optimizer, leaf) pairs into the coordinates of the new bases, as ``policy`` says."""
     if policy == "keep":
         return
-    changes = changes_of_basis(old, new) if policy == "rotate" else None
-    for inner, leaf in inners:
-        if changes is None:
-            moments.reset(inner, leaf)
-        else:
+    if policy == "rotate":
+        changes = changes_of_basis(old, new)
+        for inner, leaf in inners:
             moments.rotate(inner, leaf, *changes)
+        return
+    for inner, leaf in inners:
+        moments.reset(inner, leaf)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .sides import fp32_tiles, project
 
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage] - public, if in no list of exports
 METHODS = ("randomized", "exact")
 OVERSAMPLE = 16
 TALL = 4  # rows for each column from which G itself is kept out of the decompositions (embeddings, heads)
@@ -49,19 +50,23 @@ def randomized_basis(
     size = min(rank + OVERSAMPLE, out_features, in_features)
     one_pass = _tall_pass if out_features > TALL * in_features else _pass
     sums = _row_sums(gradient, size, generator)
-    # about as large as G's elements, a power of two: small gradients' squares do not underflow, and nothing is rounded
+    # G is divided by a number about as large as its elements, so that squares of small gradients do not underflow.
+    # It is a power of two, by which nothing is rounded.
     unit = torch.exp2(torch.frexp(sums.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)).exponent)
+    # The first subspace is that of the random sums, in which large singular vectors already weigh more.
     found = torch.linalg.qr(sums.T).Q
     for left in reversed(range(power_iterations)):
         before, found, values = one_pass(gradient, found, unit)
         if left == 0:
             break
         energy = values.square().sum()
-        # the memory plan, on the meta device, counts all iterations, the second from an old basis
-        if not gradient.is_meta and not energy - before > GAIN * energy:  # NaN too
+        # A pass that has gained little says that another would gain less. The comparison is negated so that NaN ends
+        # the loop too. On the meta device there are no values, and the memory plan counts every pass.
+        if not gradient.is_meta and not energy - before > GAIN * energy:
             break
         if warm is not None and _better(warm, found[:, :rank], _row_sums(gradient, SAMPLES, generator)):
             found = torch.cat((warm, found[:, : size - warm.shape[1]]), dim=1)
+    # An SVD leaves the signs of its vectors open. A rule for them makes successive bases comparable.
     found = found[:, :rank]
     return found * torch.where(found.sum(dim=0) < 0, -1.0, 1.0)
 
@@ -80,12 +85,14 @@ def _row_sums(gradient: Tensor, size: int, generator: torch.Generator) -> Tensor
 def _pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """‖G S‖² for S, the orthonormal ``columns`` (in, k), and the right singular vectors (in, k) and values (k,) of
     QᵀG with Q an orthonormal basis of G S; all of G / ``unit``."""
+    # G S, and how much of G's energy the subspace that was given holds.
     image = project(gradient, None, columns).div_(unit)
     before = torch.linalg.vector_norm(image, dim=0).square().sum()
     range_basis = torch.linalg.qr(image).Q
     del image
     rows = project(gradient, range_basis, None).div_(unit)
     del range_basis
+    # The SVD of the small triangular factor gives that of the long QᵀG, at a fraction of the cost.
     basis, factor = torch.linalg.qr(rows.T)
     turn, values, _ = torch.linalg.svd(factor)
     return before, basis @ turn, values
@@ -96,7 +103,9 @@ def _tall_pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor,
     Yurtsever, Udell & Cevher, arXiv 1706.05736): nothing has G's height but G. This squares singular values, so that
     directions below 2⁻¹² of the largest (2⁻²⁴ of its energy) are lost in rounding.
     """
-    gram, image = columns.new_zeros(columns.shape[1], columns.shape[1]), torch.zeros_like(columns)
+    # YᵀY and Z are summed over tiles of rows, so that Y, which is as tall as G, never exists.
+    gram = columns.new_zeros(columns.shape[1], columns.shape[1])
+    image = torch.zeros_like(columns)
     for _, _, tile in fp32_tiles(gradient):
         rows = (tile @ columns).div_(unit)
         gram.addmm_(rows.T, rows)
@@ -105,7 +114,7 @@ def _tall_pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor,
     energies, turn = torch.linalg.eigh(gram)
     before = gram.diagonal().sum()
     floor = (torch.finfo(torch.float32).eps * before).clamp_min(torch.finfo(torch.float32).tiny)
-    # S turned so that the columns of Y are orthonormal, but for those that are rounding errors only, made small
+    # S is turned so that the columns of Y are orthonormal. Those that hold nothing but rounding errors become small.
     basis, factor = torch.linalg.qr(image @ turn.div_(energies.clamp_min(floor).sqrt_()))
     turn, values, _ = torch.linalg.svd(factor)
     return before, basis @ turn, values

@@ -39,11 +39,19 @@ def fp32_tiles(matrix: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         yield start, min(start + step, rows), matrix[start : start + step].to(torch.float32)
 
 
+def squared_lengths(gradient: Tensor, columns: Tensor) -> Tensor:
+    """The squared lengths (k,), fp32, of the columns of G P for G (out, in) of any float dtype and fp32 P (in, k)."""
+    total = torch.zeros(columns.shape[1], device=gradient.device)
+    for _, _, tile in fp32_tiles(gradient):
+        total += (tile @ columns).square_().sum(dim=0)
+    return total
+
+
 def project(gradient: Tensor, left: Tensor | None, right: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """R = Lᵀ G R̂ in ``dtype``, computed in fp32, for a gradient (out, in) of any float dtype and fp32 bases."""
-    if left is None and right is None:
-        return gradient.to(dtype)
     if left is None:
+        if right is None:
+            return gradient.to(dtype)
         image = right.new_empty(gradient.shape[0], right.shape[1], dtype=dtype)
         for a, b, tile in fp32_tiles(gradient):
             image[a:b] = tile @ right

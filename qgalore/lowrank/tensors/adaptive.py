@@ -23,12 +23,19 @@ class AdaptiveTensor(ProjectedTensor):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.shape = self.module.delta_shape(self.module.max_rank)
+        self.shape = self.module.delta_shape(self.max_rank)
+
+    @property
+    def max_rank(self) -> int:
+        """The rank up to which it may grow."""
+        most = self.module.max_rank
+        assert most is not None, f"the rank of {self.name} is fixed"
+        return most
 
     def attach(self, scratch: Scratch, factory: Factory, limit: int) -> None:
         super().attach(scratch, factory, limit)
         for part in self.parts:
-            _blank(part, self.part_shape(part, self.module.rank))
+            _blank(part, self.part_shape(part, self.rank))
 
     def part_shape(self, part: Part, rank: int) -> torch.Size:
         rows, columns = self.module.delta_shape(rank)
@@ -51,11 +58,11 @@ class AdaptiveTensor(ProjectedTensor):
 
         def decide() -> int:
             if found.failure is not None:
-                return self.module.rank
+                return self.rank
             pairs = zip(found.columns, (gradient.T, gradient), strict=True)
             columns, matrix = next((columns, matrix) for columns, matrix in pairs if columns is not None)
             first = all(side is None for side in old)
-            energy, now = self.options.energy, self.module.rank
+            energy, now = self.options.energy, self.rank
             return ranks.wanted_rank(matrix, columns, energy, now, lambda some: self.budget.fits(self, *some), first)
 
         return found.cut(self.deciding.of_first(f"the rank of {self.name}", decide))
@@ -79,15 +86,15 @@ class AdaptiveTensor(ProjectedTensor):
         if progress["rank"] != self.module.rank:  # the model's own tensors are yet to come
             self.module.set_rank(progress["rank"])
         for part in self.parts:
-            _remake(part, self.part_shape(part, self.module.rank), None)
+            _remake(part, self.part_shape(part, self.rank), None)
 
     def at_ceiling(self, work: Callable[[], None]) -> Callable[[], None]:
         """``work`` for the memory plan: remade at ``max_rank``, beside what it is now."""
 
         def wrapped() -> None:
             module = self.module
-            rank, gradient = module.rank, module.delta.grad
-            if rank == module.max_rank and gradient is not None:  # a step, which makes nothing anew
+            rank, gradient = self.rank, module.delta.grad
+            if rank == self.max_rank and gradient is not None:  # a step, which makes nothing anew
                 work()
                 return
             present = [(side, side.codes, side.scale) for side in self.bases if side is not None]
@@ -108,7 +115,7 @@ class AdaptiveTensor(ProjectedTensor):
 
     def fill(self) -> None:
         """Take ``max_rank``, on the meta device, for the plan of a step in which each layer in turn may be as large."""
-        rank = self.module.max_rank
+        rank = self.max_rank
         self.module.set_rank(rank)
         for part in self.parts:
             shape = self.part_shape(part, rank)

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,10 @@ class TrainedTensor(ABC):
         """Whether the inner optimizer has moments in a subspace that is refreshed."""
         return False
 
+    def clamped_rank(self) -> int | None:
+        """The rank that its rule uses, if the layer has no more than that; None if it is as asked."""
+        return None
+
     # Its step.
 
     def row_ranges(self, limit: int) -> list[tuple[int, int]]:
@@ -202,6 +206,7 @@ class TrainedTensor(ABC):
         ``shrink`` is lr · weight decay. ``key`` names the stream of the random bits that round the weight.
         """
         gradient = self.gradient()
+        assert gradient is not None, f"{self.name} has no gradient"
         for part in self.parts:
             mine = gradient if len(self.parts) == 1 else gradient[part.first : part.first + part.leaf.shape[0]]
             self.merge(part.step(mine, lr), part.first, scale, shrink, key)
@@ -260,8 +265,10 @@ class TrainedTensor(ABC):
 
     def step_on_paper(self) -> None:
         """The work of a step on the meta device, from :meth:`gradient`: that of the first part, as others repeat it."""
-        part = self.parts[0]
-        rows = self.gradient()[: part.leaf.shape[0]] if len(self.parts) > 1 else self.gradient()
+        part, rows = self.parts[0], self.gradient()
+        assert rows is not None, f"{self.name} has no gradient"
+        if len(self.parts) > 1:
+            rows = rows[: part.leaf.shape[0]]
         self.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
 
     def at_ceiling(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -282,7 +289,8 @@ def attach(tensors: list[TrainedTensor], factory: Factory, part_elements: int) -
     scratches = {device: Scratch(size, device) for device, size in sizes.items()}
     for tensor in tensors:
         tensor.attach(scratches[tensor.leaves()[0].device], factory, part_elements)
-    ranks.share([tensor for tensor in tensors if tensor.adaptive], factory)
+    free = [cast(ranks.Adaptive, tensor) for tensor in tensors if tensor.adaptive]
+    ranks.share(free, factory)
     for scratch in scratches.values():
         scratch.release()
     return list(scratches.values())

@@ -30,7 +30,8 @@ class ProjectedTensor(TrainedTensor):
     ) -> None:
         super().__init__(name, index, module.delta.shape)
         self.module, self.schedule, self.options = module, schedule, options
-        self.mine, self.first_row = module, 0  # what of the weight is stepped here
+        self.mine: measures.Stored = module  # what of the weight is stepped here, from this row of it on
+        self.first_row = 0
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
         self._unfinished: tuple[dict[str, Any], measures.Lines | None] | None = None  # a record that waits for a merge
@@ -108,6 +109,7 @@ class ProjectedTensor(TrainedTensor):
         """
         started, team = time.perf_counter(), self.deciding
         gradient, self.module.probe.grad = self.module.probe.grad, None
+        assert gradient is not None, f"{self.name} is refreshed without a whole gradient"
         first = self.schedule.refreshes == 0
         waited = step - self.schedule.next_refresh  # for a gradient, as an expert without tokens does
         if not team.of_first(f"the refresh of {self.name}", lambda: bool(gradient.any())):
@@ -143,9 +145,16 @@ class ProjectedTensor(TrainedTensor):
         found = refresh.find(gradient, self.bases, old, self.rank_to_find(), self.options, generator)
         return self.settle_rank(gradient, found, old)
 
+    @property
+    def rank(self) -> int:
+        """The rank of the bases, for a tensor that has some."""
+        rank = self.module.rank
+        assert rank is not None, f"{self.name} has no bases"
+        return rank
+
     def rank_to_find(self) -> int:
         """The rank of the bases that a refresh looks for."""
-        return self.module.rank
+        return self.rank
 
     def settle_rank(self, gradient: Tensor, found: Found, old: Sides) -> Found:
         """What is kept of the columns that were found; here all."""
@@ -199,9 +208,19 @@ class ProjectedTensor(TrainedTensor):
         module, mine, options = self.module, self.mine, self.options
         part = slice(first, None if not self.by_rows else first + delta.shape[0])
         scales = None if mine.weight_scale is None else mine.weight_scale[part]
-        where = {"shrink": shrink, "key": key, "first_row": self.first_row + first}
-        how = {"rounding": options.rounding, "scales": options.scales}
-        dispatch.merge(mine.weight.detach()[part], scales, delta, module.left, module.right, s=scale, **where, **how)
+        dispatch.merge(
+            mine.weight.detach()[part],
+            scales,
+            delta,
+            module.left,
+            module.right,
+            s=scale,
+            shrink=shrink,
+            key=key,
+            first_row=self.first_row + first,
+            rounding=options.rounding,
+            scales=options.scales,
+        )
 
     def progress(self) -> dict[str, Any]:
         """Bases and weights are the model's own tensors; what remains is when to look again."""

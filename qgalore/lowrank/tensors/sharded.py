@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,12 +13,23 @@ from ...errors import ConfigError
 from ...parallel import Team, shards
 from ...quant.blockwise import BLOCK
 from ..inner.adam8bit import MIN_8BIT_SIZE
+from ..layers.bases import Basis
 from ..layers.linear import LowRankLinear
 from ..subspace.refresh import RefreshOptions
 from ..subspace.schedule import Schedule
 from .projected import ProjectedTensor
 
 INNERS = ("adamw8bit", "adamw")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What this process steps of a layer: its rows of the weight and of the scales, and the whole basis."""
+
+    weight: Tensor
+    weight_scale: Tensor | None
+    right: Basis | None
+    left: None = None
 
 
 class ShardedTensor(ProjectedTensor):
@@ -36,18 +47,13 @@ class ShardedTensor(ProjectedTensor):
         super().__init__(name, index, module, schedule, options)
         team, scale = options.team, module.weight_scale
         rows_of = shards.local if shards.is_shared(module.weight) else partial(_planned_rows, team)
-        self.mine = SimpleNamespace(
-            weight=rows_of(module.weight),
-            weight_scale=None if scale is None else rows_of(scale),
-            left=None,
-            right=module.right,
-        )
+        self.mine = _Rows(rows_of(module.weight), None if scale is None else rows_of(scale), module.right)
         rows, self._rows = module.delta.shape[0] // team.size, None
         self.first_row, self.shape = team.rank * rows, torch.Size((rows, module.delta.shape[1]))
 
     def received(self, leaf: Tensor) -> None:
         """Sum Δ's gradient over the team, scatter it and add one's own rows to those of earlier micro-batches."""
-        if leaf is self.module.delta:
+        if leaf is self.module.delta and leaf.grad is not None:
             self.take(leaf.grad, True)
             leaf.grad = None
 
@@ -98,7 +104,8 @@ def share_rows(blocks: Iterable[nn.Module], device: torch.device) -> None:
     for layer in (m for block in blocks for m in block.modules() if isinstance(m, LowRankLinear)):
         sharded.add(layer.weight)
         if layer.weight_scale is not None:  # FSDP2 knows parameters only
-            scale = nn.Parameter(layer._buffers.pop("weight_scale"), requires_grad=False)
+            scale = nn.Parameter(layer.weight_scale, requires_grad=False)
+            del layer.weight_scale
             layer.register_parameter("weight_scale", scale)
             sharded.add(scale)
     shards.shard(blocks, sharded, device)

@@ -1,7 +1,5 @@
 """A layer's weight under a rule that needs the whole gradient in every step (see :mod:`..rules`)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +63,9 @@ class WholeTensor(ProjectedTensor):
     def turns_moments(self) -> bool:
         return self.projected and self.rule.uses_inner
 
+    def clamped_rank(self) -> int | None:
+        return self.rule.clamped_rank()
+
     def receive(self, gradient: Tensor, own: bool) -> None:
         """The whole gradient stays, for the rule."""
         self.module.probe.grad = gradient
@@ -79,7 +80,9 @@ class WholeTensor(ProjectedTensor):
     @torch.no_grad()
     def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N; drops the gradient."""
-        gradient = self.gradient().to(torch.float32).contiguous()
+        gradient = self.gradient()
+        assert gradient is not None, f"{self.name} has no gradient"
+        gradient = gradient.to(torch.float32).contiguous()
         rows = self.rule.direction(gradient, self.current_step, self._adam)
         write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
         self.drop_gradient()
@@ -103,5 +106,12 @@ def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int,
     if module.weight_scale is None:
         dense_grid.write_back(weight, rows, shrink=shrink, key=key)
     else:
-        how: dict[str, Any] = {"rounding": options.rounding, "scales": options.scales}
-        int8.write_back(weight, module.weight_scale, rows, shrink=shrink, key=key, **how)
+        int8.write_back(
+            weight,
+            module.weight_scale,
+            rows,
+            shrink=shrink,
+            key=key,
+            rounding=options.rounding,
+            scales=options.scales,
+        )
