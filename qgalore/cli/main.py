@@ -4,7 +4,8 @@ import argparse
 import sys
 from importlib import import_module
 
-from .. import __version__
+import qgalore
+
 from . import arguments as kinds
 from . import door
 
@@ -25,7 +26,7 @@ EXAMPLES = """
 
 def parser() -> argparse.ArgumentParser:
     made = kinds.parser("qgalore", "Train all the weights of a language model in little memory.", EXAMPLES)
-    made.add_argument("--version", action="version", version=f"qgalore {__version__}")
+    made.add_argument("--version", action="version", version=f"qgalore {qgalore.__version__}")
     lines = "\n".join(f"  {name:<12} {does}" for name, does in COMMANDS.items())
     made.description += f"\n\ncommands:\n{lines}\n\nqgalore COMMAND --help says more of each."
     made.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands above")
