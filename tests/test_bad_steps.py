@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same, final_state, rows
+from helpers import assert_same, final_state, rows
 
 
 def test_a_loss_that_is_not_finite_is_skipped_until_it_is_hopeless(tiny_run):
