@@ -318,7 +318,7 @@ def test_large_layers_step_in_parts(monkeypatch):
         ({"rank": "auto", "mean_rank": 4}, "ranks move by 8"),
         ({"rank": "auto", "max_rank": 7}, "ranks move by 8"),
         ({"rank": "auto", "max_rank": 16, "mean_rank": 24}, "above max_rank"),
-        ({"rank": "auto", "proj_type": "full"}, "one side"),
+        ({"rank": "auto", "proj_type": "full"}, "one spectrum"),
         ({"rank": 8, "max_rank": 16}, "rank 'auto' only"),
         ({"rank": "some"}, "'auto'"),
     ],
