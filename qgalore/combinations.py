@@ -55,7 +55,8 @@ def integer_products(
         return None
     asked = door.said("compute", "int8")
     if weight_format != "int8":
-        return f"{asked} is for trained int8 weights, and {whose} are not; set {door.said('compute', 'bf16')}"
+        remedy = f"{door.said('weight_format', 'int8')}, or " if whose == "these" else ""  # a method's own cannot be
+        return f"{asked} is for trained int8 weights, and {whose} are not; set {remedy}{door.said('compute', 'bf16')}"
     if group_size != "row":
         return f"{asked} needs one scale for a row of weights; set {door.said('group_size', 'row')}"
     return None

@@ -141,7 +141,7 @@ def _compute(config: Config) -> list[str]:
     low = config.lowrank
     trained = _trains_converted(config)
     kept = (low.weight_format or METHODS[config.method][1]) if trained else "none"
-    whose = f"those of method {config.method}"
+    whose = "these" if trained else f"those of method {config.method}"
     return _lines(combinations.integer_products(KEYS, config.model.compute, kept, low.group_size, whose))
 
 
