@@ -1,7 +1,10 @@
 """Shared fixtures: devices, a tiny Llama, and a tiny training configuration over the shipped text."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: pytest's processes share the cores
 
 import pytest
 import torch

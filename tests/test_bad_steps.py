@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same, final_state, rows
+from helpers import assert_same, final_state, rows
 
 
 def replace_loss(monkeypatch, wrap):

@@ -11,24 +11,13 @@ import sys
 
 import pytest
 import torch
+from helpers import mutate, trained
 from safetensors.torch import load_file
 
-import qgalore
 from qgalore.errors import ConfigError
 from qgalore.files import checkpoint
 
 TEXT = {"config": {"a": 1}, "position": {"step": 1, "sample": [0, 4], "tokens": 9}}
-
-
-def trained(tiny_llama, dtype=torch.float32, steps=2, embeddings="full", **changes):
-    model = tiny_llama(**changes).to(dtype)
-    qgalore.convert(model, rank=8, embeddings=embeddings)
-    opt = qgalore.optimizer(model, lr=5e-3, update_proj_gap=2)
-    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
-    for _ in range(steps):
-        model(tokens, use_cache=False).logits.float().logsumexp(-1).mean().backward()
-        opt.step()
-    return model, opt
 
 
 def everything(model, opt):
@@ -89,38 +78,6 @@ def test_another_models_checkpoint_is_refused(tiny_llama, tmp_path):
         other, fresh = trained(tiny_llama, **changes)
         with pytest.raises(ConfigError, match=message):
             checkpoint.load_into(path, checkpoint.read_state(path), other, fresh)
-
-
-def mutate(folder, rng: random.Random) -> str:
-    """Damage one file in one of many ways; says how."""
-    path = folder / rng.choice(["model.safetensors", "optimizer.safetensors", "state.json", "state.json"])
-    raw = path.read_bytes()
-    kind = rng.choice(["flip", "flip", "truncate", "empty", "delete", "swap", "insert", "zeros", "field"])
-    if kind == "flip":
-        position = rng.choice([rng.randrange(len(raw)), rng.randrange(min(64, len(raw)))])
-        path.write_bytes(raw[:position] + bytes([raw[position] ^ 1 << rng.randrange(8)]) + raw[position + 1 :])
-    elif kind == "truncate":
-        path.write_bytes(raw[: rng.randrange(len(raw))])
-    elif kind == "insert":
-        position = rng.randrange(len(raw))
-        path.write_bytes(raw[:position] + rng.randbytes(rng.randrange(1, 9)) + raw[position:])
-    elif kind == "zeros":
-        start = rng.randrange(len(raw) - 1)
-        path.write_bytes(raw[:start] + bytes(len(raw) - start))
-    elif kind == "delete":
-        path.unlink()
-    elif kind == "swap":
-        other = folder / ("model.safetensors" if path.name != "model.safetensors" else "optimizer.safetensors")
-        path.write_bytes(other.read_bytes())
-    elif kind == "field":
-        path = folder / "state.json"
-        state = json.loads(path.read_text())
-        key = rng.choice(list(state))
-        state[key] = rng.choice([None, 0, "x", [], {}, -1, 99])
-        path.write_text(rng.choice([json.dumps(state), json.dumps(state[key]), json.dumps([state])]))
-    else:
-        path.write_bytes(b"")
-    return f"{kind} {path.name}"
 
 
 def test_no_mutation_is_loaded_or_crashes(tiny_llama, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
-    {"errors", "plain_yaml", "schedule_defaults"},
+    {"combinations", "errors", "plain_yaml", "schedule_defaults"},
     {"config", "quant", "parallel"},
     {"lowrank", "data"},
     {"files", "step", "evaluation", "convergence"},
@@ -59,9 +59,9 @@ def test_every_room_is_on_a_floor():
     assert rooms <= set().union(*FLOORS)
 
 
-def test_configuration_stops_at_training():
+def test_no_room_below_training_knows_the_configuration():
     users = {room(path) for path in MODULES if "config" in imported_rooms(path)}
-    assert users - {"config"} == {"training"}
+    assert users - {"config"} == {"training", "cli"}
 
 
 def test_train_script_is_short():

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 import torch
+from helpers import mutate, trained
 from safetensors.torch import load_file, save_file
-from test_checkpoint import mutate, trained
 
 from qgalore.errors import ConfigError, NumericalError
 from qgalore.files import checkpoint

@@ -118,7 +118,7 @@ def run(mutation: Mutation, folder: Path, mutated: bool) -> subprocess.Completed
     if mutated:
         copy = folder / source.relative_to(ROOT)
         copy.write_text(source.read_text().replace(mutation.line, mutation.wrong))
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-p", "no:cacheprovider", *mutation.tests]
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *mutation.tests]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 

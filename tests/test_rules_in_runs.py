@@ -30,11 +30,19 @@ def final_state(run, step=6):
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
 
 
-def test_the_configuration_and_the_package_agree_on_every_rule():
-    assert set(RULES) == set(rules.NAMES)
-    for name, (scale, with_bases, _) in RULES.items():
-        assert scale == rules.default_scale(name)
-        assert with_bases == (name == "galore" or rules.RULES[name].uses_basis)
+def test_the_table_names_every_rule_with_its_published_scale():
+    scales = {
+        "galore": 0.25,
+        "apollo": 1.0,
+        "apollo_mini": 128**0.5,
+        "scale": 1.0,
+        "fira": 1.0,
+        "muon": 1.0,
+        "sinkgd": 1.0,
+    }
+    assert {name: facts.scale for name, facts in RULES.items()} == scales
+    assert set(rules.NAMES) == set(RULES)
+    assert {name for name, facts in RULES.items() if facts.uses_basis} == {"galore", "fira"}
     fields, own = LowRankSection.model_fields, rules.RuleOptions()
     assert (fields["momentum"].default, fields["mu"].default) == (own.momentum, own.mu)
 
@@ -68,9 +76,9 @@ def test_a_rule_trains_and_goes_on_to_the_same_bits(tiny_run, rule):
 
 
 def test_a_scale_of_null_is_the_rules_own():
-    for rule, (scale, *_) in RULES.items():
+    for rule, facts in RULES.items():
         loaded = config.load("quickstart.yaml", ["lowrank.scale=null", f"lowrank.rule={rule}"])
-        assert config.resolve(loaded, "cpu", False).lowrank.scale == scale
+        assert config.resolve(loaded, "cpu", False).lowrank.scale == facts.scale
 
 
 @pytest.mark.parametrize("asked", ["train.grad_accumulation=2", "train.clip_grad_norm=1", "train.stepping=deferred"])

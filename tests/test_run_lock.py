@@ -3,30 +3,13 @@
 import errno
 import gc
 import os
-import signal
-from contextlib import contextmanager
 
 import pytest
+from helpers import another_process_holds
 
 from qgalore.errors import ConfigError
 from qgalore.training import run_lock
 from qgalore.training.run_lock import RunLock
-
-
-@contextmanager
-def another_process_holds(folder):
-    ready, tell = os.pipe()
-    child = os.fork()
-    if not child:
-        lock = RunLock(folder)
-        os.write(tell, b"1" if lock.works else b"0")
-        signal.pause()
-    assert os.read(ready, 1) == b"1"
-    try:
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):

@@ -1,7 +1,6 @@
 """The whole program on real text: a run to its end, the same run stopped and resumed, every method, every bad input."""
 
 import copy
-import json
 import os
 import shutil
 import signal
@@ -13,26 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import another_process_holds, assert_same, final_state, rows
 from safetensors.torch import load_file
-from test_run_lock import another_process_holds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def rows(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def final_state(run, step=6):
-    folder = Path(run) / "checkpoints" / f"step-{step:08d}"
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
 
 
 def test_a_run_from_text_to_an_export_that_loads(tiny_run):

@@ -1,76 +1,13 @@
-"""A first look at an exported model: ``python tools/generate.py runs/quickstart/export/hf --prompt "It was"``."""
+"""A first look at an exported model: ``python tools/generate.py runs/quickstart/export/hf --prompt "It was"``.
 
-import argparse
+The same as ``qgalore generate``, for a copy of the project that is not installed.
+"""
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qgalore.cli import arguments as kinds
-from qgalore.cli import door
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Continue a prompt with an exported model.")
-    parser.add_argument("folder", type=Path, help="a Hugging Face folder, such as runs/NAME/export/hf")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=kinds.whole(1, 2**20), default=100, metavar="N")
-    likeliest = "0 takes the likeliest token every time"
-    parser.add_argument("--temperature", type=kinds.real(0, 100), default=0.8, metavar="T", help=likeliest)
-    parser.add_argument("--seed", type=kinds.whole(0, 2**63 - 1), default=0)
-    return parser.parse_args(arguments)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise :class:`ConfigError` for a folder that is no exported model, naming the export if it is a run."""
-    from qgalore.errors import ConfigError
-
-    if (folder / "config.json").is_file():
-        return
-    run = folder.parent.parent if folder.parent.name == kinds.CHECKPOINTS else folder
-    export = run / "export" / "hf"
-    remedy = f"Name {export}." if export.is_dir() else "Name a Hugging Face folder, such as runs/NAME/export/hf."
-    if not export.is_dir() and (run / kinds.CHECKPOINTS).is_dir():
-        remedy = f"Export it first with tools/export.py {folder} --format hf --out DIR."
-    raise ConfigError(f"{folder} is not an exported model: it has no config.json. {remedy}")
-
-
-def load(folder: Path):
-    """(model, tokenizer) of a Hugging Face folder."""
-    from qgalore.data.tokenizer import load_tokenizer
-    from qgalore.models.loading import pretrained
-
-    return pretrained(str(folder)), load_tokenizer(str(folder))
-
-
-def generate(options: argparse.Namespace) -> None:
-    check_folder(options.folder)
-    import torch
-
-    from qgalore.errors import ConfigError, printable
-
-    model, tokenizer = load(options.folder)
-    ids = tokenizer(options.prompt, return_tensors="pt")
-    if not ids["input_ids"].numel():
-        raise ConfigError("--prompt is empty; give at least one word")
-    room = getattr(model.config, "max_position_embeddings", None)
-    length = ids["input_ids"].shape[1] + options.max_new_tokens
-    if room is not None and length > room:
-        raise ConfigError(
-            f"--max-new-tokens: {options.max_new_tokens} behind a prompt of {ids['input_ids'].shape[1]} tokens is more "
-            f"than the model's {room} positions; lower it"
-        )
-    torch.manual_seed(options.seed)
-    sampling = {"do_sample": False}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature}
-    output = model.generate(**ids, max_new_tokens=options.max_new_tokens, **sampling)
-    print(printable(tokenizer.decode(output[0], skip_special_tokens=True)))
-
-
-def main(arguments: list[str]) -> int:
-    options = parse(arguments)
-    return door.leave(lambda: generate(options))
-
+from qgalore.cli.generate import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], "python tools/generate.py"))

@@ -1,1 +1,1 @@
-"""The programs of the command line: what ``train.py`` and the tools do behind their arguments."""
+"""The programs of the command line: the commands of ``qgalore``, which train.py and tools/*.py open too."""

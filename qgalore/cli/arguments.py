@@ -11,6 +11,16 @@ CHECKPOINTS = "checkpoints"  # of a run's folder
 STATE = "state.json"  # of a checkpoint
 
 
+def parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser for ``program``, whose help ends with ``examples``, a line each; ``%(prog)s`` stands for the program."""
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=f"examples:\n{examples.strip(chr(10))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def whole(low: int, high: int = 2**31) -> Callable[[str], int]:
     """A kind for argparse: whole numbers from ``low`` to ``high``."""
 

@@ -1,10 +1,9 @@
-"""Running a comparison: each job a process of its own through train.py, in a folder of its own."""
+"""Running a comparison: each job a training process of its own, in a folder of its own."""
 
 import hashlib
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,12 +31,12 @@ class Failure:
 @dataclass
 class Runner:
     """Runs jobs of one comparison. ``config``: the base file; ``shared``: overrides of all; ``out``: where their run
-    folders go; ``train``: the program; ``expected``: how many jobs there will be, for the time left."""
+    folders go; ``train``: the command that trains; ``expected``: how many jobs there will be, for the time left."""
 
     config: Path
     shared: tuple[str, ...]
     out: Path
-    train: Path
+    train: tuple[str, ...]
     workers: int
     expected: int
     say: Callable[[str], None] = print
@@ -80,7 +79,7 @@ class Runner:
         (folder / MARK).write_text(json.dumps(wanted), encoding="utf-8")
         names = (f"run.name={job.name}", f"run.dir={self.out}")
         overrides = [*QUIET, *self.shared, *job.overrides, *names]
-        command = [sys.executable, str(self.train), "--config", str(self.config), "--resume", "auto", *overrides]
+        command = [*self.train, "--config", str(self.config), "--resume", "auto", *overrides]
         with (folder / "output.txt").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         going[process] = (job, time.monotonic())

@@ -4,9 +4,10 @@
 the method and the device decide. Nothing mutates a configuration afterwards, and none travels below ``training``.
 """
 
+from ..combinations import RULES
 from .reading import PACKAGED, dump, find, load, parse
 from .resolving import RESUMABLE, differences, remarks, resolve
-from .sections import METHODS, RULES, Config, bytes_of
+from .sections import METHODS, Config, bytes_of
 
 __all__ = [
     "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "bytes_of", "differences", "dump", "find", "load", "parse",

@@ -3,7 +3,27 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .. import combinations
 from .sections import ADAMS, METHODS, Config, DataSection, TrainSection
+
+# The keys behind the arguments of convert() and optimizer() for which conflicts are stated in ``combinations``.
+KEYS = combinations.Door(
+    {
+        "compute": "model.compute",
+        **{name: f"train.{name}" for name in ("stepping", "full_gradients")},
+        **{
+            name: f"lowrank.{name}"
+            for name in (
+                "rank", "max_rank", "mean_rank", "proj_type", "weight_format", "group_size", "rule", "max_gap",
+                "update_proj_gap",
+            )
+        },
+    }
+)  # fmt: skip
+
+
+def _lines(*messages: str | None) -> list[str]:
+    return [one for one in messages if one is not None]
 
 
 @dataclass(frozen=True)
@@ -70,13 +90,8 @@ def _decay(config: Config) -> Iterable[str]:
         )
 
 
-def _gaps(config: Config) -> Iterable[str]:
-    low = config.lowrank
-    if low.max_gap is not None and low.max_gap < low.update_proj_gap:
-        yield (
-            f"lowrank.max_gap: {low.max_gap} is below lowrank.update_proj_gap, {low.update_proj_gap}, where gaps "
-            "begin; raise it or lower that"
-        )
+def _gaps(config: Config) -> list[str]:
+    return _lines(combinations.gaps(KEYS, config.lowrank.max_gap, config.lowrank.update_proj_gap))
 
 
 def _adam_only(config: Config) -> Iterable[str]:
@@ -123,14 +138,11 @@ def _sharded(config: Config) -> list[str]:
 
 
 def _compute(config: Config) -> list[str]:
-    low, (converted, weight_format, *_) = config.lowrank, METHODS[config.method]
-    if config.model.compute == "bf16":
-        return []
-    if config.method == "lora" or not converted or (low.weight_format or weight_format) != "int8":
-        return [f"model.compute: int8 is for trained int8 weights, which method {config.method} has not; use bf16"]
-    if low.group_size != "row":
-        return ["model.compute: int8 needs one scale for a row of weights; set lowrank.group_size: row"]
-    return []
+    low = config.lowrank
+    trained = _trains_converted(config)
+    kept = (low.weight_format or METHODS[config.method][1]) if trained else "none"
+    whose = "these" if trained else f"those of method {config.method}"
+    return _lines(combinations.integer_products(KEYS, config.model.compute, kept, low.group_size, whose))
 
 
 def _lora(config: Config) -> list[str]:
@@ -148,39 +160,31 @@ def _lora(config: Config) -> list[str]:
 
 def _automatic_rank(config: Config) -> list[str]:
     """Rules for ``lowrank.rank: auto``."""
-    low, found = config.lowrank, []
-    if low.rank != "auto" or not METHODS[config.method][0] or config.method == "lora":
-        return found
-    if low.rule != "galore":
-        found.append(f"lowrank.rank: auto goes with rule: galore; rule {low.rule} needs a number")
-    if low.proj_type == "full":
-        found.append("lowrank.proj_type: full has two bases, and rank: auto goes by one spectrum; use another")
-    if low.max_rank is not None and low.mean_rank is not None and low.mean_rank > low.max_rank:
-        found.append(f"lowrank.mean_rank: {low.mean_rank} is above max_rank, {low.max_rank}; lower it or raise that")
-    return found
+    low = config.lowrank
+    if not _trains_converted(config):
+        return []
+    return _lines(
+        combinations.automatic_rule(KEYS, low.rank == "auto", low.rule),
+        combinations.automatic_side(KEYS, low.rank, low.proj_type),
+        combinations.ordered_ranks(KEYS, low.rank, low.mean_rank, low.max_rank),
+    )
 
 
 def _whole_gradients(config: Config) -> list[str]:
     """What a rule that needs full gradients cannot work with."""
-    train, rule = config.train, config.lowrank.rule
-    if rule == "galore" or not _trains_converted(config):
+    train, low = config.train, config.lowrank
+    if not _trains_converted(config):
         return []
-    found = []
-    if rule == "apollo" and config.lowrank.rank == "full":
-        found.append("lowrank.rank: rule apollo needs the rank of its random projection; give a number")
-    asked = {
+    waiting = {
         f"train.grad_accumulation: {train.grad_accumulation}": train.grad_accumulation > 1,
         f"train.clip_grad_norm: {train.clip_grad_norm:g}": train.clip_grad_norm > 0,
         "train.stepping: deferred": train.stepping == "deferred",
     }
-    if train.full_gradients == "free" and any(asked.values()):
-        found.append(
-            f"{' and '.join(key for key, given in asked.items() if given)}: rule {rule} needs full gradients, and "
-            "would keep those of all layers at once until the step: 4 bytes (lowrank.grad_dtype: bfloat16: 2) for "
-            "each of their weights, 24 GiB for a 7B model; accept that with train.full_gradients: keep, or use "
-            "grad_accumulation 1 without clipping"
-        )
-    return found
+    asked = [key for key, given in waiting.items() if given]
+    return _lines(
+        combinations.projection_rank(KEYS, low.rule, low.rank),
+        combinations.whole_gradients(KEYS, low.rule, train.full_gradients, asked),
+    )
 
 
 def _classifier(config: Config) -> list[str]:

@@ -12,13 +12,15 @@ from . import incompatible
 from .messages import field_at, is_section, problems_of, short, shown
 from .sections import Config, is_textual
 
-PACKAGED = Path(__file__).resolve().parent.parent.parent / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # inside an installed package, beside it in the sources
+PACKAGED = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 MAX_BYTES = 1 << 20
 DEEPEST = 16  # names in an override
 
 
 def find(name: str) -> Path:
-    """The file meant by ``--config NAME``: as given, or in the project's ``configs/`` (with or without ``.yaml``)."""
+    """The file meant by ``--config NAME``: as given, or one that comes with qgalore (with or without ``.yaml``)."""
     given = Path(name).expanduser()
     for candidate in (given, PACKAGED / name, PACKAGED / f"{name}.yaml"):
         if _is(candidate, Path.is_file):
@@ -33,7 +35,8 @@ def find(name: str) -> Path:
     close = difflib.get_close_matches(name[:100], known + [k.removesuffix(".yaml") for k in known], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(
-        f"--config {short(name, 200)}: no such file here or in configs/. {hint}There are: {', '.join(known)}"
+        f"--config {short(name, 200)}: no such file here, and none that comes with qgalore. {hint}"
+        f"There are: {', '.join(known)}"
     )
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..combinations import RULES
 from ..errors import ConfigError
 from ..schedule_defaults import THRESHOLDS, longest_gap
-from .sections import METHODS, RULES, Config
+from .sections import METHODS, Config
 
 
 def _micro_batches(config: Config, processes: int) -> int:
@@ -46,7 +47,7 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
             "lowrank": lowrank.model_copy(
                 update={
                     "cos_threshold": threshold,
-                    "scale": lowrank.scale or RULES[lowrank.rule][0],
+                    "scale": lowrank.scale or RULES[lowrank.rule].scale,
                     "weight_format": lowrank.weight_format or weight_format,
                     "basis_format": lowrank.basis_format or basis_format or ("bf16" if dtype == "bfloat16" else "fp32"),
                     "max_gap": lowrank.max_gap or longest_gap(lowrank.update_proj_gap),
@@ -75,7 +76,8 @@ _UNREAD = {
 
 def _idle_keys(config: Config) -> str:
     """The given low-rank keys that the rule does not read."""
-    _, with_bases, read = RULES[config.lowrank.rule]
+    rule = RULES[config.lowrank.rule]
+    with_bases, read = rule.uses_basis, rule.reads
     if config.method == "lora":
         with_bases, read = False, ("rank",)
     idle = set() if with_bases else set(_OF_BASES) - set(read)
@@ -93,7 +95,7 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     of_rules = low.model_fields_set & {"rule", "scale"}
     of_auto = sorted(low.model_fields_set & {"energy", "max_rank", "mean_rank"}) if low.rank != "auto" else []
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
-    of_muon = low.model_fields_set & {"momentum", "mu"} - set(() if lora else RULES[low.rule][2])
+    of_muon = low.model_fields_set & {"momentum", "mu"} - set(() if lora else RULES[low.rule].reads)
     read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
     return [
         (", ".join(f"lowrank.{n}" for n in read_by_none), bool(read_by_none), f"with policy: {low.policy}"),

@@ -434,14 +434,3 @@ METHODS: dict[str, tuple[bool, str, str | None, str]] = {
     "adamw": (False, "none", None, "adamw"),
     "adamw8bit": (False, "none", None, "adamw8bit"),
 }
-
-# What a rule means: (its scale, whether it uses stored bases, the other low-rank keys that it reads).
-RULES: dict[str, tuple[float, bool, tuple[str, ...]]] = {
-    "galore": (0.25, True, ()),
-    "apollo": (1.0, False, ("rank", "update_proj_gap")),
-    "apollo_mini": (128.0**0.5, False, ("update_proj_gap",)),
-    "scale": (1.0, False, ()),
-    "fira": (1.0, True, ()),
-    "muon": (1.0, False, ("momentum", "mu")),
-    "sinkgd": (1.0, False, ()),
-}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .. import combinations
 from ..errors import ConfigError, counted
 from ..parallel import ALONE, Team, shards
 from ..quant.int8 import ROUNDINGS, SCALES
@@ -229,6 +230,8 @@ def optimizer(
     _require(weight_rounding in ROUNDINGS, "weight_rounding", weight_rounding, f"one of {ROUNDINGS}")
     _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
     _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
+    if message := combinations.gaps(combinations.ARGUMENTS, max_gap, update_proj_gap):
+        raise ConfigError(message)
     _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
     _require(0 < energy <= 1, "energy", energy, "in (0, 1]")
     _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .. import combinations
 from ..errors import ConfigError
 from ..lowrank.layers import conv, experts
 from ..lowrank.layers.embedding import LowRankEmbedding, TiedHead
@@ -251,6 +252,11 @@ def _with_integer_products(layer: LowRankLinear, line: ConvertedLayer) -> Conver
     return replace(line, notes=(*line.notes, f"{line.shape[0]} × {line.shape[1]} stays in floating point: {why}"))
 
 
+def _refuse(message: str | None) -> None:
+    if message is not None:
+        raise ConfigError(message)
+
+
 @dataclass(frozen=True)
 class _Ranks:
     """``max_rank`` and ``mean_rank`` of ``rank="auto"``, as given."""
@@ -270,12 +276,8 @@ class _Ranks:
                 raise ConfigError(f"{key} is {value!r}, and rank is {rank!r}; it goes with rank 'auto' only")
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < STEP):
                 raise ConfigError(f"{key} is {value!r}; ranks move by {STEP}: give at least {STEP}, or a rank")
-        if rank != "auto":
-            return
-        if self.most is not None and self.mean is not None and self.mean > self.most:
-            raise ConfigError(f"mean_rank is {self.mean}, above max_rank, {self.most}; lower it or raise that")
-        if proj_type == "full":
-            raise ConfigError("rank 'auto' goes by the spectrum of one side; use another proj_type than full")
+        _refuse(combinations.ordered_ranks(combinations.ARGUMENTS, rank, self.mean, self.most))
+        _refuse(combinations.automatic_side(combinations.ARGUMENTS, rank, proj_type))
 
 
 def _check_options(rank: int | str | None, given: dict[str, int | str]) -> None:
@@ -286,8 +288,8 @@ def _check_options(rank: int | str | None, given: dict[str, int | str]) -> None:
     for key, value in given.items():
         if value not in allowed[key]:
             raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, allowed[key]))}")
-    if given["compute"] == "int8" and (given["weight_format"], given["group_size"]) != ("int8", "row"):
-        raise ConfigError("compute is 'int8': it needs weight_format='int8' and group_size='row', one scale a row")
+    chosen = (given[name] for name in ("compute", "weight_format", "group_size"))
+    _refuse(combinations.integer_products(combinations.ARGUMENTS, *chosen))
     if rank not in (None, "auto") and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1, 'auto', or None for full rank")
 

@@ -103,7 +103,7 @@ def convert_as(config: Config, model: nn.Module) -> ConversionReport | None:
     if not METHODS[config.method][0]:
         return None
     low = config.lowrank
-    stored = low.rank != "full" and RULES[low.rule][1] and config.method != "lora"
+    stored = low.rank != "full" and RULES[low.rule].uses_basis and config.method != "lora"
     auto = {"max_rank": low.max_rank, "mean_rank": low.mean_rank} if low.rank == "auto" else {}
     return convert(
         model,
@@ -237,7 +237,7 @@ def rule_rank(config: Config) -> int | None:
 
 def rule_momentum(config: Config) -> dict[str, Any]:
     """``momentum`` and ``mu`` if the rule has them."""
-    read = RULES[rule_of(config)][2]
+    read = RULES[rule_of(config)].reads
     return {name: getattr(config.lowrank, name) for name in ("momentum", "mu") if name in read}
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import loss_of, train
 from safetensors.torch import load_file
-from test_optimizer import loss_of, train
 
 from qgalore import config
 from qgalore.errors import ConfigError

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_optimizer import QUICK, assert_same, loss_of, stored, train
+from helpers import QUICK, assert_same, loss_of, stored, train
 
 from qgalore.errors import NumericalError
 from qgalore.lowrank.factory import optimizer

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import QUICK, assert_same, distance, loss_of, stored, train
 
 from qgalore.errors import ConfigError, NumericalError
 from qgalore.lowrank.factory import optimizer
@@ -11,42 +12,7 @@ from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.projected import ProjectedTensor
 from qgalore.models.convert import convert
 
-QUICK = {"rank": 8, "basis_format": "int4"}
 LAZY = {"update_proj_gap": 3, "moments": "rotate"}
-
-
-def loss_of(model, tokens):
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def train(model, opt, batches, micro=1):
-    for tokens in batches:
-        for part in tokens.chunk(micro):
-            (loss_of(model, part) / micro).backward()
-        opt.step()
-        opt.zero_grad()
-    return model
-
-
-def stored(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def distance(model, other, start):
-    """How far two models are apart, relative to how far training has moved them."""
-    pairs = [
-        (a.detach().double(), b.detach().double(), c.detach().double())
-        for a, b, c in zip(model, other, start, strict=True)
-    ]
-    gap = sum(float((a - b).square().sum()) for a, b, _ in pairs) ** 0.5
-    return gap / sum(float((b - c).square().sum()) for _, b, c in pairs) ** 0.5
 
 
 @pytest.mark.parametrize("stepping", ["fused", "deferred"])

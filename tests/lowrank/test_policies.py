@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_optimizer import QUICK, assert_same, loss_of, stored, train
+from helpers import QUICK, assert_same, loss_of, stored, train
 
 from qgalore import config
 from qgalore.files import checkpoint

@@ -209,8 +209,8 @@ def test_a_resumed_run_keeps_its_choices(tiny_run, tmp_path):
     ("extra", "said"),
     [
         (("lowrank.group_size=64",), "set lowrank.group_size: row"),
-        (("method=galore",), "which method galore has not"),
-        (("method=lora",), "which method lora has not"),
+        (("method=galore",), "set lowrank.weight_format: int8, or model.compute: bf16"),
+        (("method=lora",), "those of method lora are not"),
     ],
 )
 def test_what_it_cannot_work_with_is_refused(tiny_run, extra, said):

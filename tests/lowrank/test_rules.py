@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_optimizer import QUICK, assert_same, distance, loss_of, stored, train
+from helpers import QUICK, assert_same, distance, loss_of, stored, train
 
 from qgalore.errors import ConfigError
 from qgalore.files import checkpoint

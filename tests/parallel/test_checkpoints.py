@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers import assert_same
+from jobs import MICRO_BATCHES, Layers, codes, live
 from processes import run_in
 from safetensors.torch import load_file
-from test_runs import assert_same, codes, live
-from test_shard import MICRO_BATCHES, Layers
 
 import qgalore
 from qgalore.errors import ConfigError, RankError

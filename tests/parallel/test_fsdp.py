@@ -2,14 +2,13 @@
 (docs/scaling.md). Weights go round as int8; of the gradients only Δ's, by rows."""
 
 import types
-from collections import Counter
 
 import pytest
 import torch
+from jobs import Wire
 from processes import run_in
 from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qgalore
@@ -20,21 +19,6 @@ from qgalore.parallel import job
 RANK, WIDTH, TOKENS = 8, 64, 16
 SHAPE = {"hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "attn_implementation": "eager"}
-
-
-class Wire(TorchDispatchMode):
-    """Bytes handed to collectives: the whole of what is gathered, and of what is reduced and scattered."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        if "c10d" in name and "base_" in name:
-            whole = args[0] if "allgather" in name else args[1]
-            self.bytes["gathered" if "allgather" in name else "reduced"] += whole.nbytes
-        return func(*args, **(kwargs or {}))
 
 
 def model_of(dtype):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from jobs import whole
 from processes import run_in
-from test_shard import whole
 from torch import nn
 
 import qgalore

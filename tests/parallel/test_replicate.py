@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from jobs import plain
 from processes import run_in
 from torch import nn
 
@@ -54,11 +55,6 @@ def exact_steps(stepping, steps):
         for slot, parts in optimizer.state_dict()["slots"].items():
             state |= {f"{slot}|{name}": value for name, value in parts["inner"].items()}
         return {name: value.numpy() if torch.is_tensor(value) else value for name, value in plain(state).items()}
-
-
-def plain(state):
-    """Tensors that numpy, and so a queue between processes, can carry."""
-    return {n: v.float() if torch.is_tensor(v) and v.dtype == torch.bfloat16 else v for n, v in state.items()}
 
 
 SLOW = pytest.mark.slow

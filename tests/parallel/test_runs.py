@@ -1,10 +1,5 @@
 """Whole runs of ``train.py`` in several processes."""
 
-import contextlib
-import io
-import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,73 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers import assert_same
+from jobs import codes, live, rows, state
 from processes import run_in
 from safetensors.torch import load_file
 
 from qgalore.training import assemble
 
 STEPS = 50
-
-
-def live(folder, arguments, fault=None):
-    """(exit code, standard error) of one process; ``fault`` (rank, step, what) breaks something in it."""
-    from qgalore.training import loop
-    from train import main
-
-    os.chdir(folder)
-    if fault is not None and int(os.environ["RANK"]) == fault[0]:
-        _, step, what = fault
-        forward = loop.Loop._forward
-
-        def failing(self, batch, tokens):
-            loss = forward(self, batch, tokens)
-            if self.position.step == step and what == "bug":
-                raise KeyError("a bug")
-            if what == "signal":
-                if self.position.step == step and not self.folder.with_suffix(".sent").exists():
-                    self.folder.with_suffix(".sent").touch()  # a second one would stop at once
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return loss
-            return loss * torch.nan if self.position.step == step else loss
-
-        loop.Loop._forward = _checked(failing) if what == "nan" else failing
-    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
-        code = main(["--config", "tiny.yaml", *arguments])
-    return code, errors.getvalue()
-
-
-def _checked(forward):
-    """The check that the loop makes of its loss comes after the fault."""
-    from qgalore.errors import NumericalError
-
-    def checked(self, batch, tokens):
-        loss = forward(self, batch, tokens)
-        if not torch.isfinite(loss):
-            raise NumericalError(f"the loss is nan in step {self.position.step + 1}")
-        return loss
-
-    return checked
-
-
-def rows(run, key):
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if key in row]
-
-
-def state(run, step):
-    newest = run / "checkpoints" / f"step-{step:08d}"
-    return {**load_file(newest / "model.safetensors"), **load_file(newest / "optimizer.safetensors")}
-
-
-def codes(found):
-    """The exit codes alone; processes that do not lead have no more to say."""
-    return {one if isinstance(one, int) else one[0] for one in found}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
 
 
 def test_a_nan_in_one_process_skips_the_step_in_all(folder):
@@ -193,7 +129,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from qgalore import checkpoint, loop
+from qgalore.files import checkpoint
+from qgalore.training import loop
 import train
 step, write = loop.Loop._step, checkpoint.write_share
 def die():

@@ -3,44 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from jobs import LONG, MICRO_BATCHES, RANK, SMALL, WIDTH, Layers, Wire, whole
 from processes import run_in
-from test_fsdp import Wire
-from test_replicate import plain
-from torch import nn
 
 import qgalore
 from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.sharded import share_rows, shareable
 from qgalore.memory.traffic import payload
-from qgalore.parallel import job, shards
-
-MICRO_BATCHES, WIDTH, LONG, RANK = 4, 64, 2048, 8  # a quarter of Δ has 4,096 values, from where on moments have 8 bits
-SMALL = 256  # whose Δ has 2,048: fp32 moments
-
-
-class Layers(nn.Module):
-    """Two blocks of one layer with its basis on the right, and a dense vector outside."""
-
-    def __init__(self):
-        super().__init__()
-        make = torch.Generator().manual_seed(3)
-        options = {"rank": RANK, "group_size": 32, "proj_type": "right"}
-        shapes = ((LONG, WIDTH), (SMALL, WIDTH))
-        weights = [torch.randn(*shape, generator=make) for shape in shapes]
-        self.blocks = nn.ModuleList(nn.Sequential(LowRankLinear(weight, None, **options)) for weight in weights)
-        self.free = nn.Parameter(torch.zeros(LONG))
-
-    def loss(self, step, number):
-        """A loss whose gradients are integers: micro-batch ``number`` adds to the diagonals of both weights' gradients,
-        whose entries are all different, so that every basis is a choice of axes, different in each step."""
-        make = torch.Generator().manual_seed(step)
-        order = torch.randperm(WIDTH, generator=make)
-        wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number]
-        x = torch.diag((2 * (order + 1) + wobble).float()).requires_grad_()
-        # rows of the output that other processes hold have gradients too: ones at every WIDTH-th place
-        outputs = [block(x) * torch.eye(WIDTH).repeat(1, block[0].out_features // WIDTH) for block in self.blocks]
-        return (outputs[0] + self.free).sum() + outputs[1].sum()
+from qgalore.parallel import job
 
 
 def model_and_optimizer(team):
@@ -49,15 +20,6 @@ def model_and_optimizer(team):
         share_rows(model.blocks, torch.device("cpu"))
     options = {"update_proj_gap": 5, "moments": "rotate", "seed": 1, "weight_decay": 0.1, "team": team}
     return model, qgalore.optimizer(model, lr=0.02, **options)
-
-
-def whole(team, tensors):
-    """All tensors as one process has them; the order is the same everywhere."""
-    tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
-    for name, value in tensors.items():
-        if shards.is_shared(value):
-            tensors[name] = value.full_tensor()
-    return {name: value.numpy() for name, value in plain(tensors).items()}
 
 
 def exact_steps(steps):

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from helpers import assert_same
+from jobs import codes, live, rows, state
 from processes import run_in
 from safetensors.torch import load_file
-from test_runs import assert_same, codes, live, rows, state
 
 from qgalore.training import assemble
 

@@ -16,7 +16,7 @@ TILE = {"rows": 32, "columns": 128, "depth": 32}
 
 
 def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name("test_kernels.py"))]
+    command = [sys.executable, "-m", "pytest", "-n", "0", str(Path(__file__).with_name("test_kernels.py"))]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_follow_goes_on_until_the_run_ends(recorded, tool, tmp_path, capfd, monk
         pages.append((tmp_path / "f.html").read_text())
         (folder / "metrics.jsonl").write_text(contents.pop(0))
 
-    monkeypatch.setattr(tool.time, "sleep", later)
+    monkeypatch.setattr(time, "sleep", later)
     assert tool.main([str(folder), "--follow", "--html", str(tmp_path / "f.html")]) == 0
     assert contents == []
     states = [line.split(" |")[0] for line in capfd.readouterr().out.splitlines() if line.startswith("tiny: ")]
@@ -96,5 +97,5 @@ def test_ctrl_c_ends_following(recorded, tool, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     assert tool.main([str(folder), "--follow"]) == 0

@@ -1,5 +1,7 @@
 """Rules that turn the full gradient of a layer into its update, each in a file of its own."""
 
+from ... import combinations
+from ...combinations import ARGUMENTS, GALORE
 from ...errors import ConfigError
 from ...quant.momentum import FORMATS
 from ..layers.embedding import LowRankEmbedding
@@ -12,18 +14,9 @@ from .muon import Muon
 from .scale import Scale
 from .sinkgd import SinkGD
 
-RULES: dict[str, type[Rule]] = {
-    "apollo": Apollo,
-    "apollo_mini": ApolloMini,
-    "scale": Scale,
-    "fira": Fira,
-    "muon": Muon,
-    "sinkgd": SinkGD,
-}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Apollo, ApolloMini, Scale, Fira, Muon, SinkGD)}
 
-GALORE = "galore"  # not one of the rules here: it needs Δ's gradient alone
 NAMES = (GALORE, *RULES)
-GALORE_SCALE = 0.25
 FULL_GRADIENTS = ("free", "keep")
 
 __all__ = ["GALORE", "NAMES", "RULES", "Rule", "RuleOptions", "check", "check_momentum", "default_scale"]
@@ -31,7 +24,7 @@ __all__ = ["GALORE", "NAMES", "RULES", "Rule", "RuleOptions", "check", "check_mo
 
 def default_scale(rule: str) -> float:
     """The published scale of a rule's updates."""
-    return GALORE_SCALE if rule == GALORE else RULES[rule].default_scale
+    return combinations.RULES[rule].scale
 
 
 def check(rule: str, rank: int | None, stepping: str, full_gradients: str, modules: dict[str, LowRankLinear]) -> None:
@@ -40,27 +33,24 @@ def check(rule: str, rank: int | None, stepping: str, full_gradients: str, modul
         raise ConfigError(f"rule is {rule!r}; it must be one of {NAMES}")
     if full_gradients not in FULL_GRADIENTS:
         raise ConfigError(f"full_gradients is {full_gradients!r}; it must be one of {FULL_GRADIENTS}")
-    if rule == "apollo" and (rank is None or rank < 1):
-        raise ConfigError(f"rank is {rank!r}; rule 'apollo' needs the rank of its random projection, at least 1")
     if rule != "apollo" and rank is not None:
         raise ConfigError(
             f"rank is {rank!r}, and rule {rule!r} does not read it: a layer's rank is set by convert; leave it out here"
         )
+    free = [name for name, module in modules.items() if module.max_rank is not None]
+    where = f" to convert for {len(free)} layers, for example {free[0]}" if free else ""
+    waiting = [ARGUMENTS.said("stepping", stepping)] if stepping == "deferred" else []  # manual: the caller decides
+    for message in (
+        combinations.projection_rank(ARGUMENTS, rule, rank),
+        combinations.automatic_rule(ARGUMENTS, bool(free), rule, where),
+        combinations.whole_gradients(ARGUMENTS, rule, full_gradients, waiting),
+    ):
+        if message is not None:
+            raise ConfigError(message)
     if rule == GALORE:
         return
-    if free := [name for name, module in modules.items() if module.max_rank is not None]:
-        raise ConfigError(
-            f"rule {rule!r} needs a fixed rank, and {len(free)} layers were converted with rank='auto', for example "
-            f"{free[0]}; convert the model with a number, or use rule='galore'"
-        )
-    if stepping == "deferred" and full_gradients == "free":  # manual stepping is the caller's to decide
-        raise ConfigError(
-            f"rule {rule!r} needs the full gradient of every layer in every step, and stepping 'deferred' would keep "
-            "all of them at once, as many values as the layers have weights; use stepping='fused', or accept the "
-            "memory with full_gradients='keep'"
-        )
     idle = [name for name, m in modules.items() if not (m.left is None and m.right is None)]
-    if idle and not RULES[rule].uses_basis:
+    if idle and not combinations.RULES[rule].uses_basis:
         raise ConfigError(
             f"rule {rule!r} uses no stored basis, but {len(idle)} layers have one, for example {idle[0]}; convert the "
             "model with rank=None, which stores none"

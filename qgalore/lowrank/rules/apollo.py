@@ -39,6 +39,8 @@ def random_projection(dim: int, rank: int, key: tuple[int, int], device: torch.d
 class Apollo(Rule):
     """APOLLO with one factor for each channel of the longer side."""
 
+    name = "apollo"
+
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         super().__init__(module, index, options)
         self.rank = min(self.wanted_rank(), *module.weight.shape)

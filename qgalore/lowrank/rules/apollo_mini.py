@@ -6,8 +6,6 @@ The factor makes up for what a single random direction underestimates; the paper
 settings say 128, of which their code takes the root.
 """
 
-import math
-
 from torch import Tensor
 
 from .apollo import Apollo
@@ -17,7 +15,7 @@ from .common import channel_scaling
 class ApolloMini(Apollo):
     """A moment of two vectors and one factor for each matrix."""
 
-    default_scale = math.sqrt(128.0)
+    name = "apollo_mini"
 
     def wanted_rank(self) -> int:
         return 1

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import combinations
 from ..layers.linear import LowRankLinear
 
 Rows = Callable[[int, int], Tensor]  # (a, b) → rows a … b−1 of a direction, fp32, a fresh tensor
@@ -30,17 +31,21 @@ class RuleOptions:
 class Rule:
     """Owns the state of one layer; ``direction`` turns its full gradient into N with W ← W(1 − lr·wd) − lr · scale · N.
 
-    ``uses_basis``: works in the layer's stored bases, which are refreshed as in GaLore. ``uses_inner``: has Adam
-    moments, of a gradient of shape ``leaf_shape``, kept by the inner optimizer. ``default_scale``: the published one.
+    ``name``: its key in ``combinations.RULES``. ``uses_inner``: has Adam moments, of a gradient of shape
+    ``leaf_shape``, kept by the inner optimizer.
     """
 
-    uses_basis = False
+    name = ""
     uses_inner = True
-    default_scale = 1.0
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         """``module``: the layer that the rule steps; ``index``: the number of its random streams."""
         self.module, self.index, self.options = module, index, options
+
+    @property
+    def uses_basis(self) -> bool:
+        """Whether it works in the layer's stored bases, which are refreshed as in GaLore."""
+        return combinations.RULES[self.name].uses_basis
 
     def leaf_shape(self) -> torch.Size:
         """The shape of what the inner optimizer would step: Δ's in a subspace, nothing for a rule without moments."""

@@ -27,7 +27,7 @@ from .common import Adam, GrowthLimiter, Rows, Rule, RuleOptions, channel_scalin
 class Fira(Rule):
     """GaLore's moments, and the limiter's last norm."""
 
-    uses_basis = True
+    name = "fira"
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         super().__init__(module, index, options)

@@ -31,6 +31,7 @@ _STREAM = 3  # apart from the bits of weights (0), of APOLLO's projection (1) an
 class Muon(Rule):
     """One momentum of the weight's own shape, and the step that wrote it last."""
 
+    name = "muon"
     uses_inner = False
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:

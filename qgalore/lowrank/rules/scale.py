@@ -18,6 +18,7 @@ from .common import Adam, Rows, Rule, unit_rms_rows
 class Scale(Rule):
     """Row-normalised SGD."""
 
+    name = "scale"
     uses_inner = False
 
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:

@@ -29,6 +29,7 @@ def sinkhorn_rms_(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
 class SinkGD(Rule):
     """Doubly normalised SGD."""
 
+    name = "sinkgd"
     uses_inner = False
 
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:

@@ -1,0 +1,36 @@
+"""``qgalore export``: a checkpoint's model for other programs."""
+
+import argparse
+from pathlib import Path
+
+from . import arguments as kinds
+from . import door
+
+EXAMPLES = """
+  %(prog)s runs/quickstart --format gguf --out quickstart-gguf
+  %(prog)s runs/quickstart/checkpoints/step-00000300 --format int8 --out quickstart-int8
+"""
+
+
+def parse(arguments: list[str], program: str) -> argparse.Namespace:
+    parser = kinds.parser(program, "Write a checkpoint's model for other programs.", EXAMPLES)
+    parser.add_argument("checkpoint", type=Path, help="a run (its newest checkpoint), or RUN/checkpoints/step-…")
+    formats = "hf: bf16 for transformers; int8: compressed-tensors W8A16 for vLLM; gguf: Q8_0 for llama.cpp"
+    parser.add_argument("--format", required=True, choices=("hf", "int8", "gguf"), help=formats)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="an empty folder, or one to make")
+    return parser.parse_args(arguments)
+
+
+def export(options: argparse.Namespace) -> None:
+    kinds.fresh_folder(options.out, "--out")
+    source = kinds.saved_folder(options.checkpoint)
+    if source != options.checkpoint:
+        print(f"export: of {source}, the newest checkpoint", flush=True)
+    from ..training import assemble
+
+    assemble.export_checkpoint(source, options.format, options.out)
+
+
+def main(arguments: list[str], program: str = "qgalore export") -> int:
+    options = parse(arguments, program)
+    return door.leave(lambda: export(options))

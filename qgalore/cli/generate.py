@@ -1,0 +1,76 @@
+"""``qgalore generate``: a first look at an exported model."""
+
+import argparse
+from pathlib import Path
+
+from . import arguments as kinds
+from . import door
+
+EXAMPLES = """
+  %(prog)s runs/quickstart/export/hf --prompt "It was"
+  %(prog)s runs/quickstart/export/hf --prompt "It was" --temperature 0 --max-new-tokens 20
+"""
+
+
+def parse(arguments: list[str], program: str) -> argparse.Namespace:
+    parser = kinds.parser(program, "Continue a prompt with an exported model.", EXAMPLES)
+    parser.add_argument("folder", type=Path, help="a Hugging Face folder, such as runs/NAME/export/hf")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the beginning to continue")
+    tokens = kinds.whole(1, 2**20)
+    parser.add_argument("--max-new-tokens", type=tokens, default=100, metavar="N", help="how many at most (100)")
+    likeliest = "0 takes the likeliest token every time (0.8)"
+    parser.add_argument("--temperature", type=kinds.real(0, 100), default=0.8, metavar="T", help=likeliest)
+    parser.add_argument("--seed", type=kinds.whole(0, 2**63 - 1), default=0, metavar="N", help="of the draws (0)")
+    return parser.parse_args(arguments)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise :class:`ConfigError` for a folder that is no exported model, naming the export if it is a run."""
+    from ..errors import ConfigError
+
+    if (folder / "config.json").is_file():
+        return
+    run = folder.parent.parent if folder.parent.name == kinds.CHECKPOINTS else folder
+    export = run / "export" / "hf"
+    remedy = f"Name {export}." if export.is_dir() else "Name a Hugging Face folder, such as runs/NAME/export/hf."
+    if not export.is_dir() and (run / kinds.CHECKPOINTS).is_dir():
+        remedy = f"Export it first with qgalore export {folder} --format hf --out DIR."
+    raise ConfigError(f"{folder} is not an exported model: it has no config.json. {remedy}")
+
+
+def load(folder: Path):
+    """(model, tokenizer) of a Hugging Face folder."""
+    from ..data.tokenizer import load_tokenizer
+    from ..models.loading import pretrained
+
+    return pretrained(str(folder)), load_tokenizer(str(folder))
+
+
+def generate(options: argparse.Namespace) -> None:
+    check_folder(options.folder)
+    import torch
+
+    from ..errors import ConfigError, printable
+
+    model, tokenizer = load(options.folder)
+    ids = tokenizer(options.prompt, return_tensors="pt")
+    if not ids["input_ids"].numel():
+        raise ConfigError("--prompt is empty; give at least one word")
+    room = getattr(model.config, "max_position_embeddings", None)
+    length = ids["input_ids"].shape[1] + options.max_new_tokens
+    if room is not None and length > room:
+        raise ConfigError(
+            f"--max-new-tokens: {options.max_new_tokens} behind a prompt of {ids['input_ids'].shape[1]} tokens is more "
+            f"than the model's {room} positions; lower it"
+        )
+    torch.manual_seed(options.seed)
+    sampling = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature}
+    output = model.generate(**ids, max_new_tokens=options.max_new_tokens, **sampling)
+    print(printable(tokenizer.decode(output[0], skip_special_tokens=True)))
+
+
+def main(arguments: list[str], program: str = "qgalore generate") -> int:
+    options = parse(arguments, program)
+    return door.leave(lambda: generate(options))

@@ -1,0 +1,118 @@
+"""What several test files share: short training loops, states and their comparison, damaged files."""
+
+import json
+import os
+import random
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import qgalore
+from qgalore.training.run_lock import RunLock
+
+QUICK = {"rank": 8, "basis_format": "int4"}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def final_state(run, step=6):
+    folder = Path(run) / "checkpoints" / f"step-{step:08d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def loss_of(model, tokens):
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def train(model, opt, batches, micro=1):
+    for tokens in batches:
+        for part in tokens.chunk(micro):
+            (loss_of(model, part) / micro).backward()
+        opt.step()
+        opt.zero_grad()
+    return model
+
+
+def stored(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def distance(model, other, start):
+    """How far two models are apart, relative to how far training has moved them."""
+    pairs = [
+        (a.detach().double(), b.detach().double(), c.detach().double())
+        for a, b, c in zip(model, other, start, strict=True)
+    ]
+    gap = sum(float((a - b).square().sum()) for a, b, _ in pairs) ** 0.5
+    return gap / sum(float((b - c).square().sum()) for _, b, c in pairs) ** 0.5
+
+
+@contextmanager
+def another_process_holds(folder):
+    ready, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        lock = RunLock(folder)
+        os.write(tell, b"1" if lock.works else b"0")
+        signal.pause()
+    assert os.read(ready, 1) == b"1"
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def trained(tiny_llama, dtype=torch.float32, steps=2, embeddings="full", **changes):
+    model = tiny_llama(**changes).to(dtype)
+    qgalore.convert(model, rank=8, embeddings=embeddings)
+    opt = qgalore.optimizer(model, lr=5e-3, update_proj_gap=2)
+    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        model(tokens, use_cache=False).logits.float().logsumexp(-1).mean().backward()
+        opt.step()
+    return model, opt
+
+
+def mutate(folder, rng: random.Random) -> str:
+    """Damage one file in one of many ways; says how."""
+    path = folder / rng.choice(["model.safetensors", "optimizer.safetensors", "state.json", "state.json"])
+    raw = path.read_bytes()
+    kind = rng.choice(["flip", "flip", "truncate", "empty", "delete", "swap", "insert", "zeros", "field"])
+    if kind == "flip":
+        position = rng.choice([rng.randrange(len(raw)), rng.randrange(min(64, len(raw)))])
+        path.write_bytes(raw[:position] + bytes([raw[position] ^ 1 << rng.randrange(8)]) + raw[position + 1 :])
+    elif kind == "truncate":
+        path.write_bytes(raw[: rng.randrange(len(raw))])
+    elif kind == "insert":
+        position = rng.randrange(len(raw))
+        path.write_bytes(raw[:position] + rng.randbytes(rng.randrange(1, 9)) + raw[position:])
+    elif kind == "zeros":
+        start = rng.randrange(len(raw) - 1)
+        path.write_bytes(raw[:start] + bytes(len(raw) - start))
+    elif kind == "delete":
+        path.unlink()
+    elif kind == "swap":
+        other = folder / ("model.safetensors" if path.name != "model.safetensors" else "optimizer.safetensors")
+        path.write_bytes(other.read_bytes())
+    elif kind == "field":
+        path = folder / "state.json"
+        state = json.loads(path.read_text())
+        key = rng.choice(list(state))
+        state[key] = rng.choice([None, 0, "x", [], {}, -1, 99])
+        path.write_text(rng.choice([json.dumps(state), json.dumps(state[key]), json.dumps([state])]))
+    else:
+        path.write_bytes(b"")
+    return f"{kind} {path.name}"
