@@ -35,8 +35,8 @@ def live(folder, arguments, fault=None):
             if self.position.step == step and what == "bug":
                 raise KeyError("a bug")
             if what == "signal":
-                if self.position.step == step and not self.folder.with_suffix(".sent").exists():
-                    self.folder.with_suffix(".sent").touch()  # a second one would stop at once
+                if self.position.step == step and not self.saving.folder.with_suffix(".sent").exists():
+                    self.saving.folder.with_suffix(".sent").touch()  # a second one would stop at once
                     os.kill(os.getpid(), signal.SIGTERM)
                 return loss
             return loss * torch.nan if self.position.step == step else loss
@@ -193,7 +193,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from qgalore import checkpoint, loop
+from qgalore.files import checkpoint
+from qgalore.training import loop
 import train
 step, write = loop.Loop._step, checkpoint.write_share
 def die():
