@@ -26,6 +26,11 @@ def _trains_converted(config: Config) -> bool:
     return METHODS[config.method][0] and config.method != "lora"
 
 
+def _batch_major(config: Config) -> bool:
+    """Whether the gradients of all blocks exist in one backward pass."""
+    return config.train.order == "batch_major"
+
+
 def _one_model(config: Config) -> Iterable[str]:
     if (config.model.config is None) == (config.model.path is None):
         yield "model: give exactly one of model.config (from scratch) and model.path (pretrained)"
@@ -47,7 +52,7 @@ def _compiled_ranks(config: Config) -> Iterable[str]:
 
 
 def _fused_clipping(config: Config) -> Iterable[str]:
-    if config.train.stepping == "fused" and config.train.clip_grad_norm > 0:
+    if _batch_major(config) and config.train.stepping == "fused" and config.train.clip_grad_norm > 0:
         yield "train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0"
 
 
@@ -173,12 +178,13 @@ def _whole_gradients(config: Config) -> list[str]:
         f"train.clip_grad_norm: {train.clip_grad_norm:g}": train.clip_grad_norm > 0,
         "train.stepping: deferred": train.stepping == "deferred",
     }
-    if train.full_gradients == "free" and any(asked.values()):
+    if _batch_major(config) and train.full_gradients == "free" and any(asked.values()):
         found.append(
             f"{' and '.join(key for key, given in asked.items() if given)}: rule {rule} needs full gradients, and "
             "would keep those of all layers at once until the step: 4 bytes (lowrank.grad_dtype: bfloat16: 2) for "
-            "each of their weights, 24 GiB for a 7B model; accept that with train.full_gradients: keep, or use "
-            "grad_accumulation 1 without clipping"
+            "each of their weights, 24 GiB for a 7B model; accept that with train.full_gradients: keep, use "
+            "grad_accumulation 1 without clipping, or use train.order: layer_major, which accumulates those of one "
+            "block at a time"
         )
     return found
 
@@ -230,7 +236,8 @@ TABLE = (
     ),
     Conflict(
         ("train.full_gradients", "train.grad_accumulation", "train.clip_grad_norm", "lowrank.rule"),
-        "a rule other than galore needs `train.full_gradients: keep` for accumulation, clipping or deferred stepping; "
+        "in batch-major steps a rule other than galore needs `train.full_gradients: keep` for accumulation, clipping "
+        "or deferred stepping; "
         "rule apollo needs a number as rank",
         _whole_gradients,
     ),

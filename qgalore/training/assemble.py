@@ -38,6 +38,8 @@ from .parts import Data, Evaluating, Faults, Samples, Saving, Stepping
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .run_lock import RunLock
 from .say import say
+from .stepping import BatchMajor, LayerMajor
+from .trial import kept_in_walks, try_layer_major
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
 
@@ -69,6 +71,13 @@ def _resolved(config: Config, device: torch.device, processes: int) -> Config:
     return configuration.resolve(config, device.type, bf16, processes)
 
 
+def _alone(config: Config, processes: int) -> list[str]:
+    """What is said of an order of steps that several processes do not take."""
+    if processes == 1 or config.train.order == "batch_major":
+        return []
+    return [f"train.order: {config.train.order} is for one process; {processes} take batch-major steps"]
+
+
 def plan(config: Config, processes: int = 1) -> None:
     """Print the memory plan of ``config`` for each of ``processes`` without allocating anything. Raises
     :class:`DoesNotFitError`.
@@ -90,7 +99,7 @@ def plan(config: Config, processes: int = 1) -> None:
     )
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=classification.PLANNED)
-    remarks = configuration.remarks(config)
+    remarks = configuration.remarks(config) + _alone(config, processes)
     config = _resolved(config, device, processes)
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
@@ -102,7 +111,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
     ``team``."""
     device = choose_device(config)
-    remarks = configuration.remarks(config)
+    remarks = configuration.remarks(config) + _alone(config, team.size)
     config = _resolved(config, device, team.size)
     folder, lock = enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
@@ -145,7 +154,9 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
     evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
-    planned = recheck(config, vocabulary, device, loss, planned, team.size)
+    asked = config.train.order
+    config, layout = try_layer_major(config, model, loss, data.train, device)
+    planned = recheck(config, vocabulary, device, loss, planned, team.size, again=config.train.order != asked)
     run_state = {
         "config": config.model_dump(mode="json"),
         "data": data.description,
@@ -154,7 +165,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         "model_config": json.loads(model.config.to_json_string(use_diff=False)),
         "torch": torch.__version__,
     }
-    optimizer = build_optimizer(config, model, team)
+    stepping = _stepping(config)
+    optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
     start = restore(
         source,
         saved,
@@ -171,10 +183,15 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         optimizer=optimizer,
         device=device,
         data=_data(config, data, examples, loss, evaluating),
-        stepping=_stepping(config),
+        stepping=stepping,
         evaluating=_evaluating(config),
         saving=_saving(config, folder, run_state),
         faults=_faults(config, planned),
+        order=(
+            BatchMajor(model, optimizer, stepping, team)
+            if layout is None
+            else LayerMajor(model, optimizer, stepping, layout, kept_in_walks(config, layout))
+        ),
         start=start,
         team=team,
     )
@@ -193,14 +210,14 @@ def _data(
     config: Config, data: BuiltData, examples: classification.LabelledData | None, loss: Loss, team: Team
 ) -> Data:
     """What is trained on and held out; ``team`` evaluates together."""
-    order_for = cache(partial(_order, len(data.train), config.run.seed))
+    order_for = cache(partial(_sample_order, len(data.train), config.run.seed))
     if examples is not None:
         return classification.loop_data(config, examples, order_for)
     looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team)
     return Data(data.train, data.valid, order_for, target_tokens, looking)
 
 
-def _order(samples: int, seed: int, rollbacks: int) -> SampleOrder:
+def _sample_order(samples: int, seed: int, rollbacks: int) -> SampleOrder:
     return SampleOrder(samples, derive_key(seed, rollbacks)[0] & 0xFFFFFFFF)
 
 

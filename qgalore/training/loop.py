@@ -14,7 +14,6 @@ from ..files.filling import first_not_finite
 from ..lowrank.optimizer import LowRankOptimizer
 from ..models.loss import Loss
 from ..parallel import ALONE, Team
-from ..quant.counter import derive_key
 from .course import Course
 from .keeping import PATIENCE
 from .parts import Batch, Data, Evaluating, Evaluation, Faults, Saving, Stepping
@@ -22,6 +21,7 @@ from .position import Position
 from .records import ProgressLine, human_time, memory_row
 from .recovery import Recovery
 from .spikes import WINDOW
+from .stepping import Order
 from .stopping import StopSignal
 
 
@@ -42,12 +42,13 @@ class Loop:
     evaluating: Evaluating
     saving: Saving
     faults: Faults
+    order: Order
     start: Position
     team: Team = ALONE
 
     def __post_init__(self) -> None:
         self.course = Course(self.model, self.optimizer, self.start, self.saving, self.team)
-        self.recovery = Recovery(self.course, self.data, self.stepping, self.faults, self.device)
+        self.recovery = Recovery(self.course, self.data, self.stepping, self.faults, self.order, self.device)
 
     @property
     def position(self) -> Position:
@@ -72,7 +73,7 @@ class Loop:
                 "and at the end",
                 flush=True,
             )
-        if self.position.step == 0 and self.optimizer.stepping == "fused":
+        if self.position.step == 0 and self.order.may_leave_traces:
             self._save_beginning()
         course.look_for_best()
         with StopSignal() as stop:
@@ -136,24 +137,13 @@ class Loop:
         how, step = self.stepping, self.position.step
         for group in self.optimizer.param_groups:
             group["lr"] = how.lr_at(step)
-        torch.manual_seed(derive_key(how.seed, step)[0] & 0x7FFFFFFF)
         size = how.micro_batch_size
         indices, after = self.data.order_for(self.position.order).take(self.position.sample, how.samples)
         numbers = self.team.deal(range(how.grad_accumulation))
         batches = [self.data.train.batch(indices[n * size : (n + 1) * size]) for n in numbers]
         tokens = self.team.total("the targets of a step", sum(map(self.data.targets, batches)))
-        loss = 0.0
-        for number, batch in zip(numbers, batches, strict=True):
-            if number:  # dropout is a function of step and micro-batch, whoever takes it
-                torch.manual_seed(derive_key(how.seed, step, number)[0] & 0x7FFFFFFF)
-            part = self._forward(batch, tokens)
-            loss += float(part.detach())
-            if number == numbers[-1]:  # before the last backward pass: fused stepping updates in it
-                loss = self.team.total("the loss of a step", loss)
-                self.recovery.check_spike(loss)
-            self.team.meet("a backward pass")  # in which sharded weights are gathered: not while one has failed
-            part.backward()
-        norm = self._take_step()
+        share = partial(self._share, tokens=tokens)
+        loss, norm = self.order.take(step, numbers, batches, share, self.recovery.check_spike)
         self.course.position = replace(
             self.position,
             step=step + 1,
@@ -181,24 +171,10 @@ class Loop:
             **({"without_gradient": len(names), "waiting": self.optimizer.waiting()} if names else {}),
         }
 
-    def _forward(self, batch: Batch, tokens: int) -> Tensor:
+    def _share(self, batch: Batch, tokens: int) -> Tensor:
         """One micro-batch's share of the mean loss over a step's ``tokens`` targets."""
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        loss = self.loss(self.model, batch) / max(tokens, 1)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NumericalError(f"the loss is {value} in step {self.position.step + 1}")
-        return loss
-
-    def _take_step(self) -> float:
-        """Refresh, clip and step; returns the gradient norm before clipping."""
-        if self.stepping.clip_grad_norm > 0:
-            self.optimizer.refresh()
-            norm = self.optimizer.clip(self.model.parameters(), self.stepping.clip_grad_norm)
-            self.optimizer.step()
-            return norm
-        self.optimizer.step()
-        return self.optimizer.grad_norm
+        return self.loss(self.model, batch) / max(tokens, 1)
 
     def _evaluate(self) -> Evaluation:
         size, valid = self.stepping.micro_batch_size, self.data.valid

@@ -11,6 +11,7 @@ from .course import Course
 from .parts import Data, Faults, Stepping
 from .records import memory_bytes, memory_row
 from .spikes import is_spike
+from .stepping import Order
 
 Row = dict[str, Any]  # of metrics.jsonl
 
@@ -27,6 +28,7 @@ class Recovery:
     data: Data
     stepping: Stepping
     faults: Faults
+    order: Order
     device: torch.device
 
     def guarded(self, take: Callable[[], Row]) -> Row | None:
@@ -47,7 +49,7 @@ class Recovery:
         except NumericalError as error:
             if isinstance(error, Spike) and self.faults.loss_spike == "rollback" and self._roll_back(error):
                 return None
-            if course.optimizer.inside_step:
+            if self.order.left_traces():
                 self._replay(error)
                 return None
             return self._skip(error)
@@ -110,8 +112,8 @@ class Recovery:
             raise NumericalError(
                 f"{error}. No usable checkpoint is left in {course.keeper.folder} to replay from "
                 f"({'; '.join(map(str, complaints)) or 'all are gone'}), though one was written before the first step; "
-                "find out what changes that folder, or set train.stepping=deferred, which looks at all gradients "
-                "before it steps"
+                "find out what changes that folder, or set train.order=batch_major with "
+                "train.stepping=deferred, which looks at all gradients before it steps"
             ) from error
         where = course.position
         course.return_to(found, state, order=where.order, skip=[*where.skip, where.step])
