@@ -68,4 +68,4 @@ def test_train_script_is_short():
 
 
 def test_the_import_reader_sees_relative_imports(tmp_path):
-    assert imported_rooms(PACKAGE / "training" / "loop.py") >= {"files", "data", "lowrank", "models"}
+    assert imported_rooms(PACKAGE / "training" / "assemble.py") >= {"memory", "data", "lowrank", "models"}

@@ -236,14 +236,20 @@ class _Rehearsal:
     def _walk(self, batch: dict[str, Tensor], layout: Layout) -> None:
         """All micro-batches, block by block; each block's tensors are stepped when it is done."""
         step = self.step
-        graphs, count = step.keeps == "graphs", step.micro_batches
+        kept = walked.activations(
+            step.micro_batches,
+            len(layout),
+            graphs=step.keeps == "graphs",
+            on_host=step.keeps == "host",
+            live=lambda: sum(self.meter.live.values()),
+        )
         walk.walk(
             layout,
-            [lambda: self._loss(batch)] * walked.rehearsed(count, graphs),
-            reseed=lambda number, part: None,
+            [lambda: self._loss(batch)] * walked.rehearsed(step.micro_batches),
+            reseed=lambda number, part: kept.graphs.begins(),
             decide=lambda losses: True,
             step=self._block_done,
-            activations=walked.activations(count, len(layout), graphs=graphs, on_host=step.keeps == "host"),
+            activations=kept,
         )
 
     def _block_done(self, _: str, parameters: list[nn.Parameter]) -> None:
@@ -416,9 +422,8 @@ def plan(model: nn.Module, tensors: list[TrainedTensor], step: Step, outside: di
     """
     kept_bytes = resident(model, tensors)
     model.train()
-    if (
-        step.fused or step.layer_major
-    ):  # any layer's gradient of Δ, one at a time; those that wait together share the ranks' budget
+    # Any layer's gradient of Δ, one at a time; those that wait together share the ranks' budget.
+    if step.fused or step.layer_major:
         for tensor in tensors:
             tensor.fill()
     kept = [*model.parameters(), *model.buffers(), *(part.leaf for tensor in tensors for part in tensor.parts)]

@@ -1,9 +1,12 @@
 """Layer-major steps in a rehearsal: what waits for a walk's second pass, for more micro-batches than are rehearsed."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..step.activations import Activations, Arguments, Key
+from ..step.activations import Activations, Arguments, KeptGraphs, Key
 
 REHEARSED = 2  # micro-batches: the first begins an accumulation, the second adds to it
 
@@ -51,15 +54,42 @@ class OnPaper:
         self._away.clear()
 
 
-def rehearsed(micro_batches: int, graphs: bool) -> int:
-    """How many of a step's micro-batches a rehearsal takes: all whose graphs are kept, which no shape stands for."""
-    return micro_batches if graphs else min(REHEARSED, micro_batches)
+class GraphsOnPaper(KeptGraphs):
+    """As :class:`OnPaper`, for the graphs of all blocks. ``live()`` tells the bytes that are there now; what a block of
+    the last micro-batch has added since :meth:`begins` is what each of the others would add."""
+
+    def __init__(self, blocks: int, last: int, more: int, live: Callable[[], int]) -> None:
+        super().__init__(blocks)
+        self.last_number, self.more, self.live, self._before = last, more, live, 0
+
+    def begins(self) -> None:
+        """A block is about to run."""
+        self._before = self.live()
+
+    def put(self, block: int, number: int, graph: Any) -> None:
+        others = None
+        if self.more and number == self.last_number:
+            added = max(0, self.live() - self._before)
+            others = torch.empty(self.more * added, dtype=torch.uint8, device="meta")
+        super().put(block, number, (graph, others))
+
+    def get(self, block: int, number: int) -> Any:
+        return super().get(block, number)[0]
 
 
-def activations(micro_batches: int, blocks: int, *, graphs: bool, on_host: bool) -> Activations:
-    """What the walk of so many ``micro_batches`` keeps, of which :func:`rehearsed` take part."""
-    part = rehearsed(micro_batches, graphs)
-    kept = Activations(graphs_of_last=blocks if graphs else 0)
+def rehearsed(micro_batches: int) -> int:
+    """How many of a step's micro-batches a rehearsal takes."""
+    return min(REHEARSED, micro_batches)
+
+
+def activations(
+    micro_batches: int, blocks: int, *, graphs: bool, on_host: bool, live: Callable[[], int]
+) -> Activations:
+    """What the walk of so many ``micro_batches`` keeps, of which :func:`rehearsed` take part. ``graphs``: those of all
+    blocks are kept, and there is no second pass."""
+    part = rehearsed(micro_batches)
+    kept = Activations()
+    kept.graphs = GraphsOnPaper(blocks if graphs else 0, part - 1, micro_batches - part, live)
     kept.inputs, kept.gradients, arguments = (OnPaper(part - 1, micro_batches - part, on_host) for _ in range(3))
     kept.arguments = Arguments(arguments)
     return kept
