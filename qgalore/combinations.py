@@ -99,11 +99,14 @@ def whole_gradients(door: Door, rule: str, full_gradients: str, asked: list[str]
     that make it wait, as their user writes them."""
     if rule == GALORE or full_gradients != "free" or not asked:
         return None
+    layer_major = (
+        f", or {door.said('order', 'layer_major')}, which accumulates one block at a time" if door.keys else ""
+    )
     return (
         f"{' and '.join(asked)}: rule {rule} needs full gradients, and would keep those of all layers at once until "
         "the step, 4 bytes (2 in bfloat16) for each of their weights, 24 GiB for a 7B model; accept that with "
         f"{door.said('full_gradients', 'keep')}, or use one backward pass a step without clipping, as "
-        f"{door.said('stepping', 'fused')} does"
+        f"{door.said('stepping', 'fused')} does{layer_major}"
     )
 
 

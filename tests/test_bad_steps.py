@@ -209,7 +209,7 @@ def test_a_half_taken_step_without_any_checkpoint_left_stops(tiny_run, monkeypat
     real = loop.Loop._step
 
     def step(self):
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.saving.folder / "checkpoints", ignore_errors=True)
         return real(self)
 
     monkeypatch.setattr(loop.Loop, "_step", step)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qgalore.training.loop import Position
+from qgalore.training.position import Position
 
 # What is trained on says nothing about what is held out, which therefore gets worse as soon as it is learnt.
 WORSENS = ("data.train=train.txt", "data.valid=valid.txt", "data.vocab_size=300", "data.sequence_length=16",

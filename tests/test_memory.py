@@ -12,7 +12,6 @@ from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import DoesNotFitError
 from qgalore.memory import plan
 from qgalore.training import assemble
-from qgalore.training.loop import Loop, Position
 from qgalore.training.model import Vocabulary
 
 planning = importlib.import_module("qgalore.training.fit")  # build.plan is the function
@@ -61,7 +60,7 @@ REFRESHES = ("lowrank.update_proj_gap=1", "lowrank.stagger=false")
 
 def storages(run: assemble.Run) -> int:
     """Bytes of everything that a built run keeps between steps."""
-    optimizer = run.loop["optimizer"]
+    optimizer = run.loop.optimizer
     kept = [*run.model.parameters(), *run.model.buffers()]
     for slot in optimizer.tensors:
         kept += slot.tensors().values()
@@ -107,7 +106,7 @@ def test_the_plan_is_what_is_taken(name, tiny_run):
 
 def check_plan(settings: config.Config) -> None:
     run = assemble.build(settings, None)
-    loop = Loop(**run.loop, position=Position(**run.position))
+    loop = run.loop
     run.model.train()
     loop._step()
     resident = storages(run)
@@ -129,14 +128,14 @@ def test_the_plan_has_room_for_every_rank(stepping, tiny_run):
     ranks = (*AUTO, "lowrank.mean_rank=32", "lowrank.energy=0.8", "train.lr=0.05", f"train.stepping={stepping}")
     overrides = [*COMMON, *REFRESHES, "run.name=moving", one_layer, checkpointing, *ranks]
     run = assemble.build(config.load("tiny.yaml", overrides), None)
-    loop = Loop(**run.loop, position=Position(**run.position))
+    loop = run.loop
     run.model.train()
     seen = set()
     for _ in range(4):
         before = storages(run)
         assert before + measured_rise(loop._step) <= 1.05 * run.planned.tensors  # as exact as a peak is planned
         assert storages(run) <= sum(run.planned.resident.values())
-        seen.add(tuple(event["rank"] for event in loop._drain_events()))
+        seen.add(tuple(event["rank"] for event in loop.course.drain_events()))
     assert len(seen) > 1
     assert max(map(max, seen)) > 32 > min(map(min, seen))
 

@@ -7,7 +7,6 @@ import pytest
 from qgalore import config
 from qgalore.lowrank.subspace import measures, search
 from qgalore.training import assemble
-from qgalore.training.loop import Loop, Position
 
 STEPS = 16
 RECORDING = [(measures, name) for name in ("moments", "captured", "angle_cosines", "lines_before", "int8_change")]
@@ -33,7 +32,7 @@ def test_records_cost_less_than_a_hundredth_of_a_step(tiny_run, monkeypatch):
     run = assemble.build(
         config.load("quickstart", ["data.cache_dir=cache", "run.dir=runs", "train.max_steps=100"]), None
     )
-    loop = Loop(**run.loop, position=Position(**run.position))
+    loop = run.loop
     run.model.train()
     loop._step()  # in which every layer finds its first basis
     spent.clear()
@@ -41,7 +40,7 @@ def test_records_cost_less_than_a_hundredth_of_a_step(tiny_run, monkeypatch):
     for _ in range(STEPS):
         loop._step()
     share = sum(spent) / (time.process_time() - started)
-    refreshes = run.loop["optimizer"].refresh_counts()[0] - 35
+    refreshes = run.loop.optimizer.refresh_counts()[0] - 35
     print(f"{sum(spent):.3f} s in {refreshes} refreshes, {share:.2%} of the time of {STEPS} steps")
     assert refreshes > STEPS
     assert share < 0.01

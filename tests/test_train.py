@@ -169,12 +169,12 @@ def test_adamw_is_torchs_adamw(tiny_run):
     opt = torch.optim.AdamW(groups)
     position = (0, 0)
     for step in range(6):
-        indices, position = options["order_for"](0).take(position, 4)
-        batch = options["train"].batch(indices)
+        indices, position = options.data.order_for(0).take(position, 4)
+        batch = options.data.train.batch(indices)
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100).backward()
         for group in opt.param_groups:
-            group["lr"] = options["lr_at"](step)
+            group["lr"] = options.stepping.lr_at(step)
         opt.step()
         opt.zero_grad()
     trained = load_file("runs/y/checkpoints/step-00000006/model.safetensors")

@@ -29,6 +29,7 @@ from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.subspace import search
 from qgalore.training import assemble
+from qgalore.training.loop import Loop
 
 DEPTHS = ("first", "middle", "last")
 
@@ -42,13 +43,13 @@ def chosen_layers(model: torch.nn.Module, layer: str, depths: list[str]) -> dict
     return {depth: found[at[depth]] for depth in depths}
 
 
-def gradients(loop: dict, batch: dict[str, Tensor], layers: list[LowRankLinear]) -> list[Tensor]:
+def gradients(loop: Loop, batch: dict[str, Tensor], layers: list[LowRankLinear]) -> list[Tensor]:
     """Full gradients (out, in) on ``batch``, through the probes; no hook runs and nothing is stepped."""
     probes = [layer.probe for layer in layers]
     armed = [probe.requires_grad for probe in probes]
     for probe in probes:
         probe.requires_grad_(True)
-    found = torch.autograd.grad(loop["loss"](loop["model"], batch) / batch["labels"].numel(), probes)
+    found = torch.autograd.grad(loop.loss(loop.model, batch) / batch["labels"].numel(), probes)
     for probe, before in zip(probes, armed, strict=True):
         probe.requires_grad_(before)
     return list(found)
@@ -58,17 +59,17 @@ def captured(settings: config.Config, layer: str, depths: list[str], steps: int,
     """Gradients by depth, ``ago`` steps before the end of the run and at its end, oriented so that the basis is on the
     right and has the shorter dimension."""
     loop = assemble.build(settings, None).loop
-    layers = chosen_layers(loop["model"], layer, depths)
+    layers = chosen_layers(loop.model, layer, depths)
     size, found = settings.train.micro_batch_size, {depth: [] for depth in depths}
     for number in range(steps + 1):
-        batch = loop["train"].batch(range(number * size, (number + 1) * size))
+        batch = loop.data.train.batch(range(number * size, (number + 1) * size))
         if number in (steps - ago, steps):
             for depth, gradient in zip(depths, gradients(loop, batch, list(layers.values())), strict=True):
                 tall = gradient.shape[0] >= gradient.shape[1]
                 found[depth].append((gradient if tall else gradient.T).contiguous())
         if number < steps:
-            (loop["loss"](loop["model"], batch) / batch["labels"].numel()).backward()
-            loop["optimizer"].step()
+            (loop.loss(loop.model, batch) / batch["labels"].numel()).backward()
+            loop.optimizer.step()
     return found
 
 

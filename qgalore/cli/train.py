@@ -33,17 +33,16 @@ def run(options: argparse.Namespace) -> None:
     # Imported here so that --help and a misspelt option answer at once.
     from .. import config
     from ..parallel import job
-    from ..training import assemble, loop
+    from ..training import assemble
 
     settings = config.load(options.config, options.overrides)
     with job(settings.device) as team:
         with team.together("the end of training"):
             made = assemble.build(settings, options.resume, team)
-            training = loop.Loop(**made.loop, position=loop.Position(**made.position))
-            result = training.run()
+            result = made.loop.run()
         if team.leads:
-            assemble.finish(made, training.position.best_step)
-    print(f"done: {assemble.ending(settings, result, training.position)}; everything is in {made.folder}")
+            assemble.finish(made, made.loop.position.best_step)
+    print(f"done: {assemble.ending(settings, result, made.loop.position)}; everything is in {made.folder}")
 
 
 def main(arguments: list[str], program: str = "qgalore train") -> int:

@@ -6,10 +6,10 @@ the method and the device decide. Nothing mutates a configuration afterwards, an
 
 from ..combinations import RULES
 from .reading import PACKAGED, dump, find, load, parse
-from .resolving import RESUMABLE, differences, remarks, resolve
+from .resolving import RESUMABLE, batch_major, differences, remarks, resolve
 from .sections import METHODS, Config, bytes_of
 
 __all__ = [
-    "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "bytes_of", "differences", "dump", "find", "load", "parse",
-    "remarks", "resolve",
+    "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "batch_major", "bytes_of", "differences", "dump", "find",
+    "load", "parse", "remarks", "resolve",
 ]  # fmt: skip

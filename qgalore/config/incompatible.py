@@ -10,7 +10,7 @@ from .sections import ADAMS, METHODS, Config, DataSection, TrainSection
 KEYS = combinations.Door(
     {
         "compute": "model.compute",
-        **{name: f"train.{name}" for name in ("stepping", "full_gradients")},
+        **{name: f"train.{name}" for name in ("stepping", "full_gradients", "order")},
         **{
             name: f"lowrank.{name}"
             for name in (
@@ -46,6 +46,11 @@ def _trains_converted(config: Config) -> bool:
     return METHODS[config.method][0] and config.method != "lora"
 
 
+def _batch_major(config: Config) -> bool:
+    """Whether the gradients of all blocks exist in one backward pass."""
+    return config.train.order == "batch_major"
+
+
 def _one_model(config: Config) -> Iterable[str]:
     if (config.model.config is None) == (config.model.path is None):
         yield "model: give exactly one of model.config (from scratch) and model.path (pretrained)"
@@ -67,7 +72,7 @@ def _compiled_ranks(config: Config) -> Iterable[str]:
 
 
 def _fused_clipping(config: Config) -> Iterable[str]:
-    if config.train.stepping == "fused" and config.train.clip_grad_norm > 0:
+    if _batch_major(config) and config.train.stepping == "fused" and config.train.clip_grad_norm > 0:
         yield "train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0"
 
 
@@ -180,7 +185,7 @@ def _whole_gradients(config: Config) -> list[str]:
         f"train.clip_grad_norm: {train.clip_grad_norm:g}": train.clip_grad_norm > 0,
         "train.stepping: deferred": train.stepping == "deferred",
     }
-    asked = [key for key, given in waiting.items() if given]
+    asked = [key for key, given in waiting.items() if given and _batch_major(config)]
     return _lines(
         combinations.projection_rank(KEYS, low.rule, low.rank),
         combinations.whole_gradients(KEYS, low.rule, train.full_gradients, asked),
@@ -239,8 +244,8 @@ TABLE = (
     ),
     Conflict(
         ("train.full_gradients", "train.grad_accumulation", "train.clip_grad_norm", "lowrank.rule"),
-        "A rule other than `galore` needs `train.full_gradients: keep` for accumulation, clipping or deferred "
-        "stepping. Rule `apollo` needs a number as rank.",
+        "In batch-major steps a rule other than `galore` needs `train.full_gradients: keep` for accumulation, clipping "
+        "or deferred stepping. Rule `apollo` needs a number as rank.",
         _whole_gradients,
     ),
     Conflict(

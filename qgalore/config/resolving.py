@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from ..combinations import RULES
 from ..errors import ConfigError
 from ..schedule_defaults import THRESHOLDS, longest_gap
+from .incompatible import problems
 from .sections import METHODS, Config
 
 
@@ -20,7 +21,7 @@ def _micro_batches(config: Config, processes: int) -> int:
             f"processes cannot share equally; set a multiple of {processes} (and train.micro_batch_size accordingly)"
         )
     mine = train.grad_accumulation // processes
-    if train.stepping == "fused" and mine > 1:
+    if train.order == "batch_major" and train.stepping == "fused" and mine > 1:
         raise ConfigError(
             "train.stepping: fused takes one backward pass a step in each process; use deferred with "
             f"grad_accumulation {train.grad_accumulation} in {processes}"
@@ -28,9 +29,21 @@ def _micro_batches(config: Config, processes: int) -> int:
     return mine
 
 
+def batch_major(config: Config, why: str, processes: int = 1) -> Config:
+    """``config`` with batch-major steps, which it takes because of ``why`` alone. Raises :class:`ConfigError` if it
+    asks for something that only layer-major steps can do."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"order": "batch_major"})})
+    if found := problems(config):
+        raise ConfigError(f"the steps are batch-major, because {why}\n" + "\n".join(f"  {line}" for line in found))
+    _micro_batches(config, processes)
+    return config
+
+
 def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Config:
     """Fill in what ``method``, ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) and the number of
     processes decide. Raises :class:`ConfigError` for micro-batches that these cannot share."""
+    if processes > 1 and config.train.order != "batch_major":
+        config = batch_major(config, "several processes do not walk a model block by block yet", processes)
     _, weight_format, basis_format, optimizer = METHODS[config.method]
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank
@@ -94,6 +107,7 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     idle = _idle_keys(config) if converted else ""
     of_rules = low.model_fields_set & {"rule", "scale"}
     of_auto = sorted(low.model_fields_set & {"energy", "max_rank", "mean_rank"}) if low.rank != "auto" else []
+    walked = train.order == "layer_major"  # with auto a model that cannot be walked reads it
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
     of_muon = low.model_fields_set & {"momentum", "mu"} - set(() if lora else RULES[low.rule].reads)
     read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
@@ -109,6 +123,7 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
         ("lowrank.rule, lowrank.scale", lora and bool(of_rules), "with method: lora"),
         ("lowrank.alpha", not lora and "alpha" in low.model_fields_set, "without method: lora"),
         ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),
+        ("train.stepping", walked and train.stepping != "auto", f"with train.order: {train.order}"),
         (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
         ("lowrank.group_size", dense and converted and "group_size" in low.model_fields_set, "without int8 weights"),
         (
@@ -149,7 +164,7 @@ RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
     "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
     "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt",
-    "sample.max_new_tokens", "parallel", "train.stepping",
+    "sample.max_new_tokens", "parallel", "train.stepping", "train.order",
 )  # fmt: skip
 
 

@@ -201,9 +201,15 @@ class TrainSection(Section):
         {}, "Arguments of an optimizer given by its dotted path.",
         rule="a mapping of argument names to values, such as {momentum: 0.9}", example={"momentum": 0.9},
     )  # fmt: skip
+    order: Literal["auto", "layer_major", "batch_major"] = key(
+        "batch_major", "Whether all micro-batches of a step go through one block before the next one begins "
+        "(layer_major), or one micro-batch after another goes through the whole model (batch_major). With auto the "
+        "steps are layer-major where the model can be walked block by block.",
+    )  # fmt: skip
     stepping: Literal["auto", "fused", "deferred"] = key(
         "auto",
-        "Whether a tensor steps as soon as its gradient is there (`fused`), or all step at the end (`deferred`).",
+        "Whether a tensor steps as soon as its gradient is there (`fused`), or all step at the end (`deferred`). "
+        "It is for batch-major steps.",
     )
     full_gradients: Literal["free", "keep"] = key(
         "free",

@@ -24,7 +24,10 @@ from ..lowrank.subspace import search, sides
 from ..lowrank.tensors.base import TrainedTensor
 from ..lowrank.tensors.projected import ProjectedTensor
 from ..quant.int8 import planned_for
-from . import stand_ins
+from ..step import walk
+from ..step.blocks import Layout
+from ..step.trial import try_walk
+from . import stand_ins, walked
 
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
 RESIDENT = (
@@ -174,6 +177,9 @@ class Step:
     due_together: int = 1  # layers whose full gradients an ordinary step may ask for
     micro_batches: int = 1  # in a step; gradients wait while the second and later ones run
     device: str = "cuda"
+    layer_major: bool = False  # where the model can be walked
+    keeps: str = "graphs"  # of the blocks in layer-major steps; or "inputs", or "host": inputs in host memory
+    clips: bool = False  # layer-major steps keep all gradients for the global norm
 
 
 class _Rehearsal:
@@ -183,11 +189,16 @@ class _Rehearsal:
         self.model, self.tensors, self.step, self.meter = model, tensors, step, meter
         self._workspaces: dict[tuple, int] = {}
         self._scratch: Tensor | None = None  # stands for the leaves of all parts, while a step is taken
+        self._tensor_of = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
 
-    def run(self) -> None:
+    def run(self, layout: Layout | None) -> None:
+        """``layout``: that of layer-major steps, None for batch-major ones."""
+        self.layout = layout
         for tensor in self.tensors:
             for leaf in tensor.leaves():
                 leaf.requires_grad_(True)
+                if layout is not None and self.step.micro_batches > 1:
+                    leaf.grad_dtype = torch.float32  # as the trainer accumulates
                 leaf.register_post_accumulate_grad_hook(lambda leaf, tensor=tensor: self._arrived(tensor, leaf))
         base = self.model.base_model
         base.register_forward_pre_hook(lambda *_: setattr(self.meter, "label", "activations"))
@@ -206,20 +217,14 @@ class _Rehearsal:
             tensor.listen(id(tensor) in self.due)
 
     def _take(self, first: bool) -> None:
-        step = self.step
-        shape = (step.micro_batch_size, step.sequence_length)
-        batch = {
-            n: torch.zeros(shape, dtype=torch.int64, device="meta") for n in ("input_ids", "position_ids", "labels")
-        }
-        square = (step.micro_batch_size, 1, step.sequence_length, step.sequence_length)
-        mask = torch.zeros(square if step.masked else (), dtype=torch.bool, device="meta")
-        batch["attention_mask"] = mask.expand(square)  # given, so that transformers looks at no values
-        if _reads_flat_mask(self.model):
-            batch["attention_mask"] = torch.ones(shape, dtype=torch.int64, device="meta")
         self.first = first
-        for _ in range(min(2, step.micro_batches)):
-            self._pass(batch)
-        del batch, mask
+        batch = example(self.model, self.step)
+        if self.layout is not None:
+            self._walk(batch, self.layout)
+        else:
+            for _ in range(min(2, self.step.micro_batches)):
+                self._pass(batch)
+        del batch
         for tensor in self.tensors:
             if id(tensor) in self.due and tensor.module.probe.grad is not None:  # an expert may get no tokens
                 self._refresh(tensor)
@@ -228,8 +233,39 @@ class _Rehearsal:
                 self._update(tensor)
         self._scratch = None
 
+    def _walk(self, batch: dict[str, Tensor], layout: Layout) -> None:
+        """All micro-batches, block by block; each block's tensors are stepped when it is done."""
+        step = self.step
+        kept = walked.activations(
+            step.micro_batches,
+            len(layout),
+            graphs=step.keeps == "graphs",
+            on_host=step.keeps == "host",
+            live=lambda: sum(self.meter.live.values()),
+        )
+        walk.walk(
+            layout,
+            [lambda: self._loss(batch)] * walked.rehearsed(step.micro_batches),
+            reseed=lambda number, part: kept.graphs.begins(),
+            decide=lambda losses: True,
+            step=self._block_done,
+            activations=kept,
+        )
+
+    def _block_done(self, _: str, parameters: list[nn.Parameter]) -> None:
+        found = (self._tensor_of.get(id(parameter)) for parameter in reversed(parameters))
+        for tensor in dict.fromkeys(tensor for tensor in found if tensor is not None):
+            if id(tensor) in self.due and tensor.module.probe.grad is not None:
+                self._refresh(tensor)
+            if tensor.gradient() is not None and not self.step.clips:
+                self._update(tensor)
+
     def _pass(self, batch: dict[str, Tensor]) -> None:
-        """One micro-batch, forward and back. Raises :class:`ConfigError` for a model that cannot run without values."""
+        """One micro-batch, forward and back."""
+        self._loss(batch).backward()
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Raises :class:`ConfigError` for a model that cannot run without values."""
         try:
             loss = self.step.loss(self.model, batch)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -238,7 +274,7 @@ class _Rehearsal:
                 f"without values ({error}). Check its config.json, or choose another architecture"
             ) from error
         self.meter.label = "temporaries"
-        loss.backward()
+        return loss
 
     def _arrived(self, tensor: TrainedTensor, leaf: Tensor) -> None:
         probe = tensor.is_whole(leaf)
@@ -246,6 +282,8 @@ class _Rehearsal:
         tensor.received(leaf)
         if tensor.shared and not probe:
             self.meter.count(tensor.gradient(), "gradients")
+        if self.layout is not None:
+            return
         if id(tensor) in self.due and (self.step.fused or (self.first and not tensor.keeps_whole)):
             self._refresh(tensor)
         if self.step.fused:
@@ -281,6 +319,19 @@ class _Rehearsal:
                 self._scratch = torch.empty(tensor.parts[0].scratch.nbytes, dtype=torch.uint8, device="meta")
         self._workspace(key, tensor.at_ceiling(tensor.step_on_paper))
         tensor.drop_gradient()
+
+
+def example(model: nn.Module, step: Step) -> dict[str, Tensor]:
+    """A micro-batch without values."""
+    shape = (step.micro_batch_size, step.sequence_length)
+    names = ("input_ids", "position_ids", "labels")
+    batch = {name: torch.zeros(shape, dtype=torch.int64, device="meta") for name in names}
+    square = (step.micro_batch_size, 1, step.sequence_length, step.sequence_length)
+    mask = torch.zeros(square if step.masked else (), dtype=torch.bool, device="meta")
+    batch["attention_mask"] = mask.expand(square)  # given, so that transformers looks at no values
+    if _reads_flat_mask(model):
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64, device="meta")
+    return batch
 
 
 def _reads_flat_mask(model: nn.Module) -> bool:
@@ -371,7 +422,8 @@ def plan(model: nn.Module, tensors: list[TrainedTensor], step: Step, outside: di
     """
     kept_bytes = resident(model, tensors)
     model.train()
-    if step.fused:  # any layer's gradient of Δ, one at a time; those that wait together share the ranks' budget
+    # Any layer's gradient of Δ, one at a time; those that wait together share the ranks' budget.
+    if step.fused or step.layer_major:
         for tensor in tensors:
             tensor.fill()
     kept = [*model.parameters(), *model.buffers(), *(part.leaf for tensor in tensors for part in tensor.parts)]
@@ -379,6 +431,8 @@ def plan(model: nn.Module, tensors: list[TrainedTensor], step: Step, outside: di
     states = [value for tensor in tensors for part in tensor.parts for value in part.state().values()]
     kept += [value for value in states if torch.is_tensor(value)]
     meter = _Meter({value.untyped_storage()._cdata for value in kept})
-    with planned_for(step.device), stand_ins.kernels(step.device), meter:
-        _Rehearsal(model, tensors, step, meter).run()
+    with planned_for(step.device), stand_ins.kernels(step.device):
+        layout = try_walk(model, example(model, step), step.loss).layout if step.layer_major else None
+        with meter:
+            _Rehearsal(model, tensors, step, meter).run(layout)
     return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside)

@@ -1,7 +1,7 @@
 """From a configuration to objects that run: the only room that knows everyone."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from .. import config as configuration
 from ..config import Config
 from ..data.order import SampleOrder
-from ..data.packing import PackedSequences
 from ..errors import ConfigError
 from ..evaluation.loss import evaluate
 from ..lowrank.inner import checked
@@ -29,31 +28,34 @@ from ..quant import dispatch, int8_products
 from ..quant.counter import derive_key
 from . import classification
 from .checks import check_data, check_model
+from .data import Data as BuiltData
 from .data import build_data, build_tokenizer, given_tokenizer
 from .export import check_formats, export, export_checkpoint, finish, mark_ends, restore_model
 from .fit import has_weights, prepare_allocator, recheck, settle
 from .learning_rate import lr_at
+from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
+from .parts import Data, Evaluating, Faults, Samples, Saving, Stepping
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .run_lock import RunLock
 from .say import say
+from .stepping import BatchMajor, LayerMajor
+from .trial import kept_in_walks, try_layer_major
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
 
 
 @dataclass
 class Run:
-    """A built run: the trained objects, the folder, and ``loop`` and ``position``, the keyword arguments of
-    ``loop.Loop`` and ``loop.Position``."""
+    """A built run: its folder, its ``loop``, ready to go on from where a checkpoint left it, and what is exported."""
 
     config: Config
     folder: Path
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    valid: PackedSequences
+    valid: Samples
     planned: memory_plan.Plan
-    loop: dict[str, Any]
-    position: dict[str, Any] = field(default_factory=dict)  # of the checkpoint resumed from
+    loop: Loop
     lock: RunLock | None = None  # of the folder; it lasts as long as this object
 
 
@@ -68,6 +70,13 @@ def choose_device(config: Config) -> torch.device:
 def _resolved(config: Config, device: torch.device, processes: int) -> Config:
     bf16 = device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
     return configuration.resolve(config, device.type, bf16, processes)
+
+
+def _alone(config: Config, processes: int) -> list[str]:
+    """What is said of an order of steps that several processes do not take."""
+    if processes == 1 or config.train.order == "batch_major":
+        return []
+    return [f"train.order: {config.train.order} is for one process; {processes} take batch-major steps"]
 
 
 def plan(config: Config, processes: int = 1) -> None:
@@ -93,7 +102,7 @@ def plan(config: Config, processes: int = 1) -> None:
         vocabulary = replace(vocabulary, labels=classification.PLANNED)
     elif section.path is not None and not has_weights(local_folder(section.path)):
         say("note", f"{section.path} holds no weights yet; the plan is made from its config.json alone")
-    remarks = configuration.remarks(config)
+    remarks = configuration.remarks(config) + _alone(config, processes)
     config = _resolved(config, device, processes)
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
@@ -105,7 +114,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
     ``team``."""
     device = choose_device(config)
-    remarks = configuration.remarks(config)
+    remarks = configuration.remarks(config) + _alone(config, team.size)
     config = _resolved(config, device, team.size)
     folder, lock = enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
@@ -148,7 +157,9 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
     evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
-    planned = recheck(config, vocabulary, device, loss, planned, team.size)
+    asked = config.train.order
+    config, layout = try_layer_major(config, model, loss, data.train, device)
+    planned = recheck(config, vocabulary, device, loss, planned, team.size, again=config.train.order != asked)
     run_state = {
         "config": config.model_dump(mode="json"),
         "data": data.description,
@@ -157,38 +168,39 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         "model_config": json.loads(model.config.to_json_string(use_diff=False)),
         "torch": torch.__version__,
     }
-    loop = {
-        "model": model,
-        "loss": loss,
-        "optimizer": build_optimizer(config, model, team),
-        "train": data.train,
-        "valid": data.valid,
-        "device": device,
-        "folder": folder,
-        "run_state": run_state,
-        "plan": str(planned),
-        "team": team,
-        **_loop_settings(config, len(data.train)),
-        **(
-            _token_settings(loss, evaluating)
-            if examples is None
-            else classification.loop_settings(config, examples.labels)
-        ),
-    }
-    run = Run(config, folder, model, tokenizer, data.valid, planned, loop, lock=lock)
-    run.position = restore(
+    stepping = _stepping(config)
+    optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
+    start = restore(
         source,
         saved,
         folder=folder,
-        data=run_state["data"],
+        data=data.description,
         max_steps=config.train.max_steps,
         model=model,
-        optimizer=loop["optimizer"],
+        optimizer=optimizer,
+        team=team,
+    )
+    loop = Loop(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        device=device,
+        data=_data(config, data, examples, loss, evaluating),
+        stepping=stepping,
+        evaluating=_evaluating(config),
+        saving=_saving(config, folder, run_state),
+        faults=_faults(config, planned),
+        order=(
+            BatchMajor(model, optimizer, stepping, team)
+            if layout is None
+            else LayerMajor(model, optimizer, stepping, layout, kept_in_walks(config, layout))
+        ),
+        start=start,
         team=team,
     )
     if team.leads:
         describe(folder, config, vars(planned), model, tokenizer)
-    return run
+    return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
 
 
 def _day(saved: dict[str, Any] | None, team: Team) -> date:
@@ -197,24 +209,52 @@ def _day(saved: dict[str, Any] | None, team: Team) -> date:
     return date.fromisoformat(stated)
 
 
-def _token_settings(loss: Loss, team: Team) -> dict[str, Any]:
-    """What ``loop.Loop`` is told about text: how to count and to evaluate."""
+def _data(
+    config: Config, data: BuiltData, examples: classification.LabelledData | None, loss: Loss, team: Team
+) -> Data:
+    """What is trained on and held out; ``team`` evaluates together."""
+    order_for = cache(partial(_sample_order, len(data.train), config.run.seed))
+    if examples is not None:
+        return classification.loop_data(config, examples, order_for)
     looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team)
-    return {"targets": target_tokens, "evaluate": looking}
+    return Data(data.train, data.valid, order_for, target_tokens, looking)
 
 
-def _loop_settings(config: Config, samples: int) -> dict[str, Any]:
-    """The arguments of ``loop.Loop`` that are settings: rates, orders, limits."""
+def _sample_order(samples: int, seed: int, rollbacks: int) -> SampleOrder:
+    return SampleOrder(samples, derive_key(seed, rollbacks)[0] & 0xFFFFFFFF)
+
+
+def _stepping(config: Config) -> Stepping:
     train = config.train
     schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
-    shared = ("max_steps", "micro_batch_size", "grad_accumulation", "clip_grad_norm", "eval_every", "eval_batches")
-    saving = ("save_every", "keep_last", "keep_every", "keep_best", "early_stopping")
-    faults = ("max_skipped_in_a_row", "loss_spike", "spike_threshold")
-    return {
-        "order_for": cache(
-            lambda rollbacks: SampleOrder(samples, derive_key(config.run.seed, rollbacks)[0] & 0xFFFFFFFF)
-        ),
-        "lr_at": partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
-        "seed": config.run.seed,
-        **{name: getattr(train, name) for name in (*shared, *saving, *faults)},
-    }
+    return Stepping(
+        lr_at=partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
+        seed=config.run.seed,
+        max_steps=train.max_steps,
+        micro_batch_size=train.micro_batch_size,
+        grad_accumulation=train.grad_accumulation,
+        clip_grad_norm=train.clip_grad_norm,
+    )
+
+
+def _evaluating(config: Config) -> Evaluating:
+    train = config.train
+    return Evaluating(train.eval_every, train.eval_batches, train.early_stopping)
+
+
+def _saving(config: Config, folder: Path, run_state: dict[str, Any]) -> Saving:
+    train = config.train
+    return Saving(
+        folder,
+        run_state,
+        save_every=train.save_every,
+        keep_last=train.keep_last,
+        keep_every=train.keep_every,
+        keep_best=train.keep_best,
+        for_rollback=train.loss_spike == "rollback",
+    )
+
+
+def _faults(config: Config, planned: memory_plan.Plan) -> Faults:
+    train = config.train
+    return Faults(train.max_skipped_in_a_row, train.loss_spike, train.spike_threshold, plan=str(planned))

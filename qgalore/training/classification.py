@@ -1,17 +1,19 @@
 """Labelled data of a run with ``data.task: classify``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
 from ..data.labelled import LabelledTexts, Labels, read_examples
 from ..data.notes import Notes
+from ..data.order import SampleOrder
 from ..errors import counted
 from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
+from . import parts
 from .data import Data
 from .model import Vocabulary
 from .say import say
@@ -65,8 +67,10 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
     return LabelledData(train, texts["valid"], labels)
 
 
-def loop_settings(config: Config, labels: Labels) -> dict[str, Any]:
-    """What ``loop.Loop`` is told about labelled data: how to count and to evaluate."""
+def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int], SampleOrder]) -> parts.Data:
+    """Labelled data as the loop takes them: with how to count and to evaluate."""
+    labels = examples.labels
     known = OF_NUMBERS if labels.names is None else OF_CLASSES
     names = config.data.metric or list(known)
-    return {"targets": classify.rows_in, "unit": "rows", "evaluate": partial(classify.evaluate, names=names)}
+    looking = partial(classify.evaluate, names=names)
+    return parts.Data(examples.train, examples.valid, order_for, classify.rows_in, looking, unit="rows")

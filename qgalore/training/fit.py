@@ -180,6 +180,9 @@ def plan_for(
         ),
         micro_batches=config.train.grad_accumulation,
         device=device,
+        layer_major=config.train.order != "batch_major",
+        keeps={False: "graphs", "offload": "host"}.get(config.train.activation_checkpointing, "inputs"),
+        clips=config.train.clip_grad_norm > 0,
     )
     outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}
     if device == "cpu":
@@ -355,17 +358,20 @@ def recheck(
     loss: Loss,
     before: plan.Plan,
     processes: int = 1,
+    again: bool = False,
 ) -> plan.Plan:
-    """The plan again, for a model whose loss turned out to keep all logits."""
-    if loss is chunked_loss or vocabulary.labels is not None:
+    """The plan again, for a model whose loss turned out to keep all logits, or where something else has changed."""
+    whole_logits = loss is not chunked_loss and vocabulary.labels is None
+    if not whole_logits and not again:
         return before
     config = _changed(config, {"train.grad_accumulation": config.train.grad_accumulation // processes})
     shares = processes if config.parallel == "shard" else 1
     found = plan_for(config, vocabulary, device.type, loss, shares)
     budget = budget_bytes(config.memory.budget) if config.memory.budget is not None else available(device)
-    say("memory", f"planned peak {plan.human(found.total)}, whole logits included")
+    what = "whole logits included" if whole_logits else "for batch-major steps"
+    say("memory", f"planned peak {plan.human(found.total)}, {what}")
     if budget is not None and found.total > budget:
-        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, "with whole logits", shares))
+        raise DoesNotFitError(_refusal(config, vocabulary, device, found, budget, what, shares))
     return found
 
 

@@ -253,7 +253,6 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "weight_decay": train.weight_decay,
         "inner": train.optimizer,
         "inner_options": train.optimizer_options,
-        "stepping": train.stepping,
         "rule": rule_of(config),
         "rank": rule_rank(config),
         **rule_momentum(config),
@@ -264,13 +263,16 @@ def optimizer_options(config: Config) -> dict[str, Any]:
     }
 
 
-def build_optimizer(config: Config, model: nn.Module, team: Team = ALONE) -> LowRankOptimizer:
-    """The optimizer over every trainable tensor of ``model``."""
-    return optimizer(model, **optimizer_options(config), team=team, dense=not METHODS[config.method][0])
+def build_optimizer(config: Config, model: nn.Module, stepping: str, team: Team = ALONE) -> LowRankOptimizer:
+    """The optimizer over every trainable tensor of ``model``. ``stepping``: ``manual`` where a walk steps them."""
+    options = {"stepping": stepping, "team": team, "dense": not METHODS[config.method][0]}
+    return optimizer(model, **optimizer_options(config), **options)
 
 
 def stepping_line(config: Config) -> str:
     train = config.train
+    if train.order != "batch_major":
+        return "layer-major steps: each block's tensors step when its gradients are there, and free them"
     if train.stepping == "fused":
         return "fused stepping: each tensor steps inside backward and its gradient is freed at once"
     asked = [f"grad_accumulation {train.grad_accumulation}"] if train.grad_accumulation > 1 else []

@@ -180,32 +180,31 @@ def restore(
     model: nn.Module,
     optimizer: LowRankOptimizer,
     team: Team = ALONE,
-) -> dict[str, Any]:
+) -> Position:
     """Bring a built run to the state of a checkpoint, its records too, and return its position; None is the beginning.
     In every process of ``team``; the one that leads changes files, when all have read theirs.
 
     Raises :class:`ConfigError` if it was made with other ``data`` (a description) or lies beyond ``max_steps``.
     """
-    step, position = 0, {}
+    position = Position()
     if source is not None:
         if saved.get("data") != data:
             raise ConfigError(
                 f"{source} was made with other tokens: the text of data.train, its tokenizer or how much was read "
                 "has changed (for a hub dataset set data.max_tokens, which otherwise follows train.max_steps)"
             )
-        position = vars(_position(source, saved))
-        step = position["step"]
-        if step > max_steps:
-            raise ConfigError(f"{source} is after step {step}, beyond train.max_steps ({max_steps})")
+        position = _position(source, saved)
+        if position.step > max_steps:
+            raise ConfigError(f"{source} is after step {position.step}, beyond train.max_steps ({max_steps})")
         checkpoint.load_into(source, saved, model, optimizer)
-        say("resume", f"{source}, after step {step}")
+        say("resume", f"{source}, after step {position.step}")
     team.meet("the state of the checkpoint")
     if not team.leads:
         return position
-    for path in checkpoint.set_aside(folder / "checkpoints", step) if source is not None else ():
+    for path in checkpoint.set_aside(folder / "checkpoints", position.step) if source is not None else ():
         say("resume", f"a later checkpoint of the course left is kept as {path}")
     for name in ("metrics.jsonl", "subspace.jsonl"):
-        Records(folder / name).cut_back(step)
+        Records(folder / name).cut_back(position.step)
     return position
 
 

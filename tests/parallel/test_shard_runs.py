@@ -84,13 +84,12 @@ def planned_and_real(where, arguments):
     from qgalore import config
     from qgalore.memory import plan
     from qgalore.parallel import job, shards
-    from qgalore.training import loop
 
     os.chdir(where)
     with job("cpu") as team, contextlib.redirect_stdout(io.StringIO()):
         made = assemble.build(config.load("tiny.yaml", arguments), None, team)
-        loop.Loop(**made.loop, position=loop.Position()).run()
-        model, slots = made.model, made.loop["optimizer"].tensors
+        made.loop.run()
+        model, slots = made.model, made.loop.optimizer.tensors
         tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not shards.is_shared(t))
         storages = (t.untyped_storage() for t in tensors if t.dtype == torch.int8 and not t.is_meta)
         integers = {storage.data_ptr(): storage.nbytes() for storage in storages}

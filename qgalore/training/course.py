@@ -1,0 +1,80 @@
+"""The course of a run: what it trains, where it is, what it has written, and what it could return to."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..files import checkpoint
+from ..lowrank.optimizer import LowRankOptimizer
+from ..parallel import ALONE, Team
+from .keeping import Keeper
+from .parts import Saving
+from .position import Position
+from .records import Records, Silence
+
+
+class Course:
+    """The state that training moves on and recovery moves back. In a team one process writes the records, and all write
+    checkpoints together."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: LowRankOptimizer, position: Position, saving: Saving, team: Team = ALONE
+    ) -> None:
+        self.model, self.optimizer, self.position = model, optimizer, position
+        self.saving, self.team = saving, team
+        kind = Records if team.leads else Silence
+        self.metrics = kind(saving.folder / "metrics.jsonl")
+        self.subspace = kind(saving.folder / "subspace.jsonl")
+        self.keeper = Keeper(
+            saving.folder / "checkpoints",
+            save_every=saving.save_every,
+            keep_last=saving.keep_last,
+            keep_every=saving.keep_every,
+            team=team,
+        )
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, if that is kept."""
+        return self.position.best_step if self.saving.keep_best else None
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state."""
+        return self.keeper.save(
+            self.position,
+            self.model,
+            self.optimizer,
+            self.saving.run_state,
+            best=self.best_step,
+            for_rollback=self.saving.for_rollback,
+        )
+
+    def return_to(self, path: Path, state: dict[str, Any], **changes: Any) -> None:
+        """Take the state of a checkpoint, with some fields of its position changed. What was written after it goes."""
+        self.optimizer.skip()
+        checkpoint.load_into(path, state, self.model, self.optimizer)
+        self.optimizer.events.clear()
+        self.position = replace(Position.read(state["position"]), **changes)
+        self.keeper.leave(self.position.step)
+        for records in (self.metrics, self.subspace):
+            records.cut_back(self.position.step)
+
+    def look_for_best(self) -> None:
+        """A resumed run whose best checkpoint is gone, pruned on another course or never kept, cannot export it."""
+        step = self.best_step
+        if step is None:
+            return
+        if not self.team.of_first("the best checkpoint", self.keeper.path(step).exists):
+            print(
+                f"note: the best checkpoint so far, of step {step}, is gone; the best is sought from here on",
+                flush=True,
+            )
+            self.position = replace(self.position, best_loss=None, best_step=None)
+
+    def drain_events(self) -> list[dict[str, Any]]:
+        """Refresh records of this step, with the step numbered as in metrics.jsonl (from 1)."""
+        rows = [{**event, "step": event["step"] + 1} for event in self.optimizer.events]
+        self.optimizer.events.clear()
+        return rows

@@ -1,0 +1,150 @@
+"""The two orders in which a step goes through micro-batches and blocks; both give the step's loss and gradient norm.
+
+*Layer-major*: all micro-batches go through one block before the next one begins, in both directions. The loss of the
+step is known before any weight moves, and the gradients of one block exist at a time. *Batch-major*: one micro-batch
+after another goes through the whole model, as an ordinary loop does; the optimizer's hooks see to the rest.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, NumericalError
+from ..lowrank.optimizer import LowRankOptimizer
+from ..parallel import ALONE, Team
+from ..quant.counter import derive_key
+from ..step import walk
+from ..step.activations import Activations
+from ..step.blocks import Layout, NotWalkableError
+from .parts import Batch, Stepping
+
+Share = Callable[[Batch], Tensor]  # a micro-batch's share of the step's loss, a scalar with its graph
+Look = Callable[[float], None]  # at the loss of a whole step; raises NumericalError to have the step skipped
+
+
+class Order(Protocol):
+    """A way through a step. ``take`` steps every tensor and closes the optimizer's step.
+
+    It raises :class:`NumericalError` for a loss or a gradient that is not finite. ``left_traces()`` then tells whether
+    something has changed already, so that only a checkpoint can undo the step; ``may_leave_traces`` whether that can
+    happen at all.
+    """
+
+    may_leave_traces: bool
+
+    def take(self, step: int, numbers: Sequence[int], batches: Sequence[Batch], share: Share, look: Look) -> tuple: ...
+
+    def left_traces(self) -> bool: ...
+
+
+@dataclass
+class BatchMajor:
+    """One micro-batch after another through the whole model."""
+
+    model: nn.Module
+    optimizer: LowRankOptimizer
+    how: Stepping
+    team: Team = ALONE
+
+    def __post_init__(self) -> None:
+        self.may_leave_traces = self.optimizer.stepping == "fused"
+
+    def take(
+        self, step: int, numbers: Sequence[int], batches: Sequence[Batch], share: Share, look: Look
+    ) -> tuple[float, float]:
+        """``numbers`` are those of the micro-batches of this process among all of the step."""
+        torch.manual_seed(derive_key(self.how.seed, step)[0] & 0x7FFFFFFF)
+        loss = 0.0
+        for number, batch in zip(numbers, batches, strict=True):
+            if number:  # dropout is a function of step and micro-batch, whoever takes it
+                torch.manual_seed(derive_key(self.how.seed, step, number)[0] & 0x7FFFFFFF)
+            part = share(batch)
+            loss += _finite(float(part.detach()), step)
+            if number == numbers[-1]:  # before the last backward pass: fused stepping updates in it
+                loss = self.team.total("the loss of a step", loss)
+                look(loss)
+            self.team.meet("a backward pass")  # in which sharded weights are gathered: not while one has failed
+            part.backward()
+        return loss, self._update()
+
+    def _update(self) -> float:
+        """Refresh, clip and step; returns the gradient norm before clipping."""
+        if self.how.clip_grad_norm > 0:
+            self.optimizer.refresh()
+            norm = self.optimizer.clip(self.model.parameters(), self.how.clip_grad_norm)
+            self.optimizer.step()
+            return norm
+        self.optimizer.step()
+        return self.optimizer.grad_norm
+
+    def left_traces(self) -> bool:
+        """Fused stepping finds a bad gradient when it arrives, with other tensors already stepped."""
+        return self.optimizer.inside_step
+
+
+@dataclass
+class LayerMajor:
+    """All micro-batches through one block after another. The optimizer's stepping is ``manual``."""
+
+    model: nn.Module
+    optimizer: LowRankOptimizer
+    how: Stepping
+    layout: Layout
+    kept: Activations = field(default_factory=Activations)
+    may_leave_traces = True
+
+    def take(
+        self, step: int, numbers: Sequence[int], batches: Sequence[Batch], share: Share, look: Look
+    ) -> tuple[float, float]:
+        """As :meth:`BatchMajor.take`. Raises :class:`ConfigError` if a micro-batch takes another way through the model
+        than the one before the first step did."""
+        self.optimizer.accumulate_in_fp32(len(batches) > 1)
+        loss, clips, prepared = [], self.how.clip_grad_norm > 0, set()
+
+        def decide(losses: Tensor) -> bool:
+            loss.append(sum(_finite(value, step) for value in losses.tolist()))
+            look(loss[0])
+            return True
+
+        def update(_: str, parameters: list[nn.Parameter]) -> None:
+            for tensor in self.optimizer.tensors_of(parameters):
+                if not clips:
+                    self.optimizer.step_tensor(tensor)
+                elif tensor.name not in prepared and self.optimizer.prepare_tensor(tensor):
+                    prepared.add(tensor.name)  # its gradient stays until the norm of all is known
+
+        try:
+            walk.walk(
+                self.layout,
+                [partial(share, batch) for batch in batches],
+                reseed=lambda place, part: walk.reseed(self.how.seed, step, numbers[place], part),
+                decide=decide,
+                step=update,
+                activations=self.kept,
+            )
+        except NotWalkableError as reason:
+            raise ConfigError(
+                f"step {step + 1} cannot be walked block by block as the trial before the first step was: {reason}. "
+                "Go on with --resume auto train.order=batch_major"
+            ) from reason
+        if clips:
+            norm = self.optimizer.clip(self.model.parameters(), self.how.clip_grad_norm)
+            self.optimizer.step()
+            return loss[0], norm
+        self.optimizer.close()
+        return loss[0], self.optimizer.grad_norm
+
+    def left_traces(self) -> bool:
+        """Blocks above the one with the bad gradient have stepped, or have bases that are new."""
+        return self.optimizer.inside_step or bool(self.optimizer.events)
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise NumericalError(f"the loss is {loss} in step {step + 1}")
+    return loss
