@@ -181,7 +181,8 @@ def answer_spans(template: Template, messages: Messages, where: str, text: str) 
 def _before(template: Template, messages: Messages, number: int, where: str, text: str) -> str:
     """The part of ``text`` up to where the assistant's turn ``number`` has to say something."""
     if number == 0:  # no template renders nothing
-        return text[: max(text.find(messages[0]["content"].strip()), 0)]
+        opening = template.opening(where)
+        return opening if text.startswith(opening) else text[: max(text.find(messages[0]["content"].strip()), 0)]
     prompt = template.render(messages[:number], where, prompt=True)
     if text.startswith(prompt):
         return prompt

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from qgalore.data.notes import Notes, listed
+from qgalore.data.notes import Notes, listed, short
 from qgalore.data.sources import rows
-from qgalore.data.turns import FLAGS, Turn, learns, refuse_keys, text_of, turns_of
+from qgalore.data.turns import FLAGS, Turn, learns, pass_over, refuse_keys, text_of, turns_of
 from qgalore.errors import ConfigError
 
 Messages = list[Turn]
@@ -19,6 +19,7 @@ _REFUSED = (
     "functions", "documents", "images", "image", "videos", "audios", "audio", "chosen", "rejected", "mask",
     "loss_mask", "chat_template_kwargs", "chat_template",
 )  # fmt: skip
+_LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 _SYSTEM = ("system", "system_prompt")
 
 
@@ -54,6 +55,9 @@ def messages_of(row: dict[str, Any], where: str, notes: Notes | None = None) -> 
     if row.get("tools") not in (None, [], "", "[]"):
         raise ConfigError(f"{where} offers tools, which is not supported; leave such conversations out.")
     refuse_keys(row, _REFUSED, where)
+    if row.get("label") is False:
+        raise ConfigError(f"{where}: 'label' is False, which marks an answer to be avoided; leave such rows out.")
+    _one_layout(row, where)
     used, messages = _layout(row, where, notes)
     messages = _with_system(row, messages, where)
     if learns(row, where) is False:
@@ -61,10 +65,16 @@ def messages_of(row: dict[str, Any], where: str, notes: Notes | None = None) -> 
             if turn["role"] == "assistant" and turn.get("learn", True):
                 turn["learn"] = False
                 notes.not_learned += 1
-    for key, value in row.items():
-        if key not in (*used, *_SYSTEM, *FLAGS, *_REFUSED, "tools") and value is not None:
-            notes.ignore(key, where)
+    pass_over(row, (*used, *_SYSTEM, *FLAGS, *_REFUSED, "tools"), where, notes)
     return messages
+
+
+def _one_layout(row: dict[str, Any], where: str) -> None:
+    """Raise ConfigError for a row with two conversations, of which one would be dropped."""
+    full = [pair for pair in _LAYOUTS if all(row.get(key) not in (None, [], "") for key in pair)]
+    if len(full) > 1:
+        names = " and ".join("/".join(pair) for pair in full)
+        raise ConfigError(f"{where} has two conversations ({names}), and only one can be learned; keep one of them.")
 
 
 def _layout(row: dict[str, Any], where: str, notes: Notes) -> tuple[tuple[str, ...], Messages]:
@@ -75,8 +85,7 @@ def _layout(row: dict[str, Any], where: str, notes: Notes) -> tuple[tuple[str, .
                 raise ConfigError(f"{where} has 'history' beside {key!r}; put the earlier turns into {key!r}.")
             return (key, "history"), turns_of(row[key], f"{where}: {key!r}", notes)
     if row.get("prompt") is not None and row.get("completion") is not None:
-        label = ("label",) if row.get("label") is True else ()
-        return ("prompt", "completion", "history", *label), _completed(row, where, notes)
+        return ("prompt", "completion", "history", "label"), _completed(row, where, notes)
     if row.get("instruction") is not None and row.get("output") is not None:
         question = text_of(row["instruction"], where, "instruction")
         if row.get("input") not in (None, ""):
@@ -88,9 +97,11 @@ def _layout(row: dict[str, Any], where: str, notes: Notes) -> tuple[tuple[str, .
 
 def _completed(row: dict[str, Any], where: str, notes: Notes) -> Messages:
     prompt, completion = row["prompt"], row["completion"]
-    if row.get("label") in (False, 0):
+    label = row.get("label")
+    if label is not None and (not isinstance(label, (bool, int)) or label != 1):
         raise ConfigError(
-            f"{where}: 'label' is {row['label']}, which marks an answer to be avoided; leave such rows out."
+            f"{where}: 'label' is {short(label)}; beside a completion it must be true, which marks a good answer. "
+            "Leave rows with other labels out."
         )
     if not (_turns_in(prompt) or _turns_in(completion)):
         question = text_of(prompt, where, "prompt")

@@ -18,7 +18,7 @@ from qgalore.data.conversations import Messages, conversations
 from qgalore.data.notes import Notes
 from qgalore.data.sources import ROW_ENDINGS
 from qgalore.data.templates import writes_date
-from qgalore.data.tokenizing import Progress, Totals, id_bound
+from qgalore.data.tokenizing import Progress, Totals, id_bound, special_tokens
 from qgalore.data.tokens import TokenFile
 from qgalore.errors import ConfigError, counted
 
@@ -114,7 +114,7 @@ class _Writer:
         # No token is longer, so that what is cut from a text here would be cut from its ids too.
         self._longest = (length + 1) * max(map(len, tokenizer.get_vocab()))
         self._totals = InstructTotals()
-        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        special = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def write(
@@ -132,9 +132,11 @@ class _Writer:
                 if max_tokens is not None and totals.tokens >= max_tokens:
                     break
         if totals.documents == 0:
+            marked = f" ({notes.not_learned} turns are marked as not to be learned)" if notes.not_learned else ""
             raise ConfigError(
                 f"none of the {totals.without_answer} conversations of {source!r} has an answer to learn within "
-                f"sequence_length {self._length}; give a longer sequence_length, or rows with an assistant's turn."
+                f"sequence_length {self._length}{marked}; give a longer sequence_length, or rows with an assistant's "
+                "turn that is to be learned."
             )
         np.save(paths.offsets, np.array(totals.offsets, dtype=np.int64))
         totals.close(notes)

@@ -30,6 +30,7 @@ class Notes:
     surrogates: int = 0
     first_surrogate: str = ""
     left_out: list[str] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)  # links to files that are read anyway
     hidden: int = 0
     read: str = ""  # the endings that are read
     ignored: dict[str, tuple[int, str]] = field(default_factory=dict)  # key → (rows that have it, the first of them)
@@ -62,6 +63,9 @@ class Notes:
             hidden = f"{self.hidden} hidden ones" if self.hidden else ""
             listing = " and ".join(filter(None, (f"{len(self.left_out)} ({names})" if names else "", hidden)))
             yield f"files of the folder that are left out: {listing}; what is read ends in {self.read}"
+        if self.linked:
+            names = ", ".join(sorted(self.linked)[:_NAMES_SHOWN]) + (", …" if len(self.linked) > _NAMES_SHOWN else "")
+            yield f"links to files that are read anyway are not read again: {len(self.linked)} ({names})"
         if self.surrogates:
             yield (
                 f"{self.surrogates} lone surrogates, which are no characters, became U+FFFD; the first is in "

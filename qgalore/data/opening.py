@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ PIECE = 1 << 20  # characters of a document that are tokenized together
 CHUNK = 1 << 20
 # Text seldom shrinks to a tenth. What expands this much is made to fill a memory or a disk.
 _BOMB_BYTES, _BOMB_RATIO = 1 << 22, 500
+_DEFLATE_RATIO = 1040  # no gzip file expands further: one that says so is damaged, and reading it tells how
+_NULS = 4  # of so many characters one is zero: no text, but UTF-16 or UTF-32 read as UTF-8
 _CUT = re.compile(r"(?<=\S)[ \n](?=\S)")  # where tokenizers part words anyway
 _SEARCHED = 1 << 16
 
@@ -43,11 +46,20 @@ def check_expansion(path: Path, stored: int, expanded: int) -> None:
         )
 
 
+def _stated_size(path: Path) -> int:
+    """The size that the end of a gzip file states for its last member, in bytes modulo 2³²."""
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little")
+
+
 def _parts(path: Path, read: Callable[[BinaryIO], bytes]) -> Iterator[bytes]:
     """What ``read(file)`` gives until it gives nothing, of the decompressed file."""
     zipped = path.name.lower().endswith(".gz")
     try:
         stored, expanded = path.stat().st_size, 0
+        if zipped and stored >= 4 and (stated := _stated_size(path)) < _DEFLATE_RATIO * stored:
+            check_expansion(path, stored, stated)  # before the first of it is tokenized
         with gzip.open(path, "rb") if zipped else path.open("rb") as file:
             while part := read(file):
                 yield part
@@ -93,6 +105,10 @@ def text_chunks(path: Path) -> Iterator[str]:
             decode(whole, repr(str(path)), before)
             raise
         pending = decoder.getstate()[0]
+        if _NULS * text.count("\0") >= len(text) > 1:
+            raise ConfigError(
+                f"{str(path)!r} holds a zero byte in every {_NULS} or fewer, as UTF-16 does; convert the file to UTF-8."
+            )
         yield text.removeprefix("\ufeff") if before == 0 else text
         before += len(whole) - len(pending)
     yield decode(pending, repr(str(path)), before)

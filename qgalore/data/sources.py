@@ -13,7 +13,7 @@ from qgalore.data.hub import dataset_rows
 from qgalore.data.jsons import json_rows, jsonl_rows
 from qgalore.data.notes import Notes, listed
 from qgalore.data.opening import Unfinished, in_pieces, text_chunks, unreadable
-from qgalore.data.paths import close_names, looks_like_path
+from qgalore.data.paths import close_names, exists, looks_like_path
 from qgalore.errors import ConfigError, counted
 
 ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")  # rows with keys
@@ -123,7 +123,7 @@ def local_files(source: str, endings: tuple[str, ...], notes: Notes) -> list[Pat
     """
     root = Path(source).expanduser()
     listing = ", ".join(endings)
-    if not root.exists():
+    if not exists(root):
         raise ConfigError(f"data source {source!r} does not exist. {close_names(root)}".rstrip())
     if root.is_dir():
         found = _folder_files(root, endings, notes)
@@ -158,10 +158,20 @@ def _folder_files(root: Path, endings: tuple[str, ...], notes: Notes) -> list[Pa
             else:
                 name = path.relative_to(root).as_posix()
                 notes.left_out.append(name.encode("utf-8", "replace").decode())  # it is printed
+    found = _once(found, root, notes)
     notes.left_out.sort()
     notes.read = ", ".join(endings)
     # By parts, so that the order does not depend on how the separator sorts.
     return sorted(found, key=lambda path: path.relative_to(root).parts)
+
+
+def _once(found: list[Path], root: Path, notes: Notes) -> list[Path]:
+    """``found`` without links to files that are in it already, whose text would count twice."""
+    home, kept = root.resolve(), {}
+    for path in sorted(found, key=lambda path: path.resolve() != home / path.relative_to(root)):
+        if kept.setdefault(path.resolve(), path) is not path:
+            notes.linked.append(path.relative_to(root).as_posix().encode("utf-8", "replace").decode())
+    return list(kept.values())
 
 
 def _known(folder: Path, seen: set[tuple[int, int]]) -> bool:

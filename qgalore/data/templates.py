@@ -88,6 +88,11 @@ class Template:
             raise ConfigError(f"{where}: the chat template writes a lone surrogate, which is no character.") from error
         return text
 
+    def opening(self, where: str) -> str:
+        """What is written before an answer that is the first turn of a conversation."""
+        text = self.render([Turn(role="assistant", content=_PROBE)], where)
+        return text[: max(text.find(_PROBE), 0)]
+
     def ending(self, before: Sequence[Turn], where: str) -> Ending:
         """What is written after an answer that follows ``before`` and is the last turn.
 

@@ -51,6 +51,13 @@ def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
     return np.dtype(np.uint16 if id_bound(tokenizer) <= 2**16 else np.uint32)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens by id: those with a role (bos, eos, …) and those that are only marked as special, as
+    ``<|im_start|>`` is in many vocabularies."""
+    found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return found | {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a text begins with: ``[bos]`` if the tokenizer itself puts it before a text, else nothing."""
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -128,7 +135,7 @@ class _Encoder:
         self._open = 0  # tokens of the document that is not finished
         unknown = tokenizer.unk_token_id
         self._unknown = -1 if unknown is None or unknown == tokenizer.eos_token_id else unknown
-        self._special = np.array(sorted(set(tokenizer.all_special_ids) - {self._unknown}), dtype=np.int64)
+        self._special = np.array(sorted(set(special_tokens(tokenizer)) - {self._unknown}), dtype=np.int64)
         self._found: dict[int, int] = {}
         self._unknowns = 0
 

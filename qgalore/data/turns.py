@@ -1,5 +1,7 @@
 """One turn of a conversation: its role, its text, and whether it is to be learned."""
 
+import re
+from collections.abc import Container
 from typing import Any, TypedDict
 
 from qgalore.data.notes import Notes, listed, short
@@ -22,6 +24,19 @@ _ROLES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
 _PAIRS = (("role", "content"), ("from", "value"))
+_READ = (
+    "role",
+    "content",
+    "from",
+    "value",
+    "system",
+    "history",
+    "input",
+    "output",
+    "instruction",
+    "prompt",
+    "completion",
+)
 # Whether a turn is learned, by the names that other trainers read: OpenAI's weight, axolotl's train and training, …
 FLAGS = ("weight", "train", "training", "trainable", "loss", "learn")
 # Keys that change what a turn says, or which part of it is learned, in ways that are not known here.
@@ -29,6 +44,35 @@ _REFUSED = (
     "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "prefix", "mask",
     "masked", "loss_mask", "ignore", "train_detail", "training_detail", "images", "audio", "videos", "refusal",
 )  # fmt: skip
+
+
+# Words in the name of a key by which a turn, or a part of it, would be learned otherwise or say something else.
+_MEANT = {
+    *("weight", "weights", "train", "training", "trainable", "loss", "mask", "masked", "learn", "learned", "ignore"),
+    *("ignored", "skip", "exclude", "excluded", "supervise", "supervised", "kto", "prefill", "system", "sys"),
+    *("context", "history", "tool", "tools", "function", "functions", "thought", "thoughts", "thinking"),
+    *("reasoning", "image", "images", "audio", "video", "videos", "reject", "rejected", "chosen"),
+}  # fmt: skip
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+
+
+def pass_over(row: dict[str, Any], read: Container[str], where: str, notes: Notes) -> None:
+    """Count the keys of a row or turn that are not in ``read``. Raises ConfigError for one whose name says that it
+    changes what is said or learned: only such keys may be passed over as do not matter here."""
+    for key, value in row.items():
+        if key in read or value in (None, "", "[]") or value == [] or value == {}:
+            continue
+        words = {word.lower() for word in _WORD.findall(key)}
+        near = next((name for name in (*_READ, *FLAGS) if name == key.lower().strip()), None)
+        if near is not None and near != key:
+            raise ConfigError(f"{where} has the key {short(key)}, which is not read; write it as {near!r}.")
+        if words & _MEANT or (value is False and words & {"label", "labels"}):
+            raise ConfigError(
+                f"{where} has the key {short(key)} (it is {short(value)}), which is not read, and by its name it "
+                "changes what is said or learned. Take it out if it does not matter; what is read is "
+                f"{listed(FLAGS)} and 'system'."
+            )
+        notes.ignore(key, where)
 
 
 def refuse_keys(row: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
@@ -104,9 +148,10 @@ def _turn(turn: Any, where: str, notes: Notes) -> Turn:
     if not isinstance(name, str) or name.lower() not in _ROLES:
         raise ConfigError(f"{where} has the {keys[0]} {short(name)}; it must be one of {', '.join(_ROLES)}.")
     role = _ROLES[name.lower()]
-    for key, value in turn.items():
-        if key not in (*keys, *FLAGS, *_REFUSED) and value is not None:
-            notes.ignore(key, where)
+    for own, other in zip(keys, _PAIRS[1 - _PAIRS.index(keys)], strict=True):
+        if turn.get(other) not in (None, turn[own]):
+            raise ConfigError(f"{where} has {own!r} and {other!r}, which say different things; keep one of them.")
+    pass_over(turn, (*_PAIRS[0], *_PAIRS[1], *FLAGS, *_REFUSED), where, notes)
     made = Turn(role=role, content=text_of(turn[keys[1]], where, keys[1]))
     learned = learns(turn, where)
     if role == "assistant" and learned is False:

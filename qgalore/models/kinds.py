@@ -12,7 +12,13 @@ _QUANTIZED = {
     "bitsandbytes": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes",
     "compressed-tensors": "compressed-tensors, in another scheme than qgalore's own int8 export",
 }  # fmt: skip
-_START = "Start from the folder that it was quantized from, in bf16, fp16 or fp32"
+# How tensors end that are parts of a quantized weight: compressed-tensors, FP8, GPTQ and AWQ, bitsandbytes
+OF_QUANTIZATION = (
+    ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".qweight", ".qzeros", ".g_idx",
+    ".SCB", ".absmax", ".quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4", "_proj_blocks", "_proj_scales",
+    ".input_scale",
+)  # fmt: skip
+START = "Start from the folder that it was quantized from, in bf16, fp16 or fp32"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def refuse_quantized(folder: Path, fields: dict[str, Any]) -> None:
         return
     method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization
     name = _QUANTIZED.get(str(method), f"quantized ({method or 'by a method that it does not name'})")
-    raise ConfigError(f"model.path {str(folder)!r} holds {name} weights, which cannot be trained. {_START}")
+    raise ConfigError(f"model.path {str(folder)!r} holds {name} weights, which cannot be trained. {START}")
 
 
 def is_int8_export(fields: dict[str, Any]) -> bool:

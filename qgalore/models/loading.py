@@ -57,7 +57,8 @@ def from_scratch(
     except Exception as error:  # each architecture's class raises its own kinds
         kind = auto.__name__.removeprefix("AutoModelFor")
         raise ConfigError(
-            f"a {kind} model cannot be built from {type(config).__name__}: {first_line(error)}"
+            f"a {kind} model cannot be built from {type(config).__name__}: {first_line(error)}. Mend that field of its "
+            "config.json or of model.overrides, or choose another architecture"
         ) from error
 
 

@@ -56,6 +56,11 @@ def unpacked(folder: Path, found: dict[str, Entry]) -> dict[str, Entry | Packed]
         if None in parts:
             lacks = name + _PARTS[parts.index(None)]
             raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: it has no tensor {lacks}")
+        if f"{name}.weight" in made:
+            raise ConfigError(
+                f"model.path {str(folder)!r} cannot be loaded: it holds {name}.weight beside {name}.weight_packed. "
+                "Remove the one that is not meant from the files"
+            )
         words, scales, stated = parts
         if (words.kind, scales.kind, stated.kind, stated.shape) != ("I32", "BF16", "I64", (2,)):
             raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {name} is not packed as qgalore packs it")

@@ -17,11 +17,10 @@ VOCAB_MULTIPLE = 64  # matrix units like an embedding whose rows are a multiple 
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an exception and the first line of what it says, or of its cause where it only wraps another."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if error.__cause__ is not None and lines and lines[0].strip().endswith(":"):
-        return first_line(error.__cause__)
-    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
+    """The kind of an exception and the first line of what it says; more of them while they end in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    count = next((i for i, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return f"{type(error).__name__}: {' '.join(lines[:count])}"
 
 
 def stored_fields(folder: Path) -> dict[str, Any]:
@@ -48,7 +47,10 @@ def stored_config(folder: Path, report: Callable[[str], None] = lambda line: Non
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture's class raises its own kinds
-        raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+        raise ConfigError(
+            f"model.path {str(folder)!r} cannot be loaded: transformers refuses its config.json ({first_line(error)}). "
+            "Give the values that the model was made with, or copy the file again"
+        ) from error
     if fields.get("auto_map"):
         report(f"the code beside the model does not run: transformers has the architecture {config.model_type} itself")
     for name in ("auto_map", "quantization_config", "compression_config"):  # no longer true of what is trained

@@ -19,6 +19,9 @@ _LIMITS = {
 }
 _MAY_BE_ZERO = {"type_vocab_size", "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok"}
 _POSITIVE = ("_eps", "_epsilon", "rope_theta", "rope_local_base_freq")
+_LARGEST_EPS = 1.0  # more would leave nothing of what a norm normalises
+_ROPE = {"factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+_DROPOUT = ("dropout", "_pdrop", "dropout_prob", "layerdrop", "dropout_rate")
 _REMEDY = "Give the value that the model was made with"
 
 
@@ -27,6 +30,8 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
     model's, for a number that is NaN, and for a constant that must be above zero and finite and is not. Sections within
     ``fields`` (``text_config``, ``rope_parameters``) are looked through too. ``where`` says where they are stated."""
     for name, value in fields.items():
+        if not isinstance(name, str):  # of a table of labels
+            continue
         if isinstance(value, dict):
             check_fields(value, f"{where}: {name}")
         elif name in _LIMITS:
@@ -34,10 +39,17 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
                 _check_size(name, one, where)
         elif isinstance(value, float) and math.isnan(value):
             raise ConfigError(f"{where}: {name} is not a number (NaN). {_REMEDY}")
-        elif name.endswith(_POSITIVE) and value is not None:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
+        elif (name.endswith(_POSITIVE) or name in _ROPE) and value is not None:
+            if not _number(value) or not 0 < value < math.inf:
                 raise ConfigError(f"{where}: {name} is {value!r}; it must be a number above zero. {_REMEDY}")
+            if name.endswith(("_eps", "_epsilon")) and value >= _LARGEST_EPS:
+                raise ConfigError(f"{where}: {name} is {value!r}; it must be below {_LARGEST_EPS:g}. {_REMEDY}")
+        elif name.endswith(_DROPOUT) and value is not None and (not _number(value) or not 0 <= value < 1):
+            raise ConfigError(f"{where}: {name} is {value!r}; it must be a share, from 0 to below 1. {_REMEDY}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_size(name: str, value: Any, where: str) -> None:

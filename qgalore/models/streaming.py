@@ -249,7 +249,10 @@ def _checked(rows: Rows, a: int, b: int) -> Tensor:
     """Rows a … b−1. Raises ``ValueError`` if one of their values is not finite."""
     values = rows(a, b)
     if not is_finite(values):
-        raise ValueError(f"rows {a} to {b - 1} hold inf or nan")
+        raise ValueError(
+            f"rows {a} to {b - 1} hold inf or nan. Every weight must be finite; copy the model again, or start from "
+            "another one"
+        )
     return values
 
 
@@ -257,8 +260,10 @@ def _fill_dense(target: Tensor, rows: Rows) -> None:
     for a, b in row_tiles(target.shape):
         part = target[a:b] if target.ndim else target
         part.copy_(rows(a, b))
-        if target.dtype == torch.float16 and not is_finite(part):
-            raise ValueError(f"rows {a} to {b - 1} hold values beyond float16's range; set model.dtype=bfloat16")
+        if target.dtype != torch.float32 and not is_finite(part):
+            kind = str(target.dtype).removeprefix("torch.")
+            wider = "bfloat16" if target.dtype == torch.float16 else "float32"
+            raise ValueError(f"rows {a} to {b - 1} hold values beyond {kind}'s range; set model.dtype={wider}")
 
 
 def _fill_layer(layer: LowRankLinear, rows: Rows) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
 from ..files.headers import Entry, entries, same
 from . import kinds
@@ -32,7 +34,26 @@ def stored_tensors(
         raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {error}") from error
     if unread := _unread(folder, files):
         report(f"{len(unread)} files in {folder} hold weights that are not read, for example {unread[0]}")
-    return unpacked(folder, found) if kinds.is_int8_export(fields) else found
+    found = unpacked(folder, found) if kinds.is_int8_export(fields) else found
+    _refuse_codes(folder, found)
+    return found
+
+
+def _refuse_codes(folder: Path, found: dict[str, Entry]) -> None:
+    """Raise :class:`ConfigError` for tensors that only make sense together with scales, whatever ``config.json`` says
+    of them: read as numbers, such integers would be weights of no model."""
+    for name, entry in found.items():
+        if name.endswith(kinds.OF_QUANTIZATION):
+            raise ConfigError(
+                f"model.path {str(folder)!r} holds {name}, a part of a quantized weight, and its config.json names no "
+                f"quantization that can be read. {kinds.START}"
+            )
+        if isinstance(entry, Entry) and name.endswith(".weight") and not (entry.dtype or torch.int8).is_floating_point:
+            raise ConfigError(
+                f"model.path {str(folder)!r}: {name} is stored as {entry.kind}, and a weight must be F32, F16, BF16 or "
+                "F64. Such codes are no weights without their scales; a converted model that was not saved by "
+                f"qgalore.save has them too. {kinds.START}"
+            )
 
 
 def _files(folder: Path, fields: dict[str, Any]) -> tuple[list[Path], Path | None]:

@@ -54,7 +54,9 @@ def given_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     if config.model.path is not None:
-        loading.check_folder(config.model.path)
+        # transformers reads config.json for a tokenizer too, and would call the tokenizer what is wrong with it.
+        if loading.check_folder(config.model.path):
+            loading.stored_config(loading.local_folder(config.model.path))
         say("tokenizer", f"the model's own, {config.model.path}")
         return load_tokenizer(config.model.path)
     if not looks_like_path(data.train, ENDINGS):

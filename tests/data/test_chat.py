@@ -105,6 +105,13 @@ def test_no_answer_blank_answers_and_an_answer_first(tokenizer, template):
     assert found[0].startswith("Lima.<|")
 
 
+def test_an_answer_first_that_its_own_header_spells(tokenizer):
+    """The header holds an "a" too, and is not for the assistant to say."""
+    turns = [{"role": "assistant", "content": "a"}, *TURNS[:2]]
+    found, _ = answers(tokenizer, turns, CHATML)
+    assert found == ["a<|im_end|>", "Lima.<|im_end|>"]
+
+
 def test_a_question_that_quotes_its_answer_is_not_marked(tokenizer):
     tokenizer.chat_template = CHATML
     turns = [{"role": "user", "content": "Say Lima."}, {"role": "assistant", "content": "Lima."}]

@@ -239,3 +239,34 @@ def test_misspelt_local_folder_is_suggested(dataset_folder, tmp_path):
     environment_path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     said = run_offline(f"import sys; sys.path[:0] = {environment_path.split(os.pathsep)!r}\n{program}", tmp_path)
     assert "Close names in that folder: set." in said
+
+
+def test_a_link_to_a_file_that_is_read_anyway_is_not_read_again(tmp_path):
+    (tmp_path / "text" / "sub").mkdir(parents=True)
+    write(tmp_path / "text" / "sub" / "b.txt", b"b")
+    write(tmp_path / "text" / "z.txt", b"z")
+    write(tmp_path / "elsewhere.txt", b"e")
+    (tmp_path / "text" / "a.txt").symlink_to(tmp_path / "text" / "z.txt")
+    (tmp_path / "text" / "also").symlink_to(tmp_path / "text" / "sub")
+    (tmp_path / "text" / "e.txt").symlink_to(tmp_path / "elsewhere.txt")
+    stream = documents(str(tmp_path / "text"))
+    assert list(stream) == ["e", "b", "z"]
+    (line,) = stream.notes.lines()
+    assert line == "links to files that are read anyway are not read again: 2 (a.txt, also/b.txt)"
+
+
+def test_utf16_without_a_mark_is_no_text_of_zero_bytes(tmp_path):
+    write(tmp_path / "a.txt", "hello there".encode("utf-16-le"))
+    with pytest.raises(ConfigError, match=r"a\.txt' holds a zero byte .* convert the file to UTF-8"):
+        list(documents(str(tmp_path / "a.txt")))
+
+
+def test_a_file_that_states_a_size_no_text_has_is_refused_before_any_of_it_is_read(tmp_path):
+    write(tmp_path / "a.txt.gz", bytes(1 << 25))
+    with pytest.raises(ConfigError, match=r"expands to more than 33,554,432"):
+        next(documents(str(tmp_path / "a.txt.gz")))
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        documents(str(tmp_path / ("a" * 300 + ".txt")))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from qgalore.data import tokenizing
 from qgalore.data.cache import tokenizer_fingerprint
@@ -369,3 +369,16 @@ def test_split_errors():
             token_file(10).split_tail(fraction)
     with pytest.raises(ConfigError, match="1 tokens cannot be split"):
         token_file(1).split_tail(0.5)
+
+
+def test_tokens_that_are_only_marked_as_special_are_counted_too(tmp_path):
+    """``<|im_start|>`` has no role such as eos, and is no text all the same."""
+    tokenizer = train_tokenizer(["some words of text"] * 3, vocab_size=280, report=lambda line: None)
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<think>", special=False)])
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "some <|im_start|> words <think>"}) + "\n")
+    lines = []
+    tokenize_to_disk(str(path), tokenizer, cache_dir=tmp_path / "cache", report=lines.append)
+    (line,) = [line for line in lines if "strings of special tokens" in line]
+    assert "'<|im_start|>' 1 times;" in line
+    assert "think" not in line

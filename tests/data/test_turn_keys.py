@@ -64,6 +64,24 @@ def test_read(row, expected):
         ({"messages": [ASK], "system": "T", "system_prompt": "S"}, "differ"),
         ({"instruction": "Q", "output": "A", "history": "Q"}, "'history' must be a list of pairs"),
         ({"prompt": "Q", "completion": "A", "label": False}, "'label' is False"),
+        ({"messages": [ASK, SAY], "label": False}, "'label' is False"),
+        (
+            {"prompt": "Q", "completion": "A", "label": "false"},
+            "'label' is 'false'; beside a completion it must be true",
+        ),
+        ({"messages": [ASK, {**SAY, "loss_weight": 0}]}, "'loss_weight' .it is 0., which is not read"),
+        ({"messages": [ASK, {**SAY, "isTrainable": False}]}, "'isTrainable'"),
+        ({"messages": [ASK, {**SAY, "Weight": 0}]}, "'Weight', which is not read; write it as 'weight'"),
+        ({"messages": [ASK, {**SAY, "label": False}]}, "'label' .it is False."),
+        ({"messages": [ASK, SAY], "system_message": "S"}, "'system_message'"),
+        ({"instruction": "Q", "Input": "I", "output": "A"}, "write it as 'input'"),
+        ({"instruction": "Q", "context": "I", "output": "A"}, "'context'"),
+        ({"messages": [ASK, SAY], "conversations": [ASK]}, "two conversations .messages and conversations."),
+        (
+            {"messages": [ASK, SAY], "prompt": "Q", "completion": "A"},
+            "two conversations .messages and prompt/completion",
+        ),
+        ({"messages": [{**ASK, "from": "gpt", "value": "B"}, SAY]}, "'role' and 'from', which say different things"),
         ({"messages": [ASK, SAY], "rejected": "B"}, "'rejected'"),
         ({"messages": [ASK, SAY], "functions": [{"name": "f"}]}, "'functions'"),
         ({"messages": [ASK, SAY], "images": ["a.png"]}, "'images'"),
@@ -75,6 +93,11 @@ def test_read(row, expected):
 def test_refused(row, complaint):
     with pytest.raises(ConfigError, match=complaint):
         messages_of(row, "here")
+
+
+def test_a_prompt_beside_its_messages_is_no_second_conversation():
+    """As ultrachat has it."""
+    assert messages_of({"messages": [ASK, SAY], "prompt": "Q", "label": True}, "here") == [ASK, SAY]
 
 
 def test_keys_that_are_not_read_are_named_once(tmp_path):

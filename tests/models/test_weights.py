@@ -177,6 +177,28 @@ def test_values_that_are_not_finite_are_refused_by_name(folder, name, value):
         read(folder)
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn])
+def test_codes_are_no_weights(folder, kind):
+    """transformers would cast them and start from numbers that no scale belongs to."""
+    change(folder / "model.safetensors", lambda tensors: tensors.update({NAME: tensors[NAME].to(kind)}))
+    with pytest.raises(ConfigError, match=rf"{NAME} is stored as (I8|U8|I64|F8_E4M3), and a weight must be F32"):
+        read(folder)
+
+
+@pytest.mark.parametrize("part", ["weight_scale_inv", "weight_packed", "qweight", "SCB"])
+def test_a_part_of_a_quantized_weight_is_never_left_over(folder, part):
+    name = NAME.replace("weight", part)
+    change(folder / "model.safetensors", lambda tensors: tensors.update({name: torch.ones(1)}))
+    with pytest.raises(ConfigError, match=rf"holds {name}, a part of a quantized weight.*Start from"):
+        read(folder)
+
+
+def test_values_beyond_the_models_dtype(folder):
+    change(folder / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill_(3.4e38))
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight cannot be used.*beyond bfloat16's range.*float32"):
+        loading.pretrained(str(folder), dtype=torch.bfloat16)
+
+
 def test_the_missing_weights_are_named(folder):
     edit_config(folder, num_hidden_layers=3)
     with pytest.raises(ConfigError, match=r"9 weights have missing keys, for example model\.layers\.2\."):
