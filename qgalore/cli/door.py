@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import ConfigError, QGaloreError, printable
+from ..training.stopping import silence_output
 
 
 def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int:
@@ -27,7 +28,7 @@ def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int
     except QGaloreError as error:
         return _told(error)
     except BrokenPipeError:
-        _silence_output()
+        silence_output()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except KeyboardInterrupt:
         if interrupted:
@@ -59,10 +60,3 @@ def _of_the_system(error: OSError) -> str:
         remedy = "Change its permissions, or choose another place."
     return f"{os.fsdecode(error.filename)}: {error.strerror}. {remedy}"
 
-
-def _silence_output() -> None:
-    """Python flushes standard output once more as it ends, which would complain again."""
-    with suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

@@ -23,7 +23,7 @@ from .keeping import PATIENCE, Keeper
 from .position import Position
 from .records import ProgressLine, Records, Silence, human_time, memory_bytes, memory_row
 from .spikes import WINDOW, is_spike
-from .stopping import StopSignal
+from .stopping import NO_READER, StopSignal
 
 
 class Samples(Protocol):
@@ -147,7 +147,8 @@ class Loop:
                 if save or self.keeper.due(step) or overdue or signalled:
                     self._save()
                 if signalled and not last:
-                    raise Interrupted(f"stopped by a signal; step {step} is saved, go on with --resume auto", signalled)
+                    why = "the end of the program that reads its output" if signalled == NO_READER else "a signal"
+                    raise Interrupted(f"stopped by {why}; step {step} is saved, go on with --resume auto", signalled)
         if self._stops_early():
             where = self.position
             print(
