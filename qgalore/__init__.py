@@ -15,7 +15,7 @@ _PLACES = {
     "load": "library",
     "optimizer": "lowrank.factory",
     "save": "library",
-    "TrainerGuard": "trainer_guard",
+    "TrainerGuard": "hugging_face.trainer_guard",
 }
 __all__ = ["TrainerGuard", "convert", "load", "optimizer", "save"]
 

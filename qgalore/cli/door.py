@@ -18,6 +18,7 @@ def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int
     ends without a word, with the code of a process that SIGPIPE ended. Ctrl-C ends in 130, with the words of
     ``interrupted`` if there are any. Whatever else is raised is a fault of ours and shows its traceback.
     """
+    _fill_closed()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError, OSError):  # a stream that a test or a notebook put there
             stream.reconfigure(errors="backslashreplace")
@@ -60,3 +61,11 @@ def _of_the_system(error: OSError) -> str:
         remedy = "Change its permissions, or choose another place."
     return f"{os.fsdecode(error.filename)}: {error.strerror}. {remedy}"
 
+
+def _fill_closed() -> None:
+    """Open what a shell closed (``>&-``): the first file to be opened would otherwise get the place of the output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

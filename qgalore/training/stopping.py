@@ -37,7 +37,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._output = sys.stdout
-        sys.stdout = _Watched(sys.stdout, self._reader_gone)
+        if sys.stdout is not None:  # as in a process that was started without one
+            sys.stdout = _Watched(sys.stdout, self._reader_gone)
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
@@ -54,7 +55,7 @@ class StopSignal:
         text = f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)"
         if number == HANGUP:
             text = "SIGHUP: finishing this step, then saving"
-            sys.stdout, sys.stderr = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
+            sys.stdout, sys.stderr = (_Forgiving(s) if s is not None else None for s in (sys.stdout, sys.stderr))
         print(text, flush=True)
 
     def _reader_gone(self) -> None:
