@@ -114,7 +114,8 @@ class LowRankLinear(nn.Module):
     """Replacement for ``nn.Linear`` (and transformers' ``Conv1D``) with GaLore's gradient as ``delta.grad``.
 
     ``weight``: (out, in), int8 with ``weight_scale`` bf16 (out, in / group_size), or floating point with
-    ``weight_scale`` None; it never requires grad, see :class:`StoredWeight`. ``left`` / ``right``: :class:`Basis` or None (identity).
+    ``weight_scale`` None; it never requires grad (:class:`StoredWeight`). ``left`` / ``right``: :class:`Basis` or None
+    (identity).
     ``delta``: (r or out, r or in) and ``probe``: (out, in), zero leaves of dtype ``grad_dtype``. Computes in x's dtype;
     with ``products``, on integers while training proves that close enough.
     With a ``max_rank`` the rank is free to move up to it (see ``ranks``), from ``mean_rank``; both are None otherwise.

@@ -1,4 +1,4 @@
-"""The parameter that a low-rank layer's weight is: it never has a gradient of its own, and can be frozen all the same."""
+"""The parameter that a low-rank layer's weight is: it never has a gradient of its own, and can still be frozen."""
 
 import copy
 import weakref
