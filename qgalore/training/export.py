@@ -126,6 +126,10 @@ def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     state = checkpoint.read_state(source)
     config = configuration.parse(state.get("config", {}), str(source))
     shape = loading.noted_config(state.get("model_config", {}), f"model_config in {source / checkpoint.STATE}")
+    if config.model.dtype == "auto":
+        raise ConfigError(
+            f"{source} cannot be used: its configuration has model.dtype auto, which a run resolves first"
+        )
     auto = {"auto": classify.AUTO} if config.data.task == "classify" else {}
     model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype), **auto)
     convert_as(config, model)
