@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +56,23 @@ def test_what_nohup_ignores_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_that_goes_is_a_request_and_not_an_error(tmp_path):
+    script = (
+        "import sys\n"
+        "from qgalore.training.stopping import StopSignal\n"
+        "sys.stdin.read(1)\n"
+        "with StopSignal() as stop:\n"
+        "    for line in range(3):\n"
+        "        print('a line', flush=True)\n"
+        "print('after', flush=True)\n"
+        "sys.exit(stop.number)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    program = subprocess.Popen([sys.executable, "-c", script], **pipes, cwd=Path(__file__).parent.parent)
+    program.stdout.close()
+    program.stdin.write(b"x")
+    program.stdin.close()
+    said = program.stderr.read()
+    assert (program.wait(), said) == (13, b"")

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import get_linear_schedule_with_warmup as linear_schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,8 +31,9 @@ from qgalore.cli import arguments as kinds
 from qgalore.cli import door
 from qgalore.data.labelled import LabelledTexts, Labels, read_examples
 from qgalore.data.order import SampleOrder
+from qgalore.data.tokenizer import load_tokenizer
 from qgalore.errors import ConfigError
-from qgalore.models import classify
+from qgalore.models import classify, loading, streaming
 
 METHODS = ("adamw", "lora", "galore", "qgalore")
 
@@ -98,17 +98,22 @@ def optimizer_for(method: str, model: nn.Module, rate: float, options: argparse.
 
 
 def model_for(options: argparse.Namespace, labels: Labels, pad_id: int, seed: int) -> nn.Module:
-    """The pretrained body with a new head that is the same for every method."""
-    torch.manual_seed(seed)
-    config = AutoConfig.from_pretrained(options.model)
+    """The pretrained body with a new head that is the same for every method. No code of the folder runs.
+
+    Raises :class:`ConfigError` if the folder cannot be read, or lacks weights of the body."""
+    folder = loading.local_folder(options.model)
+    config = loading.stored_config(folder, print)
     classify.configure(config, labels.names, pad_id)
-    model = AutoModelForSequenceClassification.from_pretrained(options.model, config=config, dtype=torch.float32)
-    return model.to(options.device)
+    model = loading.skeleton(config, dtype=torch.float32, auto=classify.AUTO)
+    tensors = classify.stored_source(folder, model, seed=seed, report=print)
+    streaming.allocate(model, torch.device(options.device))
+    streaming.fill(model, tensors, "model")
+    return model
 
 
 def data_for(name: str, options: argparse.Namespace) -> tuple[LabelledTexts, LabelledTexts, Labels]:
     """Training and held-out examples of a task, tokenized."""
-    task, tokenizer = TASKS[name], AutoTokenizer.from_pretrained(options.model)
+    task, tokenizer = TASKS[name], load_tokenizer(options.model)
     keys = {"text_keys": task.text_keys, "label_key": task.label_key, "header": task.header}
     train, dev = (read_examples(str(options.data / name / f"{part}.tsv"), **keys) for part in ("train", "dev"))
     labels = Labels.of(train, task.label_type)

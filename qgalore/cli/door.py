@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import ConfigError, QGaloreError, printable
+from ..training.stopping import silence_output
 
 
 def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int:
@@ -17,6 +18,7 @@ def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int
     ends without a word, with the code of a process that SIGPIPE ended. Ctrl-C ends in 130, with the words of
     ``interrupted`` if there are any. Whatever else is raised is a fault of ours and shows its traceback.
     """
+    _fill_closed()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError, OSError):  # a stream that a test or a notebook put there
             stream.reconfigure(errors="backslashreplace")
@@ -27,7 +29,7 @@ def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int
     except QGaloreError as error:
         return _told(error)
     except BrokenPipeError:
-        _silence_output()
+        silence_output()
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except KeyboardInterrupt:
         if interrupted:
@@ -60,9 +62,10 @@ def _of_the_system(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {error.strerror}. {remedy}"
 
 
-def _silence_output() -> None:
-    """Python flushes standard output once more as it ends, which would complain again."""
-    with suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+def _fill_closed() -> None:
+    """Open what a shell closed (``>&-``): the first file to be opened would otherwise get the place of the output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

@@ -24,6 +24,7 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
     parser.add_argument(
         "--text", nargs="+", default=[], metavar="FILE", help="loss over text, as data.task=text reads it"
     )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="the key of a row of --text with its text")
     parser.add_argument(
         "--instruct", nargs="+", default=[], metavar="FILE", help="loss over the answers of conversations"
     )
@@ -87,7 +88,9 @@ def held_out(model, tokenizer, path: str, options: argparse.Namespace, kind: str
     from ..models.loss import summed_loss, target_tokens
 
     length = min(options.sequence, getattr(model.config, "max_position_embeddings", None) or options.sequence)
-    read = tokenize_to_disk
+    if length < options.sequence:
+        print(f"note: --sequence {options.sequence} is more than the model's {length} positions, which are used")
+    read = partial(tokenize_to_disk, text_key=options.text_key)
     if kind == "instruct":
         read = partial(conversations_to_disk, sequence_length=length)
         if not has_template(tokenizer):
@@ -95,6 +98,11 @@ def held_out(model, tokenizer, path: str, options: argparse.Namespace, kind: str
             print("note: the tokenizer has no chat template; conversations are written in a plain one")
     with tempfile.TemporaryDirectory() as cache:
         tokens = read(path, tokenizer, cache_dir=cache, report=lambda line: None)
+        if tokens.row_length is None and len(tokens.tokens) <= length:
+            raise ConfigError(
+                f"{path} has {len(tokens.tokens)} tokens, and a row of --sequence {length} needs one more than that; "
+                "give more text or a shorter --sequence"
+            )
         packed = PackedSequences(tokens, sequence_length=length)
         count = min(len(packed), options.limit or len(packed))
         starts = range(0, count, options.batch)

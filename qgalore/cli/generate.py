@@ -11,6 +11,8 @@ EXAMPLES = """
   %(prog)s runs/quickstart/export/hf --prompt "It was" --temperature 0 --max-new-tokens 20
 """
 
+COLDEST = 1e-4  # of --temperature, but for 0
+
 
 def parse(arguments: list[str], program: str) -> argparse.Namespace:
     parser = kinds.parser(program, "Continue a prompt with an exported model.", EXAMPLES)
@@ -52,8 +54,14 @@ def generate(options: argparse.Namespace) -> None:
 
     from ..errors import ConfigError, printable
 
+    if 0 < options.temperature < COLDEST:
+        raise ConfigError(
+            f"--temperature is {options.temperature:g}, by which the scores of the tokens can no longer be divided; "
+            f"give 0 for the likeliest token, or at least {COLDEST}"
+        )
     model, tokenizer = load(options.folder)
-    ids = tokenizer(options.prompt, return_tensors="pt")
+    # What the shell passed on and is no UTF-8 arrives as lone surrogates, which no tokenizer reads.
+    ids = tokenizer(options.prompt.encode("utf-8", "replace").decode(), return_tensors="pt")
     if not ids["input_ids"].numel():
         raise ConfigError("--prompt is empty; give at least one word")
     room = getattr(model.config, "max_position_embeddings", None)

@@ -38,7 +38,7 @@ from .filling import KINDS, flatten, load_into, load_model
 from .safetensors import Entries, Rows, Seal, altered, create, file_bytes, joined, write_share
 
 __all__ = [
-    "DamagedError", "NewerError", "load_into", "load_model", "name_for", "newest_in", "newest_of", "prune",
+    "STATE", "DamagedError", "NewerError", "load_into", "load_model", "name_for", "newest_in", "newest_of", "prune",
     "read_state", "save", "set_aside", "step_of", "steps_in",
 ]  # fmt: skip
 VERSION = 3

@@ -19,6 +19,7 @@ from .shapes import (
     first_line,
     first_position,
     model_config,
+    noted_config,
     stored_config,
     stored_fields,
 )  # fmt: skip
@@ -26,8 +27,8 @@ from .weights import stored_tensors
 
 __all__ = [
     "check_folder", "check_positions", "check_vocabulary", "first_position", "fresh_source", "from_scratch",
-    "local_folder",
-    "model_config", "pretrained", "pretrained_skeleton", "skeleton", "skeleton_with_buffers", "stored_config",
+    "local_folder", "model_config", "noted_config", "pretrained", "pretrained_skeleton", "skeleton",
+    "skeleton_with_buffers", "stored_config",
     "stored_source", "untie_padding",
 ]  # fmt: skip
 

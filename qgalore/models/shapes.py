@@ -59,6 +59,19 @@ def stored_config(folder: Path, report: Callable[[str], None] = lambda line: Non
     return config
 
 
+def noted_config(fields: dict[str, Any], where: str) -> PretrainedConfig:
+    """The architecture of ``fields``, a config as transformers writes it into JSON, which ``where`` holds.
+
+    Raises :class:`ConfigError` if they describe no model, or one of impossible sizes.
+    """
+    fields = PretrainedConfig._decode_special_floats(fields)
+    check_fields(fields, where)
+    try:
+        return AutoConfig.for_model(**fields)
+    except Exception as error:  # each architecture's class raises its own kinds
+        raise ConfigError(f"{where} describes no model of transformers: {first_line(error)}") from error
+
+
 def _named_fields(source: str) -> dict[str, Any]:
     """What the ``config.json`` that ``model.config`` names states."""
     path = Path(source).expanduser()

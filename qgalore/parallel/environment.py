@@ -5,6 +5,7 @@ import os
 from ..errors import ConfigError
 
 LARGEST = 2**16
+_REMEDY = "Start several processes with torchrun, or unset WORLD_SIZE to train in one"
 
 
 def world_size() -> int:
@@ -19,6 +20,10 @@ def world_size() -> int:
         _number("RANK", 0, size - 1)
     if size > 1 and "LOCAL_RANK" in os.environ:
         _number("LOCAL_RANK", 0, size - 1)
+    if size > 1:
+        _number("MASTER_PORT", 0, LARGEST - 1)
+        if not os.environ.get("MASTER_ADDR"):
+            raise ConfigError(f"the environment variable MASTER_ADDR is not set; it must name rank 0's host. {_REMEDY}")
     return size
 
 
@@ -28,7 +33,6 @@ def _number(name: str, low: int, high: int) -> int:
     if value is None or not low <= value <= high:
         found = "is not set" if text is None else f"is {text[:40]!r}"
         raise ConfigError(
-            f"the environment variable {name} {found}; it must be a whole number from {low} to {high}. Start several "
-            "processes with torchrun, or unset WORLD_SIZE to train in one"
+            f"the environment variable {name} {found}; it must be a whole number from {low} to {high}. {_REMEDY}"
         )
     return value

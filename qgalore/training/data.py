@@ -27,6 +27,7 @@ from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..data.tokenizing import Progress
 from ..data.tokens import TokenFile, tokenize_to_disk
 from ..errors import ConfigError, counted
+from ..files import atomic
 from ..models import loading
 from .say import say
 
@@ -109,7 +110,8 @@ def _own_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         _texts(config), vocab_size=data.vocab_size, show_progress=sys.stderr is not None and sys.stderr.isatty()
     )
     try:
-        _keep(tokenizer, folder)
+        with atomic.plain_errors():
+            _keep(tokenizer, folder)
     except OSError as error:
         raise ConfigError(f"the tokenizer cannot be cached in {folder}: {error}; set data.cache_dir") from error
     return tokenizer

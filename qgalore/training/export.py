@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .. import config as configuration
 from ..config import Config
@@ -75,7 +75,10 @@ def export(model: nn.Module, fmt: str, target: Path, run: Path) -> None:
             if fmt != "gguf":
                 folders.take_along(kept, building)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"the export {target} could not be written: {error}; the checkpoints are intact") from error
+        raise ConfigError(
+            f"the export {target} could not be written: {error}. The checkpoints are intact; free space or choose "
+            "another folder, then export with tools/export.py"
+        ) from error
     say("export", f"{target}, for {EXPORTS[fmt].READERS}")
 
 
@@ -121,8 +124,12 @@ def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     Raises :class:`ConfigError` if the checkpoint is damaged or its run's tokenizer is gone.
     """
     state = checkpoint.read_state(source)
-    config = configuration.parse(state["config"], str(source))
-    shape = AutoConfig.for_model(**state["model_config"])
+    config = configuration.parse(state.get("config", {}), str(source))
+    shape = loading.noted_config(state.get("model_config", {}), f"model_config in {source / checkpoint.STATE}")
+    if config.model.dtype == "auto":
+        raise ConfigError(
+            f"{source} cannot be used: its configuration has model.dtype auto, which a run resolves first"
+        )
     auto = {"auto": classify.AUTO} if config.data.task == "classify" else {}
     model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype), **auto)
     convert_as(config, model)

@@ -22,7 +22,7 @@ from .records import ProgressLine, human_time, memory_row
 from .recovery import Recovery
 from .spikes import WINDOW
 from .stepping import Order
-from .stopping import StopSignal
+from .stopping import NO_READER, StopSignal
 
 
 @dataclass
@@ -98,7 +98,8 @@ class Loop:
                 if save or course.keeper.due(step) or overdue or signalled:
                     course.save()
                 if signalled and not last:
-                    raise Interrupted(f"stopped by a signal; step {step} is saved, go on with --resume auto", signalled)
+                    why = "the end of the program that reads its output" if signalled == NO_READER else "a signal"
+                    raise Interrupted(f"stopped by {why}; step {step} is saved, go on with --resume auto", signalled)
         if self._stops_early():
             where = self.position
             print(

@@ -1,12 +1,24 @@
 """Stopping a run from outside."""
 
+import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+NO_READER = 13  # SIGPIPE: the program that reads the output has ended
+
+
+def silence_output() -> None:
+    """Let standard output go nowhere. Its reader has gone, and Python, which flushes once more at the end, would
+    complain again."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class StopSignal:
@@ -14,14 +26,19 @@ class StopSignal:
     once, but for SIGHUP.
 
     A terminal that goes away sends SIGHUP, often twice, and takes nothing more that is printed. What a process was told
-    to ignore, by ``nohup``, stays ignored.
+    to ignore, by ``nohup``, stays ignored. When the reader of the output ends (``| head``), that is such a request too,
+    with the number of SIGPIPE: a line that nobody reads must not cost the state.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._previous: dict[int, Any] = {}
+        self._output: Any = None
 
     def __enter__(self) -> "StopSignal":
+        self._output = sys.stdout
+        if sys.stdout is not None:  # as in a process that was started without one
+            sys.stdout = _Watched(sys.stdout, self._reader_gone)
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
@@ -38,8 +55,12 @@ class StopSignal:
         text = f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)"
         if number == HANGUP:
             text = "SIGHUP: finishing this step, then saving"
-            sys.stdout, sys.stderr = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
+            sys.stdout, sys.stderr = (_Forgiving(s) if s is not None else None for s in (sys.stdout, sys.stderr))
         print(text, flush=True)
+
+    def _reader_gone(self) -> None:
+        silence_output()
+        self.number = self.number or NO_READER
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -47,14 +68,23 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        if isinstance(sys.stdout, _Watched):  # after SIGHUP it stays a stream that forgives
+            sys.stdout = self._output
 
 
-class _Forgiving:
-    """A stream that drops what its terminal, or the program it is piped into, no longer takes: both end by the same
-    signal, and a line that cannot be printed must not cost the state."""
+class _Stream:
+    """A stream that answers for another one."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Forgiving(_Stream):
+    """A stream that drops what its terminal, or the program it is piped into, no longer takes: both end by the same
+    signal, and a line that cannot be printed must not cost the state."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -65,5 +95,23 @@ class _Forgiving:
         with suppress(OSError):
             self._stream.flush()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+
+class _Watched(_Stream):
+    """A stream that calls ``gone()`` when the program that reads it has ended."""
+
+    def __init__(self, stream: Any, gone: Callable[[], None]) -> None:
+        super().__init__(stream)
+        self._gone = gone
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except BrokenPipeError:
+            self._gone()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._gone()

@@ -89,10 +89,13 @@ def test_output_that_a_terminal_cannot_show_is_written_out():
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is '2'"),
         ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK is 'first'"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "gpu"}, "LOCAL_RANK is 'gpu'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
     ],
 )
 def test_nonsense_about_processes_is_refused_at_once(monkeypatch, given, named):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert world_size() == 1
     for name, value in given.items():

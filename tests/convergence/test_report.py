@@ -5,6 +5,7 @@ import io
 import json
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -238,3 +239,12 @@ def test_a_tracker_takes_every_scalar(recorded, package, tmp_path, monkeypatch):
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "runs" not in path.parts]
     stored = b"".join(path.read_bytes() for path in files)
     assert all(tag.encode() in stored for tag, _, _ in found)
+
+
+def test_a_device_is_written_to_and_stays(tmp_path):
+    link = tmp_path / "nowhere"
+    link.symlink_to("/dev/null")
+    report.write_text(link, "text")
+    assert link.is_symlink()
+    assert Path("/dev/null").is_char_device()
+    assert [path.name for path in tmp_path.iterdir()] == ["nowhere"]

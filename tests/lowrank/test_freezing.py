@@ -1,5 +1,8 @@
 """What a user freezes stays, bit for bit, whenever that is said: before ``optimizer``, after it, and in between."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -77,3 +80,43 @@ def test_a_wholly_frozen_model_is_refused(tiny_llama):
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing would be trained"):
         optimizer(model, lr=0.05)
+
+
+def by_method(weight, on):
+    weight.requires_grad_(on)
+
+
+def by_attribute(weight, on):
+    weight.requires_grad = on
+
+
+@pytest.mark.parametrize("say", [by_method, by_attribute])
+def test_the_weight_alone_can_be_frozen_and_freed(making, token_batches, say):
+    model, make = making
+    early, late = model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.up_proj
+    say(early.weight, False)
+    opt = make()
+    batches = token_batches(steps=8)
+    before = stored(early)
+    learn(model, opt, batches[:2])
+    say(late.weight, False)
+    since = stored(late)
+    learn(model, opt, batches[2:4])
+    assert moved(before, early) == []
+    assert moved(since, late) == []
+    say(late.weight, True)
+    learn(model, opt, batches[4:])
+    assert moved(before, early) == []
+    assert "weight_int8" in moved(since, late)
+
+
+def test_a_copy_of_a_layer_is_frozen_apart_from_it(tiny_llama):
+    model = tiny_llama()
+    convert(model, rank=8)
+    twins = {"copy": copy.deepcopy(model), "file": pickle.loads(pickle.dumps(model))}
+    own = model.model.layers[0].mlp.up_proj
+    for kind, twin in twins.items():
+        layer = twin.model.layers[0].mlp.up_proj
+        layer.weight.requires_grad_(False)
+        assert not any(leaf.requires_grad for leaf in layer.leaves().values()), kind
+        assert own.delta.requires_grad, kind

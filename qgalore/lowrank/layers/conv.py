@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .bases import Basis
 from .linear import LowRankLinear, zero_leaf
+from .stored import StoredWeight
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -115,7 +116,7 @@ class LowRankConv(LowRankLinear):
         device = conv.weight.device
         self.out_features, self.in_features = out, channels * block
         self.rank, self.basis_format, self.transposed = rank, basis_format, False
-        self.weight = nn.Parameter(conv.weight.detach().reshape(out, -1), requires_grad=False)
+        self.weight = StoredWeight(conv.weight.detach().reshape(out, -1)).owned_by(self)
         self.register_buffer("weight_scale", None)
         self.register_parameter("bias", None if conv.bias is None else nn.Parameter(conv.bias.detach()))
         r_out, r_in = side_ranks(rank, out, channels, block)

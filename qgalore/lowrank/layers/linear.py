@@ -19,6 +19,7 @@ from ...quant.int8 import quantize
 from ..subspace import sides
 from .bases import Basis
 from .product_choice import Choice, Products
+from .stored import StoredWeight
 
 CODES = "weight_int8"  # a name for int8 codes in a state dict that is not that of ordinary weights
 
@@ -117,7 +118,8 @@ class LowRankLinear(nn.Module):
     """Replacement for ``nn.Linear`` (and transformers' ``Conv1D``) with GaLore's gradient as ``delta.grad``.
 
     ``weight``: (out, in), int8 with ``weight_scale`` bf16 (out, in / group_size), or floating point with
-    ``weight_scale`` None; it never requires grad. ``left`` / ``right``: :class:`Basis` or None (identity).
+    ``weight_scale`` None; it never requires grad (:class:`StoredWeight`). ``left`` / ``right``: :class:`Basis` or None
+    (identity).
     ``delta``: (r or out, r or in) and ``probe``: (out, in), zero leaves of dtype ``grad_dtype``. Computes in x's dtype;
     with ``products``, on integers while training proves that close enough.
     With a ``max_rank`` the rank is free to move up to it (see ``ranks``), from ``mean_rank``; both are None otherwise.
@@ -162,7 +164,7 @@ class LowRankLinear(nn.Module):
         scale = None
         if group_size is not None:
             weight, scale = quantize(weight.detach(), group_size)
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = StoredWeight(weight.detach()).owned_by(self)
         self.register_buffer("weight_scale", scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         self.left, self.right = left, right
@@ -255,8 +257,13 @@ class LowRankLinear(nn.Module):
         for leaf in self.leaves().values():
             blank = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
             memo[id(leaf)] = nn.Parameter(blank, requires_grad=leaf.requires_grad)
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if isinstance(self.weight, StoredWeight):
+            self.weight.owned_by(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
