@@ -24,6 +24,7 @@ INT8_PRODUCTS = ("model.compute=int8", "lowrank.group_size=row")
 ACCUMULATED = "train.grad_accumulation=2"
 EXPERTS = ("model.config=mixtral_quickstart", "model.overrides={num_hidden_layers: 2}")
 AUTO = ("lowrank.rank=auto", "lowrank.max_rank=64")
+MANY = ("train.order=layer_major", "train.grad_accumulation=4")
 SHAPES = {
     "plain": (WIDE % "true", "train.activation_checkpointing=false"),
     "checkpointed": (WIDE % "true", "train.activation_checkpointing=true"),
@@ -52,6 +53,9 @@ SHAPES = {
     "nearest, rederived": (WIDE % "true", "lowrank.weight_rounding=nearest", "lowrank.weight_scales=rederived"),
     "auto ranks": (WIDE % "true", "train.activation_checkpointing=true", *AUTO, "lowrank.energy=1"),
     "galore8bit": (WIDE % "true", "train.activation_checkpointing=true", "method=galore8bit"),
+    "layer-major": (WIDE % "false", "train.activation_checkpointing=true", *MANY),
+    "layer-major, graphs kept": (WIDE % "false", "train.activation_checkpointing=false", *MANY),
+    "layer-major, fira": (WIDE % "false", "train.activation_checkpointing=true", "lowrank.rule=fira", *MANY),
     "int8 products": (WIDE % "true", "train.activation_checkpointing=true", *INT8_PRODUCTS),
 }
 COMMON = ("train.max_steps=9", "train.micro_batch_size=8", "data.sequence_length=64", "lowrank.rank=64")

@@ -33,7 +33,11 @@ def losses(run):
     return [row["loss"] for row in rows(run)]
 
 
-@pytest.mark.parametrize("how", ["false", "true", "offload"])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", [slow("false"), "true", slow("offload")])
 def test_one_micro_batch_gives_the_bits_of_batch_major_steps(tiny_run, how):
     code, out, err = tiny_run(*WALKED, "run.name=walked", f"train.activation_checkpointing={how}")
     assert code == 0, err
@@ -46,8 +50,7 @@ def test_one_micro_batch_gives_the_bits_of_batch_major_steps(tiny_run, how):
     assert_same(state("walked"), state("plain"))
 
 
-@pytest.mark.parametrize("clip", ["0", "0.5"])
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize(("count", "clip"), [(2, "0.5"), slow(2, "0"), slow(8, "0"), slow(8, "0.5")])
 def test_accumulation_gives_the_bits_of_batch_major_steps(tiny_run, count, clip):
     """From a common checkpoint on: batch-major steps find the very first bases in the first micro-batch alone. Later
     ones, at steps 3 and 6 here, come from the sum in both orders. A tied weight would add its two parts in another
@@ -68,7 +71,7 @@ def test_accumulation_gives_the_bits_of_batch_major_steps(tiny_run, count, clip)
     assert_same(state("walked", 8), state("plain", 8))
 
 
-@pytest.mark.parametrize("rule", ["fira", "scale"])
+@pytest.mark.parametrize("rule", [slow("fira"), slow("scale")])
 def test_rules_with_whole_gradients_accumulate(tiny_run, rule):
     many = ("train.grad_accumulation=2", "train.micro_batch_size=2", f"lowrank.rule={rule}", UNTIED)
     code, _, err = tiny_run(*PLAIN, *many)
@@ -84,6 +87,7 @@ def test_rules_with_whole_gradients_accumulate(tiny_run, rule):
 DROPPING = ("model.overrides.attention_dropout=0.3", "train.grad_accumulation=2", "train.micro_batch_size=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["false", "true"])
 def test_dropout_is_the_same_whether_a_block_runs_once_or_twice_or_the_run_was_cut(tiny_run, how):
     assert tiny_run(*WALKED, *DROPPING, "run.name=whole", "train.activation_checkpointing=true")[0] == 0
@@ -128,7 +132,7 @@ def test_a_loss_that_is_not_finite_needs_no_replay(tiny_run, monkeypatch):
     assert [loss is None for loss in losses("six")] == [False, False, False, True, False, False]
 
 
-@pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
+@pytest.mark.parametrize("policy", [slow("warn"), slow("skip"), slow("rollback")])
 def test_a_spike_needs_no_replay(tiny_run, monkeypatch, policy):
     long = ("train.max_steps=24", "train.eval_every=24", "train.save_every=21", "train.lr=0.001", *WALKED)
     done = change_losses(monkeypatch, {22}, 10.0)
@@ -168,8 +172,12 @@ def poison_gradients(monkeypatch, step):
     return done
 
 
-@pytest.mark.parametrize("extra", [(), ("train.clip_grad_norm=0.5",)], ids=["plain", "clipped"])
-@pytest.mark.parametrize("bad", [1, 4, 5])
+CLIP = ("train.clip_grad_norm=0.5",)
+
+
+@pytest.mark.parametrize(
+    ("bad", "extra"), [(4, ()), slow(1, ()), slow(5, ()), slow(1, CLIP), slow(4, CLIP), slow(5, CLIP)]
+)
 def test_a_gradient_that_is_not_finite_leaves_the_weights_of_a_skipped_step(tiny_run, monkeypatch, bad, extra):
     """Step 4 is one with refreshes. The run ends like a batch-major one that looks at all gradients first."""
     done = poison_gradients(monkeypatch, bad)
