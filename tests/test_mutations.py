@@ -30,10 +30,10 @@ class Mutation:
 
 MUTATIONS = {
     "the same rounding bits in every step": Mutation(
-        "derive_key(self.seed, self.step_count, slot.index)", "derive_key(self.seed, 0, slot.index)", (METHOD,)
+        "derive_key(self.seed, self.step_count, tensor.index)", "derive_key(self.seed, 0, tensor.index)", (METHOD,)
     ),
     "the same rounding bits in every layer": Mutation(
-        "derive_key(self.seed, self.step_count, slot.index)", "derive_key(self.seed, self.step_count, 0)", (METHOD,)
+        "derive_key(self.seed, self.step_count, tensor.index)", "derive_key(self.seed, self.step_count, 0)", (METHOD,)
     ),
     "the same rounding bits in each tile, int8": Mutation(
         "start = (first_row + c) * width",
@@ -46,15 +46,15 @@ MUTATIONS = {
         ("tests/quant/test_dense.py::test_bf16_tiles_do_not_show",),
     ),
     "the same rounding bits in each part": Mutation(
-        '"first_row": self.first_row + first}', '"first_row": self.first_row}', (PARTS,)
+        "first_row=self.first_row + first,", "first_row=self.first_row,", (PARTS,)
     ),
     "the gradient of a refresh step in the basis before it is rounded": Mutation(
-        "            self._adopt(found, stored, first)\n",
-        "            self._adopt(found, stored, first)\n            self.module.columns = lambda: tuple(found)\n",
+        "            self.adopt(found, stored, first)\n",
+        "            self.adopt(found, stored, first)\n            self.module.columns = lambda: tuple(found.columns)\n",
         (METHOD,),
     ),
     "moments turned from an old basis whose signs a QR has changed": Mutation(
-        "self._adopt(found, stored, first)", "self._adopt(found, old, first)", (METHOD,)
+        "self.adopt(found, stored, first)", "self.adopt(found, old, first)", (METHOD,)
     ),
     "decay times scale": Mutation(
         'group["lr"] * group["weight_decay"]', 'group["lr"] * group["weight_decay"] * group["scale"]', (METHOD,)
@@ -65,8 +65,8 @@ MUTATIONS = {
         (METHOD,),
     ),
     "the loss as a mean of the micro-batches' means": Mutation(
-        "loss = self.loss(self.model, batch) / max(tokens, 1)",
-        "loss = self.loss(self.model, batch) / max(self.targets(batch) * self.grad_accumulation, 1)",
+        "return self.loss(self.model, batch) / max(tokens, 1)",
+        "return self.loss(self.model, batch) / max(self.data.targets(batch) * self.stepping.grad_accumulation, 1)",
         ("tests/test_means.py::test_a_step_weighs_targets_and_not_micro_batches",),
     ),
     "an evaluation as a mean of the batches' means": Mutation(
@@ -75,7 +75,7 @@ MUTATIONS = {
         ("tests/test_means.py::test_an_evaluation_weighs_targets_and_not_batches",),
     ),
     "parts that end inside an 8-bit block": Mutation(
-        "unit = moments.BLOCK // math.gcd(moments.BLOCK, size // rows)", "unit = 1", (PARTS,)
+        "unit = BLOCK // math.gcd(BLOCK, size // rows)", "unit = 1", (PARTS,)
     ),
     "a rederived scale rounded to the nearest": Mutation(
         "    if key is None:\n        new = exact",
@@ -88,8 +88,8 @@ MUTATIONS = {
         ("tests/quant/test_int8.py::test_rederived_scales_are_idempotent",),
     ),
     "signs after a QR": Mutation(
-        "projector.first_vector_cosine(stored[position], new)",
-        "projector.first_vector_cosine(old[position], new)",
+        "search.first_vector_cosine(kept, after)",
+        "search.first_vector_cosine(before, after)",
         ("tests/lowrank/test_policies.py::test_the_signed_cosine_has_the_sign_of_the_vectors_as_found",),
     ),
     "frozen layers step on": Mutation(
