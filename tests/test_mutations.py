@@ -50,7 +50,7 @@ MUTATIONS = {
     ),
     "the gradient of a refresh step in the basis before it is rounded": Mutation(
         "            self.adopt(found, stored, first)\n",
-        "            self.adopt(found, stored, first)\n            self.module.columns = lambda: tuple(found.columns)\n",
+        "            self.adopt(found, stored, first)\n            self.module.columns = lambda: found.columns\n",
         (METHOD,),
     ),
     "moments turned from an old basis whose signs a QR has changed": Mutation(
