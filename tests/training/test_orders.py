@@ -207,7 +207,7 @@ def test_what_cannot_be_walked_says_so_and_steps_batch_major(tiny_run, monkeypat
     auto = ("train.order=auto", *WALKED[1:])
     code, out, err = tiny_run(*auto)
     assert code == 0, err
-    assert "step       batch-major: " in out
+    assert "step:      batch-major: " in out
     code, _, err = tiny_run(*auto, "run.name=whole", "lowrank.rule=fira", "train.grad_accumulation=2")
     assert code == 2
     assert "cannot be walked" in err

@@ -29,6 +29,7 @@ class WholeTensor(ProjectedTensor):
         self.by_rows = False
         self.projected = self.projected and rule.uses_basis
         module.delta.requires_grad_(False)
+        module.probe.requires_grad_(True)  # without hooks nobody else does, and the layer would count as frozen
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.probe]
