@@ -64,7 +64,8 @@ def page() -> str:
     ]
     for name, field in inner.items():
         parts.append(f"## {name}\n\n{field.description}\n")
-        parts += [_entry(f"{name}.{one}", of_it) for one, of_it in field.annotation.model_fields.items()]
+        section: Any = field.annotation  # is_section has said so
+        parts += [_entry(f"{name}.{one}", of_it) for one, of_it in section.model_fields.items()]
     return "\n".join(parts)
 
 

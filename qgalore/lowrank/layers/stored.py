@@ -13,6 +13,8 @@ class StoredWeight(nn.Parameter):
     have it, but setting it, or :meth:`requires_grad_`, says whether those leaves may listen: False freezes the layer's
     weight, True frees it. ``owner`` is the layer."""
 
+    owner: "weakref.ref[nn.Module]"
+
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> "StoredWeight":
         return super().__new__(cls, data, False)
 
@@ -21,7 +23,7 @@ class StoredWeight(nn.Parameter):
         return self
 
     def requires_grad_(self, mode: bool = True) -> "StoredWeight":
-        layer = self.owner() if hasattr(self, "owner") else None
+        layer: Any = self.owner() if hasattr(self, "owner") else None  # a layer with ``leaves``
         for leaf in layer.leaves().values() if layer is not None else ():
             leaf.requires_grad_(mode)
         return self
