@@ -423,7 +423,7 @@ REFUSED = {
     "unknown": ({"rule": "adam"}, None, "rule is 'adam'"),
     "deferred": ({"rule": "scale", "stepping": "deferred"}, None, "full_gradients='keep'"),
     "bad policy": ({"rule": "scale", "full_gradients": "some"}, None, "full_gradients is 'some'"),
-    "apollo without a rank": ({"rule": "apollo"}, None, "rank is None"),
+    "apollo without a rank": ({"rule": "apollo"}, None, "rule apollo needs the rank of its random projection"),
     "a rank that is not read": ({"rule": "scale", "rank": 4}, None, "does not read it"),
     "a momentum that is not read": ({"rule": "sinkgd", "momentum": "8bit"}, None, "does not read it"),
     "an unknown momentum": ({"rule": "muon", "momentum": "2bit"}, None, "momentum is '2bit'"),
