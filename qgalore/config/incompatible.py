@@ -273,7 +273,7 @@ TABLE = (
     ),
     Conflict(
         ("lowrank.max_gap", "lowrank.update_proj_gap"),
-        "`max_gap` must be at least `update_proj_gap`, where gaps begin.",
+        "`max_gap` must be at least `update_proj_gap`.",
         _gaps,
     ),
     Conflict(
