@@ -76,7 +76,7 @@ def test_rules_with_whole_gradients_accumulate(tiny_run, rule):
     many = ("train.grad_accumulation=2", "train.micro_batch_size=2", f"lowrank.rule={rule}", UNTIED)
     code, _, err = tiny_run(*PLAIN, *many)
     assert code == 2
-    assert "use train.order: layer_major" in err
+    assert "or train.order: layer_major" in err
     assert tiny_run(*PLAIN, *many, "run.name=plain", "train.full_gradients=keep")[0] == 0
     code, _, err = tiny_run(*WALKED, *many, "run.name=walked")
     assert code == 0, err
