@@ -24,6 +24,7 @@ import bench
 from qgalore.cli import arguments as kinds
 from qgalore.cli import door
 from qgalore.convergence import plot, report
+from qgalore.files.atomic import write_report
 from qgalore.models import loading
 
 QUANTITIES = ("width", "depth", "rank", "sequence")
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             values = "  ".join(f"{a}: {b:.3f}" for a, b in points)
             print(f"{name:12} {quantity:9} exponent {exponent:5.2f} ±{error:.2f}   {values}")
     if options.html:
-        report.write_text(options.html, page(found, note))
+        write_report(options.html, page(found, note))
     return 0
 
 

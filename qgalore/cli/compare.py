@@ -91,13 +91,13 @@ def compare(options: argparse.Namespace) -> int:
 
 def write(options: argparse.Namespace, summaries: list, results: list, failures: list) -> None:
     from ..comparison import tables
-    from ..convergence.report import write_text
+    from ..files.atomic import write_report
 
     title = f"Comparison: {Path(options.config).stem}"
     print(f"\n{tables.text(summaries, failures)}\n")
-    write_text(options.out / "comparison.md", tables.markdown(summaries, failures))
-    write_text(options.out / "comparison.csv", tables.csv_rows(results))
-    write_text(options.out / "comparison.html", tables.page(summaries, failures, title))
+    write_report(options.out / "comparison.md", tables.markdown(summaries, failures))
+    write_report(options.out / "comparison.csv", tables.csv_rows(results))
+    write_report(options.out / "comparison.html", tables.page(summaries, failures, title))
     print(f"written: {options.out}/comparison.md, comparison.csv, comparison.html")
 
 

@@ -35,6 +35,7 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
 def look(options: argparse.Namespace) -> bool:
     """Read, print and write once. Returns whether all runs have ended."""
     from ..convergence import csv_rows, records, report, summary, table
+    from ..files.atomic import write_report
 
     runs = [records.read_run(folder) for folder in options.runs]
     if not options.follow:
@@ -51,9 +52,9 @@ def look(options: argparse.Namespace) -> bool:
         print("\033[2J\033[H", end="")  # clear the screen
     print("\n\n".join(shown), flush=True)
     if options.html:
-        report.write_text(options.html, report.page(summaries, INTERVAL if options.follow and not finished else None))
+        write_report(options.html, report.page(summaries, INTERVAL if options.follow and not finished else None))
     if options.csv:
-        report.write_text(options.csv, csv_rows.refresh_rows([one.run for one in summaries]))
+        write_report(options.csv, csv_rows.refresh_rows([one.run for one in summaries]))
     return finished
 
 

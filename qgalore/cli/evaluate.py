@@ -166,7 +166,7 @@ def stored_classes(source: Path) -> list[str]:
 
 def run(options: argparse.Namespace) -> None:
     check_arguments(options)
-    from ..convergence.report import write_text
+    from ..files.atomic import write_report
 
     source = kinds.saved_folder(options.model)
     check_kind(stored_classes(source), source)
@@ -178,7 +178,7 @@ def run(options: argparse.Namespace) -> None:
         results += [held_out(model, tokenizer, path, options, kind) for path in paths]
     print(f"{name}:")
     show(results)
-    write_text(options.json, json.dumps({"model": name, "results": results}, indent=1) + "\n")
+    write_report(options.json, json.dumps({"model": name, "results": results}, indent=1) + "\n")
     print(f"written to {options.json}")
 
 

@@ -1,11 +1,7 @@
 """One self-contained HTML page for one or several runs: no script, no font, no address of another file."""
 
-import os
-from contextlib import suppress
 from html import escape
-from pathlib import Path
 
-from ..errors import ConfigError
 from . import charts, plot, table
 from .summary import RunSummary
 
@@ -38,21 +34,3 @@ def page(summaries: list[RunSummary], reload_seconds: int | None = None) -> str:
     reload = f'<meta http-equiv="refresh" content="{reload_seconds}"/>' if reload_seconds else ""
     head = f'<head><meta charset="utf-8"/>{reload}<title>{title}</title><style>{plot.STYLE}{STYLE}</style></head>'
     return f'<!DOCTYPE html>\n<html lang="en">{head}<body>{"".join(parts)}</body></html>\n'
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace the file ``path`` in one move, so that a browser never reads half a page and a full disk leaves the old
-    one. A device or a pipe, such as ``/dev/null``, is written to and stays. Raises :class:`ConfigError`."""
-    path = Path(os.path.realpath(path))
-    special = path.exists() and not path.is_file()
-    fresh = path if special else path.with_name(f".{path.name}.tmp")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        if not special:
-            fresh.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}; choose another file") from error
-    finally:
-        if not special:
-            with suppress(OSError):
-                fresh.unlink(missing_ok=True)

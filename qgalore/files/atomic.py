@@ -98,6 +98,19 @@ def write_text(path: Path, text: str) -> None:
         fresh.write_bytes(text.encode("utf-8"))
 
 
+def write_report(path: Path, text: str) -> None:
+    """:func:`write_text` for a file that the user named. A device or a pipe, such as ``/dev/null``, is written to and
+    stays. Raises :class:`ConfigError`."""
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+        else:
+            write_text(target, text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}; choose another file") from error
+
+
 def sweep(folder: Path) -> None:
     """Delete what a killed process left of its writes in ``folder``: only names that this module gives. For callers
     who know that nobody writes there now."""

@@ -7,7 +7,8 @@ A scale can be taken out of the sum only where it is one for the whole sum, so W
     dX = dY W:   s ∘ dY ≈ σ ∘ Q                 dX[t, k] = σ[t] · Σ_o Q[t, o] q[o, k]
 
 The second sum runs over the rows of W, whose scales go into dY before that is rounded. With scales for groups of a row
-the first would be one product for each group, its int32 result read and added in fp32: measured in docs/results.md.
+the first would be one product for each group, its int32 result read and added in fp32. The measurement is
+in docs/lab/first_edition.md.
 """
 
 import torch

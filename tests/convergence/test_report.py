@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qgalore.convergence import charts, csv_rows, plot, records, report, summary, tensorboard, trackers
+from qgalore.files.atomic import write_report
 
 
 def parsed(text: str) -> ET.Element:
@@ -244,7 +245,7 @@ def test_a_tracker_takes_every_scalar(recorded, package, tmp_path, monkeypatch):
 def test_a_device_is_written_to_and_stays(tmp_path):
     link = tmp_path / "nowhere"
     link.symlink_to("/dev/null")
-    report.write_text(link, "text")
+    write_report(link, "text")
     assert link.is_symlink()
     assert Path("/dev/null").is_char_device()
     assert [path.name for path in tmp_path.iterdir()] == ["nowhere"]
