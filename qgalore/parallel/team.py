@@ -83,7 +83,7 @@ class Team:
                 RankError(
                     f"rank 0 came to: {places[0]}; rank {other} to: {places[other]}. They must take the same way: a "
                     "layer that some micro-batches do not use, unless it is an expert of a mixture that was converted, "
-                    "cannot be trained in several processes; train it in one"
+                    "is trained in several processes by layer-major steps alone (train.order: layer_major)"
                 )
             )
         return rows
