@@ -21,7 +21,7 @@ from ..quant.counter import derive_key
 from ..step import walk
 from ..step.activations import Activations
 from ..step.blocks import Layout, NotWalkableError
-from ..step.reducing import TeamSteps
+from ..step.reducing import Steps
 from ..step.turns import AlwaysThere, Turns
 from .parts import Batch, Stepping
 
@@ -108,7 +108,8 @@ class LayerMajor:
         """As :meth:`BatchMajor.take`. Raises :class:`ConfigError` if a micro-batch takes another way through the model
         than the one before the first step did."""
         self.optimizer.accumulate_in_fp32(self.how.grad_accumulation > 1)  # whoever takes the others
-        loss, clips, prepared = [], self.how.clip_grad_norm > 0, set()
+        loss, clips = [], self.how.clip_grad_norm > 0
+        steps = Steps(self.optimizer, self.layout, keep=clips)
 
         def decide(losses: Tensor) -> bool:
             mine = sum(_finite(value, step) for value in losses.tolist())
@@ -116,21 +117,13 @@ class LayerMajor:
             look(loss[0])
             return True
 
-        def update(_: str, parameters: list[nn.Parameter]) -> None:
-            for tensor in self.optimizer.tensors_of(parameters):
-                if not clips:
-                    self.optimizer.step_tensor(tensor)
-                elif tensor.name not in prepared and self.optimizer.prepare_tensor(tensor):
-                    prepared.add(tensor.name)  # its gradient stays until the norm of all is known
-
-        together = TeamSteps(self.optimizer, self.layout, keep=clips)
         try:
             walk.walk(
                 self.layout,
                 [partial(share, batch) for batch in batches],
                 reseed=lambda place, part: walk.reseed(self.how.seed, step, numbers[place], part),
                 decide=decide,
-                step=update if self.team.size == 1 else together,
+                step=steps,
                 activations=self.kept,
                 turns=self.turns,
             )
@@ -140,7 +133,7 @@ class LayerMajor:
                 "Go on with --resume auto train.order=batch_major"
             ) from reason
         finally:
-            together.abandon()
+            steps.abandon()
         if clips:
             norm = self.optimizer.clip(self.model.parameters(), self.how.clip_grad_norm)
             self.optimizer.step()

@@ -165,7 +165,7 @@ def alive(self, *arguments):  # sums are under way
     if self.optimizer.step_count == 25 and self.optimizer.inside_step and {where!r} == "walk":
         die()
     return asked(self, *arguments)
-asked, reducing.TeamSteps._asked = reducing.TeamSteps._asked, alive
+asked, reducing.Steps._asked = reducing.Steps._asked, alive
 loop.Loop._step, checkpoint.write_share = dying, half
 sys.exit(train.main(sys.argv[1:]))
 """

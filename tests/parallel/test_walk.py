@@ -7,7 +7,7 @@ from processes import run_in
 
 from qgalore.memory.traffic import payload
 from qgalore.parallel import job
-from qgalore.step.reducing import TeamSteps
+from qgalore.step.reducing import Steps
 
 SLOW = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def what_is_sent(how, steps):
     """Bytes on the wire in each step, and those of the plan; and what each call of the walk's found: how many blocks
     had gradients before it and after it."""
     blocks = []
-    call = TeamSteps.__call__
+    call = Steps.__call__
 
     def counted(self, name, parameters):
         alive = [count(order.layout.blocks, optimizer)]
@@ -62,7 +62,7 @@ def what_is_sent(how, steps):
 
     with job("cpu") as team:
         _, optimizer, order = chain_of(team, how, {"policy": "fixed", "update_proj_gap": 3, "stagger": False})
-        TeamSteps.__call__ = counted
+        Steps.__call__ = counted
         sent = []
         for step in range(steps):
             with Wire() as wire:
