@@ -81,7 +81,7 @@ class ChainBlock(nn.Module):
 
     def forward(self, hidden, skipped=False):
         if skipped:
-            return hidden
+            return hidden.clone()
         out, width = self.layer.out_features, self.layer.in_features
         rows = self.layer(hidden.detach() @ torch.eye(WIDTH, width))
         return _Hand.apply(hidden, rows, torch.eye(WIDTH).repeat(1, -(-out // WIDTH))[:, :out])
