@@ -197,7 +197,7 @@ def live(folder, arguments, fault=None):
             if self.position.step == step and what == "bug":
                 raise KeyError("a bug")
             if self.position.step == step and what == "bug going back":
-                self.model.model.layers[0].register_full_backward_pre_hook(_raise)
+                self.model.model.layers[0].mlp.register_full_backward_pre_hook(_raise)
                 return loss
             if what == "signal":
                 if self.position.step == step and not self.saving.folder.with_suffix(".sent").exists():
