@@ -21,6 +21,7 @@ from ..quant.counter import derive_key
 from .hooks import HOOKS, Idle
 from .inner.checked import Factory
 from .layers.experts import Experts
+from .rules.observed import Observation
 from .tensors.base import TrainedTensor, attach
 
 STEPPING = ("deferred", "fused", "manual")
@@ -31,8 +32,8 @@ class LowRankOptimizer(Optimizer):
 
     It is an ordinary optimizer to learning-rate schedulers: ``param_groups`` are ``lowrank``, ``dense`` and ``vector``
     (norms and biases, without weight decay), and ``lr`` is read from them in every step. ``events`` collects a record
-    of each refresh decision; ``grad_norm`` is the norm of the gradients of the step that is being taken or was last
-    taken, Δ-gradients for low-rank layers.
+    of each refresh decision, and ``observations`` those of updates that were looked at. ``grad_norm`` is the norm of
+    the gradients of the step that is being taken or was last taken, Δ-gradients for low-rank layers.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LowRankOptimizer(Optimizer):
         self.tensors, self.stepping, self.seed, self.team = tensors, stepping, seed, team
         self.step_count = 0
         self.events: list[dict[str, Any]] = []
+        self.observations: list[Observation] = []
         self.untouched: list[str] = []
         self.stepped: set[str] = set()  # names, in the step that is being taken
         self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
@@ -153,6 +155,8 @@ class LowRankOptimizer(Optimizer):
         key = derive_key(self.seed, self.step_count, tensor.index)
         tensor.step(group["lr"], group["scale"], group["lr"] * group["weight_decay"], key)
         self.stepped.add(tensor.name)
+        if (observation := tensor.observation()) is not None:
+            self.observations.append(observation)
 
     def close(self) -> None:
         """End the step: what has no gradient in it is ``untouched``, and the leaves of the next one are armed."""

@@ -115,6 +115,7 @@ class Loop:
         row["refresh_seconds"] = sum(event["seconds"] for event in events)
         self.course.metrics.append([row])
         self.course.subspace.append(events)
+        self.course.updates.append(self.course.drain_observations())
         if row["loss"] is not None:  # a skipped step has printed its own line
             progress.show(row, self.optimizer.refresh_counts(), self.optimizer.waiting())
 

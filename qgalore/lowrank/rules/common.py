@@ -37,6 +37,8 @@ class Rule:
 
     name = ""
     uses_inner = True
+    observed = False  # whether the coming direction is to tell what is lost in storing
+    momentum_cosine: Tensor | None = None  # between the direction and what it would be of the momentum as it is stored
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         """``module``: the layer that the rule steps; ``index``: the number of its random streams."""

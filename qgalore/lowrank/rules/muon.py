@@ -22,6 +22,7 @@ from ...quant.counter import derive_key
 from ...quant.momentum import StoredMomentum
 from ..layers.linear import LowRankLinear
 from .common import Adam, Rows, Rule, RuleOptions
+from .observed import cosine
 from .orthogonal import orthogonalize
 
 RMS = 0.2  # of Adam's update, which U is scaled to
@@ -49,8 +50,12 @@ class Muon(Rule):
         self.momentum.write(momentum, self._key(step))
         self.written.fill_(step)
         ahead = gradient.add_(momentum, alpha=mu)
+        looked = self.observed and self.momentum.fmt != "fp32"
+        lost = momentum.neg_().add_(self.momentum.read(self._key(step))).mul_(mu) if looked else None
         del momentum  # a whole matrix in fp32, which the products below have better use for
-        update = orthogonalize(ahead).mul_(RMS * math.sqrt(max(gradient.shape)))
+        update = orthogonalize(ahead)
+        self.momentum_cosine = None if lost is None else cosine(update, orthogonalize(ahead.add_(lost)))
+        update.mul_(RMS * math.sqrt(max(gradient.shape)))
         return lambda a, b: update[a:b].clone()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ...parallel import ALONE, Team
 from ..inner.checked import Factory
+from ..rules.observed import Observation
 from ..subspace import ranks
 from ..subspace.moments import BLOCK
 
@@ -211,6 +212,10 @@ class TrainedTensor(ABC):
             mine = gradient if len(self.parts) == 1 else gradient[part.first : part.first + part.leaf.shape[0]]
             self.merge(part.step(mine, lr), part.first, scale, shrink, key)
         self.drop_gradient()
+
+    def observation(self) -> Observation | None:
+        """What was looked at in the step just taken, once; None in most steps."""
+        return None
 
     @abstractmethod
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:

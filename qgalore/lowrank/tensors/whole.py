@@ -8,6 +8,7 @@ from ...quant import int8
 from ..layers.linear import LowRankLinear
 from ..rules import Rule
 from ..rules.common import Rows
+from ..rules.observed import Observation, due
 from ..subspace.refresh import RefreshOptions
 from ..subspace.schedule import Schedule
 from .projected import ProjectedTensor
@@ -27,6 +28,7 @@ class WholeTensor(ProjectedTensor):
         super().__init__(name, index, module, schedule, options)
         self.rule, self.current_step, self.shape = rule, 0, rule.leaf_shape()
         self.by_rows = False
+        self._observation: Observation | None = None
         self.projected = self.projected and rule.uses_basis
         module.delta.requires_grad_(False)
         module.probe.requires_grad_(True)  # without hooks nobody else does, and the layer would count as frozen
@@ -84,9 +86,23 @@ class WholeTensor(ProjectedTensor):
         gradient = self.gradient()
         assert gradient is not None, f"{self.name} has no gradient"
         gradient = gradient.to(torch.float32).contiguous()
-        rows = self.rule.direction(gradient, self.current_step, self._adam)
-        write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
+        self.rule.observed = due(self.current_step)
+        direction = self.rule.direction(gradient, self.current_step, self._adam)
+
+        def change(a: int, b: int) -> Tensor:
+            return direction(a, b).mul_(-lr * scale)
+
+        rows: Rows = change
+        if self.rule.observed:
+            looking = Observation(self.name, self.current_step, self.module)
+            looking.momentum_cosine, self.rule.momentum_cosine = self.rule.momentum_cosine, None
+            self._observation, rows = looking, looking.watch(change)
+        write_rows(self.module, rows, shrink, key, self.options)
         self.drop_gradient()
+
+    def observation(self) -> Observation | None:
+        found, self._observation = self._observation, None
+        return found
 
     def step_on_paper(self) -> None:
         self.step(1.0, 1.0, 0.0, (0, 0))
