@@ -9,9 +9,9 @@ from .table import figure, heading, line
 
 COLUMNS = (("layer", -34), ("shape", 14), ("looks", 8), ("update", 12), ("cosine", 10), ("lowest", 10))
 LEGEND = """\
-looks: steps that were looked at | update: ‖ΔW‖ / ‖W‖ in the last of them | cosine: between the update
-of that step and the one that the momentum as it is stored would give | lowest: cosine of all looks
-in a line for several layers: the mean, and the lowest of all"""
+looks: steps that were looked at | update: ‖ΔW‖ / ‖W‖ in the last of them
+cosine: between that update and the one that the momentum as it is stored would give
+lowest: cosine of all looks | in a line for several layers: the mean, and the lowest of all"""
 
 
 @dataclass(frozen=True)
