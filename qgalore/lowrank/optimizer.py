@@ -8,7 +8,7 @@ accumulation and ``clip_grad_norm_`` work. The hooks of the last two are in ``ho
 In a team of processes a gradient is summed over them before anything looks at it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -23,8 +23,10 @@ from .inner.checked import Factory
 from .layers.experts import Experts
 from .rules.observed import Observation
 from .tensors.base import TrainedTensor, attach
+from .tensors.whole import WholeTensor
 
 STEPPING = ("deferred", "fused", "manual")
+JOINED = 1 << 22  # weights that step together at most: a few small matrices, which would leave a GPU idle one by one
 
 
 class LowRankOptimizer(Optimizer):
@@ -129,7 +131,7 @@ class LowRankOptimizer(Optimizer):
         Raises :class:`NumericalError`, with nothing done, if the gradient is not finite.
         """
         self._check_finite([tensor])
-        self._apply(tensor)
+        self._apply([tensor])
 
     def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
         """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""
@@ -137,6 +139,16 @@ class LowRankOptimizer(Optimizer):
         if prepared:
             self.apply_tensor(tensor)
         return prepared
+
+    def step_tensors(self, tensors: Iterable[TrainedTensor]) -> None:
+        """:meth:`step_tensor` for each. Small matrices of one shape step together, if their rule can do that: then all
+        of them are prepared before the first one moves."""
+        for some in together(tensors):
+            prepared = [tensor for tensor in some if self.prepare_tensor(tensor)]
+            with torch.no_grad():
+                self._check_finite(prepared)
+                if prepared:
+                    self._apply(prepared)
 
     def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
         """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
@@ -149,14 +161,19 @@ class LowRankOptimizer(Optimizer):
         if (record := tensor.refresh(self.step_count, own_of is not None)) is not None:
             self.events.append(record)
 
-    def _apply(self, tensor: TrainedTensor) -> None:
-        """Never sees a gradient that is not finite."""
-        group = self.param_groups[self._group_of[tensor.name]]
-        key = derive_key(self.seed, self.step_count, tensor.index)
-        tensor.step(group["lr"], group["scale"], group["lr"] * group["weight_decay"], key)
-        self.stepped.add(tensor.name)
-        if (observation := tensor.observation()) is not None:
-            self.observations.append(observation)
+    def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
+        """Step tensors that may step together (:func:`together`). Never sees a gradient that is not finite."""
+        group = self.param_groups[self._group_of[tensors[0].name]]
+        rates = group["lr"], group["scale"], group["lr"] * group["weight_decay"]
+        keys = [derive_key(self.seed, self.step_count, tensor.index) for tensor in tensors]
+        if len(tensors) == 1:
+            tensors[0].step(*rates, keys[0])
+        else:
+            WholeTensor.step_together([t for t in tensors if isinstance(t, WholeTensor)], *rates, keys)
+        for tensor in tensors:
+            self.stepped.add(tensor.name)
+            if (observation := tensor.observation()) is not None:
+                self.observations.append(observation)
 
     def close(self) -> None:
         """End the step: what has no gradient in it is ``untouched``, and the leaves of the next one are armed."""
@@ -196,8 +213,8 @@ class LowRankOptimizer(Optimizer):
         pending = [tensor for tensor in self.tensors if tensor.gradient() is not None]
         # All are checked before the first is stepped, so that a bad gradient leaves no weight changed.
         self._check_finite(pending)
-        for tensor in pending:
-            self._apply(tensor)
+        for some in together(pending):
+            self._apply(some)
         self.close()
         return loss
 
@@ -314,3 +331,16 @@ class LowRankOptimizer(Optimizer):
             tensor.arm(self.step_count)
         for group, saved in zip(self.param_groups, state["groups"], strict=True):
             group.update(saved)
+
+
+def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
+    """``tensors`` in groups that may step together, of no more than ``JOINED`` weights, in the order of their first."""
+    groups: list[list[TrainedTensor]] = []
+    open_groups: dict[Hashable, list[TrainedTensor]] = {}
+    for tensor in tensors:
+        group = None if tensor.joins is None else open_groups.get(tensor.joins)
+        if group is None or (len(group) + 1) * tensor.stored.numel() > JOINED:
+            groups.append(group := [])
+            open_groups[tensor.joins] = group
+        group.append(tensor)
+    return groups

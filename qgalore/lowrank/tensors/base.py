@@ -8,7 +8,7 @@ turns a whole gradient into a new basis where one is due. ``step`` lets the inne
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -173,6 +173,11 @@ class TrainedTensor(ABC):
     def turns_moments(self) -> bool:
         """Whether the inner optimizer has moments in a subspace that is refreshed."""
         return False
+
+    @property
+    def joins(self) -> Hashable:
+        """Tensors of one such key may step together (``WholeTensor.step_together``); None: it steps alone."""
+        return None
 
     def clamped_rank(self) -> int | None:
         """The rank that its rule uses, if the layer has no more than that; None if it is as asked."""

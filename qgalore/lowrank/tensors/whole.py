@@ -1,5 +1,7 @@
 """A layer's weight under a rule that needs the whole gradient in every step (see :mod:`..rules`)."""
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,15 @@ class WholeTensor(ProjectedTensor):
         self.projected = self.projected and rule.uses_basis
         module.delta.requires_grad_(False)
         module.probe.requires_grad_(True)  # without hooks nobody else does, and the layer would count as frozen
+
+    @property
+    def joins(self) -> Hashable:
+        """On a GPU, which a few small matrices leave idle one by one. A CPU gains nothing, and there every way of
+        stepping has the same bits."""
+        weight = self.module.weight
+        if not self.rule.joins or int8.kind_of(weight.device) != "cuda":
+            return None
+        return self.rule.name, weight.shape, weight.device
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.probe]
@@ -83,14 +94,33 @@ class WholeTensor(ProjectedTensor):
     @torch.no_grad()
     def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N; drops the gradient."""
+        gradient = self._fp32_gradient()
+        self.rule.observed = due(self.current_step)
+        self._write(self.rule.direction(gradient, self.current_step, self._adam), lr * scale, shrink, key)
+
+    @staticmethod
+    @torch.no_grad()
+    def step_together(
+        tensors: "Sequence[WholeTensor]", lr: float, scale: float, shrink: float, keys: Sequence[tuple[int, int]]
+    ) -> None:
+        """:meth:`step` of each of ``tensors``, which agree in what ``joins`` says, with one key for each."""
+        rules, step = [tensor.rule for tensor in tensors], tensors[0].current_step
+        for rule in rules:
+            rule.observed = due(step)
+        directions = rules[0].directions(rules, [tensor._fp32_gradient() for tensor in tensors], step)
+        for tensor, direction, key in zip(tensors, directions, keys, strict=True):
+            tensor._write(direction, lr * scale, shrink, key)
+
+    def _fp32_gradient(self) -> Tensor:
         gradient = self.gradient()
         assert gradient is not None, f"{self.name} has no gradient"
-        gradient = gradient.to(torch.float32).contiguous()
-        self.rule.observed = due(self.current_step)
-        direction = self.rule.direction(gradient, self.current_step, self._adam)
+        return gradient.to(torch.float32).contiguous()
+
+    def _write(self, direction: Rows, rate: float, shrink: float, key: tuple[int, int]) -> None:
+        """Write the update back, looking at it if that is due, and drop the gradient."""
 
         def change(a: int, b: int) -> Tensor:
-            return direction(a, b).mul_(-lr * scale)
+            return direction(a, b).mul_(-rate)
 
         rows: Rows = change
         if self.rule.observed:
