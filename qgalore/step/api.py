@@ -78,7 +78,7 @@ def step(
     taking = {
         "reseed": partial(walk.reseed, seed, optimizer.step_count),
         "decide": lambda losses: bool(torch.isfinite(losses).all()),
-        "step": lambda _, parameters: _step_tensors(optimizer, parameters),
+        "step": lambda _, parameters: optimizer.step_tensors(optimizer.tensors_of(parameters)),
     }
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices):  # the caller's random numbers go on as they would
@@ -98,11 +98,6 @@ def step(
 def _share(model: nn.Module, loss: Loss, batch: Any, total: int) -> Tensor:
     """A micro-batch's share of the step's loss."""
     return loss(model, batch) / total
-
-
-def _step_tensors(optimizer: LowRankOptimizer, parameters: list[nn.Parameter]) -> None:
-    for tensor in optimizer.tensors_of(parameters):
-        optimizer.step_tensor(tensor)
 
 
 def _as_written(loss: Loss) -> Any:
