@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ...quant import dense as dense_grid
-from ...quant import int8
+from ...quant import dispatch
 from ..layers.linear import LowRankLinear
 from ..rules import Rule
-from ..rules.common import Rows
 from ..subspace.refresh import RefreshOptions
 from ..subspace.schedule import Schedule
 from .projected import ProjectedTensor
@@ -85,7 +83,17 @@ class WholeTensor(ProjectedTensor):
         assert gradient is not None, f"{self.name} has no gradient"
         gradient = gradient.to(torch.float32).contiguous()
         rows = self.rule.direction(gradient, self.current_step, self._adam)
-        write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
+        module, options = self.module, self.options
+        dispatch.write_back(
+            module.weight.detach(),
+            module.weight_scale,
+            rows,
+            s=-lr * scale,
+            shrink=shrink,
+            key=key,
+            rounding=options.rounding,
+            scales=options.scales,
+        )
         self.drop_gradient()
 
     def step_on_paper(self) -> None:
@@ -99,20 +107,3 @@ class WholeTensor(ProjectedTensor):
         probe = self.module.probe
         whole = float(probe.numel() * probe.dtype.itemsize)
         return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
-
-
-def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int], options: RefreshOptions) -> None:
-    """``W ← W · (1 − shrink) + rows`` in the layer's own format, rounded once, int8 as ``options`` say."""
-    weight = module.weight.detach()
-    if module.weight_scale is None:
-        dense_grid.write_back(weight, rows, shrink=shrink, key=key)
-    else:
-        int8.write_back(
-            weight,
-            module.weight_scale,
-            rows,
-            shrink=shrink,
-            key=key,
-            rounding=options.rounding,
-            scales=options.scales,
-        )
