@@ -129,6 +129,14 @@ class LowRankOptimizer(Optimizer):
         self._check_finite([tensor])
         self._apply(tensor)
 
+    def step_tensors(self, tensors: Iterable[TrainedTensor]) -> None:
+        """:meth:`step_tensor` for all of ``tensors``, such as a block's. They are looked at together before any of them
+        is stepped, so that a GPU is waited for once, and not once for each."""
+        ready = [tensor for tensor in tensors if self.prepare_tensor(tensor)]
+        self._check_finite(ready)
+        for tensor in ready:
+            self._apply(tensor)
+
     def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
         """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""
         prepared = self.prepare_tensor(tensor, first_from)
@@ -237,10 +245,16 @@ class LowRankOptimizer(Optimizer):
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        for tensor, square in zip(tensors, self._square_norms(tensors), strict=True):
-            if not torch.isfinite(square):
-                self.complain(tensor)
-            self._squares.append(square)
+        squares = self._square_norms(tensors)
+        # One value leaves the device for all, since each that does makes a GPU wait.
+        together = list(squares)
+        for place in range(1, len(squares)):
+            together[place] = squares[place].to(squares[0].device)
+        if squares and not torch.isfinite(torch.stack(together)).all():
+            for tensor, square in zip(tensors, squares, strict=True):
+                if not torch.isfinite(square):
+                    self.complain(tensor)
+        self._squares += squares
 
     def _square_norms(self, tensors: list[TrainedTensor]) -> list[Tensor]:
         """‖gradient‖² of each, fp32; those of shared ones summed over the processes that hold rows."""

@@ -160,20 +160,32 @@ def merge(
     A kernel multiplies with one basis in int4. Other products are PyTorch's, and only the writing is a kernel's.
     """
     how: dict[str, Any] = {"shrink": shrink, "key": key, "first_row": first_row}
-    ways = {"rounding": rounding, "scales": scales}
     if left is not None and right is not None:
         delta, left = left.columns() @ delta, None
     stored = right if left is None else left
     if stored is None:
-        write_back(weight, scale, delta.view(weight.shape), s=s, **how, **ways)
+        write_back(weight, scale, delta.view(weight.shape), s=s, **how, rounding=rounding, scales=scales)
         return
-    module = _writer(weight, scale, **ways)
+    module = _writer(weight, scale, rounding, scales)
     if module is not None and scale is not None and stored.fmt == "int4":
         place = (stored.codes, stored.scale, stored.dim, "right" if left is None else "left")
         module.merge(weight, scale, delta.float().contiguous(), *place, s=s, **how)
         return
     columns = None if left is None else left.columns(), None if right is None else right.columns()
-    write_back(weight, scale, basis.update_rows(delta, *columns, s), **how, **ways)
+    rows = basis.update_rows(delta, *columns, s)
+    if module is None:
+        _by_reference(weight, scale, rows, rounding, scales, **how)
+    else:
+        write_back(weight, scale, rows, **how)
+
+
+def _by_reference(
+    weight: Tensor, scale: Tensor | None, rows: Callable[[int, int], Tensor], rounding: str, scales: str, **how: Any
+) -> None:
+    if scale is None:
+        dense.write_back(weight, rows, **how)
+    else:
+        int8.write_back(weight, scale, rows, **how, rounding=rounding, scales=scales)
 
 
 def _writer(weight: Tensor, scale: Tensor | None, rounding: str, scales: str) -> ModuleType | None:
@@ -207,11 +219,7 @@ def write_back(
     how: dict[str, Any] = {"shrink": shrink, "key": key}
     module = _writer(weight, scale, rounding, scales)
     if module is None:
-        rows = _scaled_rows(update, s)
-        if scale is None:
-            dense.write_back(weight, rows, **how, first_row=first_row)
-        else:
-            int8.write_back(weight, scale, rows, **how, first_row=first_row, rounding=rounding, scales=scales)
+        _by_reference(weight, scale, _scaled_rows(update, s), rounding, scales, **how, first_row=first_row)
         return
     tiles = [(0, len(weight))] if isinstance(update, Tensor) else int8.row_tiles(*weight.shape, KERNEL_ELEMENTS)
     for a, b in tiles:

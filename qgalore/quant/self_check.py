@@ -1,8 +1,8 @@
 """Whether kernels compute what the formats define, tried on small odd tensors on the device that is to use them.
 
 A kernel that is right in Triton's interpreter may still be wrong on a GPU that nobody has tried. Each is compared, bit
-for bit, with the reference on the CPU. The merge is compared in numbers of few bits, of which every order of adding gives
-the exact sum. The sizes are such that the forms that a run launches are among those that are tried.
+for bit, with the reference on the CPU. The merge is compared in numbers of few bits, which add up exactly in any order.
+The sizes are such that the forms that a run launches are among those that are tried.
 """
 
 from collections.abc import Callable

@@ -101,8 +101,7 @@ def _share(model: nn.Module, loss: Loss, batch: Any, total: int) -> Tensor:
 
 
 def _step_tensors(optimizer: LowRankOptimizer, parameters: list[nn.Parameter]) -> None:
-    for tensor in optimizer.tensors_of(parameters):
-        optimizer.step_tensor(tensor)
+    optimizer.step_tensors(optimizer.tensors_of(parameters))
 
 
 def _as_written(loss: Loss) -> Any:

@@ -112,10 +112,12 @@ class LayerMajor:
             return True
 
         def update(_: str, parameters: list[nn.Parameter]) -> None:
-            for tensor in self.optimizer.tensors_of(parameters):
-                if not clips:
-                    self.optimizer.step_tensor(tensor)
-                elif tensor.name not in prepared and self.optimizer.prepare_tensor(tensor):
+            tensors = self.optimizer.tensors_of(parameters)
+            if not clips:
+                self.optimizer.step_tensors(tensors)
+                return
+            for tensor in tensors:
+                if tensor.name not in prepared and self.optimizer.prepare_tensor(tensor):
                     prepared.add(tensor.name)  # its gradient stays until the norm of all is known
 
         try:
