@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import RankError
-from ..lowrank.optimizer import LowRankOptimizer, together
+from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
 from ..parallel.pending import Pending
 from .blocks import Layout
@@ -65,13 +65,10 @@ class Steps:
             return
         (tensors, pending), self._under_way = self._under_way, None
         pending.wait()
-        # A norm of rows is a sum over the team, which is better made for all at once.
-        shared = [tensor for tensor in tensors if tensor.shared]
-        for group in [shared, *together(tensor for tensor in tensors if not tensor.shared)]:
-            for tensor in group:
-                self.optimizer.prepare_summed(tensor)
-            if not self.keep:
-                self.optimizer.apply_tensors(group)
+        for tensor in tensors:
+            self.optimizer.prepare_summed(tensor)
+        if not self.keep:
+            self.optimizer.apply_tensors(tensors)
 
     def abandon(self) -> None:
         """Wait for the sums that are under way, of a step that has failed: all processes have begun them."""

@@ -5,8 +5,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...quant import dense as dense_grid
-from ...quant import int8
+from ...quant import dispatch, int8
 from ..layers.linear import LowRankLinear
 from ..rules import Rule
 from ..rules.common import Rows, limited
@@ -119,19 +118,23 @@ class WholeTensor(ProjectedTensor):
 
     def _write(self, direction: Rows, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Write the update back, looking at it if that is due, and drop the gradient."""
-
+        module, options, rate = self.module, self.options, -lr * scale
         if limit := self.rule.options.largest_rms:
-            direction = limited(direction, self.module.weight.shape, limit / scale)
-
-        def change(a: int, b: int) -> Tensor:
-            return direction(a, b).mul_(-lr * scale)
-
-        rows: Rows = change
+            direction = limited(direction, module.weight.shape, limit / scale)
         if self.rule.observed:
-            looking = Observation(self.name, self.current_step, self.module)
+            looking = Observation(self.name, self.current_step, module)
             looking.momentum_cosine, self.rule.momentum_cosine = self.rule.momentum_cosine, None
-            self._observation, rows = looking, looking.watch(change)
-        write_rows(self.module, rows, shrink, key, self.options)
+            self._observation, direction = looking, looking.watch(direction, rate)
+        dispatch.write_back(
+            module.weight.detach(),
+            module.weight_scale,
+            direction,
+            s=rate,
+            shrink=shrink,
+            key=key,
+            rounding=options.rounding,
+            scales=options.scales,
+        )
         self.drop_gradient()
 
     def observation(self) -> Observation | None:
@@ -149,20 +152,3 @@ class WholeTensor(ProjectedTensor):
         probe = self.module.probe
         whole = float(probe.numel() * probe.dtype.itemsize)
         return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
-
-
-def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int], options: RefreshOptions) -> None:
-    """``W ← W · (1 − shrink) + rows`` in the layer's own format, rounded once, int8 as ``options`` say."""
-    weight = module.weight.detach()
-    if module.weight_scale is None:
-        dense_grid.write_back(weight, rows, shrink=shrink, key=key)
-    else:
-        int8.write_back(
-            weight,
-            module.weight_scale,
-            rows,
-            shrink=shrink,
-            key=key,
-            rounding=options.rounding,
-            scales=options.scales,
-        )
