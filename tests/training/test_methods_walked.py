@@ -98,7 +98,7 @@ def test_one_graph_serves_both_passes_of_all_micro_batches_and_blocks(tiny_run, 
     many = ("train.grad_accumulation=2", "train.micro_batch_size=2", f"train.activation_checkpointing={how}")
     try:
         both(tiny_run, "model.compile=blocks", *many, many=True)
-        assert counters["stats"]["unique_graphs"] <= 2  # one in each order
+        assert counters["stats"]["unique_graphs"] <= 4  # one in each run, beside that of the compiler's trial
     finally:
         torch.compiler.reset()
     same()
