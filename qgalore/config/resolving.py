@@ -42,12 +42,6 @@ def batch_major(config: Config, why: str, processes: int = 1) -> Config:
 def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Config:
     """Fill in what ``method``, ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) and the number of
     processes decide. Raises :class:`ConfigError` for micro-batches that these cannot share."""
-    if processes > 1 and config.train.order == "layer_major":
-        raise ConfigError(
-            f"train.order is layer_major, and {processes} processes take batch-major steps; set train.order=auto"
-        )
-    if processes > 1 and config.train.order != "batch_major":
-        config = batch_major(config, "several processes do not walk a model block by block yet", processes)
     _, weight_format, basis_format, optimizer = METHODS[config.method]
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank
@@ -166,7 +160,8 @@ def remarks(config: Config) -> list[str]:
 # Keys that a resumed run may change; everything else decides what the weights become.
 RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
-    "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
+    "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "memory.host_budget",
+    "data.cache_dir",
     "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt",
     "sample.max_new_tokens", "parallel", "train.stepping", "train.order",
 )  # fmt: skip
