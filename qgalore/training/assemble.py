@@ -22,7 +22,7 @@ from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
-from ..step.blocks import Layout
+from ..steps.blocks import Layout
 from . import classification
 from . import loop_settings as settings
 from .checks import check_data, check_model

@@ -23,7 +23,7 @@ from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from ..models.shapes import stored_config
 from ..parallel import Team
-from ..step.blocks import Layout
+from ..steps.blocks import Layout
 from .model import (
     Vocabulary,
     adapt_as,
