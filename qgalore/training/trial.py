@@ -36,8 +36,8 @@ def try_layer_major(
 
 
 def kept_in_walks(config: Config, layout: Layout) -> Activations:
-    """What a walk keeps between its two passes: all blocks' graphs, or their inputs, here or in host memory."""
+    """What a walk keeps between its two passes: the graphs of all blocks or of some, or their inputs, here or in host
+    memory."""
     asked = config.train.activation_checkpointing
-    return Activations(
-        where="host" if asked == "offload" else "device", graphs_of_last=len(layout) if asked is False else 0
-    )
+    graphs = len(layout) if asked is False else 0 if asked is True or isinstance(asked, str) else asked
+    return Activations(where="host" if asked == "offload" else "device", graphs_of_last=graphs)
