@@ -126,12 +126,12 @@ def _sharded(config: Config) -> list[str]:
         ("model.compile", model.compile, model.compile == "none", "none"),
         ("model.compute", model.compute, model.compute == "bf16", "bf16"),
         ("train.optimizer", train.optimizer, train.optimizer in (None, "adamw8bit", "adamw"), "adamw8bit or adamw"),
-        ("train.stepping", train.stepping, train.stepping != "fused", "deferred"),
+        ("train.stepping", train.stepping, train.stepping != "fused" or not _batch_major(config), "deferred"),
         (
             "train.activation_checkpointing",
             train.activation_checkpointing,
-            train.activation_checkpointing != "offload",
-            "true",
+            train.activation_checkpointing != "offload" or not _batch_major(config),
+            "true or train.order: layer_major",
         ),
         ("data.task", config.data.task, config.data.task != "classify", "text or instruct"),
     )
@@ -227,8 +227,9 @@ TABLE = (
     Conflict(
         ("parallel",),
         "`shard` needs method `qgalore`, `galore` or `galore8bit`, and rule `galore` with a right basis and a number "
-        "as rank. It also needs full embeddings, deferred stepping, 8-bit or fp32 Adam, and a task other than "
-        "`classify`. It does not go with compiled blocks, integer products or offloaded activations.",
+        "as rank. It also needs full embeddings, 8-bit or fp32 Adam, and a task other than `classify`. It does not go "
+        "with compiled blocks or integer products. In batch-major steps it needs deferred stepping, and does not go "
+        "with offloaded activations.",
         _sharded,
     ),
     Conflict(

@@ -144,9 +144,10 @@ def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: st
     shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
     if not shared:
         return
-    given = (("rule", rule, GALORE), ("stepping", stepping, "deferred"))
-    for name, value, wanted in given:
-        _require(value == wanted, name, value, f"{wanted!r} where processes share weights by rows")
+    given = (("rule", rule, (GALORE,)), ("stepping", stepping, ("deferred", "manual")))
+    for name, value, allowed in given:
+        words = " or ".join(map(repr, allowed))
+        _require(value in allowed, name, value, f"{words} where processes share weights by rows")
     for name, module in shared.items():
         shareable(name, module, inner, team.size, part_elements(inner))
 

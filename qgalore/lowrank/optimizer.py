@@ -108,26 +108,34 @@ class LowRankOptimizer(Optimizer):
         """
         if first_from is None and not self.idle.someone_has(tensor):
             return False
-        awaits = tensor.awaits_refresh()
         # Processes sum projected gradients. Without a first basis there are none, so one process finds it beforehand.
-        if awaits and first_from is not None and tensor.seeks_first_basis():
+        if first_from is not None and tensor.awaits_refresh() and tensor.seeks_first_basis():
             self.refresh_tensor(tensor, first_from)
-            awaits = tensor.awaits_refresh()
         if self.team.size > 1:
             tensor.sum_over(self.team)
-        if awaits:
-            self.refresh_tensor(tensor)
-        self._prepared.add(tensor.name)
+        self.prepare_summed(tensor)
         return True
 
     @torch.no_grad()
+    def prepare_summed(self, tensor: TrainedTensor) -> None:
+        """:meth:`prepare_tensor` for a ``tensor`` whose gradient is the whole team's already."""
+        if tensor.awaits_refresh():
+            self.refresh_tensor(tensor)
+        self._prepared.add(tensor.name)
+
     def apply_tensor(self, tensor: TrainedTensor) -> None:
         """One inner step of a prepared ``tensor``, written back; its gradient is dropped.
 
         Raises :class:`NumericalError`, with nothing done, if the gradient is not finite.
         """
-        self._check_finite([tensor])
-        self._apply(tensor)
+        self.apply_tensors([tensor])
+
+    @torch.no_grad()
+    def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
+        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
+        self._check_finite(tensors)
+        for tensor in tensors:
+            self._apply(tensor)
 
     def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
         """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""

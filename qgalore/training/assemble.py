@@ -41,7 +41,7 @@ from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, desc
 from .run_lock import RunLock
 from .say import say
 from .stepping import BatchMajor, LayerMajor
-from .trial import kept_in_walks, try_layer_major
+from .trial import kept_in_walks, try_layer_major, turns_of
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
 
@@ -73,13 +73,6 @@ def _resolved(config: Config, device: torch.device, processes: int) -> Config:
     return configuration.resolve(config, device.type, bf16, processes)
 
 
-def _alone(config: Config, processes: int) -> list[str]:
-    """What is said of an order of steps that several processes do not take."""
-    if processes == 1 or config.train.order == "batch_major":
-        return []
-    return [f"train.order: {config.train.order} is for one process; {processes} take batch-major steps"]
-
-
 def plan(config: Config, processes: int = 1) -> None:
     """Print the memory plan of ``config`` for each of ``processes`` without allocating anything. Raises
     :class:`DoesNotFitError`.
@@ -103,7 +96,7 @@ def plan(config: Config, processes: int = 1) -> None:
         vocabulary = replace(vocabulary, labels=classification.PLANNED)
     elif section.path is not None and not has_weights(local_folder(section.path)):
         say("note", f"{section.path} holds no weights yet; the plan is made from its config.json alone")
-    remarks = configuration.remarks(config) + _alone(config, processes)
+    remarks = configuration.remarks(config)
     config = _resolved(config, device, processes)
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
@@ -115,7 +108,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
     ``team``."""
     device = choose_device(config)
-    remarks = configuration.remarks(config) + _alone(config, team.size)
+    remarks = configuration.remarks(config)
     config = _resolved(config, device, team.size)
     folder, lock = enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
@@ -159,7 +152,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     compile_as(config, model)
     evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
     asked = config.train.order
-    config, layout = try_layer_major(config, model, loss, data.train, device)
+    config, layout = try_layer_major(config, model, loss, data.train, device, team)
     planned = recheck(config, vocabulary, device, loss, planned, team.size, again=config.train.order != asked)
     run_state = {
         "config": config.model_dump(mode="json"),
@@ -194,7 +187,15 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         order=(
             BatchMajor(model, optimizer, stepping, team)
             if layout is None
-            else LayerMajor(model, optimizer, stepping, layout, kept_in_walks(config, layout))
+            else LayerMajor(
+                model,
+                optimizer,
+                stepping,
+                layout,
+                kept_in_walks(config, layout),
+                team,
+                turns_of(config, layout, team),
+            )
         ),
         start=start,
         team=team,
