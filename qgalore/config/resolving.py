@@ -105,7 +105,7 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
     idle = _idle_keys(config) if converted else ""
     of_rules = low.model_fields_set & {"rule", "scale"}
     of_auto = sorted(low.model_fields_set & {"energy", "max_rank", "mean_rank"}) if low.rank != "auto" else []
-    walked = train.order == "layer_major"  # with auto a model that cannot be walked reads it
+    walked = train.order != "batch_major"
     full_gradients = "full_gradients" in train.model_fields_set and low.rule == "galore" and converted
     of_muon = low.model_fields_set & {"momentum", "mu"} - set(() if lora else RULES[low.rule].reads)
     read_by_none = [name for name in _UNREAD.get(low.policy, ()) if name in low.model_fields_set and not idle]
@@ -121,7 +121,7 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
         ("lowrank.rule, lowrank.scale", lora and bool(of_rules), "with method: lora"),
         ("lowrank.alpha", not lora and "alpha" in low.model_fields_set, "without method: lora"),
         ("train.full_gradients", full_gradients, "with rule: galore, which needs none"),
-        ("train.stepping", walked and train.stepping != "auto", f"with train.order: {train.order}"),
+        ("train.stepping", walked and train.stepping != "auto", "where steps are layer-major (see train.order)"),
         (", ".join(f"lowrank.{n}" for n in sorted(basis)), low.rank == "full" and bool(basis), "with rank: full"),
         ("lowrank.group_size", dense and converted and "group_size" in low.model_fields_set, "without int8 weights"),
         (

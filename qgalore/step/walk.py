@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..quant.counter import derive_key
 from . import blocks
 from .activations import Activations
-from .blocks import Layout, Run, Start
+from .blocks import Layout, Run
+from .prologue import Start, prologue
 from .turns import AlwaysThere, Turns
 
 Reseed = Callable[[int, int], None]  # of a micro-batch, by its place in the sequence of runs, and a part of the model
@@ -126,7 +127,7 @@ class _Pass:
         """All prologues, then all micro-batches through each block. What the way back needs is kept."""
         for number, run in enumerate(self.runs):
             self.reseed(number, 0)
-            start = blocks.prologue(self.layout, run)
+            start = prologue(self.layout, run)
             assert start.hidden is not None, "a prologue gives a hidden state"
             self.kept.inputs.put(0, number, start.hidden)
             self.kept.arguments.put(number, start.calls)
