@@ -41,6 +41,7 @@ from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, desc
 from .run_lock import RunLock
 from .say import say
 from .stepping import BatchMajor, LayerMajor
+from .streamed import Placing
 from .trial import kept_in_walks, try_layer_major, turns_of
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
@@ -146,7 +147,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         "the data", lambda: build_data(config, tokenizer, day) if examples is None else examples.data()
     )
     check_same_bytes(source, saved, data.checksum)
-    model, loss = build_model(config, vocabulary, data.highest_id, device, team)
+    place = Placing(config)
+    model, loss = build_model(config, vocabulary, data.highest_id, device, team, place)
     mark_ends(config, model, tokenizer)
     check_formats(model, tokenizer, config.export.formats)
     compile_as(config, model)
@@ -164,6 +166,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     }
     stepping = _stepping(config)
     optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
+    place.adopt(model, optimizer, layout)
     start = restore(
         source,
         saved,
@@ -194,14 +197,14 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
                 layout,
                 kept_in_walks(config, layout),
                 team,
-                turns_of(config, layout, team),
+                place.stream or turns_of(config, layout, team),
             )
         ),
         start=start,
         team=team,
     )
     if team.leads:
-        describe(folder, config, vars(planned), model, tokenizer)
+        describe(folder, config, planned.numbers(), model, tokenizer)
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
 
 

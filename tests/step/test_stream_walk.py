@@ -70,7 +70,7 @@ def streamed(slots, state, seed=1, **options):
     return model, optimizer, stream
 
 
-FEW = [("galore", 2, 2, True, {}), ("muon", 1, 3, True, {}), ("fira", 1, 2, False, {})]
+FEW = [("galore", 2, 2, True, {}), ("muon", 1, 3, True, {})]
 REST = [
     ("galore", 1, 2, True, {}),
     ("galore", 4, 3, True, {}),
@@ -78,6 +78,7 @@ REST = [
     ("galore", 1, 2, True, {"inner": "adamw4bit", "dtype": torch.float32}),
     ("galore", 1, 3, True, {"inner": "adamw"}),
     ("fira", 4, 2, True, {}),
+    ("fira", 1, 3, False, {}),
     ("apollo", 1, 2, True, {}),
     ("muon", 4, 2, True, {}),
     ("muon", 1, 3, True, {"momentum": "8bit"}),
@@ -104,7 +105,7 @@ def bases_of(record) -> int:
     return record.size(("bases",))
 
 
-@pytest.mark.parametrize(("slots", "state"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("slots", "state"), [(2, True), pytest.param(3, False, marks=pytest.mark.slow)])
 def test_the_bytes_of_a_step_are_the_computed_ones(slots, state):
     """In: all weights, then every record but what the last slots hold of it. Out: all but the bases, and those of
     blocks with a refresh."""

@@ -13,12 +13,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...errors import QGaloreError
+
 WAYS = ("in", "out")  # to the device, and back
 Span = tuple[int, int]
 
 
-class CopyError(RuntimeError):
+class CopyError(QGaloreError):
     """A copy failed; the message names what was copied."""
+
+    def __init__(self, what: str, error: Exception) -> None:
+        super().__init__(
+            f"{what} failed: {type(error).__name__}: {error}. Some blocks may have taken the step and others not. "
+            "Go on from the last checkpoint"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class ThreadCopies:
         except CopyError:  # of an earlier copy, which is the one to name
             raise
         except Exception as error:  # whatever a copy fails with
-            raise CopyError(f"{moment.what} failed: {type(error).__name__}: {error}") from error
+            raise CopyError(moment.what, error) from error
 
     hold = settle
 
@@ -108,7 +116,7 @@ class CudaCopies:
                 target[slice(*span)].copy_(source[slice(*span)], non_blocking=True)
             return Moment(stream.record_event(), what)
         except RuntimeError as error:
-            raise CopyError(f"{what} failed: {error}") from error
+            raise CopyError(what, error) from error
 
     def reached(self) -> Moment:
         return Moment(torch.cuda.current_stream(self.device).record_event())
@@ -120,7 +128,7 @@ class CudaCopies:
         try:
             moment.mark.synchronize()
         except RuntimeError as error:
-            raise CopyError(f"{moment.what} failed: {error}") from error
+            raise CopyError(moment.what, error) from error
 
 
 def copies_for(device: torch.device) -> Copies:
