@@ -15,6 +15,7 @@ from ..lowrank.optimizer import LowRankOptimizer
 from . import walk
 from .activations import Activations
 from .trial import Loss, Trial, try_walk
+from .turns import Turns
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def step(
     seed: int = 0,
     activations: str = "device",
     graphs_of_last: int = 0,
+    turns: Turns | None = None,
 ) -> Taken:
     """One optimizer step over all ``micro_batches``, block by block, in the memory of one of them.
 
@@ -56,7 +58,8 @@ def step(
     loss is the sum of all losses divided by the sum of all targets; without, it is the mean of the losses.
     ``optimizer``: from :func:`qgalore.optimizer` with ``stepping="manual"``. ``seed``: of dropout. The blocks' inputs
     wait on the ``device`` or in ``host`` memory until the backward pass; the last ``graphs_of_last`` blocks keep their
-    whole graphs instead, which saves running them again.
+    whole graphs instead, which saves running them again. ``turns``: a :class:`Stream`, if the blocks wait in host
+    memory.
 
     The first call tries whether the model can be walked, with the first micro-batch. If it cannot, its micro-batches
     are accumulated as usual, and a line says why. Raises :class:`ConfigError` for an optimizer of another kind or no
@@ -72,6 +75,11 @@ def step(
     if not micro_batches:
         raise ConfigError("qgalore.step was given no micro-batches; a step needs at least one")
     known = _look_at(model, micro_batches[0], loss, activations, graphs_of_last)
+    if turns is not None and (graphs_of_last or known.trial.layout is None):
+        raise ConfigError(
+            f"blocks are streamed only in a walk that keeps no graphs: graphs_of_last is {graphs_of_last}, and "
+            f"{known.trial}"
+        )
     total = len(micro_batches) if targets is None else sum(map(targets, micro_batches))
     runs = [partial(_share, model, loss, batch, max(total, 1)) for batch in micro_batches]
     optimizer.accumulate_in_fp32(len(runs) > 1)
@@ -85,7 +93,7 @@ def step(
         if known.trial.layout is None:
             losses = walk.accumulate(model, runs, **taking)
         else:
-            losses = walk.walk(known.trial.layout, runs, **taking, activations=known.activations)
+            losses = walk.walk(known.trial.layout, runs, **taking, activations=known.activations, turns=turns)
     value = float(losses.sum())
     blocks = 1 if known.trial.layout is None else len(known.trial.layout)
     if not math.isfinite(value):

@@ -8,6 +8,7 @@ import torch
 
 from ..config import Config
 from ..config import bytes_of as budget_bytes
+from ..config.incompatible import problems
 from ..errors import ConfigError, DoesNotFitError, counted
 from ..memory import machine, orthogonal_work, plan, traffic
 from ..memory.resident import resident
@@ -17,9 +18,11 @@ from .model import Vocabulary, rule_of
 from .paper import on_paper, plan_for
 from .proposals import PROPOSALS, candidates, changed, describe
 from .say import say
+from .streamed import streams
 
 MARGIN = 1.05  # a plan's peak is within 5 % of the real one
 CHECKPOINTING = "train.activation_checkpointing"
+STREAM = "memory.stream"
 
 
 def decide(
@@ -30,6 +33,8 @@ def decide(
     Fastest is to keep the graphs of all blocks from the forward pass, then those of as many blocks as the ``budget``
     has room for, with a margin. Where not even all blocks' inputs have room, they wait in host memory.
     """
+    if config.memory.stream == "auto":
+        return _least_streamed(config, vocabulary, device, budget, loss, shares)
     if config.train.activation_checkpointing != "auto":
         return config, plan_for(config, vocabulary, device, loss, shares)
 
@@ -37,6 +42,10 @@ def decide(
         chosen = changed(config, {CHECKPOINTING: choice})
         return chosen, plan_for(chosen, vocabulary, device, loss, shares)
 
+    if streams(config):  # a graph would hold on to the weights of its block
+        found = planned(True)
+        over = budget is not None and found[1].total > budget
+        return planned("offload") if over and device == "cuda" else found
     whole = planned(False)
     if budget is None or whole[1].total * MARGIN <= budget:
         return whole
@@ -48,6 +57,21 @@ def decide(
         return whole if whole[1].total <= budget else none
     blocks = len(blocks_of(on_paper(config, vocabulary, shares)[0]))
     return _with_some_graphs(planned, none, whole[1].total, blocks, int(budget / MARGIN))
+
+
+def _least_streamed(
+    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None, shares: int
+) -> tuple[Config, plan.Plan]:
+    """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
+    found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, shares)
+    for choice in ("weights", "all"):
+        if budget is None or found[1].total <= budget:
+            break
+        tried = changed(config, {STREAM: choice})
+        if problems(tried) or shares > 1:
+            break
+        found = decide(tried, vocabulary, device, budget, loss, shares)
+    return found
 
 
 def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, blocks: int, room: int):
@@ -103,8 +127,10 @@ def settle(
         config = changed(config, {CHECKPOINTING: True})
     shares = processes if config.parallel == "shard" else 1
     chosen, found = decide(config, vocabulary, device.type, limit.budget, shares=shares)
-    if chosen is not config:
-        say("memory", f"auto → {describe({CHECKPOINTING: chosen.train.activation_checkpointing})}")
+    left = {CHECKPOINTING: config.train.activation_checkpointing, STREAM: config.memory.stream}
+    now = {CHECKPOINTING: chosen.train.activation_checkpointing, STREAM: chosen.memory.stream}
+    if made := {key: now[key] for key, asked in left.items() if asked == "auto"}:
+        say("memory", f"auto → {describe(made)}")
     say("memory", f"planned peak {plan.human(found.total)} of {limit}")
     print(found, flush=True)
     for line in _remarks(chosen, found):
@@ -146,10 +172,24 @@ def _check(
     if limit.budget is not None and found.total > limit.budget:
         raise DoesNotFitError(_refusal(config, vocabulary, device, found, limit, shares))
     if limit.host is not None and found.host_total > limit.host:
+        remedy = (
+            f"lower lowrank.rank, or set {STREAM}=none to keep the blocks on the device"
+            if found.streamed is not None
+            else f"lower train.grad_accumulation, or set {CHECKPOINTING}=true to keep the blocks' inputs on the device"
+        )
         raise DoesNotFitError(
             f"the plan needs {plan.human(found.host_total)} of host memory, and there are {plan.human(limit.host)} "
-            f"(memory.host_budget). Raise memory.host_budget, lower train.grad_accumulation, or set {CHECKPOINTING}="
-            "true to keep the blocks' inputs on the device"
+            f"(memory.host_budget). Raise memory.host_budget, {remedy}"
+        )
+    if found.streamed is None or (device.type == "cuda" and not torch.cuda.is_available()):
+        return
+    here = machine.available(torch.device("cpu"))
+    needed = found.host_total + (found.total if device.type == "cpu" else machine.resident_set())
+    if here is not None and needed > here:
+        raise DoesNotFitError(
+            f"the plan needs {plan.human(needed)} of this machine's memory for streamed blocks"
+            f"{' and the device they are streamed to' if device.type == 'cpu' else ''}, and {plan.human(here)} are "
+            f"free. Lower lowrank.rank, take a smaller model, or set {STREAM}=none"
         )
 
 
@@ -161,6 +201,9 @@ def _remarks(config: Config, found: plan.Plan) -> list[str]:
     )
     if not found.walked:
         return []
+    if found.streamed is not None:
+        train = config.train
+        return [found.streamed.line(train.micro_batch_size * config.data.sequence_length * train.grad_accumulation)]
     if choice == "offload":
         return [f"the blocks' inputs of {many} wait in host memory, {plan.human(found.host_total)} of it page-locked"]
     if choice is True or choice is False:
