@@ -151,6 +151,17 @@ def walked_steps(how, steps, clip, options):
         return whole(team, found), [(e["layer"], e["step"]) for e in optimizer.events]
 
 
+def steps_of_a_loop(steps):
+    """As :func:`walked_steps`, taken by ``qgalore.step`` in a loop of one's own; the loss there is a mean."""
+    with job("cpu") as team:
+        model, optimizer, _ = chain_of(team, "replicate", {})
+        mine = team.deal(range(MICRO_BATCHES))
+        taken = [qgalore.step(model, optimizer, [(s, n) for n in mine], loss=Chain.loss) for s in range(steps)]
+        losses, norms = [one.loss for one in taken], [one.grad_norm for one in taken]
+        found = {**model.state_dict(), "norms": torch.tensor(norms), "losses": torch.tensor(losses)}
+        return whole(team, found), [one.blocks for one in taken]
+
+
 def whole(team, tensors):
     """All tensors as one process has them; the order is the same everywhere."""
     tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from jobs import LONG, RANK, SMALL, WIDTH, Chain, Wire, chain_of, take, walked_steps
+from jobs import LONG, RANK, SMALL, WIDTH, Chain, Wire, chain_of, steps_of_a_loop, take, walked_steps
 from processes import run_in
 
 from qgalore.memory.traffic import payload
 from qgalore.parallel import job
-from qgalore.step.reducing import Steps
+from qgalore.step.steps import Steps
 
 SLOW = pytest.mark.slow
 
@@ -88,3 +88,14 @@ def test_a_block_is_summed_once_and_gathered_twice_in_a_step(how):
         assert after == {"epilogue": 0, "prologue": 0}.get(name, 1), name
         assert before <= 2
     assert max(before for _, before, _ in alive) == 2
+
+
+def test_a_loop_of_ones_own_takes_the_same_steps():
+    ((wanted, blocks),) = run_in(1, steps_of_a_loop, 3)
+    for found, walked in run_in(2, steps_of_a_loop, 3):
+        assert walked == blocks == [3] * 3
+        for name, value in wanted.items():
+            if name in ("losses", "norms"):
+                np.testing.assert_allclose(found[name], value, rtol=1e-6)
+            else:
+                assert np.array_equal(found[name], value), name
