@@ -160,7 +160,8 @@ def remarks(config: Config) -> list[str]:
 # Keys that a resumed run may change; everything else decides what the weights become.
 RESUMABLE = (
     "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
-    "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "data.cache_dir",
+    "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "memory.host_budget",
+    "data.cache_dir",
     "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt",
     "sample.max_new_tokens", "parallel", "train.stepping", "train.order",
 )  # fmt: skip

@@ -377,8 +377,13 @@ class MemorySection(Section):
         None, "What the run may use of the device's memory.", unit="GiB, GB, MiB or MB", example="15.5GiB",
         unset="what the device has free", rule="a size with its unit, such as 15.5GiB or 16GB",
     )  # fmt: skip
+    host_budget: str | None = key(
+        None, "What the run may use of the host's memory for what a GPU has no room for, such as the blocks' inputs.",
+        unit="GiB, GB, MiB or MB", example="24GiB", unset="no limit is checked",
+        rule="a size with its unit, such as 15.5GiB or 16GB",
+    )  # fmt: skip
 
-    @field_validator("budget")
+    @field_validator("budget", "host_budget")
     @classmethod
     def _readable(cls, value: str | None) -> str | None:
         if value is not None:

@@ -31,10 +31,11 @@ from .checks import check_data, check_model
 from .data import Data as BuiltData
 from .data import build_data, build_tokenizer, given_tokenizer
 from .export import check_formats, export, export_checkpoint, finish, mark_ends, restore_model
-from .fit import has_weights, prepare_allocator, recheck, settle
+from .fit import prepare_allocator, recheck, settle
 from .learning_rate import lr_at
 from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
+from .paper import has_weights
 from .parts import Data, Evaluating, Faults, Samples, Saving, Stepping
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .run_lock import RunLock

@@ -8,7 +8,6 @@ turns a whole gradient into a new basis where one is due. ``step`` lets the inne
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -273,18 +272,6 @@ class TrainedTensor(ABC):
     @abstractmethod
     def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
         """Bytes that an ordinary step sends of it, by collective; see ``wire.payload``."""
-
-    def step_on_paper(self) -> None:
-        """The work of a step on the meta device, from :meth:`gradient`: that of the first part, as others repeat it."""
-        part, rows = self.parts[0], self.gradient()
-        assert rows is not None, f"{self.name} has no gradient"
-        if len(self.parts) > 1:
-            rows = rows[: part.leaf.shape[0]]
-        self.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
-
-    def at_ceiling(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work``, to be done with this tensor as large as it may become."""
-        return work
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
         """Make this tensor, on the meta device, as large as it may become."""

@@ -91,9 +91,6 @@ class WholeTensor(ProjectedTensor):
         write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
         self.drop_gradient()
 
-    def step_on_paper(self) -> None:
-        self.step(1.0, 1.0, 0.0, (0, 0))
-
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
 
