@@ -88,8 +88,8 @@ class ChainBlock(nn.Module):
 
 
 class Chain(nn.Module):
-    """A model that can be walked: three blocks, the last of which most micro-batches skip; a vector before them, one
-    behind, and one in both places."""
+    """A model that can be walked: three blocks, the last of which all micro-batches of the first step skip, and all but
+    one of later steps; a vector before them, one behind, and one in both places."""
 
     def __init__(self, proj_type="std"):
         super().__init__()
@@ -111,8 +111,8 @@ class Chain(nn.Module):
         for vector in (self.before, self.both):
             hidden = _Hand.apply(hidden, vector, wobble + number)
         for block in self.blocks:
-            last = block is self.blocks[-1]
-            hidden = block(hidden, skipped=last and number != (step + 3) % MICRO_BATCHES)
+            rare = step == 0 or number != (step + 2) % MICRO_BATCHES
+            hidden = block(hidden, skipped=block is self.blocks[-1] and rare)
         return hidden.sum() + ((self.behind + self.both) * wobble).sum()
 
 
