@@ -99,7 +99,8 @@ class Chain(nn.Module):
             shapes = ((LONG, WIDTH), (SMALL, WIDTH), (LONG, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes]
         self.blocks = nn.ModuleList(ChainBlock(weight, proj_type) for weight in weights)
-        self.before, self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(3))
+        self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
+        self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
     def loss(self, batch):
         """Of a (step, number): micro-batch ``number`` of MICRO_BATCHES has its own diagonals."""
@@ -108,8 +109,8 @@ class Chain(nn.Module):
         order = torch.randperm(WIDTH, generator=make)
         wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number].float()
         hidden = torch.diag(2 * (order + 1) + wobble)
-        for vector in (self.before, self.both):
-            hidden = _Hand.apply(hidden, vector, wobble + number)
+        for vector in (self.before, self.both):  # sums of these integers are none of bf16's
+            hidden = _Hand.apply(hidden, vector, 101 * (wobble + number))
         for block in self.blocks:
             rare = step == 0 or number != (step + 2) % MICRO_BATCHES
             hidden = block(hidden, skipped=block is self.blocks[-1] and rare)
