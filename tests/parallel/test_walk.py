@@ -19,8 +19,8 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("size", "how", "steps", "clip", "options"),
     [
-        (2, "replicate", 7, 0.0, {}),
-        (2, "shard", 7, 0.0, {}),
+        pytest.param(2, "replicate", 7, 0.0, {}, id="replicate"),
+        pytest.param(2, "shard", 7, 0.0, {}, id="shard"),
         (4, "replicate", 7, 100.0, {}),
         slow(4, "replicate", 30, 0.0, {}),
         slow(4, "shard", 30, 0.0, {}),
