@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..quant.int8 import planned_for
-from ..step.blocks import Layout
-from ..step.trial import try_walk
+from ..steps.blocks import Layout
+from ..steps.trial import try_walk
 from .meter import Meter
 from .rehearsal import (
     TRANSIENT,

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..lowrank.hooks import HOOKS
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
-from ..step.activations import Activations, Key, OnHost, Store
+from ..steps.activations import Activations, Key, OnHost, Store
 from .meter import ON_HOST, REHEARSED, TEMPORARIES, Meter
 from .stand_ins import ScheduleOnPaper
 

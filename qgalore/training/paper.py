@@ -23,7 +23,7 @@ from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from ..models.shapes import stored_config
 from ..parallel import ALONE
 from ..parallel.paper import PaperTeam
-from ..step.blocks import Layout
+from ..steps.blocks import Layout
 from .model import (
     Vocabulary,
     adapt_as,

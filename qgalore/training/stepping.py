@@ -18,11 +18,11 @@ from ..errors import ConfigError, NumericalError
 from ..lowrank.optimizer import LowRankOptimizer
 from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
-from ..step import walk
-from ..step.activations import Activations
-from ..step.blocks import Layout, NotWalkableError
-from ..step.steps import Steps
-from ..step.turns import AlwaysThere, Turns
+from ..steps import walk
+from ..steps.activations import Activations
+from ..steps.blocks import Layout, NotWalkableError
+from ..steps.reducing import Steps
+from ..steps.turns import AlwaysThere, Turns
 from .parts import Batch, Stepping
 
 Share = Callable[[Batch], Tensor]  # a micro-batch's share of the step's loss, a scalar with its graph

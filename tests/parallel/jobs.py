@@ -19,8 +19,8 @@ from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import job, shards
 from qgalore.parallel.shards import Gathered
-from qgalore.step.trial import try_walk
-from qgalore.step.turns import AlwaysThere
+from qgalore.steps.trial import try_walk
+from qgalore.steps.turns import AlwaysThere
 from qgalore.training.parts import Stepping
 from qgalore.training.stepping import LayerMajor
 

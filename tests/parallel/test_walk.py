@@ -7,7 +7,7 @@ from processes import run_in
 
 from qgalore.memory.traffic import payload
 from qgalore.parallel import job
-from qgalore.step.steps import Steps
+from qgalore.steps.reducing import Steps
 
 SLOW = pytest.mark.slow
 

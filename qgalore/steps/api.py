@@ -16,7 +16,7 @@ from ..parallel.shards import Gathered
 from . import walk
 from .activations import Activations
 from .blocks import Run
-from .steps import Steps
+from .reducing import Steps
 from .trial import Loss, Trial, try_walk
 
 
