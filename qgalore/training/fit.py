@@ -51,7 +51,9 @@ def decide(
         return whole
     none = planned(True)
     if none[1].total > budget:
-        can_offload = device == "cuda" and config.model.compile == "none" and shares == 1
+        # where weights are split, activations wait in host memory in a walk alone
+        placed = none[1].walked or shares == 1 or config.parallel == "replicate"
+        can_offload = device == "cuda" and config.model.compile == "none" and placed
         return planned("offload") if can_offload else none
     if not none[1].walked:
         return whole if whole[1].total <= budget else none
@@ -125,8 +127,7 @@ def settle(
     if device.type == "cpu" and config.train.activation_checkpointing == "offload":
         say("note", "train.activation_checkpointing: offload has nowhere to go from a CPU; taken as true")
         config = changed(config, {CHECKPOINTING: True})
-    shares = processes if config.parallel == "shard" else 1
-    chosen, found = decide(config, vocabulary, device.type, limit.budget, shares=shares)
+    chosen, found = decide(config, vocabulary, device.type, limit.budget, shares=processes)
     left = {CHECKPOINTING: config.train.activation_checkpointing, STREAM: config.memory.stream}
     now = {CHECKPOINTING: chosen.train.activation_checkpointing, STREAM: chosen.memory.stream}
     if made := {key: now[key] for key, asked in left.items() if asked == "auto"}:
@@ -138,8 +139,8 @@ def settle(
     if rule_of(config) == "muon":
         say("muon", _orthogonalisation(chosen, vocabulary))
     if processes > 1:
-        _print_traffic(config, vocabulary, processes, shares, whole // processes)
-    _check(config, vocabulary, device, found, limit, shares)
+        _print_traffic(config, vocabulary, processes, 1 if found.walked else whole // processes)
+    _check(config, vocabulary, device, found, limit, processes)
     return changed(chosen, {"train.grad_accumulation": whole}), found
 
 
@@ -211,10 +212,12 @@ def _remarks(config: Config, found: plan.Plan) -> list[str]:
     return [f"the last {counted(choice, 'block')} keep their graphs from the forward pass; the others run again"]
 
 
-def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, shares: int, micro_batches: int) -> None:
-    """What each of ``processes`` sends in a step of so many ``micro_batches`` each."""
-    _, optimizer = on_paper(config, vocabulary, shares)
-    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, micro_batches)
+def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, passes: int) -> None:
+    """What each of ``processes`` sends in a step of so many ``passes`` through the model and back: one for each
+    micro-batch, or a walk of all of them."""
+    _, optimizer = on_paper(config, vocabulary, processes)
+    optimizer.accumulate_in_fp32(config.train.order != "batch_major")
+    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, passes)
     sent = {name: traffic.ring(size, processes, name) for name, size in sizes.items()}
     say("wire", f"{plan.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
     for name, size in sent.items():
@@ -258,11 +261,10 @@ def recheck(
     if not whole_logits and not again:
         return before
     config = changed(config, {"train.grad_accumulation": config.train.grad_accumulation // processes})
-    shares = processes if config.parallel == "shard" else 1
-    found = plan_for(config, vocabulary, device.type, loss, shares)
+    found = plan_for(config, vocabulary, device.type, loss, processes)
     what = "whole logits included" if whole_logits else "for batch-major steps"
     say("memory", f"planned peak {plan.human(found.total)}, {what}")
-    _check(config, vocabulary, device, found, replace(Limit.of(config, device), whose=what), shares)
+    _check(config, vocabulary, device, found, replace(Limit.of(config, device), whose=what), processes)
     return found
 
 

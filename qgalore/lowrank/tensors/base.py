@@ -283,8 +283,8 @@ class TrainedTensor(ABC):
     # For the plans of memory and of what processes send.
 
     @abstractmethod
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        """Bytes that an ordinary step sends of it, by collective; see ``wire.payload``."""
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        """Bytes that an ordinary step sends of it, by collective; see ``traffic.payload``."""
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
         """Make this tensor, on the meta device, as large as it may become."""

@@ -54,5 +54,5 @@ class DenseTensor(TrainedTensor):
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.master is None else {"master": self.master}
 
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        return {"all-reduce dense gradients": self.parameter.nbytes}
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        return {"all-reduce dense gradients": float(self.parameter.numel() * self.parameter.grad_dtype.itemsize)}
