@@ -1,9 +1,18 @@
-"""What stands in for kernels that cannot run on the meta device, when a step is rehearsed there: their footprints."""
+"""What stands in, when a step is rehearsed on the meta device, for code that needs values: its footprint alone.
 
+That is kernels which do not run there (attention, 8-bit moments), random generators, and decisions on data.
+"""
+
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..lowrank.subspace import moments
+from ..lowrank.subspace.schedule import Schedule
 
 
 class _Attention(torch.autograd.Function):
@@ -34,22 +43,114 @@ class _Grouped(torch.autograd.Function):
         return tuple(torch.empty_like(value) for value in ctx.saved_tensors)
 
 
+class Adam8bitShapes(Optimizer):
+    """The states of an 8-bit Adam without their values: bytes and block scales as ``adamw8bit`` keeps them."""
+
+    BLOCK, SMALL = 256, 4096
+
+    def __init__(self, params, lr: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _states(self, leaf: Tensor) -> dict[str, Tensor]:
+        if leaf.numel() < self.SMALL:
+            return {name: torch.empty_like(leaf) for name in ("state1", "state2")}
+        blocks = -(-leaf.numel() // self.BLOCK)
+        states = {name: torch.empty_like(leaf, dtype=torch.uint8) for name in ("state1", "state2")}
+        states |= {name: torch.empty(blocks, device=leaf.device) for name in ("absmax1", "absmax2")}
+        return states | {name: torch.empty(256, device=leaf.device) for name in ("qmap1", "qmap2")}
+
+    def step(self, closure=None) -> None:
+        """Nothing moves: the kernels work in place, in tiles that do not count."""
+        for leaf in (leaf for group in self.param_groups for leaf in group["params"] if leaf not in self.state):
+            self.state[leaf] = self._states(leaf)
+
+
+class ScheduleOnPaper(Schedule):
+    """Refreshes when it is told to, whatever the data."""
+
+    now = True
+
+    def due(self, step: int) -> bool:
+        return self.now
+
+    def record(self, step: int, similarity: float | None) -> None:
+        self.refreshes += 1
+
+
+def _read_moment(state: dict, name: str) -> Tensor:
+    """As ``moments.read`` for 8-bit moments: fp32 values, by a kernel that needs nothing else."""
+    if state[name].dtype != torch.uint8 or name.startswith("packed"):
+        return _real_read(state, name)
+    return torch.empty_like(state[name], dtype=torch.float32)
+
+
+def _write_moment(state: dict, name: str, moment: Tensor) -> None:
+    """As ``moments.write``: codes and their blocks' scales are made anew, then copied."""
+    if state[name].dtype != torch.uint8 or name.startswith("packed"):
+        _real_write(state, name, moment)
+        return
+    scales = state[f"absmax{name[-1]}"]
+    codes, peaks = torch.empty_like(moment.contiguous(), dtype=torch.uint8), torch.empty_like(scales)
+    state[name].copy_(codes)
+    scales.copy_(peaks)
+
+
+_real_read, _real_write = moments.read, moments.write
+
+
+def answer(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What code is told that asks the meta device for values: 1 and True. None for any other ``func``.
+
+    A loss of 1 is finite, a gradient is not zero, and a search that may go on or stop goes on.
+    """
+    if not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
+        return None
+    if func is torch.ops.aten._local_scalar_dense.default:
+        dtype = args[0].dtype
+        return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+    if func is torch.ops.aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":
+        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    return None
+
+
+def _generator(device: Any = "cpu") -> torch.Generator:
+    """A generator for any device; the meta device has none of its own."""
+    return _real_generator("cpu" if torch.device(device).type == "meta" else device)
+
+
+_real_generator = torch.Generator
+
+
 @contextmanager
-def kernels(device: str):
-    """Stand in for ``scaled_dot_product_attention``, which on the meta device would build the whole score matrix, as a
-    CPU does where attention is dropped, and for ``grouped_mm``, which knows only bf16 there. (A function mode would not
-    reach the recomputation inside backward.)"""
+def kernels(device: str) -> Iterator[None]:
+    """Inside, code on the meta device runs as if on this kind of ``device``.
+
+    ``scaled_dot_product_attention`` would build the whole score matrix there, as a CPU does where attention is dropped.
+    ``grouped_mm`` knows only bf16 there. (A function mode would not reach the recomputation inside backward.)
+    """
     functional = nn.functional
-    originals = functional.scaled_dot_product_attention, functional.grouped_mm
+    attention_of_torch = functional.scaled_dot_product_attention
 
     def attention(query, key, value, *mask, dropout_p=0.0, **options):
         if dropout_p > 0.0 and device == "cpu":
-            return originals[0](query, key, value, *mask, dropout_p=dropout_p, **options)
+            return attention_of_torch(query, key, value, *mask, dropout_p=dropout_p, **options)
         return _Attention.apply(query, key, value)
 
-    functional.scaled_dot_product_attention = attention
-    functional.grouped_mm = lambda rows, weight, **_: _Grouped.apply(rows, weight)
+    def grouped(rows, weight, **_):
+        return _Grouped.apply(rows, weight)
+
+    instead = (
+        (functional, "scaled_dot_product_attention", attention),
+        (functional, "grouped_mm", grouped),
+        (moments, "read", _read_moment),
+        (moments, "write", _write_moment),
+        (torch, "Generator", _generator),
+    )
+    own = [getattr(where, name) for where, name, _ in instead]
     try:
+        for where, name, code in instead:
+            setattr(where, name, code)
         yield
     finally:
-        functional.scaled_dot_product_attention, functional.grouped_mm = originals
+        for (where, name, _), code in zip(instead, own, strict=True):
+            setattr(where, name, code)

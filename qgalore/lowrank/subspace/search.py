@@ -61,8 +61,8 @@ def randomized_basis(
             break
         energy = values.square().sum()
         # A pass that has gained little says that another would gain less. The comparison is negated so that NaN ends
-        # the loop too. On the meta device there are no values, and the memory plan counts every pass.
-        if not gradient.is_meta and not energy - before > GAIN * energy:
+        # the loop too.
+        if not energy - before > GAIN * energy:
             break
         if warm is not None and _better(warm, found[:, :rank], _row_sums(gradient, SAMPLES, generator)):
             found = torch.cat((warm, found[:, : size - warm.shape[1]]), dim=1)
@@ -123,7 +123,7 @@ def _tall_pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor,
 def _better(one: Tensor, other: Tensor, samples: Tensor) -> bool:
     """Whether ``one`` captures more of random combinations of G's rows (n, in) than ``other``."""
     norms = [torch.linalg.vector_norm(samples @ basis) for basis in (one, other)]
-    return samples.is_meta or bool(norms[0] > norms[1])
+    return bool(norms[0] > norms[1])
 
 
 def random_basis(dim: int, rank: int, generator: torch.Generator, device: torch.device) -> Tensor:

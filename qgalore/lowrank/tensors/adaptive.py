@@ -1,6 +1,5 @@
 """The trained tensor of a layer whose rank is free to move (see ``subspace.ranks``)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,31 +86,6 @@ class AdaptiveTensor(ProjectedTensor):
             self.module.set_rank(progress["rank"])
         for part in self.parts:
             _remake(part, self.part_shape(part, self.rank), None)
-
-    def at_ceiling(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work`` for the memory plan: remade at ``max_rank``, beside what it is now."""
-
-        def wrapped() -> None:
-            module = self.module
-            rank, gradient = self.rank, module.delta.grad
-            if rank == self.max_rank and gradient is not None:  # a step, which makes nothing anew
-                work()
-                return
-            present = [(side, side.codes, side.scale) for side in self.bases if side is not None]
-            states = [part.state() for part in self.parts]
-            self.fill()
-            if gradient is not None:
-                module.delta.grad = torch.empty(self.shape, dtype=gradient.dtype, device=gradient.device)
-            work()
-            module.set_rank(rank)
-            for side, codes, scale in present:
-                side.codes, side.scale = codes, scale
-            for part, state in zip(self.parts, states, strict=True):
-                _blank(part, self.part_shape(part, rank))
-                part.inner.state[part.leaf] = state
-            module.delta.grad = gradient
-
-        return wrapped
 
     def fill(self) -> None:
         """Take ``max_rank``, on the meta device, for the plan of a step in which each layer in turn may be as large."""

@@ -8,7 +8,7 @@ turns a whole gradient into a new basis where one is due. ``step`` lets the inne
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...parallel import ALONE, Team
+from ...parallel.pending import Share, Sum
 from ..inner.checked import Factory
 from ..rules.observed import Observation
 from ..subspace import ranks
@@ -137,9 +138,19 @@ class TrainedTensor(ABC):
         """Whether this process has any gradient for it, a whole one included."""
         return self.gradient() is not None or any(leaf.grad is not None for leaf in self.leaves())
 
+    def to_sum(self, team: Team) -> tuple[list[Sum], list[Share]]:
+        """What the gradients here lack to be those of the whole ``team``: a sum that every process wants, or its own
+        rows of one."""
+        return [(leaf.grad, self.sent_in(leaf.grad)) for leaf in self.leaves() if leaf.grad is not None], []
+
+    def sent_in(self, gradient: Tensor) -> torch.dtype:
+        """The dtype in which a ``gradient`` travels between processes."""
+        return gradient.dtype
+
     def sum_over(self, team: Team) -> None:
         """Replace the gradients here by their sums over the processes of ``team``."""
-        team.sum_(f"the gradient of {self.name}", [leaf.grad for leaf in self.leaves() if leaf.grad is not None])
+        team.meet(f"the gradient of {self.name}")
+        team.begin(*self.to_sum(team)).wait()
 
     def is_whole(self, leaf: nn.Parameter) -> bool:
         """Whether ``leaf`` receives the whole gradient of a layer whose Δ is smaller."""
@@ -272,18 +283,6 @@ class TrainedTensor(ABC):
     @abstractmethod
     def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
         """Bytes that an ordinary step sends of it, by collective; see ``wire.payload``."""
-
-    def step_on_paper(self) -> None:
-        """The work of a step on the meta device, from :meth:`gradient`: that of the first part, as others repeat it."""
-        part, rows = self.parts[0], self.gradient()
-        assert rows is not None, f"{self.name} has no gradient"
-        if len(self.parts) > 1:
-            rows = rows[: part.leaf.shape[0]]
-        self.merge(part.step(rows, 1.0), part.first, 1.0, 0.0, (0, 0))
-
-    def at_ceiling(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work``, to be done with this tensor as large as it may become."""
-        return work
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
         """Make this tensor, on the meta device, as large as it may become."""

@@ -9,7 +9,7 @@ from ...quant import dense as dense_grid
 from ...quant import int8
 from ..layers.linear import LowRankLinear
 from ..rules import Rule
-from ..rules.common import Rows
+from ..rules.common import Rows, limited
 from ..rules.observed import Observation, due
 from ..subspace.refresh import RefreshOptions
 from ..subspace.schedule import Schedule
@@ -93,10 +93,11 @@ class WholeTensor(ProjectedTensor):
 
     @torch.no_grad()
     def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
-        """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N; drops the gradient."""
+        """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N, limited if that is asked for; drops the
+        gradient."""
         gradient = self._fp32_gradient()
         self.rule.observed = due(self.current_step)
-        self._write(self.rule.direction(gradient, self.current_step, self._adam), lr * scale, shrink, key)
+        self._write(self.rule.direction(gradient, self.current_step, self._adam), lr, scale, shrink, key)
 
     @staticmethod
     @torch.no_grad()
@@ -109,18 +110,20 @@ class WholeTensor(ProjectedTensor):
             rule.observed = due(step)
         directions = rules[0].directions(rules, [tensor._fp32_gradient() for tensor in tensors], step)
         for tensor, direction, key in zip(tensors, directions, keys, strict=True):
-            tensor._write(direction, lr * scale, shrink, key)
+            tensor._write(direction, lr, scale, shrink, key)
 
     def _fp32_gradient(self) -> Tensor:
         gradient = self.gradient()
         assert gradient is not None, f"{self.name} has no gradient"
         return gradient.to(torch.float32).contiguous()
 
-    def _write(self, direction: Rows, rate: float, shrink: float, key: tuple[int, int]) -> None:
+    def _write(self, direction: Rows, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Write the update back, looking at it if that is due, and drop the gradient."""
+        if limit := self.rule.options.largest_rms:
+            direction = limited(direction, self.module.weight.shape, limit / scale)
 
         def change(a: int, b: int) -> Tensor:
-            return direction(a, b).mul_(-rate)
+            return direction(a, b).mul_(-lr * scale)
 
         rows: Rows = change
         if self.rule.observed:
@@ -133,9 +136,6 @@ class WholeTensor(ProjectedTensor):
     def observation(self) -> Observation | None:
         found, self._observation = self._observation, None
         return found
-
-    def step_on_paper(self) -> None:
-        self.step(1.0, 1.0, 0.0, (0, 0))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}

@@ -1,0 +1,198 @@
+"""A run on paper: its model and optimizer on the meta device, and the plan of its memory that they give."""
+
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..lowrank.factory import part_elements, trained_tensors
+from ..lowrank.inner.checked import Factory, make_factory
+from ..lowrank.layers.linear import LowRankLinear
+from ..lowrank.rules import RuleOptions
+from ..lowrank.subspace.policies import layers_at_once
+from ..lowrank.subspace.refresh import RefreshOptions
+from ..lowrank.tensors.base import TrainedTensor
+from ..lowrank.tensors.sharded import ShardedTensor, shareable
+from ..memory import machine, plan
+from ..memory.rehearsal import Order, PaperOptimizer, Step, on_paper_schedules
+from ..memory.stand_ins import Adam8bitShapes
+from ..models import classify, loading
+from ..models.compiling import blocks_of, blocks_to_compile
+from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
+from ..models.shapes import stored_config
+from ..parallel import Team
+from ..step.blocks import Layout
+from .model import (
+    Vocabulary,
+    adapt_as,
+    architecture,
+    checkpoint_as,
+    convert_as,
+    ordinary_leaf,
+    rule_momentum,
+    rule_of,
+    rule_rank,
+)
+from .parts import Stepping
+from .say import say
+from .stepping import BatchMajor, LayerMajor
+from .trial import kept_in_walks
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a pretrained folder holds more than its description."""
+    return any(folder.glob("*.safetensors"))
+
+
+def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
+    """The converted model of a resolved configuration and its optimizer, all on the meta device; with more than one of
+    ``shares``, the layers in blocks are split by rows, as for the first of so many processes."""
+    model = _shape(config, vocabulary)
+    if vocabulary.labels is None:
+        loading.untie_padding(model)
+    convert_as(config, model)
+    if config.model.compile == "blocks":
+        blocks_to_compile(model)
+    adapt_as(config, model)
+    checkpoint_as(config, model)
+    low, train = config.lowrank, config.train
+    lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
+    how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
+    # With an energy of 1 a rank that is free to move takes all that it may.
+    find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, **how)
+    schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
+    of_rule = RuleOptions(rule_rank(config), low.update_proj_gap, **rule_momentum(config))
+    tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
+    if shares > 1:
+        tensors = _shared(model, tensors, train.optimizer, shares)
+    on_paper_schedules(tensors)
+    optimizer = PaperOptimizer(
+        tensors,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        scale=low.scale or 1.0,
+        factory=_inner_factory(config),
+        stepping="manual",
+        seed=config.run.seed,
+        part_elements=part_elements(train.optimizer),
+    )
+    return model, optimizer
+
+
+def _shape(config: Config, vocabulary: Vocabulary) -> torch.nn.Module:
+    """The unconverted model. A pretrained folder that holds no weights yet is planned from its ``config.json``."""
+    if config.model.path is not None and vocabulary.labels is None:
+        folder = loading.local_folder(config.model.path)
+        if not has_weights(folder):
+            return loading.skeleton(stored_config(folder), dtype=getattr(torch, config.model.dtype))
+    return architecture(config, vocabulary, lambda line: None)
+
+
+def _inner_factory(config: Config) -> Factory:
+    """The inner optimizer to plan with: one that cannot step without values is planned as AdamW, and a line says so."""
+    train = config.train
+    if train.optimizer == "adamw8bit":
+        return Adam8bitShapes
+    factory = make_factory(train.optimizer, train.lr, train.optimizer_options)
+    leaf = torch.nn.Parameter(torch.zeros(16, 16, device="meta"))
+    leaf.grad = torch.zeros_like(leaf)
+    try:
+        factory([leaf]).step()
+    except Exception as error:  # whatever a foreign optimizer does with values that are not there
+        reason = (str(error).strip().splitlines() or [""])[0]
+        _say_once(
+            f"{train.optimizer} cannot be tried on tensors without values ({type(error).__name__}: {reason}). The plan "
+            "counts the state of AdamW in its place, two fp32 values for each that Δ or a dense tensor has"
+        )
+        return partial(torch.optim.AdamW, lr=train.lr)
+    return factory
+
+
+@cache
+def _say_once(text: str) -> None:
+    say("note", text)
+
+
+def _shared(model: torch.nn.Module, tensors: list[TrainedTensor], inner: str, shares: int) -> list[TrainedTensor]:
+    """The trained tensors, those of layers in ``model``'s blocks for one of the processes that split them. Raises
+    :class:`ConfigError` where they cannot be split so."""
+    inside = {module for block in blocks_of(model) for module in block.modules()}
+    found = []
+    for tensor in tensors:
+        if tensor.module in inside:
+            shareable(tensor.name, tensor.module, inner, shares, part_elements(inner))
+            find = replace(tensor.options, team=Team(0, shares))
+            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, find)
+        found.append(tensor)
+    return found
+
+
+def gathered(model: torch.nn.Module) -> int:
+    """Bytes of the stored weights of two of the largest block: as they come over the wire, and as the block uses
+    them."""
+    layers = ([m for m in block.modules() if isinstance(m, LowRankLinear)] for block in blocks_of(model))
+    stored = ([t.nbytes for m in part for t in (m.weight, m.weight_scale) if t is not None] for part in layers)
+    return 2 * max(map(sum, stored))
+
+
+def plan_for(
+    config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None, shares: int = 1
+) -> plan.Plan:
+    """The plan of a resolved configuration for one process of ``shares`` that split the weights. ``loss``: the one it
+    will use, where that is known already."""
+    model, optimizer = on_paper(config, vocabulary, shares)
+    if vocabulary.labels is not None:
+        loss = classify.rehearsal_loss(vocabulary.labels.outputs)
+    elif loss is None:
+        loss = chunked_loss if can_be_chunked(model) else summed_loss
+    low, train = config.lowrank, config.train
+    step = Step(
+        loss=loss,
+        micro_batch_size=train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        masked=vocabulary.labels is not None or config.data.document_attention == "isolated",
+        staggered=low.stagger,
+        due_together=layers_at_once(
+            low.policy, sum(tensor.projected for tensor in optimizer.tensors), low.update_proj_gap
+        ),
+        micro_batches=train.grad_accumulation,
+        device=device,
+        layer_major=train.order != "batch_major",
+    )
+    outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}
+    if device == "cpu":
+        outside = {"this process so far": machine.resident_set()}
+    if shares > 1:
+        outside["gathered blocks"] = gathered(model)
+    if config.model.compile == "blocks":
+        outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
+    return plan.plan(model, optimizer, step, train.stepping, partial(_order, config, model, optimizer), outside)
+
+
+def _order(config: Config, model: torch.nn.Module, optimizer: PaperOptimizer, layout: Layout | None) -> Order:
+    """The trainer's own."""
+    train = config.train
+    how = Stepping(
+        lr_at=lambda step: train.lr,
+        seed=config.run.seed,
+        max_steps=2,
+        micro_batch_size=train.micro_batch_size,
+        grad_accumulation=train.grad_accumulation,
+        clip_grad_norm=train.clip_grad_norm,
+    )
+    if layout is None:
+        return BatchMajor(model, optimizer, how)
+    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout))
+
+
+def compiled_gradients(model: torch.nn.Module, leaf: str | None) -> int:
+    """Bytes of all gradients of the largest block: a compiled one hands them out together."""
+    sizes = [0]
+    for block in blocks_of(model):
+        leaves = [value for m in block.modules() if isinstance(m, LowRankLinear) for value in m.leaves().items()]
+        other = {id(value) for name, value in leaves if name != leaf}
+        wanted = [p for p in block.parameters() if p.is_floating_point() and id(p) not in other]
+        sizes.append(sum(p.numel() * p.element_size() for p in wanted))
+    return max(sizes)
