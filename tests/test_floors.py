@@ -11,7 +11,7 @@ FLOORS = (
     {"combinations", "errors", "plain_yaml", "schedule_defaults"},
     {"config", "quant", "parallel"},
     {"lowrank", "data"},
-    {"files", "step", "evaluation", "convergence"},
+    {"files", "steps", "evaluation", "convergence"},
     {"models", "hugging_face"},
     {"memory"},
     {"training", "library"},

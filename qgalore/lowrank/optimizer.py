@@ -149,6 +149,11 @@ class LowRankOptimizer(Optimizer):
             self.apply_tensor(tensor)
         return prepared
 
+    def step_tensors(self, tensors: Iterable[TrainedTensor]) -> None:
+        """:meth:`step_tensor` for all of ``tensors``, such as a block's. All are prepared and looked at before the
+        first moves: a GPU is then waited for once, and not once for each. Small matrices of one shape step together."""
+        self.apply_tensors([tensor for tensor in tensors if self.prepare_tensor(tensor)])
+
     def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
         """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
         ``own_of`` alone, which then decides for all."""
@@ -244,10 +249,11 @@ class LowRankOptimizer(Optimizer):
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        for tensor, square in zip(tensors, norms.squares(tensors, self.team), strict=True):
-            if not torch.isfinite(square):
-                self.complain(tensor)
-            self._squares.append(square)
+        squares = norms.squares(tensors, self.team)
+        # One value leaves the device for all, since each that does makes a GPU wait.
+        if squares and not torch.isfinite(torch.stack([square.to(squares[0].device) for square in squares])).all():
+            self.complain(next(t for t, square in zip(tensors, squares, strict=True) if not torch.isfinite(square)))
+        self._squares += squares
 
     def complain(self, tensor: TrainedTensor) -> NoReturn:
         """Raise :class:`NumericalError` for a gradient that is not finite."""

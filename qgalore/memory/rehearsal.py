@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..lowrank.hooks import HOOKS
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
-from ..step.activations import Activations, Key, OnHost, Store
+from ..steps.activations import Activations, Key, OnHost, Store
 from .meter import ON_HOST, REHEARSED, TEMPORARIES, Meter
 from .stand_ins import ScheduleOnPaper
 
@@ -49,6 +49,8 @@ class Step:
     device: str = "cuda"
     layer_major: bool = False  # where the model can be walked
     rehearsed: int = REHEARSED  # of the micro-batches, if there are more
+    slots: int = 0  # blocks with room on the device, if they live in host memory
+    state_streamed: bool = False  # and the optimizer's state with them
 
 
 class PaperOptimizer(LowRankOptimizer):

@@ -22,7 +22,7 @@ from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
-from ..step.blocks import Layout
+from ..steps.blocks import Layout
 from . import classification
 from . import loop_settings as settings
 from .checks import check_data, check_model
@@ -38,6 +38,7 @@ from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, desc
 from .run_lock import RunLock
 from .say import say
 from .stepping import BatchMajor, LayerMajor
+from .streamed import Placing
 from .trial import kept_in_walks, try_layer_major, turns_of
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
@@ -172,7 +173,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         "the data", lambda: build_data(config, tokenizer, day) if examples is None else examples.data()
     )
     check_same_bytes(source, saved, data.checksum)
-    model, loss = build_model(config, vocabulary, data.highest_id, device, team)
+    place = Placing(config)
+    model, loss = build_model(config, vocabulary, data.highest_id, device, team, place)
     _make_ready(config, model, tokenizer)
 
     # A trial decides in which order steps are taken. The plan is made again if that is not the order asked for.
@@ -180,6 +182,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     config, layout = try_layer_major(config, model, loss, data.train, device, team)
     planned = recheck(config, vocabulary, device, loss, planned, team.size, again=config.train.order != asked)
     optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
+    place.adopt(model, optimizer, layout)
     where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
     start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
     loop = Loop(
@@ -192,22 +195,22 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         evaluating=settings.of_evaluations(config),
         saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
         faults=settings.of_faults(config, planned),
-        order=_order(config, model, optimizer, layout, team),
+        order=_order(config, model, optimizer, layout, team, place),
         start=start,
         team=team,
     )
     if team.leads:
-        describe(folder, config, vars(planned), model, tokenizer)
+        describe(folder, config, planned.numbers(), model, tokenizer)
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
 
 
 def _order(
-    config: Config, model: nn.Module, optimizer: LowRankOptimizer, layout: Layout | None, team: Team
+    config: Config, model: nn.Module, optimizer: LowRankOptimizer, layout: Layout | None, team: Team, place: Placing
 ) -> BatchMajor | LayerMajor:
     stepping = settings.of_steps(config)
     if layout is None:
         return BatchMajor(model, optimizer, stepping, team)
-    kept, turns = kept_in_walks(config, layout), turns_of(config, layout, team)
+    kept, turns = kept_in_walks(config, layout), place.stream or turns_of(config, layout, team)
     return LayerMajor(model, optimizer, stepping, layout, kept, team, turns)
 
 

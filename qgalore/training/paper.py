@@ -1,6 +1,5 @@
 """A run on paper: its model and optimizer on the meta device, and the plan of its memory that they give."""
 
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from ..models.shapes import stored_config
-from ..parallel import Team
-from ..step.blocks import Layout
+from ..parallel import ALONE
+from ..parallel.paper import PaperTeam
+from ..steps.blocks import Layout
 from .model import (
     Vocabulary,
     adapt_as,
@@ -47,8 +47,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
-    """The converted model of a resolved configuration and its optimizer, all on the meta device; with more than one of
-    ``shares``, the layers in blocks are split by rows, as for the first of so many processes."""
+    """The converted model of a resolved configuration and its optimizer, all on the meta device, for the first of so
+    many processes that have ``shares`` in a step."""
+    team = PaperTeam(0, shares) if shares > 1 else ALONE
     model = _shape(config, vocabulary)
     if vocabulary.labels is None:
         loading.untie_padding(model)
@@ -61,11 +62,11 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
     lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
     how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
     # With an energy of 1 a rank that is free to move takes all that it may.
-    find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, **how)
+    find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, team=team, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
     of_rule = RuleOptions(rule_rank(config), low.update_proj_gap, **rule_momentum(config))
     tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
-    if shares > 1:
+    if _splits(config, shares):
         tensors = _shared(model, tensors, train.optimizer, shares)
     on_paper_schedules(tensors)
     optimizer = PaperOptimizer(
@@ -77,8 +78,14 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
         stepping="manual",
         seed=config.run.seed,
         part_elements=part_elements(train.optimizer),
+        team=team,
     )
     return model, optimizer
+
+
+def _splits(config: Config, shares: int) -> bool:
+    """Whether the processes split the weights."""
+    return config.parallel == "shard" and shares > 1
 
 
 def _shape(config: Config, vocabulary: Vocabulary) -> torch.nn.Module:
@@ -123,8 +130,7 @@ def _shared(model: torch.nn.Module, tensors: list[TrainedTensor], inner: str, sh
     for tensor in tensors:
         if tensor.module in inside:
             shareable(tensor.name, tensor.module, inner, shares, part_elements(inner))
-            find = replace(tensor.options, team=Team(0, shares))
-            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, find)
+            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, tensor.options)
         found.append(tensor)
     return found
 
@@ -140,8 +146,8 @@ def gathered(model: torch.nn.Module) -> int:
 def plan_for(
     config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None, shares: int = 1
 ) -> plan.Plan:
-    """The plan of a resolved configuration for one process of ``shares`` that split the weights. ``loss``: the one it
-    will use, where that is known already."""
+    """The plan of a resolved configuration for the first of so many processes that have ``shares`` in a step, whose own
+    micro-batches ``train.grad_accumulation`` counts. ``loss``: the one it will use, where that is known already."""
     model, optimizer = on_paper(config, vocabulary, shares)
     if vocabulary.labels is not None:
         loss = classify.rehearsal_loss(vocabulary.labels.outputs)
@@ -160,11 +166,13 @@ def plan_for(
         micro_batches=train.grad_accumulation,
         device=device,
         layer_major=train.order != "batch_major",
+        slots=config.memory.slots if config.memory.stream in ("weights", "all") else 0,
+        state_streamed=config.memory.stream == "all",
     )
     outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}
     if device == "cpu":
         outside = {"this process so far": machine.resident_set()}
-    if shares > 1:
+    if _splits(config, shares):
         outside["gathered blocks"] = gathered(model)
     if config.model.compile == "blocks":
         outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
@@ -179,12 +187,12 @@ def _order(config: Config, model: torch.nn.Module, optimizer: PaperOptimizer, la
         seed=config.run.seed,
         max_steps=2,
         micro_batch_size=train.micro_batch_size,
-        grad_accumulation=train.grad_accumulation,
+        grad_accumulation=train.grad_accumulation * optimizer.team.size,
         clip_grad_norm=train.clip_grad_norm,
     )
     if layout is None:
-        return BatchMajor(model, optimizer, how)
-    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout))
+        return BatchMajor(model, optimizer, how, optimizer.team)
+    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout), optimizer.team)
 
 
 def compiled_gradients(model: torch.nn.Module, leaf: str | None) -> int:

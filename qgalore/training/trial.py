@@ -9,10 +9,10 @@ from ..errors import ConfigError
 from ..models.loss import Loss
 from ..parallel import ALONE, Team
 from ..parallel.shards import Gathered
-from ..step.activations import Activations
-from ..step.blocks import Layout
-from ..step.trial import try_walk
-from ..step.turns import AlwaysThere, Turns
+from ..steps.activations import Activations
+from ..steps.blocks import Layout
+from ..steps.trial import try_walk
+from ..steps.turns import AlwaysThere, Turns
 from .parts import Samples
 from .say import say
 

@@ -41,12 +41,13 @@ class Observation:
             scale = None if module.weight_scale is None else module.weight_scale[a:b]
             self._weight += stored_weight(weight[a:b], scale, torch.float32).square().sum()
 
-    def watch(self, rows: Rows) -> Rows:
-        """``rows``, of the change that is made to the weight before it is rounded. Each may be asked for once."""
+    def watch(self, rows: Rows, rate: float) -> Rows:
+        """``rows``, of which ``rate`` times is the change of the weight before it is rounded. Each may be asked for
+        once."""
 
         def watched(a: int, b: int) -> Tensor:
             found = rows(a, b)
-            self._update += found.square().sum()
+            self._update += (rate * torch.linalg.vector_norm(found)).square()
             return found
 
         return watched

@@ -23,6 +23,8 @@ from ..rules.observed import Observation
 from ..subspace import ranks
 from ..subspace.moments import BLOCK
 
+STEPS_ON = "steps_on"  # an attribute of a leaf that waits in host memory for its turn: the device where it steps
+
 
 class Scratch:
     """fp32 memory that the leaves of all parts on a device share, there only while a step is taken."""
@@ -281,8 +283,8 @@ class TrainedTensor(ABC):
     # For the plans of memory and of what processes send.
 
     @abstractmethod
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        """Bytes that an ordinary step sends of it, by collective; see ``wire.payload``."""
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        """Bytes that an ordinary step sends of it, by collective; see ``traffic.payload``."""
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
         """Make this tensor, on the meta device, as large as it may become."""
@@ -292,12 +294,12 @@ def attach(tensors: list[TrainedTensor], factory: Factory, part_elements: int) -
     """Give every tensor its leaves and inner optimizers. One scratch memory for each device, as large as the largest
     leaf: only one leaf is real at a time. Returned unheld, and to be released after each step."""
     sizes: dict[torch.device, int] = {}
-    for tensor in tensors:
-        device = tensor.leaves()[0].device
+    devices = [getattr(tensor.leaves()[0], STEPS_ON, tensor.leaves()[0].device) for tensor in tensors]
+    for device, tensor in zip(devices, tensors, strict=True):
         sizes[device] = max(sizes.get(device, 0), tensor.largest_part(part_elements))
     scratches = {device: Scratch(size, device) for device, size in sizes.items()}
-    for tensor in tensors:
-        tensor.attach(scratches[tensor.leaves()[0].device], factory, part_elements)
+    for device, tensor in zip(devices, tensors, strict=True):
+        tensor.attach(scratches[device], factory, part_elements)
     free = [cast(ranks.Adaptive, tensor) for tensor in tensors if tensor.adaptive]
     ranks.share(free, factory)
     for scratch in scratches.values():

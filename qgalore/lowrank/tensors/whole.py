@@ -5,8 +5,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...quant import dense as dense_grid
-from ...quant import int8
+from ...quant import dispatch, int8
 from ..layers.linear import LowRankLinear
 from ..rules import Rule
 from ..rules.common import Rows, limited
@@ -119,46 +118,37 @@ class WholeTensor(ProjectedTensor):
 
     def _write(self, direction: Rows, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Write the update back, looking at it if that is due, and drop the gradient."""
+        module, options, rate = self.module, self.options, -lr * scale
         if limit := self.rule.options.largest_rms:
-            direction = limited(direction, self.module.weight.shape, limit / scale)
-
-        def change(a: int, b: int) -> Tensor:
-            return direction(a, b).mul_(-lr * scale)
-
-        rows: Rows = change
+            direction = limited(direction, module.weight.shape, limit / scale)
         if self.rule.observed:
-            looking = Observation(self.name, self.current_step, self.module)
+            looking = Observation(self.name, self.current_step, module)
             looking.momentum_cosine, self.rule.momentum_cosine = self.rule.momentum_cosine, None
-            self._observation, rows = looking, looking.watch(change)
-        write_rows(self.module, rows, shrink, key, self.options)
+            self._observation, direction = looking, looking.watch(direction, rate)
+        dispatch.write_back(
+            module.weight.detach(),
+            module.weight_scale,
+            direction,
+            s=rate,
+            shrink=shrink,
+            key=key,
+            rounding=options.rounding,
+            scales=options.scales,
+        )
         self.drop_gradient()
 
     def observation(self) -> Observation | None:
         found, self._observation = self._observation, None
         return found
 
+    def step_on_paper(self) -> None:
+        self.step(1.0, 1.0, 0.0, (0, 0))
+
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
 
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
         """The rule works on whole gradients, which all processes then have for a refresh too."""
         probe = self.module.probe
         whole = float(probe.numel() * probe.dtype.itemsize)
         return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
-
-
-def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int], options: RefreshOptions) -> None:
-    """``W ← W · (1 − shrink) + rows`` in the layer's own format, rounded once, int8 as ``options`` say."""
-    weight = module.weight.detach()
-    if module.weight_scale is None:
-        dense_grid.write_back(weight, rows, shrink=shrink, key=key)
-    else:
-        int8.write_back(
-            weight,
-            module.weight_scale,
-            rows,
-            shrink=shrink,
-            key=key,
-            rounding=options.rounding,
-            scales=options.scales,
-        )
