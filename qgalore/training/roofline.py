@@ -1,6 +1,5 @@
 """The counts of a configuration's step."""
 
-
 from .. import config as configuration
 from ..config import Config
 from ..memory import plan, stand_ins
