@@ -10,11 +10,13 @@ from transformers import BertConfig
 from qgalore import config
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import DoesNotFitError
-from qgalore.memory import plan
+from qgalore.memory.resident import resident
 from qgalore.training import assemble
 from qgalore.training.model import Vocabulary
+from qgalore.training.paper import on_paper, plan_for
+from qgalore.training.proposals import candidates, changed
 
-planning = importlib.import_module("qgalore.training.fit")  # build.plan is the function
+planning = importlib.import_module("qgalore.training.fit")  # assemble.plan is the function
 
 GIB = 2**30
 WIDE = "model.overrides={hidden_size: 256, intermediate_size: 704, num_hidden_layers: 3, tie_word_embeddings: %s}"
@@ -173,7 +175,7 @@ LARGE = {
 }
 
 
-def on_paper(*arguments: str, device="cuda"):
+def resolved(*arguments: str, device="cuda"):
     settings = config.resolve(config.load(arguments[0], list(arguments[1:])), device, True)
     return settings, Vocabulary(settings.model.overrides.get("vocab_size", 1), None, None)
 
@@ -181,9 +183,10 @@ def on_paper(*arguments: str, device="cuda"):
 @pytest.mark.parametrize("arguments", LARGE, ids=" ".join)
 def test_resident_bytes_of_the_large_configurations(arguments):
     """Counted over tensors on the meta device. The limits are what the project promises."""
-    settings, vocabulary = on_paper(*arguments)
-    settings = planning._changed(settings, {"train.activation_checkpointing": True})
-    sizes = plan.resident(*planning.on_paper(settings, vocabulary))
+    settings, vocabulary = resolved(*arguments)
+    settings = changed(settings, {"train.activation_checkpointing": True})
+    model, optimizer = on_paper(settings, vocabulary)
+    sizes = resident(model, optimizer.tensors)
     assert sum(sizes.values()) <= LARGE[arguments] * GIB
     layers = sizes["int8 weights"] / GIB
     assert 5.5 < layers < 12.5  # none was forgotten
@@ -215,8 +218,8 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys):
 
 
 def test_proposals_for_automatic_ranks_lower_what_they_share():
-    settings, _ = on_paper("llama7b_16gb.yaml", "lowrank.rank=auto", "lowrank.max_rank=32", "train.max_steps=9")
-    tried = list(planning._candidates(settings, "cuda"))
+    settings, _ = resolved("llama7b_16gb.yaml", "lowrank.rank=auto", "lowrank.max_rank=32", "train.max_steps=9")
+    tried = list(candidates(settings, "cuda"))
     assert {"lowrank.mean_rank": 16} in tried
     assert not any("lowrank.rank" in changes for changes in tried)
     assert all(changes.get("lowrank.mean_rank", 8) >= 8 for changes in tried)
@@ -240,14 +243,14 @@ def test_a_budget_that_is_no_size_is_refused(tiny_run, budget):
 @pytest.mark.slow
 def test_auto_checkpointing_takes_the_fastest_that_fits(capsys):
     """Each choice is the first whose plan is within the budget; offloading is for GPUs."""
-    settings, vocabulary = on_paper("llama7b_16gb.yaml", "model.overrides.num_hidden_layers=4")
+    settings, vocabulary = resolved("llama7b_16gb.yaml", "model.overrides.num_hidden_layers=4")
     totals = {}
     for choice in planning.CHECKPOINTING:
-        chosen = planning._changed(settings, {"train.activation_checkpointing": choice})
-        totals[choice] = planning.plan_for(chosen, vocabulary, "cuda").total
+        chosen = changed(settings, {"train.activation_checkpointing": choice})
+        totals[choice] = plan_for(chosen, vocabulary, "cuda").total
     assert totals[False] > totals[True] > totals["offload"]
     for choice, total in totals.items():
-        within = planning._changed(settings, {"memory.budget": f"{total / GIB + 0.01:.2f}GiB"})
+        within = changed(settings, {"memory.budget": f"{total / GIB + 0.01:.2f}GiB"})
         chosen, _ = planning.settle(within, vocabulary, torch.device("cuda"))
         assert chosen.train.activation_checkpointing == choice
 
