@@ -94,20 +94,35 @@ def projection_rank(door: Door, rule: str, rank: Any) -> str | None:
     return f"{door.name('rank')}: rule apollo needs the rank of its random projection; give a number of at least 1"
 
 
-def whole_gradients(door: Door, rule: str, full_gradients: str, asked: list[str]) -> str | None:
+def whole_gradients(
+    door: Door, rule: str, full_gradients: str, asked: list[str], *, clips: bool = False, walks: bool = False
+) -> str | None:
     """A rule that needs full gradients cannot wait with them, unless their memory is accepted. ``asked``: the choices
-    that make it wait, as their user writes them."""
+    that make it wait, as their user writes them. ``clips``: a global norm is among them. ``walks``: the steps go block
+    by block, where only such a norm waits."""
     if rule == GALORE or full_gradients != "free" or not asked:
         return None
-    layer_major = (
-        f", or {door.said('order', 'layer_major')}, which accumulates one block at a time" if door.keys else ""
-    )
+    remedies = [f"accept that with {door.said('full_gradients', 'keep')}"]
+    if clips:
+        remedies.append(f"limit each matrix's update by itself with {door.name('clip_update_rms')}")
+    if not walks:
+        remedies.append(f"use one backward pass a step without clipping, as {door.said('stepping', 'fused')} does")
+        if door.keys and not clips:
+            remedies.append(f"use {door.said('order', 'auto')}, which walks a model block by block where it can")
     return (
         f"{' and '.join(asked)}: rule {rule} needs full gradients, and would keep those of all layers at once until "
-        "the step, 4 bytes (2 in bfloat16) for each of their weights, 24 GiB for a 7B model; accept that with "
-        f"{door.said('full_gradients', 'keep')}, or use one backward pass a step without clipping, as "
-        f"{door.said('stepping', 'fused')} does{layer_major}"
+        "the step, 4 bytes (2 in bfloat16) for each of their weights, 24 GiB for a 7B model; "
+        f"{', '.join(remedies[:-1])}{', or ' if len(remedies) > 1 else ''}{remedies[-1]}"
     )
+
+
+def limited_updates(door: Door, rule: str | None, limit: float) -> str | None:
+    """Only updates that are made from full gradients are limited one by one. ``rule`` None: a method without one."""
+    if not limit or rule not in (GALORE, None):
+        return None
+    asked = f"{door.name('clip_update_rms')} is {limit:g}, which is for rules that need full gradients"
+    remedy = "leave it out and clip the global norm instead"
+    return f"{asked}, and {'this method has none' if rule is None else f'rule {rule} does not'}; {remedy}"
 
 
 def gaps(door: Door, max_gap: int | None, update_proj_gap: int) -> str | None:

@@ -30,15 +30,16 @@ class Poison:
 
     def wrap(self, real):
         def poisoned(model, batch):
-            self.calls += model.training
-            return real(model, batch) * (self.factor if model.training and self.calls in self.steps else 1.0)
+            loss = real(model, batch)
+            self.calls += model.training  # a prologue, which is broken off, does not come here
+            return loss * (self.factor if model.training and self.calls in self.steps else 1.0)
 
         return poisoned
 
 
 def test_a_loss_that_is_not_finite_is_skipped_until_it_is_hopeless(tiny_run, monkeypatch):
     Poison(monkeypatch, {2, 3, 4}, float("inf"))
-    code, out, err = tiny_run("train.max_skipped_in_a_row=3", "train.stepping=deferred")
+    code, out, err = tiny_run("train.max_skipped_in_a_row=3")
     assert code == 4
     assert "Traceback" not in err
     assert "3 steps in a row failed" in err
@@ -49,7 +50,7 @@ def test_a_loss_that_is_not_finite_is_skipped_until_it_is_hopeless(tiny_run, mon
     assert len(list(Path("runs/tiny/checkpoints").glob("step-*"))) >= 1
 
 
-@pytest.mark.parametrize("extra", [(), ("train.clip_grad_norm=1.0",)], ids=["fused", "deferred"])
+@pytest.mark.parametrize("extra", [(), ("train.clip_grad_norm=1.0",), ("train.order=batch_major",)])
 def test_one_bad_step_leaves_the_weights_and_the_run_goes_on(tiny_run, monkeypatch, extra):
     """The run with a skipped fourth step has, after it, the weights of a run of three steps."""
     flat = ("train.lr_schedule=constant", "train.save_every=1", "train.keep_last=9", *extra)
@@ -93,12 +94,16 @@ class PoisonedGradient:
         return poisoned
 
 
+BATCH_MAJOR = "train.order=batch_major"
+DEFERRED = (BATCH_MAJOR, "train.stepping=deferred")
+
+
 def test_a_half_taken_fused_step_is_undone_by_a_replay(tiny_run, monkeypatch):
     """The fused run ends with the weights of a deferred one, which saw the bad gradient before it stepped."""
     PoisonedGradient(monkeypatch, 4)
-    assert tiny_run("run.name=deferred", "train.stepping=deferred")[0] == 0
+    assert tiny_run("run.name=deferred", *DEFERRED)[0] == 0
     PoisonedGradient(monkeypatch, 4)  # on top of the first, whose call has passed
-    code, out, err = tiny_run("run.name=fused")
+    code, out, err = tiny_run("run.name=fused", BATCH_MAJOR)
     assert code == 0, err
     assert "replaying from runs/fused/checkpoints/step-00000002 without that step" in out
     assert "step 4/6 | skipped" in out
@@ -112,9 +117,9 @@ def test_a_half_taken_step_before_any_regular_checkpoint_is_skipped(tiny_run, mo
     """It is replayed from the checkpoint of the beginning, also where only the end would be saved."""
     arguments = (f"train.save_every={saving}", "train.keep_last=9")
     PoisonedGradient(monkeypatch, bad)
-    assert tiny_run("run.name=deferred", "train.stepping=deferred", *arguments)[0] == 0
+    assert tiny_run("run.name=deferred", *DEFERRED, *arguments)[0] == 0
     PoisonedGradient(monkeypatch, bad)
-    code, out, err = tiny_run("run.name=fused", *arguments)
+    code, out, err = tiny_run("run.name=fused", BATCH_MAJOR, *arguments)
     assert code == 0, err
     assert "replaying from runs/fused/checkpoints/step-00000000 without that step" in out
     assert f"step {bad}/6 | skipped" in out
@@ -141,10 +146,10 @@ def test_the_checkpoint_of_the_beginning_is_pruned_and_resumed_like_any_other(ti
     assert [row["step"] for row in rows("runs/cut/metrics.jsonl") if "lr" in row] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("stepping", ["fused", "deferred"])
-def test_a_run_does_not_begin_again_beside_checkpoints_it_cannot_use(tiny_run, stepping):
+@pytest.mark.parametrize("order", ["layer_major", "batch_major"])
+def test_a_run_does_not_begin_again_beside_checkpoints_it_cannot_use(tiny_run, order):
     """All are damaged: each is named with its fault, nothing is touched, and both remedies work."""
-    how = ("run.name=cut", f"train.stepping={stepping}", "export.formats=[]")
+    how = ("run.name=cut", f"train.order={order}", "export.formats=[]")
     assert tiny_run(*how)[0] == 0
     for path in Path("runs/cut/checkpoints").iterdir():
         (path / "state.json").write_text("{}")
@@ -198,7 +203,7 @@ def test_a_rollback_goes_where_a_run_without_a_clock_would(tiny_run, monkeypatch
 
 
 def test_deferred_stepping_saves_no_beginning(tiny_run):
-    assert tiny_run("train.stepping=deferred", "train.keep_last=9")[0] == 0
+    assert tiny_run(*DEFERRED, "train.keep_last=9")[0] == 0
     assert not Path("runs/tiny/checkpoints/step-00000000").exists()
 
 
@@ -213,7 +218,7 @@ def test_a_half_taken_step_without_any_checkpoint_left_stops(tiny_run, monkeypat
         return real(self)
 
     monkeypatch.setattr(loop.Loop, "_step", step)
-    code, _, err = tiny_run("train.save_every=null")
+    code, _, err = tiny_run("train.save_every=null", BATCH_MAJOR)
     assert code == 4
     assert "No usable checkpoint is left" in err
 

@@ -50,7 +50,7 @@ CONFLICTS = {
         ["needs the rank of its random projection"],
     ),
     "full gradients that wait": (
-        {"lowrank.rule": "fira", "train.stepping": "deferred"},
+        {"lowrank.rule": "fira", "train.stepping": "deferred", "train.order": "batch_major"},
         {},
         {"rule": "fira", "stepping": "deferred"},
         ["would keep those of all layers at once"],

@@ -8,6 +8,7 @@ from qgalore.errors import ConfigError
 
 CONFIGS = sorted(config.PACKAGED.glob("*.yaml"))
 LEAST = {"model": {"config": "llama_60m"}, "data": {"train": "x.txt"}, "train": {"max_steps": 10, "lr": 0.01}}
+PLAIN = {"order": "batch_major"}
 SHARD = {**LEAST, "parallel": "shard", "lowrank": {"proj_type": "right"}}
 
 
@@ -71,7 +72,7 @@ def test_all_problems_come_at_once_with_suggestions():
         ({**change(lowrank={"embeddings": "int8"}), "method": "lora"}, "method lora freezes"),
         ({"model": {"config": "llama_60m"}, "data": {"train": "x"}}, "train: missing, and a run needs this section"),
         (change(model={"path": "somewhere"}), "exactly one of model.config"),
-        (change(train={"stepping": "fused", "clip_grad_norm": 1}), "cannot clip"),
+        (change(train={**PLAIN, "stepping": "fused", "clip_grad_norm": 1}), "cannot clip"),
         ({**LEAST, "parallel": "shard"}, "lowrank.proj_type: std does not go with parallel: shard; use right"),
         (
             {**SHARD, "method": "lora"},
@@ -164,7 +165,7 @@ def test_methods_resolve():
 
 def test_stepping_follows_accumulation_and_clipping():
     def stepping(**train):
-        return config.resolve(config.parse(change(train=train), "t"), "cpu", False).train.stepping
+        return config.resolve(config.parse(change(train={**PLAIN, **train}), "t"), "cpu", False).train.stepping
 
     assert stepping() == "fused"
     assert stepping(grad_accumulation=2) == "deferred"

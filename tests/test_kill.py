@@ -44,7 +44,7 @@ def test_thirty_kills_change_no_bit(tiny_run, tmp_path):
         ["train", "qgalore.training.assemble", "qgalore.training.loop", "bitsandbytes.optim", "test_kill"]
     )
     settings = yaml.safe_load(Path("tiny.yaml").read_text())
-    settings["train"] |= {"save_every": 1, "eval_every": 20, "stepping": "fused"}
+    settings["train"] |= {"save_every": 1, "eval_every": 20}
     settings["export"] = {"formats": []}
     Path("tiny.yaml").write_text(yaml.safe_dump(settings))
 

@@ -20,7 +20,6 @@ def losses(run, name, micro, accumulation):
     split = (
         f"train.micro_batch_size={micro}",
         f"train.grad_accumulation={accumulation}",
-        "train.stepping=deferred",
         "lowrank.rank=full",
     )
     code, _, err = run(*data, *split, f"run.name={name}", "train.max_steps=1", "export.formats=[]")

@@ -56,7 +56,7 @@ def test_a_rule_trains_and_goes_on_to_the_same_bits(tiny_run, rule):
     extra = arguments(rule, "train.keep_last=9", "export.formats=[hf, int8]")
     code, out, err = tiny_run("run.name=whole", *extra, "train.eval_every=1")
     assert code == 0, err
-    assert "fused stepping" in out
+    assert "layer-major: the model is walked" in out
     rows = [json.loads(line) for line in Path("runs/whole/metrics.jsonl").read_text().splitlines()]
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert losses[-1] < losses[0]
@@ -83,7 +83,7 @@ def test_a_scale_of_null_is_the_rules_own():
 
 @pytest.mark.parametrize("asked", ["train.grad_accumulation=2", "train.clip_grad_norm=1", "train.stepping=deferred"])
 def test_keeping_full_gradients_is_refused_unless_asked_for(asked):
-    load = ["lowrank.rule=scale", asked]
+    load = ["lowrank.rule=scale", "train.order=batch_major", asked]
     with pytest.raises(ConfigError) as error:
         config.load("quickstart.yaml", load)
     for words in (asked.split("=")[0], "24 GiB for a 7B model", "train.full_gradients: keep"):
@@ -97,6 +97,7 @@ def test_keeping_full_gradients_is_refused_unless_asked_for(asked):
 
 def test_accumulation_with_kept_gradients_is_planned_and_trains(tiny_run):
     kept = ("train.grad_accumulation=2", "train.full_gradients=keep", "train.micro_batch_size=2")
+    kept += ("train.order=batch_major",)
     code, out, err = tiny_run(*arguments("scale"), *kept)
     assert code == 0, err
     weights = 128 * (4 * 128 + 3 * 160)  # q, k, v, o; gate, up, down

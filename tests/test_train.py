@@ -37,7 +37,7 @@ def test_a_run_from_text_to_an_export_that_loads(tiny_run):
     assert len(rows("runs/tiny/subspace.jsonl")) >= 14
     assert "sample:" in out
     assert "converted:" in out
-    assert "fused stepping" in out
+    assert "layer-major steps" in out
 
     # Invariant 4: the rate applied is the scheduled one: 2 steps of warm-up, then a cosine to a tenth.
     assert [row["lr"] for row in train[:3]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
@@ -59,6 +59,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_run):
 
 
 AUTO_RANKS = ("lowrank.rank=auto", "lowrank.max_rank=48", "lowrank.mean_rank=24", "lowrank.energy=0.8")
+BATCH_MAJOR = "train.order=batch_major"
 DEFERRED = ("train.grad_accumulation=2", "train.clip_grad_norm=0.5")
 MANY = (
     "model.overrides.num_local_experts=64",
@@ -76,8 +77,10 @@ TIMES = ("tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
 @pytest.mark.parametrize(
     ("extra", "available"),
     [
-        pytest.param((), (2, 4, 6), id="fused"),
-        pytest.param(DEFERRED, (2, 4, 6), id="deferred"),
+        pytest.param((), (2, 4, 6), id="walked"),
+        pytest.param(DEFERRED, (2, 4, 6), id="walked, accumulating"),
+        pytest.param((BATCH_MAJOR,), (2, 4, 6), id="fused", marks=pytest.mark.slow),
+        pytest.param((BATCH_MAJOR, *DEFERRED), (2, 4, 6), id="deferred"),
         pytest.param(("model.dtype=bfloat16",), (2, 4, 6), id="bf16", marks=pytest.mark.slow),
         pytest.param((), (0, 2, 4, 6), id="from-nothing", marks=pytest.mark.slow),
         pytest.param(EXPERTS, (2, 4, 6), id="experts", marks=pytest.mark.slow),
@@ -233,7 +236,8 @@ def test_a_run_without_save_every_saves_by_the_clock(tiny_run, monkeypatch):
     """Half an hour passes in each step: every one is saved, the weights are those of a run that saves at its end."""
     from qgalore.training import keeping
 
-    plain = ("train.save_every=null", "train.keep_last=9", "export.formats=[]", "train.stepping=deferred")
+    plain = ("train.save_every=null", "train.keep_last=9", "export.formats=[]", BATCH_MAJOR)
+    plain += ("train.stepping=deferred",)  # saves no beginning
     code, out, err = tiny_run("run.name=end", *plain)
     assert code == 0, err
     assert "note: train.save_every is not set: a checkpoint is saved after every 30m00s of work" in out

@@ -10,7 +10,7 @@ from .sections import ADAMS, METHODS, Config, DataSection, TrainSection
 KEYS = combinations.Door(
     {
         "compute": "model.compute",
-        **{name: f"train.{name}" for name in ("stepping", "full_gradients", "order")},
+        **{name: f"train.{name}" for name in ("stepping", "full_gradients", "order", "clip_update_rms")},
         **{
             name: f"lowrank.{name}"
             for name in (
@@ -126,12 +126,12 @@ def _sharded(config: Config) -> list[str]:
         ("model.compile", model.compile, model.compile == "none", "none"),
         ("model.compute", model.compute, model.compute == "bf16", "bf16"),
         ("train.optimizer", train.optimizer, train.optimizer in (None, "adamw8bit", "adamw"), "adamw8bit or adamw"),
-        ("train.stepping", train.stepping, train.stepping != "fused", "deferred"),
+        ("train.stepping", train.stepping, train.stepping != "fused" or not _batch_major(config), "deferred"),
         (
             "train.activation_checkpointing",
             train.activation_checkpointing,
-            train.activation_checkpointing != "offload",
-            "true",
+            train.activation_checkpointing != "offload" or not _batch_major(config),
+            "true or train.order: layer_major",
         ),
         ("data.task", config.data.task, config.data.task != "classify", "text or instruct"),
     )
@@ -180,16 +180,22 @@ def _whole_gradients(config: Config) -> list[str]:
     train, low = config.train, config.lowrank
     if not _trains_converted(config):
         return []
+    walks, clips = not _batch_major(config), train.clip_grad_norm > 0
     waiting = {
-        f"train.grad_accumulation: {train.grad_accumulation}": train.grad_accumulation > 1,
-        f"train.clip_grad_norm: {train.clip_grad_norm:g}": train.clip_grad_norm > 0,
-        "train.stepping: deferred": train.stepping == "deferred",
+        f"train.grad_accumulation: {train.grad_accumulation}": train.grad_accumulation > 1 and not walks,
+        f"train.clip_grad_norm: {train.clip_grad_norm:g}": clips,
+        "train.stepping: deferred": train.stepping == "deferred" and not walks,
     }
-    asked = [key for key, given in waiting.items() if given and _batch_major(config)]
+    asked = [key for key, given in waiting.items() if given]
     return _lines(
         combinations.projection_rank(KEYS, low.rule, low.rank),
-        combinations.whole_gradients(KEYS, low.rule, train.full_gradients, asked),
+        combinations.whole_gradients(KEYS, low.rule, train.full_gradients, asked, clips=clips, walks=walks),
     )
+
+
+def _limited_updates(config: Config) -> list[str]:
+    rule = config.lowrank.rule if _trains_converted(config) else None
+    return _lines(combinations.limited_updates(KEYS, rule, config.train.clip_update_rms))
 
 
 def _classifier(config: Config) -> list[str]:
@@ -227,8 +233,9 @@ TABLE = (
     Conflict(
         ("parallel",),
         "`shard` needs method `qgalore`, `galore` or `galore8bit`, and rule `galore` with a right basis and a number "
-        "as rank. It also needs full embeddings, deferred stepping, 8-bit or fp32 Adam, and a task other than "
-        "`classify`. It does not go with compiled blocks, integer products or offloaded activations.",
+        "as rank. It also needs full embeddings, 8-bit or fp32 Adam, and a task other than `classify`. It does not go "
+        "with compiled blocks or integer products. In batch-major steps it needs deferred stepping, and does not go "
+        "with offloaded activations.",
         _sharded,
     ),
     Conflict(
@@ -244,9 +251,14 @@ TABLE = (
     ),
     Conflict(
         ("train.full_gradients", "train.grad_accumulation", "train.clip_grad_norm", "lowrank.rule"),
-        "In batch-major steps a rule other than `galore` needs `train.full_gradients: keep` for accumulation, clipping "
-        "or deferred stepping. Rule `apollo` needs a number as rank.",
+        "A rule other than `galore` needs `train.full_gradients: keep` for a clipped global norm. In batch-major steps "
+        "it also does for accumulation and deferred stepping. Rule `apollo` needs a number as rank.",
         _whole_gradients,
+    ),
+    Conflict(
+        ("train.clip_update_rms", "lowrank.rule"),
+        "`train.clip_update_rms` goes with a rule other than `galore`.",
+        _limited_updates,
     ),
     Conflict(
         ("method", "lowrank.rank", "lowrank.embeddings", "export.formats"),

@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator
 
 STEPS = 2**40  # more optimizer steps, tokens or saves than any run has
 SIDE = 2**20  # more rows, columns, tokens of a sequence or ranks than any model has
@@ -65,7 +65,8 @@ class Section(BaseModel):
         truth_values, number = bool in allowed, isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(value, bool) and not truth_values:
             raise ValueError("a truth value")
-        if truth_values and not isinstance(value, bool) and (number or allowed == (bool,)):
+        counted = int in allowed and isinstance(value, int)
+        if truth_values and not isinstance(value, bool) and ((number and not counted) or allowed == (bool,)):
             raise ValueError("no truth value")
         if isinstance(value, int) and number and is_textual(annotation):
             return str(value)
@@ -189,6 +190,10 @@ class TrainSection(Section):
     clip_grad_norm: float = key(
         0.0, "The largest global norm of the gradient. With 0 nothing is clipped.", ge=0, le=1e9
     )
+    clip_update_rms: float = key(
+        0.0, "The largest root mean square of a matrix's update before the learning rate, for a rule that needs full "
+        "gradients. With 0 nothing is clipped.", ge=0, le=1e9,
+    )  # fmt: skip
     optimizer: str | None = key(
         None, "The optimizer of the projected gradients: `adamw8bit`, `adamw4bit`, `adamw`, or the dotted path of a "
         "torch.optim.Optimizer class.", min_length=1, example="torch.optim.Adafactor", unset="the method's own",
@@ -202,9 +207,9 @@ class TrainSection(Section):
         rule="a mapping of argument names to values, such as {momentum: 0.9}", example={"momentum": 0.9},
     )  # fmt: skip
     order: Literal["auto", "layer_major", "batch_major"] = key(
-        "batch_major", "Whether all micro-batches of a step go through one block before the next one begins "
-        "(layer_major), or one micro-batch after another goes through the whole model (batch_major). With auto the "
-        "steps are layer-major where the model can be walked block by block.",
+        "auto", "Whether all micro-batches of a step go through one block before the next one begins (`layer_major`), "
+        "or one micro-batch after another goes through the whole model (`batch_major`). With `auto` the steps are "
+        "layer-major where the model can be walked block by block.",
     )  # fmt: skip
     stepping: Literal["auto", "fused", "deferred"] = key(
         "auto",
@@ -215,9 +220,10 @@ class TrainSection(Section):
         "free",
         "With `keep`, a rule that needs full gradients may step deferred. It then keeps those of all layers at once.",
     )
-    activation_checkpointing: bool | Literal["auto", "offload"] = key(
-        "auto", "Whether to compute activations again in the backward pass, or to keep them in host memory "
-        "(`offload`). With `auto` the plan takes the fastest way that it has room for.",
+    activation_checkpointing: StrictBool | Literal["auto", "offload"] | Annotated[int, Field(ge=1, le=SIDE)] = key(
+        "auto", "Whether blocks run again in the backward pass, which saves their activations (`true`), and whether "
+        "their inputs wait in host memory until then (`offload`). A number says how many of the last blocks keep their "
+        "activations; the others run again. With `auto` the plan takes the fastest way that it has room for.",
     )  # fmt: skip
     eval_every: int = key(100, "How often the held-out loss is measured.", unit="optimizer steps", ge=1, le=STEPS)
     eval_batches: int | None = key(

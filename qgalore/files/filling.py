@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lowrank.layers.linear import LowRankLinear
-from ..lowrank.tensors.base import Part, TrainedTensor
+from ..lowrank.tensors.base import TrainedTensor
+from ..lowrank.tensors.states import made_by_a_step
 from ..parallel import shards
 
 KINDS = ("inner", "extra")  # of an optimizer's tensors: the inner optimizer's state, and all else
@@ -160,25 +161,11 @@ def _check_inner(tensor: TrainedTensor, known: dict[Any, dict[str, Any]]) -> Non
             continue
         key = (type(part.inner), part.leaf.shape)
         if key not in known:
-            known[key] = _made_by_a_step(part)
+            known[key] = made_by_a_step(part)
         if absent := known[key].keys() - state.keys():
             raise ValueError(f"{tensor.name} has no {min(absent)} of {type(part.inner).__name__}")
         for name, wanted in known[key].items():
             _check_same(f"{tensor.name}|inner|{name}", state[name], wanted)
-
-
-def _made_by_a_step(part: Part) -> dict[str, Any]:
-    """The state after a step with a gradient of zeros, tensors as empty ones on the meta device. Changes nothing."""
-    before, groups = part.inner.state.pop(part.leaf), [dict(group) for group in part.inner.param_groups]
-    try:
-        part.step(torch.zeros(part.leaf.shape, device=part.leaf.device), 0.0)
-        made = part.state()
-    finally:
-        part.inner.state[part.leaf] = before
-        for group, old in zip(part.inner.param_groups, groups, strict=True):
-            group.update(old)
-        part.scratch.release()
-    return {name: value.to("meta") if torch.is_tensor(value) else value for name, value in made.items()}
 
 
 def like(wanted: Any, value: Any) -> bool:

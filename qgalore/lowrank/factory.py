@@ -144,9 +144,10 @@ def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: st
     shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
     if not shared:
         return
-    given = (("rule", rule, GALORE), ("stepping", stepping, "deferred"))
-    for name, value, wanted in given:
-        _require(value == wanted, name, value, f"{wanted!r} where processes share weights by rows")
+    given = (("rule", rule, (GALORE,)), ("stepping", stepping, ("deferred", "manual")))
+    for name, value, allowed in given:
+        words = " or ".join(map(repr, allowed))
+        _require(value in allowed, name, value, f"{words} where processes share weights by rows")
     for name, module in shared.items():
         shareable(name, module, inner, team.size, part_elements(inner))
 
@@ -174,6 +175,7 @@ def optimizer(
     inner_options: dict[str, Any] | None = None,
     stepping: str = "deferred",
     full_gradients: str = "free",
+    clip_update_rms: float = 0.0,
     update_proj_gap: int = 200,
     cos_threshold: float | None = None,
     gamma_proj: float = 2.0,
@@ -201,6 +203,7 @@ def optimizer(
       rule's own. ``momentum`` and ``mu`` are of ``muon``: ``4bit`` (None) | ``8bit`` | ``bf16`` | ``fp32``, and the
       share of the old momentum in the new, 0.8 if it is None.
     full_gradients: ``keep`` lets such a rule step deferred, which keeps all full gradients at once.
+    clip_update_rms: under such a rule, the largest root mean square of a matrix's update before ``lr``; 0 for no limit.
     inner: ``adamw8bit`` (bitsandbytes; our own on a CPU), ``adamw4bit``, ``adamw``, or any ``torch.optim.Optimizer``
       class or dotted path whose step does not depend on the parameter's value (checked); ``betas`` and ``eps`` go to
       the three named ones, others take ``inner_options``.
@@ -258,9 +261,14 @@ def optimizer(
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     check_rule(rule, rank, stepping, full_gradients, modules)
     check_momentum(rule, momentum, mu, modules)
+    _require(clip_update_rms >= 0, "clip_update_rms", clip_update_rms, "at least 0")
+    if message := combinations.limited_updates(combinations.ARGUMENTS, rule, clip_update_rms):
+        raise ConfigError(message)
     if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
         print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
-    of_rule = RuleOptions(rank, update_proj_gap, seed, momentum or MOMENTUM, MU if mu is None else mu)
+    of_rule = RuleOptions(
+        rank, update_proj_gap, seed, momentum or MOMENTUM, MU if mu is None else mu, largest_rms=clip_update_rms
+    )
     tensors = trained_tensors(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )

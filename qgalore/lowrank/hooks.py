@@ -6,11 +6,9 @@ gradient, its first micro-batch, so that the whole gradients of all layers never
 mixture's expert are found in the first micro-batch that has tokens for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -19,8 +17,21 @@ from ..parallel import Team
 from .layers.experts import Experts
 from .tensors.base import TrainedTensor
 
-if TYPE_CHECKING:
-    from .optimizer import LowRankOptimizer
+
+class Stepper(Protocol):
+    """What hooks ask of the optimizer, whose methods of these names say more."""
+
+    tensors: list[TrainedTensor]
+    team: Team
+    idle: "Idle"
+    step_count: int
+    stepped: set[str]
+
+    def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool: ...
+
+    def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None: ...
+
+    def complain(self, tensor: TrainedTensor) -> NoReturn: ...
 
 
 class Idle:
@@ -56,7 +67,7 @@ class Idle:
 class Fused:
     """Step each tensor when its gradient arrives."""
 
-    def __init__(self, optimizer: LowRankOptimizer) -> None:
+    def __init__(self, optimizer: Stepper) -> None:
         self.optimizer, self.idle = optimizer, optimizer.idle
         self._summed = False  # whether the gradients here are those of the whole team already
         for tensor in optimizer.tensors:
@@ -132,7 +143,7 @@ class Fused:
 class Deferred(Fused):
     """Keep gradients until ``step()``, but for those that first bases are found from."""
 
-    def __init__(self, optimizer: LowRankOptimizer) -> None:
+    def __init__(self, optimizer: Stepper) -> None:
         super().__init__(optimizer)
         self._arrived: dict[str, None] = {}  # in the order of the backward pass, in which fused stepping refreshes
 

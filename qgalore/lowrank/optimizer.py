@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, NumericalError
 from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
+from . import norms
 from .hooks import HOOKS, Idle
 from .inner.checked import Factory
 from .layers.experts import Experts
@@ -108,26 +109,34 @@ class LowRankOptimizer(Optimizer):
         """
         if first_from is None and not self.idle.someone_has(tensor):
             return False
-        awaits = tensor.awaits_refresh()
         # Processes sum projected gradients. Without a first basis there are none, so one process finds it beforehand.
-        if awaits and first_from is not None and tensor.seeks_first_basis():
+        if first_from is not None and tensor.awaits_refresh() and tensor.seeks_first_basis():
             self.refresh_tensor(tensor, first_from)
-            awaits = tensor.awaits_refresh()
         if self.team.size > 1:
             tensor.sum_over(self.team)
-        if awaits:
-            self.refresh_tensor(tensor)
-        self._prepared.add(tensor.name)
+        self.prepare_summed(tensor)
         return True
 
     @torch.no_grad()
+    def prepare_summed(self, tensor: TrainedTensor) -> None:
+        """:meth:`prepare_tensor` for a ``tensor`` whose gradient is the whole team's already."""
+        if tensor.awaits_refresh():
+            self.refresh_tensor(tensor)
+        self._prepared.add(tensor.name)
+
     def apply_tensor(self, tensor: TrainedTensor) -> None:
         """One inner step of a prepared ``tensor``, written back; its gradient is dropped.
 
         Raises :class:`NumericalError`, with nothing done, if the gradient is not finite.
         """
-        self._check_finite([tensor])
-        self._apply(tensor)
+        self.apply_tensors([tensor])
+
+    @torch.no_grad()
+    def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
+        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
+        self._check_finite(tensors)
+        for tensor in tensors:
+            self._apply(tensor)
 
     def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
         """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""
@@ -213,20 +222,7 @@ class LowRankOptimizer(Optimizer):
     @torch.no_grad()
     def clip(self, parameters: Iterable[Tensor], limit: float) -> float:
         """``clip_grad_norm_`` over ``parameters`` and over the rows that other processes hold; the norm before it."""
-        shares = [tensor for tensor in self.tensors if tensor.shared and tensor.gradient() is not None]
-        if not shares:
-            return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        here = [parameter for parameter in parameters if parameter.grad is not None]
-        # The norm is that of the whole gradient, of which other processes hold the remaining rows.
-        gradients = [parameter.grad for parameter in here if parameter.grad is not None]
-        squares = [torch.nn.utils.get_total_norm(gradients).square(), *self._square_norms(shares)]
-        norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt()
-        torch.nn.utils.clip_grads_with_norm_(here, limit, norm)
-        for tensor in shares:
-            gradient = tensor.gradient()
-            if gradient is not None:
-                gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        return float(norm)
+        return norms.clip(parameters, self.tensors, limit, self.team)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients. They are always set to None: a zeroed gradient would keep its memory."""
@@ -237,23 +233,10 @@ class LowRankOptimizer(Optimizer):
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        for tensor, square in zip(tensors, self._square_norms(tensors), strict=True):
+        for tensor, square in zip(tensors, norms.squares(tensors, self.team), strict=True):
             if not torch.isfinite(square):
                 self.complain(tensor)
             self._squares.append(square)
-
-    def _square_norms(self, tensors: list[TrainedTensor]) -> list[Tensor]:
-        """‖gradient‖² of each, fp32; those of shared ones summed over the processes that hold rows."""
-        squares, shares = [], []
-        for tensor in tensors:
-            gradient = tensor.gradient()
-            assert gradient is not None, f"{tensor.name} has no gradient"
-            squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
-            if tensor.shared:
-                shares.append(squares[-1])
-        if shares:
-            self.team.sum_("the norms of the gradients", shares)
-        return squares
 
     def complain(self, tensor: TrainedTensor) -> NoReturn:
         """Raise :class:`NumericalError` for a gradient that is not finite."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError
 
@@ -40,8 +41,9 @@ def _checkpoint_in_host_memory(function, *args, **kwargs):
 FUNCTIONS = {"device": partial(checkpoint, use_reentrant=False), "host": _checkpoint_in_host_memory}
 
 
-def checkpoint_blocks(model: nn.Module, where: str) -> None:
-    """Checkpoint every block of a transformers model, its inputs kept in ``where``: ``device`` or ``host``.
+def checkpoint_blocks(model: nn.Module, where: str, but_last: int = 0) -> None:
+    """Checkpoint the blocks of a transformers model ``but_last`` so many, their inputs kept in ``where``: ``device`` or
+    ``host``.
 
     Raises :class:`ConfigError` for an architecture whose blocks transformers cannot checkpoint.
     """
@@ -51,6 +53,8 @@ def checkpoint_blocks(model: nn.Module, where: str) -> None:
             f"{type(model).__name__} has no blocks that transformers can checkpoint; set "
             "train.activation_checkpointing=false"
         )
-    for block in blocks:
+    layers = [module for module in blocks if isinstance(module, GradientCheckpointingLayer)]
+    plain = layers[max(0, len(layers) - but_last) :]
+    for block in (module for module in blocks if module not in plain):
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = FUNCTIONS[where]

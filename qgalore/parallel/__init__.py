@@ -1,5 +1,6 @@
 """Several processes that train one model."""
 
-from .team import ALONE, Team, job
+from .start import job
+from .team import ALONE, Team
 
 __all__ = ["ALONE", "Team", "job"]

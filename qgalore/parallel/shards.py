@@ -4,12 +4,21 @@ FSDP2 gathers a module's parameters before its forward and its backward pass and
 business here: sharded weights are stored, not trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from ..errors import RankError
+from .team import Team
+from .telling import reaching
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import UnshardHandle
 
 PATIENCE = timedelta(minutes=5)  # for a gathering of rows, which nobody should be late for
 
@@ -25,6 +34,65 @@ def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], device: torch
     mesh = DeviceMesh.from_group(group, device.type)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - sharded)
+
+
+class Gathered:
+    """Around the turns of ``blocks`` in a walk, which :func:`shard` has split: each is gathered once for all that is
+    done in a turn, and the next one begins to come.
+
+    All processes take the same turns. Before each gathering they meet, so that one that has failed is heard of. Blocks
+    that are not shared are left alone.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], team: Team) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        self.blocks: dict[int, FSDPModule] = {n: b for n, b in enumerate(blocks) if isinstance(b, FSDPModule)}
+        self.team = team
+        self._coming: dict[int, UnshardHandle] = {}
+
+    def begin(self) -> None:
+        """From here on FSDP2 does not drop by itself what it has gathered."""
+        self._drop_at_once(False)
+
+    def enter(self, block: int, backward: bool) -> None:
+        """``block`` is whole now in every process."""
+        if block in self.blocks:
+            self._begin(block)
+            with reaching():
+                self._coming.pop(block).wait()
+        ahead = block - 1 if backward else block + 1
+        if ahead in self.blocks:
+            self._begin(ahead)
+
+    def leave(self, block: int, stepped: bool) -> None:
+        """Of ``block`` only the rows here are left."""
+        if block in self.blocks:
+            self.blocks[block].reshard()
+
+    def end(self, whole: bool) -> None:
+        """Drop also what was gathered in vain: all processes have begun it."""
+        self._drop_at_once(True)
+        for handle in self._coming.values():
+            with suppress(RankError), reaching():
+                handle.wait()
+        self._coming.clear()
+        for block in self.blocks.values():
+            block.reshard()
+
+    def _begin(self, block: int) -> None:
+        if block not in self._coming:
+            self.team.meet(f"the weights of block {block}")
+            with reaching():
+                handle = self.blocks[block].unshard(async_op=True)
+            assert handle is not None, "a gathering is waited for"
+            self._coming[block] = handle
+
+    def _drop_at_once(self, yes: bool) -> None:
+        """Whether FSDP2 drops what it has gathered after each pass through a block."""
+        for block in self.blocks.values():
+            block.set_reshard_after_forward(yes, recurse=False)
+            block.set_reshard_after_backward(yes, recurse=False)
 
 
 def is_shared(tensor: Tensor) -> bool:

@@ -8,10 +8,9 @@ In one process (:data:`ALONE`) all of it does nothing.
 """
 
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,15 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from .. import errors
-from ..errors import QGaloreError, RankError
-from .environment import world_size
-from .roster import fresh_store
+from ..errors import RankError
+from .pending import Pending, Share, Sum
+from .telling import is_told, kind_of, reaching, told
 
 FAILED = 0
-SMALL = 1 << 16  # elements below which tensors travel together
 PATIENCE = timedelta(minutes=30)  # the longest work of one process that the others wait for: a corpus, an evaluation
 T = TypeVar("T")
 
@@ -61,8 +58,20 @@ class Team:
         """
         if self.size == 1:
             return note
-        code = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "little") + 1
-        rows = self._rows([code, struct.unpack("<q", struct.pack("<d", digest))[0], note])
+        rows = self._meeting(place, struct.unpack("<q", struct.pack("<d", digest))[0], note)
+        if len({row[1] for row in rows}) > 1:
+            found = [struct.unpack("<d", struct.pack("<q", row[1]))[0] for row in rows]
+            raise told(
+                RankError(
+                    f"the processes hold different numbers at: {place} ({', '.join(f'{x!r}' for x in found)}): the "
+                    "sums that they received differ. Go on with --resume auto; if it comes again, use like devices"
+                )
+            )
+        return max(row[2] for row in rows)
+
+    def _meeting(self, place: str, *words: int) -> list[list[int]]:
+        """The two ``words`` of every rank, behind the place, once all are there."""
+        rows = self._rows([_number(place.encode()) + 1, *words])
         if any(row[0] == FAILED for row in rows):
             self._raise_the_first(None)
         if len({row[0] for row in rows}) > 1:
@@ -70,22 +79,14 @@ class Team:
             with reaching():
                 dist.all_gather_object(places, place)
             other = next(rank for rank, row in enumerate(rows) if row[0] != rows[0][0])
-            raise _told(
+            raise told(
                 RankError(
                     f"rank 0 came to: {places[0]}; rank {other} to: {places[other]}. They must take the same way: a "
                     "layer that some micro-batches do not use, unless it is an expert of a mixture that was converted, "
-                    "cannot be trained in several processes; train it in one"
+                    "is trained in several processes by layer-major steps alone (train.order: layer_major)"
                 )
             )
-        if len({row[1] for row in rows}) > 1:
-            found = [struct.unpack("<d", struct.pack("<q", row[1]))[0] for row in rows]
-            raise _told(
-                RankError(
-                    f"the processes hold different numbers at: {place} ({', '.join(f'{x!r}' for x in found)}): the "
-                    "sums that they received differ. Go on with --resume auto; if it comes again, use like devices"
-                )
-            )
-        return max(row[2] for row in rows)
+        return rows
 
     def _rows(self, mine: list[int]) -> list[list[int]]:
         row = torch.tensor(mine, dtype=torch.int64)
@@ -99,23 +100,23 @@ class Team:
 
         An error of ours keeps its class there, so that all decide alike; any other becomes :class:`RankError`.
         """
-        if self.size > 1 and not _is_told(error):
+        if self.size > 1 and not is_told(error):
             try:
                 self._rows([FAILED, 0, 0])
             except RankError:  # nobody is left to be told
-                raise _told(error) from None
+                raise told(error) from None
             self._raise_the_first(error)
         raise error
 
     def _raise_the_first(self, own: Exception | None) -> None:
         said: list[Any] = [None] * self.size
         with reaching():
-            dist.all_gather_object(said, None if own is None else (type(own).__name__, _kind(own), str(own)))
+            dist.all_gather_object(said, None if own is None else (type(own).__name__, kind_of(own), str(own)))
         rank = next(number for number, words in enumerate(said) if words is not None)
         name, kind, message = said[rank]
         if own is not None and (rank == self.rank or type(own).__name__ == name):
-            raise _told(own)
-        raise _told(
+            raise told(own)
+        raise told(
             getattr(errors, kind)(f"rank {rank}: {message if kind != RankError.__name__ else name + ': ' + message}")
         )
 
@@ -172,47 +173,42 @@ class Team:
         return self.size - note if note else None
 
     def any(self, place: str, flags: list[bool]) -> list[bool]:
-        """For each flag, whether a rank has set it."""
+        """For each flag, whether a rank has set it. If all ranks have the same ones, nothing is sent but a meeting."""
         if self.size == 1:
             return flags
-        self.meet(place)
+        rows = self._meeting(place, _number(bytes(flags)), len(flags))
+        if all(row[1:] == rows[0][1:] for row in rows):
+            return flags
         found = torch.tensor(flags, dtype=torch.uint8)
         with reaching():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.bool().tolist()
 
+    def begin(self, sums: Sequence[Sum], shares: Sequence[Share] = ()) -> Pending:
+        """Begin to replace the tensors of ``sums`` by their sums over the ranks, and to fill the memory of ``shares``.
+
+        Nobody is met: all must have met since they last might have failed.
+        """
+        return Pending() if self.size == 1 else Pending().begin(sums, shares)
+
     def sum_(self, place: str, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in its own dtype; small ones of a dtype travel in one."""
-        if self.size == 1:
-            return
-        self.meet(place)
-        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor.numel() < SMALL:
-                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-                continue
-            whole = tensor.contiguous()
-            with reaching():
-                dist.all_reduce(whole)
-            if whole is not tensor:
-                tensor.copy_(whole)
-        for group in small.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            with reaching():
-                dist.all_reduce(flat)
-            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
+        if self.size > 1:
+            self.meet(place)
+            self.begin([(tensor, tensor.dtype) for tensor in tensors]).wait()
 
     def scatter(self, place: str, tensor: Tensor) -> Tensor:
         """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory. On
         the meta device, where only memory counts, nobody is met."""
-        mine = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
-        if tensor.is_meta:
-            return mine
-        self.meet(place)
-        with reaching():
-            _reduce_scatter(mine, tensor.contiguous())
+        mine = self.room(tensor, tensor.dtype)
+        if not tensor.is_meta:
+            self.meet(place)
+            self.begin([], [(tensor, mine)]).wait()
         return mine
+
+    def room(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for this process's rows of ``tensor``, whose number is a multiple of the ranks'."""
+        return tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:], dtype=dtype)
 
     def receive_(self, place: str, tensors: list[Tensor]) -> None:
         """Replace each tensor by that of rank ``first``."""
@@ -225,76 +221,8 @@ class Team:
 
 
 ALONE = Team()
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
 
 
-@contextmanager
-def reaching() -> Iterator[None]:
-    """A collective. One that fails has lost a process, which nobody need be told of."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo's and NCCL's errors are of this class
-        raise _told(
-            RankError(
-                f"another process of the job has ended or does not answer ({str(error).splitlines()[0]}). What it said "
-                "is above, if it could; go on with --resume auto, which torchrun --max-restarts does by itself"
-            )
-        ) from error
-
-
-def _kind(error: Exception) -> str:
-    """The class of ours that tells other processes what to do about ``error``."""
-    ours = (errors.ConfigError, errors.DoesNotFitError, errors.NumericalError)
-    return next((kind.__name__ for kind in ours if isinstance(error, kind)), RankError.__name__)
-
-
-def _told(error: Exception) -> Exception:
-    """Mark an error that every process has."""
-    error.told_to_all = True
-    return error
-
-
-def _is_told(error: BaseException | None) -> bool:
-    return error is not None and (hasattr(error, "told_to_all") or _is_told(error.__cause__))
-
-
-@contextmanager
-def job(device: str) -> Iterator[Team]:
-    """The job that ``torchrun`` started this process in, over gloo, and NCCL between GPUs unless ``device`` is "cpu";
-    :data:`ALONE` without one. Only rank 0 prints: the others' output is dropped, and an error of ours that was told to
-    all ends them with its exit code alone.
-
-    Raises :class:`QGaloreError` if the processes do not find each other.
-    """
-    if world_size() == 1:
-        yield ALONE
-        return
-    team = _join(device != "cpu" and torch.cuda.is_available())
-    try:
-        if team.leads:
-            yield team
-        else:
-            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-                yield team
-    except QGaloreError as error:
-        if team.leads or not _is_told(error):
-            raise
-        raise SystemExit(error.exit_code) from error
-    finally:
-        dist.destroy_process_group()
-
-
-def _join(cuda: bool) -> Team:
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-        store = fresh_store(store, rank, size, PATIENCE)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
-    except (RuntimeError, ValueError) as error:
-        raise QGaloreError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes of the job do not find each other: {error}. "
-            "Start it with torchrun, or without WORLD_SIZE for one process"
-        ) from error
-    return Team(dist.get_rank(), dist.get_world_size())
+def _number(words: bytes) -> int:
+    """A number of 56 bits that other words hardly share."""
+    return int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "little")

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lowrank.layers.product_choice import none_tried
 from . import blocks
 from .blocks import Layout, NotWalkableError, Run
 from .nested import leaves_of, tensors_in
+from .prologue import prologue
 
 Loss = Callable[[nn.Module, Any], Tensor]
 TOLERANCE = 1e-5  # of the losses, relative: the same kernels on the same values, but some add in no fixed order
@@ -32,15 +34,16 @@ class Trial:
 def try_walk(model: nn.Module, batch: Any, loss: Loss) -> Trial:
     """Find ``model``'s blocks and walk forward through them once with ``batch``, as ``loss(model, batch)`` uses it.
 
-    No gradient is left and no random number drawn, as far as others can tell. The model is tried in the mode it is in:
-    put it into training mode first. On the meta device, where a plan is made, losses cannot be compared.
+    No gradient is left, no random number drawn and no int8 product chosen, as far as others can tell. The model is
+    tried in the mode it is in: put it into training mode first. On the meta device, where a plan is made, losses cannot
+    be compared.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
     def run() -> Tensor:
         return loss(model, batch)
 
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), none_tried(model):
         layout = _find(model, run)
         if layout is None:
             return Trial(None, "it has no list of blocks that are called once each, in their order")
@@ -122,7 +125,7 @@ def _walked_loss(model: nn.Module, layout: Layout, run: Run) -> Tensor:
     layout.outside = [p for p in model.parameters() if id(p) not in inside]
     layout.sides = [[m for m in block.modules() if blocks.observers(m)] for block in layout.blocks]
     _seed(0)
-    start = blocks.prologue(layout, run)
+    start = prologue(layout, run)
     used, sides, inputs, hidden = [set(start.leaves)], [], [], start.hidden
     assert hidden is not None, "a prologue gives a hidden state"
     with torch.enable_grad():

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..quant.counter import derive_key
 from . import blocks
 from .activations import Activations
-from .blocks import Layout, Run, Start
+from .blocks import Layout, Run
+from .prologue import Start, prologue
+from .turns import AlwaysThere, Turns
 
 Reseed = Callable[[int, int], None]  # of a micro-batch, by its place in the sequence of runs, and a part of the model
 Decide = Callable[[Tensor], bool]
@@ -29,7 +31,14 @@ def reseed(seed: int, step: int, number: int, part: int) -> None:
 
 
 def walk(
-    layout: Layout, runs: Sequence[Run], *, reseed: Reseed, decide: Decide, step: Step, activations: Activations
+    layout: Layout,
+    runs: Sequence[Run],
+    *,
+    reseed: Reseed,
+    decide: Decide,
+    step: Step,
+    activations: Activations,
+    turns: Turns | None = None,
 ) -> Tensor:
     """One step over the micro-batches of ``runs``; returns their losses, fp32 (K,), as ``decide`` got them.
 
@@ -38,29 +47,36 @@ def walk(
     ``step(name, parameters)`` is called for the epilogue, and for every block from the last to the first with all of
     the block's parameters (a mixture's expert may have no gradient). They have got all of their gradients: it steps
     them and drops these gradients. The last call, for the prologue, gets all parameters that still have a gradient:
-    also those of several parts, and those that ``step`` chose to keep.
+    also those of several parts, and those that ``step`` chose to keep. ``turns`` hears of every block's turn, for
+    weights that are not always there.
 
     Raises :class:`NotWalkableError` if a micro-batch takes another way through the model than the trial's did.
     """
-    going = _Pass(layout, list(runs), reseed, activations)
+    turns, whole = turns or AlwaysThere(), False
+    going = _Pass(layout, list(runs), reseed, activations, turns)
     with blocks.without_checkpointing(layout.blocks):
         try:
+            turns.begin()
             going.forward()
             losses = torch.stack([going.epilogue(number) for number in range(len(runs))])
-            if not decide(losses):
+            if decide(losses):
+                step("epilogue", _complete(layout.outside, layout.late))
+                for number in reversed(range(going.first, len(layout))):
+                    turns.enter(number, backward=True)
+                    going.backward(number)
+                    step(f"block {number}", [p for p in layout.blocks[number].parameters() if id(p) not in layout.late])
+                    turns.leave(number, stepped=True)
+                going.backward_of_prologue()
+                step("prologue", _complete(going.parameters()))
+            else:
                 _drop(going.parameters())
-                return losses
-            step("epilogue", _complete(layout.outside, layout.late))
-            for number in reversed(range(going.first, len(layout))):
-                going.backward(number)
-                step(f"block {number}", [p for p in layout.blocks[number].parameters() if id(p) not in layout.late])
-            going.backward_of_prologue()
-            step("prologue", _complete(going.parameters()))
+            whole = True
         except BaseException:
             _drop(going.parameters())
             raise
         finally:
             activations.clear()
+            turns.end(whole)
     return losses
 
 
@@ -101,6 +117,7 @@ class _Pass:
     runs: list[Run]
     reseed: Reseed
     kept: Activations
+    turns: Turns
     first: int = 0
     starts: list[Start] = field(default_factory=list)
     sides: list[list[list[blocks.Side]]] = field(default_factory=list)
@@ -110,7 +127,7 @@ class _Pass:
         """All prologues, then all micro-batches through each block. What the way back needs is kept."""
         for number, run in enumerate(self.runs):
             self.reseed(number, 0)
-            start = blocks.prologue(self.layout, run)
+            start = prologue(self.layout, run)
             assert start.hidden is not None, "a prologue gives a hidden state"
             self.kept.inputs.put(0, number, start.hidden)
             self.kept.arguments.put(number, start.calls)
@@ -120,8 +137,10 @@ class _Pass:
         self.side_gradients = [[] for _ in self.runs]
         self.first = self._lowest()
         for block in range(len(self.layout)):
+            self.turns.enter(block, backward=False)
             for number in range(len(self.runs)):
                 self._forward(block, number)
+            self.turns.leave(block, stepped=False)
 
     def _lowest(self) -> int:
         if any(start.trains for start in self.starts):

@@ -134,7 +134,8 @@ def checkpoint_as(config: Config, model: nn.Module) -> None:
     """Activation checkpointing as asked."""
     asked = config.train.activation_checkpointing
     if asked is not False:
-        checkpoint_blocks(model, "host" if asked == "offload" else "device")
+        but_last = asked if isinstance(asked, int) and asked is not True else 0
+        checkpoint_blocks(model, "host" if asked == "offload" else "device", but_last)
 
 
 def ordinary_leaf(config: Config) -> str | None:
@@ -257,6 +258,7 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         "rank": rule_rank(config),
         **rule_momentum(config),
         "full_gradients": train.full_gradients,
+        "clip_update_rms": train.clip_update_rms,
         "seed": config.run.seed,
         **options,
         **{name: getattr(low, name) for name in (*schedule, *merge, *subspace, "scale")},
@@ -272,7 +274,8 @@ def build_optimizer(config: Config, model: nn.Module, stepping: str, team: Team 
 def stepping_line(config: Config) -> str:
     train = config.train
     if train.order != "batch_major":
-        return "layer-major steps: each block's tensors step when its gradients are there, and free them"
+        walked = "layer-major steps: each block's tensors step when their gradients are there, and free them"
+        return walked if train.order == "layer_major" else f"{walked} (where the model can be walked)"
     if train.stepping == "fused":
         return "fused stepping: each tensor steps inside backward and its gradient is freed at once"
     asked = [f"grad_accumulation {train.grad_accumulation}"] if train.grad_accumulation > 1 else []

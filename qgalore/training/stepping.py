@@ -21,6 +21,8 @@ from ..quant.counter import derive_key
 from ..step import walk
 from ..step.activations import Activations
 from ..step.blocks import Layout, NotWalkableError
+from ..step.reducing import Steps
+from ..step.turns import AlwaysThere, Turns
 from .parts import Batch, Stepping
 
 Share = Callable[[Batch], Tensor]  # a micro-batch's share of the step's loss, a scalar with its graph
@@ -96,6 +98,8 @@ class LayerMajor:
     how: Stepping
     layout: Layout
     kept: Activations = field(default_factory=Activations)
+    team: Team = ALONE
+    turns: Turns = field(default_factory=AlwaysThere)
     may_leave_traces = True
 
     def take(
@@ -103,20 +107,15 @@ class LayerMajor:
     ) -> tuple[float, float]:
         """As :meth:`BatchMajor.take`. Raises :class:`ConfigError` if a micro-batch takes another way through the model
         than the one before the first step did."""
-        self.optimizer.accumulate_in_fp32(len(batches) > 1)
-        loss, clips, prepared = [], self.how.clip_grad_norm > 0, set()
+        self.optimizer.accumulate_in_fp32(self.how.grad_accumulation > 1)  # whoever takes the others
+        loss, clips = [], self.how.clip_grad_norm > 0
+        steps = Steps(self.optimizer, self.layout, keep=clips)
 
         def decide(losses: Tensor) -> bool:
-            loss.append(sum(_finite(value, step) for value in losses.tolist()))
+            mine = sum(_finite(value, step) for value in losses.tolist())
+            loss.append(self.team.total("the loss of a step", mine))
             look(loss[0])
             return True
-
-        def update(_: str, parameters: list[nn.Parameter]) -> None:
-            for tensor in self.optimizer.tensors_of(parameters):
-                if not clips:
-                    self.optimizer.step_tensor(tensor)
-                elif tensor.name not in prepared and self.optimizer.prepare_tensor(tensor):
-                    prepared.add(tensor.name)  # its gradient stays until the norm of all is known
 
         try:
             walk.walk(
@@ -124,14 +123,17 @@ class LayerMajor:
                 [partial(share, batch) for batch in batches],
                 reseed=lambda place, part: walk.reseed(self.how.seed, step, numbers[place], part),
                 decide=decide,
-                step=update,
+                step=steps,
                 activations=self.kept,
+                turns=self.turns,
             )
         except NotWalkableError as reason:
             raise ConfigError(
                 f"step {step + 1} cannot be walked block by block as the trial before the first step was: {reason}. "
                 "Go on with --resume auto train.order=batch_major"
             ) from reason
+        finally:
+            steps.abandon()
         if clips:
             norm = self.optimizer.clip(self.model.parameters(), self.how.clip_grad_norm)
             self.optimizer.step()

@@ -39,6 +39,16 @@ def test_blocks_run_again_in_backward(tiny_llama, where):
     assert len(calls) == 2
 
 
+def test_the_last_blocks_may_run_once(tiny_llama):
+    model = tiny_llama(num_hidden_layers=3)
+    calls = []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, n=number: calls.append(n))
+    checkpoint_blocks(model, "device", but_last=2)
+    gradients(model, torch.arange(24).view(1, 24))
+    assert calls == [0, 1, 2, 0]
+
+
 def test_a_model_without_such_blocks_is_refused():
     with pytest.raises(ConfigError, match="activation_checkpointing=false"):
         checkpoint_blocks(nn.Linear(2, 2), "device")

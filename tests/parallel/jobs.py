@@ -7,14 +7,22 @@ import json
 import os
 import signal
 from collections import Counter
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import qgalore
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.parallel import shards
+from qgalore.lowrank.tensors.sharded import share_rows
+from qgalore.parallel import job, shards
+from qgalore.parallel.shards import Gathered
+from qgalore.step.trial import try_walk
+from qgalore.step.turns import AlwaysThere
+from qgalore.training.parts import Stepping
+from qgalore.training.stepping import LayerMajor
 
 MICRO_BATCHES, WIDTH, LONG, RANK = 4, 64, 2048, 8  # a quarter of Δ has 4,096 values, from where on moments have 8 bits
 SMALL = 256  # whose Δ has 2,048: fp32 moments
@@ -49,6 +57,100 @@ class Layers(nn.Module):
         return (outputs[0] + self.free).sum() + outputs[1].sum()
 
 
+class _Hand(torch.autograd.Function):
+    """Hands ``hidden`` on and its gradient back, and gives ``other`` the ``gradient``. So the values of ``other``,
+    which training makes odd, never enter what is computed from integers."""
+
+    @staticmethod
+    def forward(ctx, hidden, other, gradient):
+        ctx.save_for_backward(gradient)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, ctx.saved_tensors[0], None
+
+
+class ChainBlock(nn.Module):
+    """A layer from WIDTH features, repeated as often as it has some, whose weight's gradient is a diagonal of
+    integers."""
+
+    def __init__(self, weight, proj_type):
+        super().__init__()
+        self.layer = LowRankLinear(weight, None, rank=RANK, group_size=32, proj_type=proj_type)
+
+    def forward(self, hidden, skipped=False):
+        if skipped:
+            return hidden.clone()
+        out, width = self.layer.out_features, self.layer.in_features
+        rows = self.layer(hidden.detach() @ torch.eye(WIDTH, width))
+        return _Hand.apply(hidden, rows, torch.eye(WIDTH).repeat(1, -(-out // WIDTH))[:, :out])
+
+
+class Chain(nn.Module):
+    """A model that can be walked: three blocks, the last of which most micro-batches skip; a vector before them, one
+    behind, and one in both places."""
+
+    def __init__(self, proj_type="std"):
+        super().__init__()
+        make = torch.Generator().manual_seed(3)
+        shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
+        if proj_type == "right":
+            shapes = ((LONG, WIDTH), (SMALL, WIDTH), (LONG, WIDTH))
+        weights = [torch.randn(*shape, generator=make) for shape in shapes]
+        self.blocks = nn.ModuleList(ChainBlock(weight, proj_type) for weight in weights)
+        self.before, self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(3))
+
+    def loss(self, batch):
+        """Of a (step, number): micro-batch ``number`` of MICRO_BATCHES has its own diagonals."""
+        step, number = batch
+        make = torch.Generator().manual_seed(step)
+        order = torch.randperm(WIDTH, generator=make)
+        wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number].float()
+        hidden = torch.diag(2 * (order + 1) + wobble)
+        for vector in (self.before, self.both):
+            hidden = _Hand.apply(hidden, vector, wobble + number)
+        for block in self.blocks:
+            last = block is self.blocks[-1]
+            hidden = block(hidden, skipped=last and number != (step + 3) % MICRO_BATCHES)
+        return hidden.sum() + ((self.behind + self.both) * wobble).sum()
+
+
+def chain_of(team, how, options, steps=1, clip=0.0):
+    """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
+    model = Chain("right" if how == "shard" else "std")
+    split = how == "shard" and team.size > 1
+    if split:
+        share_rows(model.blocks, torch.device("cpu"))
+    given = {"update_proj_gap": 5, "seed": 1, "weight_decay": 0.1, **options}
+    optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
+    trial = try_walk(model, (0, 3), Chain.loss)
+    assert trial.layout is not None, trial.why
+    stepping = Stepping(lambda step: 0.02, 0, steps, 1, MICRO_BATCHES, clip)
+    turns = Gathered(model.blocks, team) if split else AlwaysThere()
+    return model, optimizer, LayerMajor(model, optimizer, stepping, trial.layout, team=team, turns=turns)
+
+
+def take(order, step, look=lambda loss: None):
+    """(loss, norm) of a step of which this process takes its share."""
+    mine = order.team.deal(range(MICRO_BATCHES))
+    return order.take(step, mine, [(step, n) for n in mine], partial(Chain.loss, order.model), look)
+
+
+def walked_steps(how, steps, clip, options):
+    """State, norms, losses and refreshes of ``steps`` of a :class:`Chain`, whose micro-batches the processes share."""
+    with job("cpu") as team:
+        model, optimizer, order = chain_of(team, how, options, steps, clip)
+        looked = []
+        taken = [take(order, step, looked.append) for step in range(steps)]
+        losses, norms = map(list, zip(*taken, strict=True))
+        assert looked == losses
+        found = {**model.state_dict(), "norms": torch.tensor(norms), "losses": torch.tensor(losses)}
+        for slot, parts in optimizer.state_dict()["slots"].items():
+            found |= {f"{slot}|{name}": value for name, value in {**parts["inner"], **parts["extra"]}.items()}
+        return whole(team, found), [(e["layer"], e["step"]) for e in optimizer.events]
+
+
 def whole(team, tensors):
     """All tensors as one process has them; the order is the same everywhere."""
     tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
@@ -59,7 +161,8 @@ def whole(team, tensors):
 
 
 class Wire(TorchDispatchMode):
-    """Bytes handed to collectives: the whole of what is gathered, and of what is reduced and scattered."""
+    """Bytes handed to collectives: the whole of what is gathered, of what is reduced and scattered, and of the floats
+    that are summed for all."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +173,13 @@ class Wire(TorchDispatchMode):
         if "c10d" in name and "base_" in name:
             whole = args[0] if "allgather" in name else args[1]
             self.bytes["gathered" if "allgather" in name else "reduced"] += whole.nbytes
+        if "c10d" in name and "allreduce_" in name:
+            self.bytes["summed"] += sum(tensor.nbytes for tensor in args[0] if tensor.is_floating_point())
         return func(*args, **(kwargs or {}))
+
+
+def _raise(*_):
+    raise KeyError("a bug")
 
 
 def live(folder, arguments, fault=None):
@@ -87,6 +196,9 @@ def live(folder, arguments, fault=None):
             loss = forward(self, batch, tokens)
             if self.position.step == step and what == "bug":
                 raise KeyError("a bug")
+            if self.position.step == step and what == "bug going back":
+                self.model.model.layers[0].mlp.register_full_backward_pre_hook(_raise)
+                return loss
             if what == "signal":
                 if self.position.step == step and not self.saving.folder.with_suffix(".sent").exists():
                     self.saving.folder.with_suffix(".sent").touch()  # a second one would stop at once

@@ -15,10 +15,14 @@ from safetensors.torch import load_file
 from qgalore.training import assemble
 
 STEPS = 50
+ORDERS = ("batch_major", "layer_major")
+both_orders = pytest.mark.parametrize("order", ORDERS)
 
 
-def test_a_nan_in_one_process_skips_the_step_in_all(folder):
+@both_orders
+def test_a_nan_in_one_process_skips_the_step_in_all(folder, order):
     short = ["train.max_steps=4", "train.eval_every=4", "train.save_every=2", "train.eval_batches=2"]
+    short.append(f"train.order={order}")
     found = run_in(2, live, str(folder), short, (1, 2, "nan"))
     assert codes(found) == {0}, found
     losses = rows(folder / "runs/tiny", "lr")
@@ -33,21 +37,30 @@ def test_a_nan_in_one_process_skips_the_step_in_all(folder):
     assert [row["step"] for row in rows(folder / "runs/tiny", "lr")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_bug_in_one_process_ends_all(folder):
+@pytest.mark.parametrize(
+    ("order", "what"), [("batch_major", "bug"), ("layer_major", "bug"), ("layer_major", "bug going back")]
+)
+def test_a_bug_in_one_process_ends_all(folder, order, what):
+    """Going back, in the lowest block: the sums of blocks above it are under way then."""
     with pytest.raises(AssertionError, match="KeyError: 'a bug'") as raised:
-        run_in(2, live, str(folder), ["run.name=bug"], (1, 1, "bug"))
+        run_in(2, live, str(folder), ["run.name=bug", f"train.order={order}"], (1, 1, what))
     assert "rank 1" in str(raised.value)
+
+
+def test_micro_batches_that_cannot_be_shared_are_refused(folder):
     found = run_in(2, live, str(folder), ["train.grad_accumulation=3"])
     assert found[0][0] == found[1] == 2  # the second leaves with the code alone
     assert "set a multiple of 2" in found[0][1]
 
 
 @pytest.mark.slow
+@both_orders
 @pytest.mark.parametrize("clip", ["0", "0.5"])
-def test_the_same_run_in_one_two_and_four_processes(folder, clip):
+def test_the_same_run_in_one_two_and_four_processes(folder, clip, order):
     """Losses differ by the order of fp32 sums, 2⁻²⁴ a sum, which 50 steps of AdamW may amplify a hundredfold; with int8
     weights a rounding that falls the other way would be a larger, random difference, which exact sums exclude."""
     plain = ["method=galore", "lowrank.policy=fixed", f"train.clip_grad_norm={clip}", "train.optimizer=adamw"]
+    plain.append(f"train.order={order}")
     for size in (1, 2, 4):
         assert codes(run_in(size, live, str(folder), [*plain, f"run.name=p{size}"])) == {0}
     one = rows(folder / "runs/p1", "lr")
@@ -60,6 +73,7 @@ def test_the_same_run_in_one_two_and_four_processes(folder, clip):
 
 
 @pytest.mark.slow
+@both_orders
 @pytest.mark.parametrize(
     "method",
     [
@@ -70,8 +84,8 @@ def test_the_same_run_in_one_two_and_four_processes(folder, clip):
     ],
     ids=["fira", "energy", "lora", "adamw"],
 )
-def test_other_methods_take_the_same_steps(folder, method):
-    short = ["train.max_steps=4", "train.grad_accumulation=2", "train.eval_batches=3", *method]
+def test_other_methods_take_the_same_steps(folder, method, order):
+    short = ["train.max_steps=4", "train.grad_accumulation=2", "train.eval_batches=3", f"train.order={order}", *method]
     for size in (1, 2):
         assert codes(run_in(size, live, str(folder), [*short, f"run.name=p{size}"])) == {0}
     one, two = (rows(folder / run, "lr") for run in ("runs/p1", "runs/p2"))
@@ -89,7 +103,7 @@ SPLIT = ["parallel=shard", "lowrank.proj_type=right", "train.optimizer=adamw"]
 @pytest.mark.parametrize(
     "options",
     [
-        ["method=galore", "model.overrides.router_aux_loss_coef=0.5"],  # fused in two
+        ["method=galore", "model.overrides.router_aux_loss_coef=0.5"],  # fused in two, if batch-major
         pytest.param(["method=galore", "train.clip_grad_norm=0.5"], marks=pytest.mark.slow),
         pytest.param(["method=galore", "train.activation_checkpointing=true"], marks=pytest.mark.slow),
         pytest.param(["method=galore", *SPLIT], marks=pytest.mark.slow),
@@ -99,12 +113,12 @@ SPLIT = ["parallel=shard", "lowrank.proj_type=right", "train.optimizer=adamw"]
     ],
     ids=["fused", "clipped", "checkpointed", "shard", "lora", "fira", "auto"],
 )
-def test_a_mixture_takes_the_same_steps_in_two_processes(folder, options):
+@pytest.mark.parametrize("order", ["layer_major", pytest.param("batch_major", marks=pytest.mark.slow)])
+def test_a_mixture_takes_the_same_steps_in_two_processes(folder, options, order):
     """Losses as for a dense model; and the same experts wait. With int8 weights single roundings fall the other way."""
+    mixture = [*SMALL_MIXTURE, "train.eval_batches=3", f"train.order={order}"]
     for size, name in ((1, "one"), (2, "two")):
-        assert codes(
-            run_in(size, live, str(folder), [*SMALL_MIXTURE, "train.eval_batches=3", *options, f"run.name={name}"])
-        ) == {0}
+        assert codes(run_in(size, live, str(folder), [*mixture, *options, f"run.name={name}"])) == {0}
     one, two = (rows(folder / "runs" / name, "lr") for name in ("one", "two"))
     assert any("without_gradient" in row for row in one)
     for a, b in zip(one, two, strict=True):
@@ -115,9 +129,10 @@ def test_a_mixture_takes_the_same_steps_in_two_processes(folder, options):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_step(folder):
+@both_orders
+def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, order):
     """Such as a cluster sends to one machine: all save and leave, and a resumed run ends like an unbroken one."""
-    short = ["train.max_steps=6", "train.save_every=10"]
+    short = ["train.max_steps=6", "train.save_every=10", f"train.order={order}"]
     assert codes(run_in(2, live, str(folder), [*short, "run.name=cut"], (1, 3, "signal"))) == {143}
     assert [path.name for path in sorted((folder / "runs/cut/checkpoints").glob("step-*"))] == ["step-00000004"]
     assert codes(run_in(2, live, str(folder), [*short, "run.name=cut", "--resume", "auto"])) == {0}
@@ -130,6 +145,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from qgalore.files import checkpoint
+from qgalore.step import reducing
 from qgalore.training import loop
 import train
 step, write = loop.Loop._step, checkpoint.write_share
@@ -145,15 +161,30 @@ def half(path, *arguments):  # one of the two files is written
     if "step-00000030" in str(path) and path.name.startswith("optimizer") and {where!r} == "save":
         die()
     return write(path, *arguments)
+def alive(self, *arguments):  # sums are under way
+    if self.optimizer.step_count == 25 and self.optimizer.inside_step and {where!r} == "walk":
+        die()
+    return asked(self, *arguments)
+asked, reducing.Steps._asked = reducing.Steps._asked, alive
 loop.Loop._step, checkpoint.write_share = dying, half
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "how"), [("step", "replicate"), ("save", "replicate"), ("save", "shard")])
-def test_a_killed_process_is_started_again_and_changes_no_bit(folder, where, how):
-    options = ["lowrank.proj_type=right", f"parallel={how}"]
+@pytest.mark.parametrize(
+    ("order", "where", "how"),
+    [
+        ("batch_major", "step", "replicate"),
+        ("batch_major", "save", "shard"),
+        ("layer_major", "walk", "replicate"),
+        ("layer_major", "walk", "shard"),
+        ("layer_major", "save", "replicate"),
+        ("layer_major", "save", "shard"),
+    ],
+)
+def test_a_killed_process_is_started_again_and_changes_no_bit(folder, where, how, order):
+    options = ["lowrank.proj_type=right", f"parallel={how}", f"train.order={order}"]
     assert codes(run_in(2, live, str(folder), [*options, "run.name=whole"])) == {0}
     (folder / "killed.py").write_text(KILLED.format(root=str(ROOT), where=where))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
@@ -169,9 +200,10 @@ def test_a_killed_process_is_started_again_and_changes_no_bit(folder, where, how
 
 
 @pytest.mark.slow
-def test_saved_by_four_continued_by_two_exported_by_one(folder):
+@both_orders
+def test_saved_by_four_continued_by_two_exported_by_one(folder, order):
     """With integer-like sums excluded here, two continue bit for bit what two would have; four only up to fp32."""
-    first = ["run.name=r", "train.max_steps=20", "train.lr_schedule=constant"]
+    first = ["run.name=r", "train.max_steps=20", "train.lr_schedule=constant", f"train.order={order}"]
     assert codes(run_in(4, live, str(folder), first)) == {0}
     assert codes(run_in(2, live, str(folder), [*first, "train.max_steps=30", "--resume", "auto"])) == {0}
     done = folder / "runs/r/checkpoints/step-00000030"

@@ -18,10 +18,19 @@ from safetensors.torch import load_file
 from qgalore.training import assemble
 
 SHARD = ["parallel=shard", "lowrank.proj_type=right"]
+both_orders = pytest.mark.parametrize("order", ["batch_major", "layer_major"])
 
 
-def test_two_processes_train_save_and_one_goes_on(folder):
-    short = [*SHARD, "train.eval_every=4", "train.save_every=2", "train.eval_batches=2", "train.clip_grad_norm=0.5"]
+@both_orders
+def test_two_processes_train_save_and_one_goes_on(folder, order):
+    short = [
+        *SHARD,
+        f"train.order={order}",
+        "train.eval_every=4",
+        "train.save_every=2",
+        "train.eval_batches=2",
+        "train.clip_grad_norm=0.5",
+    ]
     first = [*short, "train.max_steps=4"]
     assert codes(run_in(2, live, str(folder), first, (1, 2, "nan"))) == {0}
     made = rows(folder / "runs/tiny", "lr")
@@ -36,9 +45,17 @@ def test_two_processes_train_save_and_one_goes_on(folder):
 
 
 @pytest.mark.slow
-def test_the_same_run_in_one_two_and_four_processes(folder):
+@both_orders
+def test_the_same_run_in_one_two_and_four_processes(folder, order):
     """As in ``test_runs``: losses differ by the order of fp32 sums. Evaluation is that of one process."""
-    plain = [*SHARD, "method=galore", "lowrank.policy=fixed", "train.clip_grad_norm=0.5", "train.optimizer=adamw"]
+    plain = [
+        *SHARD,
+        f"train.order={order}",
+        "method=galore",
+        "lowrank.policy=fixed",
+        "train.clip_grad_norm=0.5",
+        "train.optimizer=adamw",
+    ]
     for size in (1, 2, 4):
         assert codes(run_in(size, live, str(folder), [*plain, f"run.name=p{size}"])) == {0}
     one = rows(folder / "runs/p1", "lr")
@@ -52,8 +69,10 @@ def test_the_same_run_in_one_two_and_four_processes(folder):
 
 
 @pytest.mark.slow
-def test_saved_by_one_four_and_two_exported_by_one(folder):
+@both_orders
+def test_saved_by_one_four_and_two_exported_by_one(folder, order):
     first = [*SHARD, "run.name=r", "train.lr_schedule=constant", "train.activation_checkpointing=true"]
+    first.append(f"train.order={order}")
     assert codes(run_in(1, live, str(folder), [*first, "train.max_steps=4"])) == {0}
     assert codes(run_in(4, live, str(folder), [*first, "train.max_steps=20", "--resume", "auto"])) == {0}
     whole = [*first, "train.max_steps=30", "--resume", "auto", "export.formats=[hf]"]
@@ -70,9 +89,10 @@ def test_saved_by_one_four_and_two_exported_by_one(folder):
 
 
 @pytest.mark.slow
-def test_what_four_saved_is_what_they_held(folder):
+@both_orders
+def test_what_four_saved_is_what_they_held(folder, order):
     """Four go on from their checkpoint of step 20 to the same bits as without a stop; so what is read is what was."""
-    run = [*SHARD, "train.max_steps=30", "train.clip_grad_norm=0"]
+    run = [*SHARD, "train.max_steps=30", "train.clip_grad_norm=0", f"train.order={order}"]
     assert codes(run_in(4, live, str(folder), [*run, "run.name=whole"])) == {0}
     assert codes(run_in(4, live, str(folder), [*run, "run.name=cut"], (1, 19, "signal"))) == {143}
     assert codes(run_in(4, live, str(folder), [*run, "run.name=cut", "--resume", "auto"])) == {0}

@@ -6,12 +6,13 @@ token still spans six steps on either side of zero, about as many as an int4 num
 in floating point, and says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_ERROR = 0.05
 
@@ -75,3 +76,22 @@ class Products:
 
     def load(self, state: dict[str, Any]) -> None:
         self.output, self.gradient = Choice(**state["output"]), Choice(**state["gradient"])
+
+
+@contextmanager
+def none_tried(model: nn.Module) -> Iterator[None]:
+    """Inside, no layer of ``model`` tries its products: on values that are not a step's it might choose otherwise."""
+    choices = [
+        choice
+        for module in model.modules()
+        if isinstance(products := getattr(module, "products", None), Products)
+        for choice in (products.output, products.gradient)
+    ]
+    due = [choice.due for choice in choices]
+    try:
+        for choice in choices:
+            choice.due = False
+        yield
+    finally:
+        for choice, before in zip(choices, due, strict=True):
+            choice.due = before

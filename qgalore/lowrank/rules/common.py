@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import combinations
+from ...quant.int8 import row_tiles
 from ..layers.linear import LowRankLinear
 
 Rows = Callable[[int, int], Tensor]  # (a, b) → rows a … b−1 of a direction, fp32, a fresh tensor
@@ -19,13 +20,15 @@ GAMMA = 1.01  # the growth that Fira and APOLLO allow a norm from step to step
 @dataclass(frozen=True)
 class RuleOptions:
     """``rank``: of APOLLO's projection; ``gap``: steps between two projections; ``seed``: of the random streams;
-    ``momentum`` and ``mu``: how Muon keeps its momentum, and the share of the old one in the new."""
+    ``momentum`` and ``mu``: how Muon keeps its momentum, and the share of the old one in the new. ``largest_rms``: of
+    ``scale · N``, in any layer; 0 for no limit."""
 
     rank: int | None = None
     gap: int = 200
     seed: int = 0
     momentum: str = MOMENTUM
     mu: float = MU
+    largest_rms: float = 0.0
 
 
 class Rule:
@@ -87,6 +90,14 @@ def channel_scaling(normalised: Tensor, projected: Tensor, dims: tuple[int, ...]
     norms = (torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (normalised, projected))
     top, bottom = norms
     return top / (bottom + FLOOR)
+
+
+def limited(rows: Rows, shape: torch.Size, limit: float) -> Rows:
+    """``rows`` of a matrix of this ``shape``, made smaller where their root mean square is above ``limit``: Adafactor's
+    clipping of an update (arXiv 1804.04235, §6). They are asked for twice. No value leaves the device."""
+    squares = torch.stack([rows(a, b).square_().sum() for a, b in row_tiles(*shape)]).sum()
+    factor = (limit * (shape.numel() / squares).sqrt()).clamp(max=1.0)  # 1 for zeros, whose quotient is infinite
+    return lambda a, b: rows(a, b).mul_(factor)
 
 
 def unit_rms_rows(rows: Tensor) -> Tensor:

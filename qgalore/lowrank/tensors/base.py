@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...parallel import ALONE, Team
+from ...parallel.pending import Share, Sum
 from ..inner.checked import Factory
 from ..subspace import ranks
 from ..subspace.moments import BLOCK
@@ -135,9 +136,19 @@ class TrainedTensor(ABC):
         """Whether this process has any gradient for it, a whole one included."""
         return self.gradient() is not None or any(leaf.grad is not None for leaf in self.leaves())
 
+    def to_sum(self, team: Team) -> tuple[list[Sum], list[Share]]:
+        """What the gradients here lack to be those of the whole ``team``: a sum that every process wants, or its own
+        rows of one."""
+        return [(leaf.grad, self.sent_in(leaf.grad)) for leaf in self.leaves() if leaf.grad is not None], []
+
+    def sent_in(self, gradient: Tensor) -> torch.dtype:
+        """The dtype in which a ``gradient`` travels between processes."""
+        return gradient.dtype
+
     def sum_over(self, team: Team) -> None:
         """Replace the gradients here by their sums over the processes of ``team``."""
-        team.sum_(f"the gradient of {self.name}", [leaf.grad for leaf in self.leaves() if leaf.grad is not None])
+        team.meet(f"the gradient of {self.name}")
+        team.begin(*self.to_sum(team)).wait()
 
     def is_whole(self, leaf: nn.Parameter) -> bool:
         """Whether ``leaf`` receives the whole gradient of a layer whose Δ is smaller."""

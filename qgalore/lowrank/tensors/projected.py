@@ -84,6 +84,10 @@ class ProjectedTensor(TrainedTensor):
     def is_whole(self, leaf: nn.Parameter) -> bool:
         return leaf is self.module.probe
 
+    def sent_in(self, gradient: Tensor) -> torch.dtype:
+        """That of Δ: micro-batches add up in fp32 in any case, and their sum may travel in less."""
+        return self.module.delta.dtype
+
     def awaits_refresh(self) -> bool:
         return self.module.probe.grad is not None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...parallel import Team, shards
+from ...parallel.pending import Share, Sum
 from ...quant.blockwise import BLOCK
 from ..inner.adam8bit import MIN_8BIT_SIZE
 from ..layers.bases import Basis
@@ -33,10 +34,10 @@ class _Rows:
 
 
 class ShardedTensor(ProjectedTensor):
-    """Rows ``first_row`` … of a layer with no left basis. Every process computes Δ's whole gradient from its tokens;
-    each micro-batch's is summed and scattered by rows at once. Moments and merge are those of the rows alone: row i of
-    Δ moves row i of the weight. Bases are whole everywhere and are found as in any team. On the meta device, for a
-    plan, the layer may be whole.
+    """Rows ``first_row`` … of a layer with no left basis. Every process computes Δ's whole gradient from its tokens.
+    It is summed and scattered by rows: once a step where a walk says when, and for each micro-batch where hooks do.
+    Moments and merge are those of the rows alone: row i of Δ moves row i of the weight. Bases are whole everywhere and
+    are found as in any team. On the meta device, for a plan, the layer may be whole.
     """
 
     shared = True
@@ -57,12 +58,14 @@ class ShardedTensor(ProjectedTensor):
             self.take(leaf.grad, True)
             leaf.grad = None
 
-    def sum_over(self, team: Team) -> None:
-        """Scatter what :meth:`received` has not; a whole gradient is summed and stays whole."""
-        delta = self.module.delta
+    def to_sum(self, team: Team) -> tuple[list[Sum], list[Share]]:
+        """One's rows of Δ's gradient, if :meth:`received` has not got them; a whole gradient is summed and stays."""
+        delta, shares = self.module.delta, []
         if delta.grad is not None:
-            self.received(delta)
-        super().sum_over(team)
+            whole, delta.grad = delta.grad, None
+            self._rows = team.room(whole, self.sent_in(whole))
+            shares = [(whole, self._rows)]
+        return super().to_sum(team)[0], shares
 
     def take(self, gradient: Tensor, own: bool) -> None:
         team = self.options.team

@@ -7,7 +7,7 @@ from ...quant import dense as dense_grid
 from ...quant import int8
 from ..layers.linear import LowRankLinear
 from ..rules import Rule
-from ..rules.common import Rows
+from ..rules.common import Rows, limited
 from ..subspace.refresh import RefreshOptions
 from ..subspace.schedule import Schedule
 from .projected import ProjectedTensor
@@ -80,11 +80,14 @@ class WholeTensor(ProjectedTensor):
 
     @torch.no_grad()
     def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
-        """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N; drops the gradient."""
+        """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N, limited if that is asked for; drops the
+        gradient."""
         gradient = self.gradient()
         assert gradient is not None, f"{self.name} has no gradient"
         gradient = gradient.to(torch.float32).contiguous()
         rows = self.rule.direction(gradient, self.current_step, self._adam)
+        if limit := self.rule.options.largest_rms:
+            rows = limited(rows, gradient.shape, limit / scale)
         write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
         self.drop_gradient()
 

@@ -1,0 +1,37 @@
+"""What happens around a block's turn in a walk: its weights may have to come from elsewhere, and to go back."""
+
+from typing import Protocol
+
+
+class Turns(Protocol):
+    """Called by a walk, always in this order; see :func:`walk.walk`.
+
+    ``begin`` before anything runs. ``enter`` before the first micro-batch goes through a block, in either direction.
+    ``leave`` when the last one has; ``stepped`` says that this was the backward direction, and that the block's
+    tensors have had their step in between. ``end`` when the step is over; ``whole`` is False if an error broke it off,
+    maybe in the middle of a turn.
+    """
+
+    def begin(self) -> None: ...
+
+    def enter(self, block: int, backward: bool) -> None: ...
+
+    def leave(self, block: int, stepped: bool) -> None: ...
+
+    def end(self, whole: bool) -> None: ...
+
+
+class AlwaysThere:
+    """Nothing has to be done: all blocks stay on the device."""
+
+    def begin(self) -> None:
+        """Nothing."""
+
+    def enter(self, block: int, backward: bool) -> None:
+        """Nothing."""
+
+    def leave(self, block: int, stepped: bool) -> None:
+        """Nothing."""
+
+    def end(self, whole: bool) -> None:
+        """Nothing."""

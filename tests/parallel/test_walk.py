@@ -1,0 +1,90 @@
+"""Layer-major steps in several processes: their number changes nothing but the order of fp32 sums."""
+
+import numpy as np
+import pytest
+from jobs import LONG, RANK, SMALL, WIDTH, Chain, Wire, chain_of, take, walked_steps
+from processes import run_in
+
+from qgalore.memory.traffic import payload
+from qgalore.parallel import job
+from qgalore.step.reducing import Steps
+
+SLOW = pytest.mark.slow
+
+
+def slow(*values):
+    return pytest.param(*values, marks=SLOW)
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "steps", "clip", "options"),
+    [
+        (2, "replicate", 7, 0.0, {}),
+        (2, "shard", 7, 0.0, {}),
+        (4, "replicate", 7, 100.0, {}),
+        slow(4, "replicate", 30, 0.0, {}),
+        slow(4, "shard", 30, 0.0, {}),
+        slow(2, "shard", 30, 100.0, {}),
+        slow(2, "shard", 30, 0.0, {"inner": "adamw"}),
+        slow(4, "replicate", 7, 0.0, {"rule": "muon"}),
+        slow(4, "replicate", 7, 0.0, {"rule": "sinkgd"}),
+        slow(2, "replicate", 7, 0.0, {"rule": "fira"}),
+    ],
+)
+def test_where_sums_are_exact_the_number_of_processes_does_not_show(size, how, steps, clip, options):
+    ((wanted, refreshed),) = run_in(1, walked_steps, how, steps, clip, options)  # on one thread, as the others
+    before = Chain("right" if how == "shard" else "std")
+    for number, block in enumerate(before.blocks):
+        assert (wanted[f"blocks.{number}.layer.weight"] != block.layer.weight.numpy()).mean() > 0.2
+    for found, events in run_in(size, walked_steps, how, steps, clip, options):
+        assert events == refreshed
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if name in ("losses", "norms"):  # added up in another order
+                np.testing.assert_allclose(found[name], value, rtol=1e-6)
+            else:
+                assert np.array_equal(found[name], value), name
+
+
+def what_is_sent(how, steps):
+    """Bytes on the wire in each step, and those of the plan; and what each call of the walk's found: how many blocks
+    had gradients before it and after it."""
+    blocks = []
+    call = Steps.__call__
+
+    def counted(self, name, parameters):
+        alive = [count(order.layout.blocks, optimizer)]
+        call(self, name, parameters)
+        blocks.append((name, *alive, count(order.layout.blocks, optimizer)))
+
+    def count(layers, optimizer):
+        return sum(any(tensor.holds_gradient() for tensor in optimizer.tensors_of(block)) for block in layers)
+
+    with job("cpu") as team:
+        _, optimizer, order = chain_of(team, how, {"policy": "fixed", "update_proj_gap": 3, "stagger": False})
+        Steps.__call__ = counted
+        sent = []
+        for step in range(steps):
+            with Wire() as wire:
+                take(order, step)
+            sent.append(dict(wire.bytes))
+        return sent, payload(optimizer.tensors, float("inf")), blocks
+
+
+@pytest.mark.parametrize("how", ["replicate", "shard"])
+def test_a_block_is_summed_once_and_gathered_twice_in_a_step(how):
+    """Each process has two micro-batches, of which that would not be true if they were sent one by one."""
+    (found, planned, alive), _ = run_in(2, what_is_sent, how, 3)
+    values, vectors, norms = RANK * (2 * LONG + SMALL), 3 * WIDTH, 0
+    if how == "replicate":
+        wanted = {"summed": 4 * (values + vectors)}
+    else:
+        cells, norms = (2 * LONG + SMALL) * WIDTH, 4 * 3
+        wanted = {"gathered": 2 * cells * (1 + 2 / 32), "reduced": 4 * values, "summed": 4 * vectors + norms}
+    assert found[1] == found[2] == wanted  # all layers are due in the first step, and again in the fourth
+    assert sum(planned.values()) == sum(wanted.values()) - norms
+    assert [name for name, *_ in alive[:5]] == ["epilogue", "block 2", "block 1", "block 0", "prologue"]
+    for name, before, after in alive:  # block 2 has a gradient in one process alone, before its sum
+        assert after == {"epilogue": 0, "prologue": 0}.get(name, 1), name
+        assert before <= 2
+    assert max(before for _, before, _ in alive) == 2
