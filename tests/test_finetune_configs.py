@@ -11,7 +11,7 @@ from qgalore.memory.resident import resident
 from qgalore.models.presets import PRESETS
 from qgalore.training import assemble
 from qgalore.training.model import Vocabulary
-from qgalore.training.paper import on_paper
+from qgalore.training.paper import on_paper, plan_for
 
 GIB = 2**30
 
@@ -49,7 +49,7 @@ def test_a_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch):
     made = config.load(f"finetune_{name}_16gb")
     assert made.data.task == "instruct"
     with pytest.raises(ConfigError, match=r"model\.path .* has no config\.json"):
-        planning.plan_for(config.resolve(made, "cuda", True), Vocabulary(1, None, None), "cuda")
+        plan_for(config.resolve(made, "cuda", True), Vocabulary(1, None, None), "cuda")
 
 
 def test_the_sample_conversations():
