@@ -62,11 +62,11 @@ SHAPES = {
     "4": (WIDE % "false", CHECKPOINTED, FOUR),
     "8": (WIDE % "true", CHECKPOINTED, EIGHT),
     "4, graphs kept": (WIDE % "false", "train.activation_checkpointing=false", FOUR),
-    "8, graphs of one block kept": (WIDE % "false", "train.activation_checkpointing=1", EIGHT),
+    "8, graphs of one": (WIDE % "false", "train.activation_checkpointing=1", EIGHT),
     "4, fira": (WIDE % "false", CHECKPOINTED, "lowrank.rule=fira", FOUR),
     "8, fira": (WIDE % "true", CHECKPOINTED, "lowrank.rule=fira", EIGHT),
     "4, muon": (WIDE % "true", CHECKPOINTED, "lowrank.rule=muon", FOUR),
-    "8, muon, graphs of two blocks kept": (
+    "8, muon, graphs of two": (
         WIDE % "true",
         "train.activation_checkpointing=2",
         "lowrank.rule=muon",
@@ -117,7 +117,7 @@ QUICK = (
     "LoRA",
     "8",
     "4, fira",
-    "8, muon, graphs of two blocks kept",
+    "8, muon, graphs of two",
 )
 
 
