@@ -25,6 +25,7 @@ from .rehearsal import (
     ids,
     loss_or_refusal,
     mask,
+    offloading_seen,
     watch_gradients,
 )
 from .resident import resident, tensors_kept
@@ -101,9 +102,11 @@ def plan(
         watch_gradients(optimizer, meter)
         if layout is None:
             optimizer.step_by_hooks(stepping)
-        with meter:
+        with meter, offloading_seen(meter):
             Rehearsal(model, optimizer, step, order(layout), meter).run()
     host = {"block inputs (page-locked)": meter.host_peak}
+    if step.device != "cpu":
+        host["micro-batches"] = step.micro_batches * sum(value.nbytes for value in ids(step).values())
     return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside, host, layout is not None)
 
 

@@ -42,18 +42,23 @@ def decide(
         chosen = changed(config, {CHECKPOINTING: choice})
         return chosen, plan_for(chosen, vocabulary, device, loss, processes)
 
-    whole = planned(False)
-    if budget is None or whole[1].total * MARGIN <= budget:
+    if budget is None:
+        return planned(False)
+    model, optimizer = on_paper(config, vocabulary, processes)
+    # A model that fills most of the budget by itself need not be tried with all graphs first.
+    full = sum(resident(model, optimizer.tensors).values()) > budget // 2
+    whole = None if full else planned(False)
+    if whole is not None and whole[1].total * MARGIN <= budget:
         return whole
     none = planned(True)
     if none[1].total > budget:
         split = shares_of(config, processes) > 1
         can_offload = device == "cuda" and config.model.compile == "none" and not split
         return planned("offload") if can_offload else none
-    if not none[1].walked:
-        return whole if whole[1].total <= budget else none
-    blocks = len(blocks_of(on_paper(config, vocabulary, processes)[0]))
-    return _with_some_graphs(planned, none, whole[1].total, blocks, int(budget / MARGIN))
+    if none[1].total * MARGIN > budget:
+        return none
+    whole = whole or planned(False)
+    return _with_some_graphs(planned, none, whole[1].total, len(blocks_of(model)), int(budget / MARGIN))
 
 
 def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, blocks: int, room: int):
@@ -164,13 +169,12 @@ def _remarks(config: Config, found: plan.Plan) -> list[str]:
         config.train.activation_checkpointing,
         counted(config.train.grad_accumulation, "micro-batch", "micro-batches"),
     )
-    if not found.walked:
-        return []
-    if choice == "offload":
+    if choice == "offload" and found.walked:
         return [f"the blocks' inputs of {many} wait in host memory, {plan.human(found.host_total)} of it page-locked"]
-    if choice is True or choice is False:
+    if isinstance(choice, bool | str):
         return []
-    return [f"the last {counted(choice, 'block')} keep their graphs from the forward pass; the others run again"]
+    some = counted(choice, "block keeps its graph", "blocks keep their graphs")
+    return [f"the last {some} from the forward pass; the others run again in the backward pass"]
 
 
 def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, micro_batches: int) -> None:
