@@ -13,9 +13,9 @@ FLOORS = (
     {"lowrank", "data"},
     {"files", "steps", "evaluation", "convergence"},
     {"models", "hugging_face"},
-    {"memory"},
+    {"memory", "speed"},
     {"training", "library"},
-    {"comparison"},
+    {"comparison", "doctor"},
     {"cli"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -159,16 +159,20 @@ CHECKS: dict[str, Callable[[ModuleType, torch.device], tuple[Values, Values]]] =
 }
 
 
-@torch.no_grad()
 def first_failure(module: ModuleType, device: torch.device) -> str | None:
     """What is wrong with the first kernel of ``module`` that fails on ``device``, or None if all are right."""
-    for name, check in CHECKS.items():
-        try:
-            pairs = list(zip(*check(module, device), strict=True))
-            wrong = [pair for pair in pairs if not torch.equal(pair[0].cpu(), pair[1])]
-        except Exception as error:  # whatever a compiler or driver raises
-            reason = (str(error).splitlines() or [""])[0][:200]
-            return f"the kernel {name} fails on {device} with {type(error).__name__}: {reason}"
-        if wrong:
-            return f"the kernel {name} differs from the reference on {device} in {len(wrong)} of {len(pairs)} cases"
+    return next((problem for name in CHECKS if (problem := failure_of(module, device, name)) is not None), None)
+
+
+@torch.no_grad()
+def failure_of(module: ModuleType, device: torch.device, name: str) -> str | None:
+    """What is wrong with the kernel ``name`` of ``module`` on ``device``, or None."""
+    try:
+        pairs = list(zip(*CHECKS[name](module, device), strict=True))
+        wrong = [pair for pair in pairs if not torch.equal(pair[0].cpu(), pair[1])]
+    except Exception as error:  # whatever a compiler or driver raises
+        reason = (str(error).splitlines() or [""])[0][:200]
+        return f"the kernel {name} fails on {device} with {type(error).__name__}: {reason}"
+    if wrong:
+        return f"the kernel {name} differs from the reference on {device} in {len(wrong)} of {len(pairs)} cases"
     return None

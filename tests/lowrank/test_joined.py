@@ -33,7 +33,8 @@ def trained(make, batches, monkeypatch, joined, momentum="fp32"):
         before = {tensor.name: tensor.stored.clone() for tensor in opt.tensors if tensor.keeps_whole}
         for tokens in batches:
             loss_of(model, tokens).backward()
-            opt.step_tensors(opt.tensors_of(model))
+            tensors = [tensor for tensor in opt.tensors_of(model) if opt.prepare_tensor(tensor)]
+            opt.apply_tensors(tensors)
             opt.close()
         assert not opt.untouched
         return {t.name: t.stored - before[t.name] for t in opt.tensors if t.keeps_whole}, seen, len(opt.observations)
