@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import combinations
 from ..errors import ConfigError, counted
 from ..parallel import ALONE, Team, shards
 from .inner import checked as inner_optimizers
