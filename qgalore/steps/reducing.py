@@ -66,13 +66,10 @@ class Steps:
             return
         (tensors, pending), self._under_way = self._under_way, None
         pending.wait()
-        # A norm of rows is a sum over the team, which is better made for all at once.
-        together = [[tensor for tensor in tensors if tensor.shared]]
-        for group in together + [[tensor] for tensor in tensors if not tensor.shared]:
-            for tensor in group:
-                self.optimizer.prepare_summed(tensor)
-            if not self.keep:
-                self.optimizer.apply_tensors(group)
+        for tensor in tensors:
+            self.optimizer.prepare_summed(tensor)
+        if not self.keep:
+            self.optimizer.apply_tensors(tensors)
 
     def __enter__(self) -> "Steps":
         return self
