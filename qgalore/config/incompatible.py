@@ -121,7 +121,7 @@ def _sharded(config: Config) -> list[str]:
         ),
         ("lowrank.proj_type", low.proj_type, right, "right: a left basis moves every row by the whole of Δ"),
         ("lowrank.rank", low.rank, low.rank != "auto", "a number"),
-        ("lowrank.rule", low.rule, low.rule == "galore", "galore"),
+        ("lowrank.rule", low.rule, low.rule == "galore", "galore: another rule's update hangs on the whole matrix"),
         ("lowrank.embeddings", low.embeddings, low.embeddings == "full", "full, which each process holds whole"),
         ("model.compile", model.compile, model.compile == "none", "none"),
         ("model.compute", model.compute, model.compute == "bf16", "bf16"),
@@ -137,6 +137,32 @@ def _sharded(config: Config) -> list[str]:
     )
     return [
         f"{key}: {value} does not go with parallel: shard; use {remedy}, or parallel: replicate"
+        for key, value, fine, remedy in wanted
+        if not fine
+    ]
+
+
+def _streamed(config: Config) -> list[str]:
+    """What blocks that live in host memory do not go with."""
+    stream, train = config.memory.stream, config.train
+    if stream in ("none", "auto"):
+        return []
+    wanted = (
+        ("train.order", train.order, not _batch_major(config), "layer_major"),
+        ("method", config.method, _trains_converted(config), "qgalore, galore or galore8bit"),
+        ("lowrank.rank", config.lowrank.rank, config.lowrank.rank != "auto", "a number, as records have a fixed size"),
+        ("train.clip_grad_norm", f"{train.clip_grad_norm:g}", train.clip_grad_norm == 0, "0, or train.clip_update_rms"),
+        (
+            "train.activation_checkpointing",
+            str(train.activation_checkpointing).lower(),
+            train.activation_checkpointing in ("auto", "offload") or train.activation_checkpointing is True,
+            "true or offload, as a graph would hold on to the weights of its block",
+        ),
+        ("model.compile", config.model.compile, config.model.compile == "none", "none"),
+        ("parallel", config.parallel, config.parallel != "shard", "replicate"),
+    )
+    return [
+        f"{key}: {value} does not go with memory.stream: {stream}; use {remedy}, or memory.stream: none"
         for key, value, fine, remedy in wanted
         if not fine
     ]
@@ -237,6 +263,13 @@ TABLE = (
         "with compiled blocks or integer products. In batch-major steps it needs deferred stepping, and does not go "
         "with offloaded activations.",
         _sharded,
+    ),
+    Conflict(
+        ("memory.stream",),
+        "Streamed blocks need layer-major steps, one process, method `qgalore`, `galore` or `galore8bit`, and a number "
+        "as rank. They do not go with `train.clip_grad_norm`, with graphs kept from the forward pass, or with compiled "
+        "blocks.",
+        _streamed,
     ),
     Conflict(
         ("train.stepping", "train.clip_grad_norm"), "Fused stepping cannot clip the global norm.", _fused_clipping

@@ -382,6 +382,15 @@ class MemorySection(Section):
         unit="GiB, GB, MiB or MB", example="24GiB", unset="no limit is checked",
         rule="a size with its unit, such as 15.5GiB or 16GB",
     )  # fmt: skip
+    stream: Literal["none", "weights", "all", "auto"] = key(
+        "none",
+        "What of the blocks lives in host memory and comes to the device for a block's turn. `weights` are weights and "
+        "bases, `all` the optimizer's state too. `auto` streams what must be streamed for the run to fit.",
+    )
+    slots: int = key(
+        2, "How many blocks have room on the device with `memory.stream`. Two will do; with three the copies of one "
+        "direction do not wait for those of the other.", ge=2, le=8,
+    )  # fmt: skip
 
     @field_validator("budget", "host_budget")
     @classmethod

@@ -70,6 +70,15 @@ def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
     return found
 
 
+def of_training(model: nn.Module, rules: Iterable[str]) -> Work | None:
+    """The work of a step of ``model`` in training, whose layers step by ``rules``; None if none orthogonalises."""
+    if "muon" not in set(rules):
+        return None
+    config = getattr(model, "config", None)
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None
+    return count(matrices(model, chosen), getattr(model, "is_gradient_checkpointing", False))
+
+
 def line(work: Work, tokens: int) -> str:
     """What the plan says of it."""
     enough = work.tokens_for(LIMIT)

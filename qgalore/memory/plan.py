@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..quant.int8 import planned_for
-from ..step.blocks import Layout
-from ..step.trial import try_walk
+from ..steps.blocks import Layout
+from ..steps.trial import try_walk
 from .meter import Meter
 from .rehearsal import (
     TRANSIENT,
@@ -30,6 +30,7 @@ from .rehearsal import (
 )
 from .resident import resident, tensors_kept
 from .stand_ins import kernels
+from .streamed import Streamed, blocks_to_stream, check_blocks, on_paper
 
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
 
@@ -38,13 +39,14 @@ CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: 
 class Plan:
     """Bytes by category: ``resident`` between steps, ``transient`` more of them at the worst moment of a step, and
     ``outside`` of PyTorch's tensors. ``host``: what waits in host memory for a device of another kind. ``walked``:
-    whether the steps are layer-major."""
+    whether the steps are layer-major. ``streamed``: the blocks' records, if they live in host memory."""
 
     resident: dict[str, int]
     transient: dict[str, int]
     outside: dict[str, int]
     host: dict[str, int] = field(default_factory=dict)
     walked: bool = False
+    streamed: Streamed | None = None
 
     @property
     def tensors(self) -> int:
@@ -58,6 +60,13 @@ class Plan:
     @property
     def host_total(self) -> int:
         return sum(self.host.values())
+
+    def numbers(self) -> dict[str, dict[str, int] | bool]:
+        """All of it as JSON can hold it."""
+        found = {name: value for name, value in vars(self).items() if name != "streamed"}
+        if self.streamed is not None:
+            found["copies"] = {"in": self.streamed.bytes_in(), "out": self.streamed.bytes_out()}
+        return found
 
     def __str__(self) -> str:
         parts = (("resident", self.resident), ("at the peak", self.transient), ("outside", self.outside))
@@ -92,10 +101,13 @@ def plan(
     ``order`` makes the trainer's order of a step from the model's parts, or from None if it is not walked; then the
     optimizer's hooks take ``stepping``. ``outside``: bytes beyond PyTorch's tensors, by name.
     """
-    kept_bytes = resident(model, optimizer.tensors)
+    kept_bytes, streamed = resident(model, optimizer.tensors), None
     model.train()
     with torch.random.fork_rng(devices=[]), planned_for(step.device), kernels(step.device):
         layout = _parts(model, step)
+        if step.slots:
+            streamed = _streamed(model, optimizer, step, layout)
+            kept_bytes = resident(model, optimizer.tensors, streamed.storages()) | streamed.on_device()
         fill(optimizer.tensors, one=layout is None and stepping == "deferred")
         present = {value.untyped_storage()._cdata for value in tensors_kept(model, optimizer.tensors)}
         meter = Meter(present, max(0, step.micro_batches - step.rehearsed), _page_locked)
@@ -105,9 +117,19 @@ def plan(
         with meter, offloading_seen(meter):
             Rehearsal(model, optimizer, step, order(layout), meter).run()
     host = {"block inputs (page-locked)": meter.host_peak}
+    if streamed is not None:
+        host = {"blocks (page-locked)": streamed.host_bytes} | host
     if step.device != "cpu":
         host["micro-batches"] = step.micro_batches * sum(value.nbytes for value in ids(step).values())
-    return Plan(kept_bytes, {name: meter.at_peak[name] for name in TRANSIENT}, outside, host, layout is not None)
+    peak = {name: meter.at_peak[name] for name in TRANSIENT}
+    return Plan(kept_bytes, peak, outside, host, layout is not None, streamed)
+
+
+def _streamed(model: nn.Module, optimizer: PaperOptimizer, step: Step, layout: Layout | None) -> Streamed:
+    """The records of the blocks. Raises :class:`ConfigError` for a model that is not walked through all of them."""
+    blocks = blocks_to_stream(model)
+    check_blocks(model, layout, blocks)
+    return on_paper(model, blocks, optimizer.tensors, step.slots, step.state_streamed)
 
 
 def _parts(model: nn.Module, step: Step) -> Layout | None:

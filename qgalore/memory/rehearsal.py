@@ -13,7 +13,7 @@ from ..lowrank.hooks import HOOKS
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
 from ..models import recompute
-from ..step.activations import Activations, Key, OnHost, Store
+from ..steps.activations import Activations, Key, OnHost, Store
 from .meter import ON_HOST, REHEARSED, TEMPORARIES, Meter
 from .stand_ins import ScheduleOnPaper
 
@@ -50,6 +50,8 @@ class Step:
     device: str = "cuda"
     layer_major: bool = False  # where the model can be walked
     rehearsed: int = REHEARSED  # of the micro-batches, if there are more
+    slots: int = 0  # blocks with room on the device, if they live in host memory
+    state_streamed: bool = False  # and the optimizer's state with them
 
 
 class PaperOptimizer(LowRankOptimizer):
@@ -75,9 +77,9 @@ class PaperOptimizer(LowRankOptimizer):
         if self.meter is not None:
             self.meter.count(tensor.gradient(), "full gradient" if tensor.keeps_whole else "gradients")
 
-    def _apply(self, tensor: TrainedTensor) -> None:
+    def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
         with self._at_work():
-            super()._apply(tensor)
+            super()._apply(tensors)
 
     def _at_work(self) -> AbstractContextManager:
         return nullcontext() if self.meter is None else self.meter.labelled(WORKSPACE)

@@ -1,7 +1,7 @@
 """What a run keeps between steps, byte by byte, from a converted model on the meta device."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,28 @@ from ..lowrank.tensors.base import TrainedTensor
 KINDS = ("int8 weights", "weight scales", "bases", "trained in full", "moments", "fp32 masters", "buffers")
 
 
-def resident(model: nn.Module, tensors: Sequence[TrainedTensor]) -> dict[str, int]:
-    """Bytes by category of all that is kept between steps, for a ``model`` and its ``tensors``, which are attached."""
-    for part in (part for tensor in tensors for part in tensor.parts):
-        if part.leaf.numel():  # a rule without moments never steps its own
-            part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
-        part.scratch.release()
-    sizes = _model_bytes(model)
+def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Collection[int] = ()) -> dict[str, int]:
+    """Bytes by category of all that is kept between steps, for a ``model`` and its ``tensors``, which are attached.
+    ``streamed``: identities of storages that are elsewhere."""
+    make_states(tensors)
+    sizes = _model_bytes(model, streamed)
     for layer, own in ((tensor.module, tensor.mine) for tensor in tensors if tensor.shared):
         sizes[_category(layer, "weight", own.weight)] -= layer.weight.nbytes - own.weight.nbytes
         if own.weight_scale is not None:
             sizes["weight scales"] -= layer.weight_scale.nbytes - own.weight_scale.nbytes
     of_rules = [tensor for tensor in tensors if tensor.keeps_whole]
-    sizes["moments"] = state_bytes(tensors) + _extra_bytes(of_rules)
-    sizes["fp32 masters"] = _extra_bytes([tensor for tensor in tensors if tensor not in of_rules])
+    sizes["moments"] = state_bytes(tensors, streamed) + _extra_bytes(of_rules, streamed)
+    masters = [tensor for tensor in tensors if tensor not in of_rules]
+    sizes["fp32 masters"] = _extra_bytes(masters, streamed)
     return {name: sizes[name] for name in KINDS}
+
+
+def make_states(tensors: Sequence[TrainedTensor]) -> None:
+    """Let the inner optimizers make their states, if they have none yet."""
+    for part in (part for tensor in tensors for part in tensor.parts):
+        if part.leaf.numel():  # a rule without moments never steps its own
+            part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
+        part.scratch.release()
 
 
 def tensors_kept(model: nn.Module, tensors: Sequence[TrainedTensor]) -> Iterator[Tensor]:
@@ -40,22 +47,23 @@ def tensors_kept(model: nn.Module, tensors: Sequence[TrainedTensor]) -> Iterator
             yield from (value for value in part.state().values() if torch.is_tensor(value))
 
 
-def state_bytes(tensors: Sequence[TrainedTensor]) -> int:
-    """Bytes of all that the inner optimizers of ``tensors`` keep, shared ones once."""
+def state_bytes(tensors: Sequence[TrainedTensor], streamed: Collection[int] = ()) -> int:
+    """Bytes of all that the inner optimizers of ``tensors`` keep, shared ones once, without ``streamed`` storages."""
     sizes = {}
     for part in (part for tensor in tensors for part in tensor.parts):
         for value in part.state().values():
             if torch.is_tensor(value):
                 sizes[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
-    return sum(sizes.values())
+    return sum(size for storage, size in sizes.items() if storage not in streamed)
 
 
-def _extra_bytes(tensors: Sequence[TrainedTensor]) -> int:
+def _extra_bytes(tensors: Sequence[TrainedTensor], streamed: Collection[int]) -> int:
     """Bytes of what ``tensors`` keep beside the model's tensors and the inner optimizers'."""
-    return sum(value.untyped_storage().nbytes() for tensor in tensors for value in tensor.tensors().values())
+    storages = (value.untyped_storage() for tensor in tensors for value in tensor.tensors().values())
+    return sum(storage.nbytes() for storage in storages if storage._cdata not in streamed)
 
 
-def _model_bytes(model: nn.Module) -> Counter[str]:
+def _model_bytes(model: nn.Module, streamed: Collection[int]) -> Counter[str]:
     """Bytes of a converted model's own tensors by category, shared ones once."""
     sizes: Counter[str] = Counter()
     seen: set[int] = set()
@@ -63,6 +71,8 @@ def _model_bytes(model: nn.Module) -> Counter[str]:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
+                if tensor.untyped_storage()._cdata in streamed:
+                    continue
                 sizes[_category(module, key, tensor)] += tensor.untyped_storage().nbytes()
     return sizes
 

@@ -6,7 +6,7 @@ yields every tensor as a function that makes a few rows at a time: initialised a
 whole (:func:`copied`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -180,16 +180,18 @@ def _rows_of(values: Tensor, a: int, b: int) -> Tensor:
     return values.view(as_matrix(values.shape))[a:b] if values.ndim else values
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
+def allocate(model: nn.Module, device: torch.device, in_host_memory: Collection[int] = ()) -> None:
     """Give every tensor of ``model`` memory on ``device``, in place; those on the meta device are left unset (bases
-    zero). Shared tensors stay shared, and Δ's and probes stay one expanded zero."""
+    zero). Shared tensors stay shared, and Δ's and probes stay one expanded zero. ``in_host_memory``: the identities of
+    tensors that do not go to the device."""
     fresh: dict[int, Tensor] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                if tensor is not None and tensor.device != device:
+                where = torch.device("cpu") if id(tensor) in in_host_memory else device
+                if tensor is not None and tensor.device != where:
                     if id(tensor) not in fresh:
-                        fresh[id(tensor)] = _real(tensor, device)
+                        fresh[id(tensor)] = _real(tensor, where)
                     table[key] = fresh[id(tensor)]
 
 

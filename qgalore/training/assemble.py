@@ -35,6 +35,7 @@ from .parts import Samples
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .run_lock import RunLock
 from .say import say
+from .streamed import Placing
 from .trial import order_of, try_layer_major
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
@@ -169,7 +170,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         "the data", lambda: build_data(config, tokenizer, day) if examples is None else examples.data()
     )
     check_same_bytes(source, saved, data.checksum)
-    model, loss = build_model(config, vocabulary, data.highest_id, device, team)
+    place = Placing(config)
+    model, loss = build_model(config, vocabulary, data.highest_id, device, team, place)
     _make_ready(config, model, tokenizer)
 
     # A trial decides in which order steps are taken. The plan is made again if that is not the order asked for.
@@ -177,6 +179,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     config, layout = try_layer_major(config, model, loss, data.train, device, team)
     planned = recheck(config, vocabulary, device, loss, planned, team.size, again=config.train.order != asked)
     optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
+    place.adopt(model, optimizer, layout)
     where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
     start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
     loop = Loop(
@@ -189,12 +192,12 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         evaluating=settings.of_evaluations(config),
         saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
         faults=settings.of_faults(config, planned),
-        order=order_of(config, model, optimizer, layout, settings.of_steps(config), team),
+        order=order_of(config, model, optimizer, layout, settings.of_steps(config), team, place.stream),
         start=start,
         team=team,
     )
     if team.leads:
-        describe(folder, config, vars(planned), model, tokenizer)
+        describe(folder, config, planned.numbers(), model, tokenizer)
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
 
 

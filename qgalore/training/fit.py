@@ -8,6 +8,7 @@ import torch
 
 from ..config import Config
 from ..config import bytes_of as budget_bytes
+from ..config.incompatible import problems
 from ..errors import ConfigError, DoesNotFitError, counted
 from ..memory import machine, orthogonal_work, plan, traffic
 from ..memory.resident import resident
@@ -17,10 +18,12 @@ from .model import Vocabulary, rule_of
 from .paper import on_paper, plan_for, shares_of
 from .proposals import PROPOSALS, candidates, changed, describe
 from .say import say
+from .streamed import streams
 from .trial import graphs_kept
 
 MARGIN = 1.2  # a peak is planned within 5 %; the rest is for gaps between blocks that a GPU's allocator cannot use
 CHECKPOINTING = "train.activation_checkpointing"
+STREAM = "memory.stream"
 
 
 def decide(
@@ -36,6 +39,8 @@ def decide(
     Fastest is to keep the graphs of all blocks from the forward pass, then those of as many blocks as the ``budget``
     has room for, with a margin. Where not even all blocks' inputs have room, they wait in host memory.
     """
+    if config.memory.stream == "auto":
+        return _least_streamed(config, vocabulary, device, budget, loss, processes)
     if config.train.activation_checkpointing != "auto":
         return config, plan_for(config, vocabulary, device, loss, processes)
 
@@ -43,6 +48,10 @@ def decide(
         chosen = changed(config, {CHECKPOINTING: choice})
         return chosen, plan_for(chosen, vocabulary, device, loss, processes)
 
+    if streams(config):  # a graph would hold on to the weights of its block
+        found = planned(True)
+        over = budget is not None and found[1].total > budget
+        return planned("offload") if over and device == "cuda" else found
     if budget is None:
         return planned(False)
     model, optimizer = on_paper(config, vocabulary, processes)
@@ -53,13 +62,29 @@ def decide(
         return whole
     none = planned(True)
     if none[1].total > budget:
-        split = shares_of(config, processes) > 1
-        can_offload = device == "cuda" and config.model.compile == "none" and not split
+        # where weights are split, activations wait in host memory in a walk alone
+        placed = none[1].walked or shares_of(config, processes) == 1
+        can_offload = device == "cuda" and config.model.compile == "none" and placed
         return planned("offload") if can_offload else none
     if none[1].total * MARGIN > budget:
         return none
     whole = whole or planned(False)
     return _with_some_graphs(planned, none, whole[1].total, len(blocks_of(model)), int(budget / MARGIN))
+
+
+def _least_streamed(
+    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None, processes: int
+) -> tuple[Config, plan.Plan]:
+    """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
+    found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, processes)
+    for choice in ("weights", "all"):
+        if budget is None or found[1].total <= budget:
+            break
+        tried = changed(config, {STREAM: choice})
+        if problems(tried) or processes > 1:
+            break
+        found = decide(tried, vocabulary, device, budget, loss, processes)
+    return found
 
 
 def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, blocks: int, room: int):
@@ -114,8 +139,10 @@ def settle(
         say("note", "train.activation_checkpointing: offload has nowhere to go from a CPU; taken as true")
         config = changed(config, {CHECKPOINTING: True})
     chosen, found = decide(config, vocabulary, device.type, limit.budget, processes=processes)
-    if chosen is not config:
-        say("memory", f"auto → {describe({CHECKPOINTING: chosen.train.activation_checkpointing})}")
+    left = {CHECKPOINTING: config.train.activation_checkpointing, STREAM: config.memory.stream}
+    now = {CHECKPOINTING: chosen.train.activation_checkpointing, STREAM: chosen.memory.stream}
+    if made := {key: now[key] for key, asked in left.items() if asked == "auto"}:
+        say("memory", f"auto → {describe(made)}")
     say("memory", f"planned peak {plan.human(found.total)} of {limit}")
     print(found, flush=True)
     for line in _remarks(chosen, found):
@@ -123,7 +150,7 @@ def settle(
     if rule_of(config) == "muon":
         say("muon", _orthogonalisation(chosen, vocabulary))
     if processes > 1:
-        _print_traffic(config, vocabulary, processes, whole // processes)
+        _print_traffic(config, vocabulary, processes, 1 if found.walked else whole // processes)
     _check(config, vocabulary, device, found, limit, processes)
     return changed(chosen, {"train.grad_accumulation": whole}), found
 
@@ -157,10 +184,24 @@ def _check(
     if limit.budget is not None and found.total > limit.budget:
         raise DoesNotFitError(_refusal(config, vocabulary, device, found, limit, processes))
     if limit.host is not None and found.host_total > limit.host:
+        remedy = (
+            f"lower lowrank.rank, or set {STREAM}=none to keep the blocks on the device"
+            if found.streamed is not None
+            else f"lower train.grad_accumulation, or set {CHECKPOINTING}=true to keep the blocks' inputs on the device"
+        )
         raise DoesNotFitError(
             f"the plan needs {plan.human(found.host_total)} of host memory, and there are {plan.human(limit.host)} "
-            f"(memory.host_budget). Raise memory.host_budget, lower train.grad_accumulation, or set {CHECKPOINTING}="
-            "true to keep the blocks' inputs on the device"
+            f"(memory.host_budget). Raise memory.host_budget, {remedy}"
+        )
+    if found.streamed is None or (device.type == "cuda" and not torch.cuda.is_available()):
+        return
+    here = machine.available(torch.device("cpu"))
+    needed = found.host_total + (found.total if device.type == "cpu" else machine.resident_set())
+    if here is not None and needed > here:
+        raise DoesNotFitError(
+            f"the plan needs {plan.human(needed)} of this machine's memory for streamed blocks"
+            f"{' and the device they are streamed to' if device.type == 'cpu' else ''}, and {plan.human(here)} are "
+            f"free. Lower lowrank.rank, take a smaller model, or set {STREAM}=none"
         )
 
 
@@ -170,6 +211,9 @@ def _remarks(config: Config, found: plan.Plan) -> list[str]:
         config.train.activation_checkpointing,
         counted(config.train.grad_accumulation, "micro-batch", "micro-batches"),
     )
+    if found.streamed is not None:
+        train = config.train
+        return [found.streamed.line(train.micro_batch_size * config.data.sequence_length * train.grad_accumulation)]
     if choice == "offload" and found.walked:
         return [f"the blocks' inputs of {many} wait in host memory, {plan.human(found.host_total)} of it page-locked"]
     if isinstance(choice, bool | str):
@@ -178,10 +222,12 @@ def _remarks(config: Config, found: plan.Plan) -> list[str]:
     return [f"the last {some} from the forward pass; the others run again in the backward pass"]
 
 
-def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, micro_batches: int) -> None:
-    """What each of ``processes`` sends in a step of so many ``micro_batches`` each."""
+def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, passes: int) -> None:
+    """What each of ``processes`` sends in a step of so many ``passes`` through the model and back: one for each
+    micro-batch, or a walk of all of them."""
     _, optimizer = on_paper(config, vocabulary, processes)
-    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, micro_batches)
+    optimizer.accumulate_in_fp32(config.train.order != "batch_major")
+    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, passes)
     sent = {name: traffic.ring(size, processes, name) for name, size in sizes.items()}
     say("wire", f"{plan.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
     for name, size in sent.items():

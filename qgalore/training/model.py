@@ -165,10 +165,15 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
 
 
 def build_model(
-    config: Config, vocabulary: Vocabulary, highest_id: int, device: torch.device, team: Team = ALONE
+    config: Config,
+    vocabulary: Vocabulary,
+    highest_id: int,
+    device: torch.device,
+    team: Team = ALONE,
+    place: Callable[[nn.Module, torch.device], None] = streaming.allocate,
 ) -> tuple[nn.Module, Loss]:
     """The model in its dtype, converted as the method says, on the device, made tensor by tensor, split over ``team``
-    if that is asked; and its loss."""
+    if that is asked; and its loss. ``place`` gives it memory, which may be elsewhere for a part."""
     model = architecture(config, vocabulary, partial(say, "model"))
     source = source_of(config, model)
     pretrained, note = config.model.path is not None, partial(say, "note")
@@ -187,7 +192,7 @@ def build_model(
             say("model", f"LoRA: {frozen} frozen; factors of rank {config.lowrank.rank} train")
     if config.parallel == "shard" and team.size > 1:
         shard_model(model, device)
-    streaming.allocate(model, device)
+    place(model, device)
     if anew := streaming.fill(model, source, "model"):
         many = counted(
             len(anew), "int8 weight has other groups here and is", "int8 weights have other groups here and are"

@@ -18,12 +18,14 @@ from ..lowrank.tensors.sharded import ShardedTensor, shareable
 from ..memory import machine, plan
 from ..memory.rehearsal import Order, PaperOptimizer, Step, on_paper_schedules
 from ..memory.stand_ins import Adam8bitShapes
-from ..memory.team_on_paper import TeamOnPaper
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from ..models.shapes import stored_config
-from ..step.blocks import Layout
+from ..parallel import ALONE
+from ..parallel.paper import PaperTeam
+from ..steps.blocks import Layout
+from ..steps.turns import AlwaysThere
 from . import loop_settings as settings
 from .model import (
     Vocabulary,
@@ -48,6 +50,7 @@ def has_weights(folder: Path) -> bool:
 def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
     """The converted model of a resolved configuration and its optimizer, all on the meta device, in the first of so
     many ``processes``."""
+    team = PaperTeam(0, processes) if processes > 1 else ALONE
     model = _shape(config, vocabulary)
     if vocabulary.labels is None:
         loading.untie_padding(model)
@@ -60,7 +63,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
     lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
     how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
     # With an energy of 1 a rank that is free to move takes all that it may.
-    find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, **how)
+    find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, team=team, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
     of_rule = RuleOptions(
         rule_rank(config), low.update_proj_gap, largest_rms=train.clip_update_rms, **rule_momentum(config)
@@ -78,7 +81,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
         stepping="manual",
         seed=config.run.seed,
         part_elements=part_elements(train.optimizer),
-        team=TeamOnPaper(0, processes),
+        team=team,
     )
     return model, optimizer
 
@@ -130,8 +133,7 @@ def _shared(model: torch.nn.Module, tensors: list[TrainedTensor], inner: str, sh
     for tensor in tensors:
         if tensor.module in inside:
             shareable(tensor.name, tensor.module, inner, shares, part_elements(inner))
-            find = replace(tensor.options, team=TeamOnPaper(0, shares))
-            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, find)
+            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, tensor.options)
         found.append(tensor)
     return found
 
@@ -167,6 +169,8 @@ def plan_for(
         micro_batches=train.grad_accumulation,
         device=device,
         layer_major=train.order != "batch_major",
+        slots=config.memory.slots if config.memory.stream in ("weights", "all") else 0,
+        state_streamed=config.memory.stream == "all",
     )
     outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}
     if device == "cpu":
@@ -178,7 +182,8 @@ def plan_for(
     how = replace(settings.of_steps(config), grad_accumulation=train.grad_accumulation * processes)
 
     def order(layout: Layout | None) -> Order:
-        return order_of(config, model, optimizer, layout, how, optimizer.team)
+        # Blocks that are gathered are counted above, outside the rehearsal.
+        return order_of(config, model, optimizer, layout, how, optimizer.team, AlwaysThere())
 
     return plan.plan(model, optimizer, step, train.stepping, order, outside)
 

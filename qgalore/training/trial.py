@@ -10,10 +10,10 @@ from ..lowrank.optimizer import LowRankOptimizer
 from ..models.loss import Loss
 from ..parallel import ALONE, Team
 from ..parallel.shards import Gathered
-from ..step.activations import Activations
-from ..step.blocks import Layout
-from ..step.trial import try_walk
-from ..step.turns import AlwaysThere, Turns
+from ..steps.activations import Activations
+from ..steps.blocks import Layout
+from ..steps.trial import try_walk
+from ..steps.turns import AlwaysThere, Turns
 from .parts import Samples, Stepping
 from .say import say
 from .stepping import BatchMajor, LayerMajor
@@ -55,12 +55,14 @@ def order_of(
     layout: Layout | None,
     how: Stepping,
     team: Team = ALONE,
+    turns: Turns | None = None,
 ) -> BatchMajor | LayerMajor:
-    """The order in which a run, or the plan of one, goes through its steps. ``layout``: of a model that is walked."""
+    """The order in which a run, or the plan of one, goes through its steps. ``layout``: of a model that is walked.
+    ``turns``: what happens around a block's turn, where that is not for the processes to say."""
     if layout is None:
         return BatchMajor(model, optimizer, how, team)
-    kept, turns = kept_in_walks(config, layout), turns_of(config, layout, team)
-    return LayerMajor(model, optimizer, how, layout, kept, team, turns)
+    turns = turns or turns_of(config, layout, team)
+    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout), team, turns)
 
 
 def kept_in_walks(config: Config, layout: Layout) -> Activations:

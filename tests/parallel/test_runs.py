@@ -145,7 +145,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from qgalore.files import checkpoint
-from qgalore.step import reducing
+from qgalore.steps import reducing
 from qgalore.training import loop
 import train
 step, write = loop.Loop._step, checkpoint.write_share

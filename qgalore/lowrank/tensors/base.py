@@ -8,6 +8,7 @@ turns a whole gradient into a new basis where one is due. ``step`` lets the inne
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,8 +19,11 @@ from torch.optim import Optimizer
 from ...parallel import ALONE, Team
 from ...parallel.pending import Share, Sum
 from ..inner.checked import Factory
+from ..rules.observed import Observation
 from ..subspace import ranks
 from ..subspace.moments import BLOCK
+
+STEPS_ON = "steps_on"  # an attribute of a leaf that waits in host memory for its turn: the device where it steps
 
 
 class Scratch:
@@ -183,6 +187,11 @@ class TrainedTensor(ABC):
         """Whether the inner optimizer has moments in a subspace that is refreshed."""
         return False
 
+    @property
+    def joins(self) -> Hashable:
+        """Tensors of one such key may step together (``WholeTensor.step_together``); None: it steps alone."""
+        return None
+
     def clamped_rank(self) -> int | None:
         """The rank that its rule uses, if the layer has no more than that; None if it is as asked."""
         return None
@@ -221,6 +230,10 @@ class TrainedTensor(ABC):
             mine = gradient if len(self.parts) == 1 else gradient[part.first : part.first + part.leaf.shape[0]]
             self.merge(part.step(mine, lr), part.first, scale, shrink, key)
         self.drop_gradient()
+
+    def observation(self) -> Observation | None:
+        """What was looked at in the step just taken, once; None in most steps."""
+        return None
 
     @abstractmethod
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
@@ -270,8 +283,8 @@ class TrainedTensor(ABC):
     # For the plans of memory and of what processes send.
 
     @abstractmethod
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        """Bytes that an ordinary step sends of it, by collective; see ``wire.payload``."""
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        """Bytes that an ordinary step sends of it, by collective; see ``traffic.payload``."""
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
         """Make this tensor, on the meta device, as large as it may become."""
@@ -281,12 +294,12 @@ def attach(tensors: list[TrainedTensor], factory: Factory, part_elements: int) -
     """Give every tensor its leaves and inner optimizers. One scratch memory for each device, as large as the largest
     leaf: only one leaf is real at a time. Returned unheld, and to be released after each step."""
     sizes: dict[torch.device, int] = {}
-    for tensor in tensors:
-        device = tensor.leaves()[0].device
+    devices = [getattr(tensor.leaves()[0], STEPS_ON, tensor.leaves()[0].device) for tensor in tensors]
+    for device, tensor in zip(devices, tensors, strict=True):
         sizes[device] = max(sizes.get(device, 0), tensor.largest_part(part_elements))
     scratches = {device: Scratch(size, device) for device, size in sizes.items()}
-    for tensor in tensors:
-        tensor.attach(scratches[tensor.leaves()[0].device], factory, part_elements)
+    for device, tensor in zip(devices, tensors, strict=True):
+        tensor.attach(scratches[device], factory, part_elements)
     free = [cast(ranks.Adaptive, tensor) for tensor in tensors if tensor.adaptive]
     ranks.share(free, factory)
     for scratch in scratches.values():

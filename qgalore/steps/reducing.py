@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,16 +66,16 @@ class Steps:
             return
         (tensors, pending), self._under_way = self._under_way, None
         pending.wait()
-        # A norm of rows is a sum over the team, which is better made for all at once.
-        together = [[tensor for tensor in tensors if tensor.shared]]
-        for group in together + [[tensor] for tensor in tensors if not tensor.shared]:
-            for tensor in group:
-                self.optimizer.prepare_summed(tensor)
-            if not self.keep:
-                self.optimizer.apply_tensors(group)
+        for tensor in tensors:
+            self.optimizer.prepare_summed(tensor)
+        if not self.keep:
+            self.optimizer.apply_tensors(tensors)
 
-    def abandon(self) -> None:
-        """Wait for the sums that are under way, of a step that has failed: all processes have begun them."""
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """After a failure, wait for the sums that are under way: all processes have begun them."""
         if self._under_way is not None:
             (_, pending), self._under_way = self._under_way, None
             with suppress(RankError):

@@ -1,0 +1,127 @@
+"""What streaming costs on paper: bytes on the host and in slots, bytes that travel in a step, and their time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..lowrank.tensors.base import TrainedTensor
+from ..models.compiling import blocks_of
+from ..steps.blocks import Layout
+from ..steps.streaming.records import GROUPS, Record, fields_of_block, fields_of_state, lay_out, used_elsewhere
+from . import orthogonal_work
+
+LINK = 12.5e9  # bytes a second, each way: PCIe 4 with 8 lanes, as many cards for 16 GB have
+SPEED = 40e12  # operations a second in bf16, as such a card reaches in large products
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The ``records`` of a model's blocks, ``slots`` of which have room on the device. ``weights``: by block, how many
+    a token is multiplied with."""
+
+    records: list[Record]
+    slots: int
+    weights: list[float]
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(record.nbytes for record in self.records)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot."""
+        return max(record.nbytes for record in self.records)
+
+    def on_device(self) -> dict[str, int]:
+        """Bytes by category. A step that makes an optimizer's state anew has that of a block beside its slot."""
+        state = max(record.size(("state",)) for record in self.records)
+        return {f"slots of {self.slots} blocks": self.slots * self.slot_bytes, "a block's first moments": state}
+
+    def storages(self) -> set[int]:
+        """The identities of the storages, on the meta device, that are in the records."""
+        found = (entry.find() for record in self.records for entry in record.fields)
+        return {tensor.untyped_storage()._cdata for tensor in found if tensor is not None}
+
+    def bytes_in(self) -> int:
+        """Of a step: all weights in the forward direction. Then all records, but for the weights of the last blocks,
+        which are still in their slots."""
+        kept = self.records[len(self.records) - self.slots :] if self.slots < len(self.records) else self.records
+        weights = sum(record.size(("weights",)) for record in self.records)
+        return weights + self.host_bytes - sum(record.size(("weights",)) for record in kept)
+
+    def bytes_out(self) -> int:
+        """Of a step without a refresh: weights and state of all blocks. A block with a refresh adds its bases."""
+        return sum(record.size(GROUPS[1:]) for record in self.records)
+
+    def tokens_to_hide(self, link: float = LINK, speed: float = SPEED) -> int:
+        """The tokens of a step from which every copy takes no longer than the arithmetic of the block beside it.
+
+        A block computes 2 operations for each weight and token in the forward direction and 6 in the backward one,
+        which runs it again. Attention is left out, so that a few tokens fewer may do. With two slots a block's record
+        comes after another one's has gone back; with more they pass each other.
+        """
+        most = 0.0
+        for record, weights in zip(self.records, self.weights, strict=True):
+            back, forth = record.size(GROUPS[1:]), record.nbytes
+            travelling = back + forth if self.slots == 2 else max(back, forth)
+            forward = record.size(("weights",)) / link * speed / (2.0 * weights)
+            most = max(most, forward, travelling / link * speed / (6.0 * weights))
+        return round(most)
+
+    def line(self, tokens: int) -> str:
+        """What the plan says of the copies of a step of so many ``tokens``."""
+        enough = self.tokens_to_hide()
+        hidden = "they hide behind the arithmetic" if tokens >= enough else "they do not hide behind the arithmetic"
+        return (
+            f"{self.bytes_in() / 1e9:.1f} GB to the device and {self.bytes_out() / 1e9:.1f} GB back in a step; at "
+            f"{LINK / 1e9:g} GB/s each way and {SPEED / 1e12:g} TFLOP/s {hidden} of {tokens:,} tokens, as they do from "
+            f"{enough:,} on"
+        )
+
+
+def on_paper(
+    model: nn.Module, blocks: Sequence[nn.Module], tensors: Sequence[TrainedTensor], slots: int, state: bool
+) -> Streamed:
+    """The records of ``blocks`` of a converted ``model`` on the meta device, with the optimizer's ``state`` for them or
+    without."""
+    elsewhere, known = used_elsewhere(model, blocks), {}
+    records, weights = [], []
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    for block in blocks:
+        fields = fields_of_block(block, elsewhere)
+        if state:
+            fields += fields_of_state(_stepped_in(block, tensors, elsewhere), known)
+        records.append(lay_out(fields))
+        weights.append(sum(m.rows * m.columns * m.tokens for m in orthogonal_work.matrices(block, chosen)))
+    return Streamed(records, slots, weights)
+
+
+def _stepped_in(block: nn.Module, tensors: Sequence[TrainedTensor], elsewhere: set[int]) -> list[TrainedTensor]:
+    inside: set[Any] = {id(parameter) for parameter in block.parameters()}
+    return [t for t in tensors if id(t.leaves()[0]) in inside and id(t.stored) not in elsewhere]
+
+
+def blocks_to_stream(model: nn.Module) -> list[nn.Module]:
+    """The blocks that may live in host memory. Raises :class:`ConfigError` if there are none."""
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ConfigError(_not_walked(model, "transformers marks none of its modules as blocks"))
+    return blocks
+
+
+def check_blocks(model: nn.Module, layout: Layout | None, blocks: Sequence[nn.Module]) -> None:
+    """Raise :class:`ConfigError` unless a walk goes through just these ``blocks``."""
+    if layout is None or list(layout.blocks) != list(blocks):
+        found = "none" if layout is None else f"the {len(layout)} of {layout.name}"
+        raise ConfigError(_not_walked(model, f"a walk goes through {found}, of the {len(blocks)} that are marked"))
+
+
+def _not_walked(model: nn.Module, why: str) -> str:
+    """What to say of a model whose blocks cannot be streamed."""
+    return (
+        f"memory.stream needs a model whose blocks are called one after the other, and {type(model).__name__} is not "
+        f"such a one: {why}. Set memory.stream=none"
+    )

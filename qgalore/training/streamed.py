@@ -1,0 +1,58 @@
+"""The blocks of a run that live in host memory, if ``memory.stream`` asks for that."""
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..lowrank.optimizer import LowRankOptimizer
+from ..memory.plan import human
+from ..memory.streamed import blocks_to_stream, check_blocks
+from ..models import streaming
+from ..steps.blocks import Layout
+from ..steps.streaming.locking import Locked, lock
+from ..steps.streaming.records import fields_of_block, used_elsewhere
+from ..steps.streaming.stream import Stream
+from .say import say
+
+
+def streams(config: Config) -> bool:
+    """Whether some of the blocks live in host memory."""
+    return config.memory.stream in ("weights", "all")
+
+
+class Placing:
+    """Gives a model on the meta device memory: on the device, or in the records of ``stream``, which it makes."""
+
+    stream: Stream | None = None
+    locked: Locked | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, model: nn.Module, device: torch.device) -> None:
+        """Unset memory for all tensors; those of a block go straight into its record."""
+        if not streams(self.config):
+            streaming.allocate(model, device)
+            return
+        blocks = blocks_to_stream(model)
+        elsewhere = used_elsewhere(model, blocks)
+        waiting = {id(entry.find()) for block in blocks for entry in fields_of_block(block, elsewhere)}
+        streaming.allocate(model, device, in_host_memory=waiting)
+        self.stream = Stream(model, blocks, device, slots=self.config.memory.slots, filled=False)
+
+    def adopt(self, model: nn.Module, optimizer: LowRankOptimizer, layout: Layout | None) -> None:
+        """Let the optimizer's state travel with the blocks, if that is asked for, and lock the records' pages for a
+        GPU. Raises :class:`ConfigError` if the walk is through other blocks."""
+        stream = self.stream
+        if stream is None:
+            return
+        check_blocks(model, layout, stream.blocks)
+        stream.adopt(optimizer, state=self.config.memory.stream == "all")
+        say(
+            "stream",
+            f"{len(stream.blocks)} blocks in {human(stream.host_bytes)} of host memory, {stream.count} slots of "
+            f"{human(stream.device_bytes // stream.count)} on {stream.device.type}",
+        )
+        if stream.device.type == "cuda":
+            self.locked = lock([record.memory for record in stream.records if record.memory is not None])
+            say("stream", str(self.locked))

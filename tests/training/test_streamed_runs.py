@@ -1,0 +1,113 @@
+"""Runs whose blocks live in host memory: the same bits as resident ones, wherever they stop and go on."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from helpers import assert_same, final_state, rows
+
+ALL = "memory.stream=all"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def losses(run: str) -> list:
+    return [(row.get("loss"), row.get("eval_loss"), row.get("grad_norm")) for row in rows(f"{run}/metrics.jsonl")]
+
+
+def test_a_streamed_run_is_a_resident_one(tiny_run):
+    code, _, err = tiny_run("run.name=resident", "train.grad_accumulation=2")
+    assert code == 0, err
+    code, out, err = tiny_run("run.name=streamed", "train.grad_accumulation=2", ALL, "memory.slots=3")
+    assert code == 0, err
+    assert "stream:    2 blocks in" in out
+    assert "host total" in out
+    assert_same(final_state("runs/streamed"), final_state("runs/resident"))
+    assert losses("runs/streamed") == losses("runs/resident")
+    exports = [Path(f"runs/{name}/export/hf/model.safetensors").read_bytes() for name in ("streamed", "resident")]
+    assert exports[0] == exports[1]
+
+
+@pytest.mark.slow
+def test_streaming_may_begin_and_end_when_a_run_is_resumed(tiny_run):
+    for steps, stream in ((2, "all"), (4, "none"), (6, "weights")):
+        code, _, err = tiny_run(
+            "run.name=parts", f"train.max_steps={steps}", "train.lr_schedule=constant", "export.formats=[]",
+            f"memory.stream={stream}", *(["--resume", "auto"] if steps > 2 else []),
+        )  # fmt: skip
+        assert code == 0, err
+    assert tiny_run("run.name=flat", "train.lr_schedule=constant", "export.formats=[]")[0] == 0
+    assert_same(final_state("runs/parts"), final_state("runs/flat"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("train.clip_grad_norm=1", "train.clip_grad_norm: 1"),
+        ("train.order=batch_major", "train.order: batch_major"),
+        ("method=lora", "method: lora"),
+        ("lowrank.rank=auto", "lowrank.rank: auto"),
+        ("model.compile=blocks", "model.compile: blocks"),
+        ("train.activation_checkpointing=false", "train.activation_checkpointing: false"),
+        ("train.activation_checkpointing=1", "train.activation_checkpointing: 1"),
+        ("parallel=shard", "parallel: shard"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_at_once(tiny_run, change, named):
+    code, _, err = tiny_run(ALL, change)
+    assert code == 2
+    assert f"{named} does not go with memory.stream: all" in err
+    assert not Path("cache").exists()
+
+
+def test_several_processes_are_refused(tiny_run):
+    from qgalore import config
+    from qgalore.errors import ConfigError
+
+    made = config.load("tiny.yaml", [ALL, "train.grad_accumulation=2"])
+    with pytest.raises(ConfigError, match=r"memory\.stream: all is for one process, and there are 2"):
+        config.resolve(made, "cpu", False, processes=2)
+
+
+def test_a_host_budget_that_is_too_small_is_refused(tiny_run):
+    code, _, err = tiny_run("--plan", ALL, "memory.host_budget=0.01MiB")
+    assert code == 3
+    assert "host memory" in err
+    assert "memory.host_budget" in err
+    assert "lowrank.rank" in err
+
+
+KILLED = """
+    import os, sys
+    import train
+    from qgalore.steps.streaming import copies
+
+    class Killing(copies.ThreadCopies):
+        left = 13
+
+        def start(self, way, target, source, span, after, what):
+            if way == "out":
+                Killing.left -= 1
+                if Killing.left == 0:
+                    self._delay = lambda: os._exit(9)  # with one half of the record written
+            return super().start(way, target, source, span, after, what)
+
+    copies.ThreadCopies = Killing
+    sys.exit(train.main(["--config", "tiny.yaml", "run.name=cut", "memory.stream=all", "train.save_every=2"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_write_back_goes_on_from_its_checkpoint(tiny_run):
+    assert tiny_run("run.name=whole", "train.save_every=2")[0] == 0
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED)], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert killed.returncode == 9
+    code, out, err = tiny_run("run.name=cut", ALL, "train.save_every=2", "--resume", "auto")
+    assert code == 0, err
+    assert "step-00000002" in out or "step-00000004" in out
+    assert_same(final_state("runs/cut"), final_state("runs/whole"))
