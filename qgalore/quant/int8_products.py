@@ -58,7 +58,8 @@ def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
     Scaled and summed up with the bias in fp32, rounded once: the first formula above.
     """
     rounded, step = round_tokens(x.reshape(-1, x.shape[-1]))
-    y = _integer_product(rounded, q.T) * step  # int32 · fp32 → fp32
+    # The product of int32 and fp32 is fp32.
+    y = _integer_product(rounded, q.T) * step
     scale = scale.view(-1).to(torch.float32)
     y = y.mul_(scale) if bias is None else torch.addcmul(bias.to(torch.float32), y, scale)
     return y.to(x.dtype).view(*x.shape[:-1], q.shape[0])

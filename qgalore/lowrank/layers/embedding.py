@@ -118,7 +118,8 @@ class TiedHead(nn.Module):
 
     def __init__(self, embedding: LowRankEmbedding, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.__dict__["embedding"] = embedding  # past nn.Module, which would register it
+        # Put past nn.Module, which would register it a second time.
+        self.__dict__["embedding"] = embedding
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
 
     @property

@@ -46,8 +46,10 @@ class LowRankLinear(nn.Module):
     right: Basis | None
     rank: int | None
     products: Products | None = None
-    code_key = "weight"  # the name of int8 codes in a state dict; qgalore.convert gives one that no other reader takes
-    max_rank: int | None = None  # here too for kinds with a constructor of their own
+    # The name of int8 codes in a state dict. qgalore.convert gives one that no other reader takes for weights.
+    code_key = "weight"
+    # Stated here too, for kinds with a constructor of their own.
+    max_rank: int | None = None
     mean_rank: int | None = None
 
     def __init__(
@@ -124,7 +126,8 @@ class LowRankLinear(nn.Module):
 
         Raises ``ValueError`` if they are to be int8 and a value is not finite.
         """
-        first, rows = shards.overlap(self.weight, first, rows)  # other processes may hold the rest
+        # Other processes may hold the rest of the rows.
+        first, rows = shards.overlap(self.weight, first, rows)
         part = slice(first, first + rows.shape[0])
         if self.weight_scale is None:
             shards.local(self.weight)[part] = rows

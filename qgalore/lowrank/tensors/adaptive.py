@@ -83,7 +83,8 @@ class AdaptiveTensor(ProjectedTensor):
 
     def restore(self, progress: dict[str, Any]) -> None:
         super().restore(progress)
-        if progress["rank"] != self.module.rank:  # the model's own tensors are yet to come
+        # The model's own tensors are yet to come, and need the rank that the checkpoint has.
+        if progress["rank"] != self.module.rank:
             self.module.set_rank(progress["rank"])
         for part in self.parts:
             _remake(part, self.part_shape(part, self.rank), None)
@@ -94,7 +95,8 @@ class AdaptiveTensor(ProjectedTensor):
         def wrapped() -> None:
             module = self.module
             rank, gradient = self.rank, module.delta.grad
-            if rank == self.max_rank and gradient is not None:  # a step, which makes nothing anew
+            # An ordinary step, which makes nothing anew.
+            if rank == self.max_rank and gradient is not None:
                 work()
                 return
             present = [(side, side.codes, side.scale) for side in self.bases if side is not None]
