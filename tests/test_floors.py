@@ -69,7 +69,7 @@ def test_train_script_is_short():
 
 
 def test_the_import_reader_sees_relative_imports(tmp_path):
-    assert imported_rooms(PACKAGE / "training" / "assemble.py") >= {"memory", "lowrank", "models"}
+    assert imported_rooms(PACKAGE / "training" / "assemble.py") >= {"memory", "config", "lowrank", "models"}
 
 
 def test_the_page_of_the_architecture_has_these_floors():

@@ -79,7 +79,8 @@ def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
         flat = scale.reshape(-1)
         y = module.int8_product(rounded, step, q, x.dtype, transposed=True, scale=flat, bias=bias)
         return y.view(*x.shape[:-1], q.shape[0])
-    y = _integer_product(rounded, q.T) * step  # int32 · fp32 → fp32
+    # The product of int32 and fp32 is fp32.
+    y = _integer_product(rounded, q.T) * step
     scale = scale.view(-1).to(torch.float32)
     y = y.mul_(scale)
     if bias is not None:

@@ -41,7 +41,8 @@ def _encode(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
         vectors = _normal(5, dim)
         vectors[1] = 0.0
         vectors[2] = _integers(dim, top=6) + 0.5
-        vectors[2, ::32] = 7.0  # a scale of exactly 1: the others are ties
+        # A scale of exactly 1, so that the other values are ties.
+        vectors[2, ::32] = 7.0
         got += module.encode_int4(vectors.to(device), int8.group_size_for(dim))
         wanted += basis.encode(vectors, "int4")
     return got, wanted
