@@ -177,6 +177,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         optimizer=optimizer,
         team=team,
     )
+    if place.stream is not None:
+        place.stream.collect()
     loop = Loop(
         model=model,
         loss=loss,
