@@ -17,7 +17,12 @@ def problems(config: Config) -> list[str]:
             "qgalore, galore or galore8bit",
         ),
         ("lowrank.rank", config.lowrank.rank, config.lowrank.rank != "auto", "a number, as records have a fixed size"),
-        ("train.clip_grad_norm", f"{train.clip_grad_norm:g}", train.clip_grad_norm == 0, "0, or train.clip_update_rms"),
+        (
+            "train.clip_grad_norm",
+            f"{train.clip_grad_norm:g}",
+            train.clip_grad_norm == 0,
+            "0",
+        ),
         (
             "train.activation_checkpointing",
             str(train.activation_checkpointing).lower(),
