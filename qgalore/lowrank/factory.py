@@ -151,7 +151,8 @@ def _tell_of_rounding(find: RefreshOptions, int8_layers: list[LowRankLinear]) ->
 
 
 def _tell_of_moments(moments: str, modules: dict[str, LowRankLinear]) -> None:
-    _tell_of_moments(moments, modules)
+    if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
+        print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
 
 
 def optimizer(
