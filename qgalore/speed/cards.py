@@ -41,10 +41,16 @@ def _plain(name: str) -> str:
     return "".join(name.lower().replace("nvidia", "").replace("geforce", "").split())
 
 
-def find(name: str) -> Card:
-    """The card that ``name`` means, as a user or a driver writes it. Raises :class:`ConfigError` if there is none."""
+def match(name: str) -> Card | None:
+    """The card that ``name`` means, as a user or a driver writes it; None if it is not in the table."""
     named = [card for card in CARDS if _plain(card.name) in _plain(name)]
-    if not named:
+    return max(named, key=lambda card: len(card.name), default=None)
+
+
+def find(name: str) -> Card:
+    """:func:`match`. Raises :class:`ConfigError` if there is none."""
+    card = match(name)
+    if card is None:
         known = ", ".join(card.name for card in CARDS)
         raise ConfigError(f"the card {name!r} is not in the table; give one of {known}")
-    return max(named, key=lambda card: len(card.name))
+    return card

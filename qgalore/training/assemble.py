@@ -14,7 +14,6 @@ from .. import config as configuration
 from ..config import Config
 from ..errors import ConfigError
 from ..lowrank.inner import checked
-from ..lowrank.optimizer import LowRankOptimizer
 from ..memory import plan as memory_plan
 from ..models.compiling import check_compiler
 from ..models.loading import local_folder
@@ -22,7 +21,6 @@ from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
-from ..steps.blocks import Layout
 from . import classification
 from . import loop_settings as settings
 from .checks import check_data, check_model
@@ -37,9 +35,8 @@ from .parts import Samples
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .run_lock import RunLock
 from .say import say
-from .stepping import BatchMajor, LayerMajor
 from .streamed import Placing
-from .trial import kept_in_walks, try_layer_major, turns_of
+from .trial import order_of, try_layer_major
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
 
@@ -195,23 +192,13 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         evaluating=settings.of_evaluations(config),
         saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
         faults=settings.of_faults(config, planned),
-        order=_order(config, model, optimizer, layout, team, place),
+        order=order_of(config, model, optimizer, layout, settings.of_steps(config), team, place.stream),
         start=start,
         team=team,
     )
     if team.leads:
         describe(folder, config, planned.numbers(), model, tokenizer)
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
-
-
-def _order(
-    config: Config, model: nn.Module, optimizer: LowRankOptimizer, layout: Layout | None, team: Team, place: Placing
-) -> BatchMajor | LayerMajor:
-    stepping = settings.of_steps(config)
-    if layout is None:
-        return BatchMajor(model, optimizer, stepping, team)
-    kept, turns = kept_in_walks(config, layout), place.stream or turns_of(config, layout, team)
-    return LayerMajor(model, optimizer, stepping, layout, kept, team, turns)
 
 
 def _run_state(config: Config, model: nn.Module, data: BuiltData, day: date) -> dict[str, Any]:

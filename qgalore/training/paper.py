@@ -1,5 +1,6 @@
 """A run on paper: its model and optimizer on the meta device, and the plan of its memory that they give."""
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from ..models.shapes import stored_config
 from ..parallel import ALONE
 from ..parallel.paper import PaperTeam
 from ..steps.blocks import Layout
+from ..steps.turns import AlwaysThere
+from . import loop_settings as settings
 from .model import (
     Vocabulary,
     adapt_as,
@@ -35,10 +38,8 @@ from .model import (
     rule_of,
     rule_rank,
 )
-from .parts import Stepping
 from .say import say
-from .stepping import BatchMajor, LayerMajor
-from .trial import kept_in_walks
+from .trial import order_of
 
 
 def has_weights(folder: Path) -> bool:
@@ -46,10 +47,10 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
-    """The converted model of a resolved configuration and its optimizer, all on the meta device, for the first of so
-    many processes that have ``shares`` in a step."""
-    team = PaperTeam(0, shares) if shares > 1 else ALONE
+def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
+    """The converted model of a resolved configuration and its optimizer, all on the meta device, in the first of so
+    many ``processes``."""
+    team = PaperTeam(0, processes) if processes > 1 else ALONE
     model = _shape(config, vocabulary)
     if vocabulary.labels is None:
         loading.untie_padding(model)
@@ -64,9 +65,11 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
     # With an energy of 1 a rank that is free to move takes all that it may.
     find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, team=team, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
-    of_rule = RuleOptions(rule_rank(config), low.update_proj_gap, **rule_momentum(config))
+    of_rule = RuleOptions(
+        rule_rank(config), low.update_proj_gap, largest_rms=train.clip_update_rms, **rule_momentum(config)
+    )
     tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
-    if _splits(config, shares):
+    if (shares := shares_of(config, processes)) > 1:
         tensors = _shared(model, tensors, train.optimizer, shares)
     on_paper_schedules(tensors)
     optimizer = PaperOptimizer(
@@ -83,9 +86,9 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
     return model, optimizer
 
 
-def _splits(config: Config, shares: int) -> bool:
-    """Whether the processes split the weights."""
-    return config.parallel == "shard" and shares > 1
+def shares_of(config: Config, processes: int) -> int:
+    """Among how many of ``processes`` the rows of the layers in blocks are split."""
+    return processes if config.parallel == "shard" else 1
 
 
 def _shape(config: Config, vocabulary: Vocabulary) -> torch.nn.Module:
@@ -144,11 +147,11 @@ def gathered(model: torch.nn.Module) -> int:
 
 
 def plan_for(
-    config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None, shares: int = 1
+    config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None, processes: int = 1
 ) -> plan.Plan:
-    """The plan of a resolved configuration for the first of so many processes that have ``shares`` in a step, whose own
-    micro-batches ``train.grad_accumulation`` counts. ``loss``: the one it will use, where that is known already."""
-    model, optimizer = on_paper(config, vocabulary, shares)
+    """The plan of a resolved configuration for one of ``processes``, whose own ``train.grad_accumulation`` it states.
+    ``loss``: the one it will use, where that is known already."""
+    model, optimizer = on_paper(config, vocabulary, processes)
     if vocabulary.labels is not None:
         loss = classify.rehearsal_loss(vocabulary.labels.outputs)
     elif loss is None:
@@ -172,27 +175,17 @@ def plan_for(
     outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}
     if device == "cpu":
         outside = {"this process so far": machine.resident_set()}
-    if _splits(config, shares):
+    if shares_of(config, processes) > 1:
         outside["gathered blocks"] = gathered(model)
     if config.model.compile == "blocks":
         outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
-    return plan.plan(model, optimizer, step, train.stepping, partial(_order, config, model, optimizer), outside)
+    how = replace(settings.of_steps(config), grad_accumulation=train.grad_accumulation * processes)
 
+    def order(layout: Layout | None) -> Order:
+        # Blocks that are gathered are counted above, outside the rehearsal.
+        return order_of(config, model, optimizer, layout, how, optimizer.team, AlwaysThere())
 
-def _order(config: Config, model: torch.nn.Module, optimizer: PaperOptimizer, layout: Layout | None) -> Order:
-    """The trainer's own."""
-    train = config.train
-    how = Stepping(
-        lr_at=lambda step: train.lr,
-        seed=config.run.seed,
-        max_steps=2,
-        micro_batch_size=train.micro_batch_size,
-        grad_accumulation=train.grad_accumulation * optimizer.team.size,
-        clip_grad_norm=train.clip_grad_norm,
-    )
-    if layout is None:
-        return BatchMajor(model, optimizer, how, optimizer.team)
-    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout), optimizer.team)
+    return plan.plan(model, optimizer, step, train.stepping, order, outside)
 
 
 def compiled_gradients(model: torch.nn.Module, leaf: str | None) -> int:

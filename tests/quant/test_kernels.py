@@ -172,7 +172,7 @@ def product_and_exact(delta, stored, side):
     from qgalore.quant import kernels_write as kernels
 
     rows, width = (stored.dim, delta.shape[1]) if side == "left" else (delta.shape[0], stored.dim)
-    tile = kernels.merge_tile(side, 128)
+    tile = kernels.merge_tile(side, 128, True)
     grid = (-(-rows // tile["rows"]), -(-width // tile["columns"]))
     out = torch.empty(rows, width, device=DEVICE)
     shape = (rows, width, stored.codes.shape[0], stored.codes.shape[1], 128, stored.scale.shape[1], 0)
