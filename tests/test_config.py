@@ -81,7 +81,10 @@ def test_all_problems_come_at_once_with_suggestions():
         ({**SHARD, "lowrank": {"proj_type": "right", "embeddings": "int8"}}, "lowrank.embeddings: int8 does not go"),
         ({**SHARD, "model": {"config": "llama_60m", "compile": "blocks"}}, "model.compile: blocks does not go"),
         ({**SHARD, "train": {**LEAST["train"], "optimizer": "adamw4bit"}}, "use adamw8bit or adamw, or parallel"),
-        ({**SHARD, "train": {**LEAST["train"], "activation_checkpointing": "offload"}}, "use true, or parallel"),
+        (
+            {**SHARD, "train": {**LEAST["train"], **PLAIN, "activation_checkpointing": "offload"}},
+            "use true or train.order: layer_major, or parallel",
+        ),
         ({**change(export={"formats": ["int8"]}), "method": "galore"}, "int8 needs int8 weights"),
         (change(train={"betas": [0.9, 1.0]}), "train.betas is [0.9, 1.0]; it must be a list of two values"),
         (change(train={"lr": float("inf")}), "train.lr"),

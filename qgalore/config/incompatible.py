@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import combinations
-from . import streamed
+from . import sharded, streamed
 from .sections import ADAMS, METHODS, Config, DataSection, TrainSection
 
 # The keys behind the arguments of convert() and optimizer() for which conflicts are stated in ``combinations``.
@@ -107,42 +107,6 @@ def _adam_only(config: Config) -> Iterable[str]:
         yield f"train.betas, train.eps: {train.optimizer} takes its options from train.optimizer_options"
 
 
-def _sharded(config: Config) -> list[str]:
-    """What weights split by rows do not go with."""
-    if config.parallel != "shard":
-        return []
-    low, train, model = config.lowrank, config.train, config.model
-    right = low.proj_type == "right" or low.rank == "full"
-    wanted = (
-        (
-            "method",
-            config.method,
-            METHODS[config.method][0] and config.method != "lora",
-            "qgalore, galore or galore8bit",
-        ),
-        ("lowrank.proj_type", low.proj_type, right, "right: a left basis moves every row by the whole of Δ"),
-        ("lowrank.rank", low.rank, low.rank != "auto", "a number"),
-        ("lowrank.rule", low.rule, low.rule == "galore", "galore: another rule's update hangs on the whole matrix"),
-        ("lowrank.embeddings", low.embeddings, low.embeddings == "full", "full, which each process holds whole"),
-        ("model.compile", model.compile, model.compile == "none", "none"),
-        ("model.compute", model.compute, model.compute == "bf16", "bf16"),
-        ("train.optimizer", train.optimizer, train.optimizer in (None, "adamw8bit", "adamw"), "adamw8bit or adamw"),
-        ("train.stepping", train.stepping, train.stepping != "fused" or not _batch_major(config), "deferred"),
-        (
-            "train.activation_checkpointing",
-            train.activation_checkpointing,
-            train.activation_checkpointing != "offload" or not _batch_major(config),
-            "true or train.order: layer_major",
-        ),
-        ("data.task", config.data.task, config.data.task != "classify", "text or instruct"),
-    )
-    return [
-        f"{key}: {value} does not go with parallel: shard; use {remedy}, or parallel: replicate"
-        for key, value, fine, remedy in wanted
-        if not fine
-    ]
-
-
 def _compute(config: Config) -> list[str]:
     low = config.lowrank
     trained = _trains_converted(config)
@@ -237,7 +201,7 @@ TABLE = (
         "as rank. It also needs full embeddings, 8-bit or fp32 Adam, and a task other than `classify`. It does not go "
         "with compiled blocks or integer products. In batch-major steps it needs deferred stepping, and does not go "
         "with offloaded activations.",
-        _sharded,
+        sharded.problems,
     ),
     Conflict(
         ("memory.stream",),

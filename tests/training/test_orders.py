@@ -212,3 +212,7 @@ def test_what_cannot_be_walked_says_so_and_steps_batch_major(tiny_run, monkeypat
     assert code == 2
     assert "cannot be walked" in err
     assert "train.full_gradients: keep" in err
+    code, _, err = tiny_run(*WALKED, "run.name=asked")
+    assert code == 2
+    assert "train.order is layer_major, but LlamaForCausalLM cannot be walked block by block" in err
+    assert "Set train.order=batch_major or auto" in err
