@@ -44,12 +44,13 @@ class Work:
         return self.fixed * (1.0 - share) / (share * self.per_token)
 
 
-def count(matrices: Iterable[Matrix], recomputed: bool) -> Work:
+def count(matrices: Iterable[Matrix], recomputed: float) -> Work:
     """The work of a step. A token takes 2 operations for each value of a weight in the forward pass, 4 in the backward
-    pass, and 2 more where activations are ``recomputed``. Attention and elementwise operations are not counted."""
+    pass, and 2 more in the share of blocks that are ``recomputed``. Attention and elementwise operations are not
+    counted."""
     found = list(matrices)
     fixed = sum(orthogonal.flop(m.rows, m.columns) for m in found if m.orthogonalised)
-    each = 8.0 if recomputed else 6.0
+    each = 6.0 + 2.0 * recomputed
     return Work(fixed, sum(each * m.rows * m.columns * m.tokens for m in found))
 
 

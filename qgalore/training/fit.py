@@ -19,6 +19,7 @@ from .paper import on_paper, plan_for, shares_of
 from .proposals import PROPOSALS, candidates, changed, describe
 from .say import say
 from .streamed import streams
+from .trial import graphs_kept
 
 MARGIN = 1.2  # a peak is planned within 5 %; the rest is for gaps between blocks that a GPU's allocator cannot use
 CHECKPOINTING = "train.activation_checkpointing"
@@ -217,7 +218,7 @@ def _remarks(config: Config, found: plan.Plan) -> list[str]:
         return [f"the blocks' inputs of {many} wait in host memory, {plan.human(found.host_total)} of it page-locked"]
     if isinstance(choice, bool | str):
         return []
-    some = counted(choice, "block keeps its graph", "blocks keep their graphs")
+    some = "block keeps its graph" if choice == 1 else f"{choice} blocks keep their graphs"
     return [f"the last {some} from the forward pass; the others run again in the backward pass"]
 
 
@@ -237,7 +238,8 @@ def _orthogonalisation(config: Config, vocabulary: Vocabulary) -> str:
     """The share of a step's arithmetic in one process, whose ``train.grad_accumulation`` is given."""
     model, _ = on_paper(config, vocabulary)
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    recomputed = config.train.activation_checkpointing is not False
+    blocks = max(1, len(blocks_of(model)))
+    recomputed = 1.0 - graphs_kept(config, blocks) / blocks
     work = orthogonal_work.count(orthogonal_work.matrices(model, chosen), recomputed)
     tokens = config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation
     return orthogonal_work.line(work, tokens)
