@@ -8,10 +8,11 @@ with ``kernels=triton`` and at most 15.5 GiB. Its row is kept in DIR/NAME.json a
 the same DIR again, the script goes on with the cases that have no row. It starts none after ``--minutes``, and ends one
 that takes longer.
 
-The text is the quickstart's; a case starts from random weights. Columns, in GiB: ``plan`` the planned peak, ``allocated``
-and ``reserved`` what PyTorch measured (without the CUDA context, which the plan assumes). ``first`` is the first step,
-which finds all bases, in seconds. tokens/s and ms are medians over the steps of the second half. ``useful`` counts the
-matrix products that the method cannot do without (tools/bench.py), as a share of what a large bf16 product reaches here.
+The text is the quickstart's; a case starts from random weights. Columns, in GiB: ``plan`` the planned peak,
+``allocated`` and ``reserved`` what PyTorch measured (without the CUDA context, which the plan assumes). ``first`` is
+the first step, which finds all bases, in seconds. tokens/s and ms are medians over the steps of the second half.
+``useful`` counts the matrix products that the method cannot do without (tools/bench.py), as a share of what a large
+bf16 product reaches here.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def _merge(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
     """Both sides and both kinds of groups, in sizes that a GPU reads in large words and in odd ones; a rank that ends
     in the middle of a tile, rows of a larger tensor, scales that move and that stay."""
     got, wanted = [], []
-    for rows, width, group, rank in ((80, 256, 128, 48), (80, 256, 256, 48), (37, 192, 64, 35), (37, 33, 33, 5)):
+    for rows, width, group, rank in ((64, 256, 128, 48), (64, 256, 256, 48), (37, 192, 64, 35), (37, 33, 33, 5)):
         for side, shrink, s in (("right", 0.0, 0.25), ("left", 0.01, 64.0)):
             dim, inner = (rows, width) if side == "left" else (width, rows)
             vectors = _integers(rank, dim, top=7)

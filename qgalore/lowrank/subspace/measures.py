@@ -192,6 +192,8 @@ def int8_change(stored: Stored, before: Lines | None) -> dict[str, float | None]
     groups that were given a new scale, and :func:`noise_share`. All None for a weight that is not int8."""
     if before is None:
         return {"int8_changed": None, "int8_rescaled": None, "int8_noise_share": None}
+    here = stored.weight.device  # a streamed weight is in host memory again
+    before = Lines(before.dim, before.start, before.integers.to(here), before.scale.to(here))
     count = before.integers.shape[before.dim]
     basis = stored.right if before.dim == 0 else stored.left
     assert stored.weight_scale is not None, "a weight was int8 before a merge and is not after it"

@@ -46,12 +46,14 @@ class Scratch:
 @dataclass
 class Part:
     """Rows of a tensor that step together: ``leaf`` is an fp32 view into ``scratch``, which all parts share, real only
-    while ``inner`` steps it from zero; ``first`` is its first row."""
+    while ``inner`` steps it from zero; ``first`` is its first row. ``rests_on``: where the state is between two steps,
+    if not beside the leaf."""
 
     first: int
     leaf: nn.Parameter
     inner: Optimizer
     scratch: Scratch
+    rests_on: torch.device | None = None
 
     def state(self) -> dict[str, Any]:
         """What the inner optimizer keeps for the leaf; empty before the first step."""
@@ -63,7 +65,9 @@ class Part:
         if state:
             self.inner.state[self.leaf] = {
                 # torch keeps Adam's step count on the CPU on purpose. Other tensors belong beside the leaf.
-                name: value.to(self.leaf.device) if torch.is_tensor(value) and name != "step" else value
+                name: value.to(self.rests_on or self.leaf.device)
+                if torch.is_tensor(value) and name != "step"
+                else value
                 for name, value in state.items()
             }
 
