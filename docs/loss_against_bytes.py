@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
 NAMES = {  # of the variants at their best rates, and where their labels stand beside the point, in points
     "adamw": ("AdamW, fp32", (-8, 8, "right")),
-    "muon fp32": ("Muon, fp32", (-8, 8, "right")),
-    "muon 8bit": ("muon 8bit on int8", (8, 2, "left")),
-    "muon 4bit": ("muon 4bit on int8", (8, -10, "left")),
-    "qgalore": ("Q-GaLore", (8, 4, "left")),
+    "muon fp32": ("Muon, fp32", (8, -3, "left")),
+    "muon 8bit": ("muon 8bit on int8", (8, -9, "left")),
+    "muon 4bit": ("muon 4bit on int8", (8, 5, "left")),
+    "qgalore": ("Q-GaLore", (8, -5, "left")),
     "fira": ("Fira on int8", (8, -8, "left")),
     "sinkgd": ("SinkGD on int8, no state", (8, 4, "left")),
 }

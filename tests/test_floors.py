@@ -61,7 +61,7 @@ def test_every_room_is_on_a_floor():
 
 def test_no_room_below_training_knows_the_configuration():
     users = {room(path) for path in MODULES if "config" in imported_rooms(path)}
-    assert users - {"config"} == {"training", "cli"}
+    assert users - {"config"} <= {"training", "cli", "doctor"}
 
 
 def test_train_script_is_short():
@@ -69,7 +69,7 @@ def test_train_script_is_short():
 
 
 def test_the_import_reader_sees_relative_imports(tmp_path):
-    assert imported_rooms(PACKAGE / "training" / "assemble.py") >= {"memory", "steps", "lowrank", "models"}
+    assert imported_rooms(PACKAGE / "training" / "assemble.py") >= {"memory", "config", "lowrank", "models"}
 
 
 def test_the_page_of_the_architecture_has_these_floors():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import combinations
+from . import streamed
 from .sections import ADAMS, METHODS, Config, DataSection, TrainSection
 
 # The keys behind the arguments of convert() and optimizer() for which conflicts are stated in ``combinations``.
@@ -142,32 +143,6 @@ def _sharded(config: Config) -> list[str]:
     ]
 
 
-def _streamed(config: Config) -> list[str]:
-    """What blocks that live in host memory do not go with."""
-    stream, train = config.memory.stream, config.train
-    if stream in ("none", "auto"):
-        return []
-    wanted = (
-        ("train.order", train.order, not _batch_major(config), "layer_major"),
-        ("method", config.method, _trains_converted(config), "qgalore, galore or galore8bit"),
-        ("lowrank.rank", config.lowrank.rank, config.lowrank.rank != "auto", "a number, as records have a fixed size"),
-        ("train.clip_grad_norm", f"{train.clip_grad_norm:g}", train.clip_grad_norm == 0, "0, or train.clip_update_rms"),
-        (
-            "train.activation_checkpointing",
-            str(train.activation_checkpointing).lower(),
-            train.activation_checkpointing in ("auto", "offload") or train.activation_checkpointing is True,
-            "true or offload, as a graph would hold on to the weights of its block",
-        ),
-        ("model.compile", config.model.compile, config.model.compile == "none", "none"),
-        ("parallel", config.parallel, config.parallel != "shard", "replicate"),
-    )
-    return [
-        f"{key}: {value} does not go with memory.stream: {stream}; use {remedy}, or memory.stream: none"
-        for key, value, fine, remedy in wanted
-        if not fine
-    ]
-
-
 def _compute(config: Config) -> list[str]:
     low = config.lowrank
     trained = _trains_converted(config)
@@ -269,7 +244,7 @@ TABLE = (
         "Streamed blocks need layer-major steps, one process, method `qgalore`, `galore` or `galore8bit`, and a number "
         "as rank. They do not go with `train.clip_grad_norm`, with graphs kept from the forward pass, or with compiled "
         "blocks.",
-        _streamed,
+        streamed.problems,
     ),
     Conflict(
         ("train.stepping", "train.clip_grad_norm"), "Fused stepping cannot clip the global norm.", _fused_clipping

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import combinations
 from ..errors import ConfigError, counted
 from ..parallel import ALONE, Team, shards
 from .inner import checked as inner_optimizers
@@ -15,7 +14,7 @@ from .layers.experts import Experts
 from .layers.linear import LowRankLinear
 from .layers.lora import LoraLinear
 from .optimizer import LowRankOptimizer
-from .options import InnerSteps, check_choices, check_numbers, require, schedule_options
+from .options import InnerSteps, check_choices, check_limit, check_numbers, require, schedule_options
 from .rules import GALORE, RULES, RuleOptions, check_momentum, default_scale
 from .rules import check as check_rule
 from .rules.common import MOMENTUM, MU
@@ -205,8 +204,8 @@ def optimizer(
       the three named ones, others take ``inner_options``.
     stepping: ``deferred``, ``fused`` or ``manual`` (see ``optimizer``). Fused refuses accumulation and cannot clip the
       global norm. Manual has no hooks: the caller steps each tensor when its gradient is complete.
-    update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
-      defaults to 16 · update_proj_gap, cos_threshold to the policy's (0.2 for overlap, 0.4 for the cosines); one > 1
+    update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps. Where None,
+      ``max_gap`` and ``cos_threshold`` follow from the gap and the policy (``schedule_defaults``); a threshold above 1
       never stretches a gap.
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
     team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;
@@ -248,9 +247,7 @@ def optimizer(
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     check_rule(rule, rank, stepping, full_gradients, modules)
     check_momentum(rule, momentum, mu, modules)
-    require(clip_update_rms >= 0, "clip_update_rms", clip_update_rms, "at least 0")
-    if message := combinations.limited_updates(combinations.ARGUMENTS, rule, clip_update_rms):
-        raise ConfigError(message)
+    check_limit(rule, clip_update_rms)
     _tell_of_moments(moments, modules)
     of_rule = RuleOptions(
         rank, update_proj_gap, seed, momentum or MOMENTUM, MU if mu is None else mu, largest_rms=clip_update_rms

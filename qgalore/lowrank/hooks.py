@@ -8,66 +8,18 @@ mixture's expert are found in the first micro-batch that has tokens for it.
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NoReturn, Protocol
 
 import torch
 from torch import nn
 
-from ..parallel import Team
-from .layers.experts import Experts
+from .tensor_steps import TensorSteps
 from .tensors.base import TrainedTensor
-
-
-class Stepper(Protocol):
-    """What hooks ask of the optimizer, whose methods of these names say more."""
-
-    tensors: list[TrainedTensor]
-    team: Team
-    idle: "Idle"
-    step_count: int
-    stepped: set[str]
-
-    def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool: ...
-
-    def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None: ...
-
-    def complain(self, tensor: TrainedTensor) -> NoReturn: ...
-
-
-class Idle:
-    """Which process has a gradient for a tensor that some micro-batches leave out: those of a mixture's experts."""
-
-    def __init__(self, team: Team) -> None:
-        self.team = team
-        self.sometimes: dict[int, TrainedTensor] = {}  # by the identity of their leaves
-
-    def watch(self, experts: Experts, tensors: Iterable[TrainedTensor]) -> None:
-        """In a team: the weights of ``experts``, among ``tensors``, may have a gradient elsewhere but not here."""
-        leaves = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
-        own = (id(parameter) for parameter in experts.parameters())
-        self.sometimes |= {leaf: leaves[leaf] for leaf in own if leaf in leaves}
-
-    def lowest(self, tensor: TrainedTensor, leaf: nn.Parameter) -> int | None:
-        """The lowest process with a gradient in ``leaf``, where the others then have zeros; None if none has one."""
-        if id(leaf) not in self.sometimes:
-            return 0
-        found = self.team.lowest(f"the tokens of {tensor.name}", leaf.grad is not None)
-        if found is not None and leaf.grad is None:
-            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.grad_dtype, device=leaf.device)
-        return found
-
-    def someone_has(self, tensor: TrainedTensor) -> bool:
-        """Whether a process has a gradient for ``tensor``; all then have one, if only of zeros."""
-        for leaf in tensor.leaves():
-            if leaf.requires_grad and id(leaf) in self.sometimes:
-                return self.lowest(tensor, leaf) is not None
-        return tensor.holds_gradient()
 
 
 class Fused:
     """Step each tensor when its gradient arrives."""
 
-    def __init__(self, optimizer: Stepper) -> None:
+    def __init__(self, optimizer: TensorSteps) -> None:
         self.optimizer, self.idle = optimizer, optimizer.idle
         self._summed = False  # whether the gradients here are those of the whole team already
         for tensor in optimizer.tensors:
@@ -143,7 +95,7 @@ class Fused:
 class Deferred(Fused):
     """Keep gradients until ``step()``, but for those that first bases are found from."""
 
-    def __init__(self, optimizer: Stepper) -> None:
+    def __init__(self, optimizer: TensorSteps) -> None:
         super().__init__(optimizer)
         self._arrived: dict[str, None] = {}  # in the order of the backward pass, in which fused stepping refreshes
 

@@ -63,7 +63,8 @@ def step(
 
     assert weight.basis is not None, "the first step of a weight must search"
     r = g @ weight.basis
-    r = r.T if wide else r  # the shape in which the package keeps moments: their blocks of 256 run along rows
+    # Moments have the shape in which the package keeps them: their blocks of 256 run along rows.
+    r = r.T if wide else r
     weight.steps += 1
     m = betas[0] * (0.0 if weight.first is None else weight.first) + (1 - betas[0]) * r
     v = betas[1] * (0.0 if weight.second is None else weight.second) + (1 - betas[1]) * r.square()

@@ -8,29 +8,26 @@ accumulation and ``clip_grad_norm_`` work. The hooks of the last two are in ``ho
 In a team of processes a gradient is summed over them before anything looks at it.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import ConfigError, NumericalError
+from ..errors import ConfigError
 from ..parallel import ALONE, Team
-from ..quant.counter import derive_key
 from . import norms
-from .hooks import HOOKS, Idle
+from .hooks import HOOKS
 from .inner.checked import Factory
 from .layers.experts import Experts
-from .rules.observed import Observation
+from .tensor_steps import TensorSteps, together
 from .tensors.base import TrainedTensor, attach
-from .tensors.whole import WholeTensor
 
 STEPPING = ("deferred", "fused", "manual")
-JOINED = 1 << 22  # weights that step together at most: a few small matrices, which would leave a GPU idle one by one
 
 
-class LowRankOptimizer(Optimizer):
+class LowRankOptimizer(TensorSteps, Optimizer):
     """Steps every trainable tensor of a converted model. Build it with :func:`factory.optimizer`, which documents them.
 
     It is an ordinary optimizer to learning-rate schedulers: ``param_groups`` are ``lowrank``, ``dense`` and ``vector``
@@ -52,14 +49,9 @@ class LowRankOptimizer(Optimizer):
         part_elements: int,
         team: Team = ALONE,
     ) -> None:
-        self.tensors, self.stepping, self.seed, self.team = tensors, stepping, seed, team
-        self.step_count = 0
-        self.events: list[dict[str, Any]] = []
-        self.observations: list[Observation] = []
+        TensorSteps.__init__(self, tensors, seed, team)
+        self.stepping = stepping
         self.untouched: list[str] = []
-        self.stepped: set[str] = set()  # names, in the step that is being taken
-        self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
-        self._squares: list[Tensor] = []
         groups: list[dict[str, Any]] = [
             {"name": "lowrank", "scale": scale, "weight_decay": weight_decay},
             {"name": "dense", "scale": 1.0, "weight_decay": weight_decay},
@@ -68,11 +60,8 @@ class LowRankOptimizer(Optimizer):
         for group in groups:
             own = (tensor for tensor in tensors if tensor.group == group["name"])
             group["params"] = [leaf for tensor in own for leaf in tensor.leaves()]
-        self._group_of = {tensor.name: [g["name"] for g in groups].index(tensor.group) for tensor in tensors}
-        self._tensor_of = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
-        super().__init__(groups, {"lr": lr})
+        Optimizer.__init__(self, groups, {"lr": lr})
         self._scratches = attach(tensors, factory, part_elements)
-        self.idle = Idle(team)
         for leaf in (leaf for tensor in tensors for leaf in tensor.leaves()):
             leaf.requires_grad_(True)  # a hook needs it; arm() then leaves it on for one leaf of each layer
         self.hooks = HOOKS[stepping](self) if stepping in HOOKS else None
@@ -85,99 +74,6 @@ class LowRankOptimizer(Optimizer):
             self.idle.watch(module, self.tensors)
             if self.hooks is not None:
                 module.tell_idle = self.hooks.nothing_came
-
-    # One tensor at a time: what the ways of stepping have in common.
-
-    def tensors_of(self, where: nn.Module | Iterable[Tensor]) -> list[TrainedTensor]:
-        """The trained tensors with a leaf among the parameters of ``where``, each once, in the order in which a
-        backward pass completes them: the last parameter first."""
-        parameters = where.parameters() if isinstance(where, nn.Module) else where
-        found = (self._tensor_of.get(id(parameter)) for parameter in reversed(list(parameters)))
-        return list(dict.fromkeys(tensor for tensor in found if tensor is not None))
-
-    def accumulate_in_fp32(self, on: bool = True) -> None:
-        """Whether autograd adds the gradients of a step's micro-batches in fp32, whatever a leaf's dtype is. A single
-        micro-batch needs none of it: bf16 gradients then keep their size."""
-        for group in self.param_groups:
-            for leaf in group["params"]:
-                leaf.grad_dtype = torch.float32 if on else leaf.dtype
-
-    @torch.no_grad()
-    def prepare_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
-        """Sum the gradient of ``tensor`` over the team and, where a basis is due, find it and project. False, and
-        nothing done, if no process has a gradient.
-
-        ``first_from``: the process in whose share alone a very first basis is sought, before anything is summed; None:
-        in the sum. All processes must ask for the same tensors in the same order. Raises :class:`NumericalError` if a
-        whole gradient is not finite.
-        """
-        if first_from is None and not self.idle.someone_has(tensor):
-            return False
-        # Processes sum projected gradients. Without a first basis there are none, so one process finds it beforehand.
-        if first_from is not None and tensor.awaits_refresh() and tensor.seeks_first_basis():
-            self.refresh_tensor(tensor, first_from)
-        if self.team.size > 1:
-            tensor.sum_over(self.team)
-        self.prepare_summed(tensor)
-        return True
-
-    @torch.no_grad()
-    def prepare_summed(self, tensor: TrainedTensor) -> None:
-        """:meth:`prepare_tensor` for a ``tensor`` whose gradient is the whole team's already."""
-        if tensor.awaits_refresh():
-            self.refresh_tensor(tensor)
-        self._prepared.add(tensor.name)
-
-    def apply_tensor(self, tensor: TrainedTensor) -> None:
-        """One inner step of a prepared ``tensor``, written back; its gradient is dropped.
-
-        Raises :class:`NumericalError`, with nothing done, if the gradient is not finite.
-        """
-        self.apply_tensors([tensor])
-
-    @torch.no_grad()
-    def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
-        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
-        self._check_finite(tensors)
-        for some in together(tensors):
-            self._apply(some)
-
-    def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
-        """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""
-        prepared = self.prepare_tensor(tensor, first_from)
-        if prepared:
-            self.apply_tensor(tensor)
-        return prepared
-
-    def step_tensors(self, tensors: Iterable[TrainedTensor]) -> None:
-        """:meth:`step_tensor` for all of ``tensors``, such as a block's. All are prepared and looked at before the
-        first moves: a GPU is then waited for once, and not once for each. Small matrices of one shape step together."""
-        self.apply_tensors([tensor for tensor in tensors if self.prepare_tensor(tensor)])
-
-    def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
-        """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
-        ``own_of`` alone, which then decides for all."""
-        # A decomposition of inf or nan may hang or raise, so the gradient is looked at first.
-        whole = [leaf.grad for leaf in tensor.leaves() if tensor.is_whole(leaf) and leaf.grad is not None]
-        if not all(bool(torch.isfinite(torch.linalg.vector_norm(gradient))) for gradient in whole):
-            self.complain(tensor)
-        tensor.deciding = self.team.led_by(own_of or 0)
-        if (record := tensor.refresh(self.step_count, own_of is not None)) is not None:
-            self.events.append(record)
-
-    def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
-        """Step tensors that may step together (:func:`together`). Never sees a gradient that is not finite."""
-        group = self.param_groups[self._group_of[tensors[0].name]]
-        rates = group["lr"], group["scale"], group["lr"] * group["weight_decay"]
-        keys = [derive_key(self.seed, self.step_count, tensor.index) for tensor in tensors]
-        if len(tensors) == 1:
-            tensors[0].step(*rates, keys[0])
-        else:
-            WholeTensor.step_together([t for t in tensors if isinstance(t, WholeTensor)], *rates, keys)
-        for tensor in tensors:
-            self.stepped.add(tensor.name)
-            if (observation := tensor.observation()) is not None:
-                self.observations.append(observation)
 
     def close(self) -> None:
         """End the step: what has no gradient in it is ``untouched``, and the leaves of the next one are armed."""
@@ -245,34 +141,7 @@ class LowRankOptimizer(Optimizer):
         for tensor in self.tensors:
             tensor.drop_gradient()
 
-    def _check_finite(self, tensors: list[TrainedTensor]) -> None:
-        # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
-        if tensors and not self.stepped:
-            self._squares = []
-        squares = norms.squares(tensors, self.team)
-        # One value leaves the device for all, since each that does makes a GPU wait.
-        if squares and not torch.isfinite(torch.stack([square.to(squares[0].device) for square in squares])).all():
-            self.complain(next(t for t, square in zip(tensors, squares, strict=True) if not torch.isfinite(square)))
-        self._squares += squares
-
-    def complain(self, tensor: TrainedTensor) -> NoReturn:
-        """Raise :class:`NumericalError` for a gradient that is not finite."""
-        partial = f"; {len(self.stepped)} of {len(self.tensors)} tensors were already stepped" if self.stepped else ""
-        raise NumericalError(
-            f"the gradient of {tensor.name} is not finite in optimizer step {self.step_count} (counted from 0){partial}"
-        )
-
     # What it can tell, and what a checkpoint holds.
-
-    @property
-    def grad_norm(self) -> float:
-        """L2 norm over all gradients seen since the step began (or of the last step, right after it)."""
-        return float(torch.stack(self._squares).sum().sqrt()) if self._squares else 0.0
-
-    @property
-    def inside_step(self) -> bool:
-        """Whether some tensors have taken a step that is not closed yet."""
-        return bool(self.stepped)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -310,16 +179,3 @@ class LowRankOptimizer(Optimizer):
             tensor.arm(self.step_count)
         for group, saved in zip(self.param_groups, state["groups"], strict=True):
             group.update(saved)
-
-
-def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
-    """``tensors`` in groups that may step together, of no more than ``JOINED`` weights, in the order of their first."""
-    groups: list[list[TrainedTensor]] = []
-    open_groups: dict[Hashable, list[TrainedTensor]] = {}
-    for tensor in tensors:
-        group = None if tensor.joins is None else open_groups.get(tensor.joins)
-        if group is None or (len(group) + 1) * tensor.stored.numel() > JOINED:
-            groups.append(group := [])
-            open_groups[tensor.joins] = group
-        group.append(tensor)
-    return groups

@@ -48,6 +48,13 @@ def check_numbers(*, lr: float, update_proj_gap: int, queue_size: int, energy: f
     require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
 
 
+def check_limit(rule: str, clip_update_rms: float) -> None:
+    """Raise :class:`ConfigError` for a limit of updates that is out of range, or that ``rule`` does not take."""
+    require(clip_update_rms >= 0, "clip_update_rms", clip_update_rms, "at least 0")
+    if message := combinations.limited_updates(combinations.ARGUMENTS, rule, clip_update_rms):
+        raise ConfigError(message)
+
+
 def schedule_options(
     policy: str,
     update_proj_gap: int,

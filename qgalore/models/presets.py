@@ -1,4 +1,4 @@
-"""Model shapes by name: the papers' LLaMAs (GaLore, arXiv 2403.03507, table 5 and code), a small one, and the 7 to 13
+"""Model shapes by name: the papers' LLaMAs (GaLore, arXiv 2403.03507, table 5 and code), a small one, and the 7 to 70
 billion parameter models that people continue, as their published config.json files state them.
 
 A preset without ``vocab_size`` takes it from the tokenizer.
@@ -45,5 +45,8 @@ PRESETS = {
     "mistral_7b": _named(
         "mistral", 32768, 8, 32768, 1e6, _llama(4096, 14336, 32, 32), rms_norm_eps=1e-5, sliding_window=None
     ),
+    "llama2_70b": _named("llama", 32000, 8, 4096, 1e4, _llama(8192, 28672, 80, 64), rms_norm_eps=1e-5),
+    "qwen3_14b": _named("qwen3", 151936, 8, 40960, 1e6, _llama(5120, 17408, 40, 40), head_dim=128),
+    "qwen3_32b": _named("qwen3", 151936, 8, 40960, 1e6, _llama(5120, 25600, 64, 64), head_dim=128),
     "qwen2.5_7b": _named("qwen2", 152064, 4, 32768, 1e6, _llama(3584, 18944, 28, 28)),
 }

@@ -59,7 +59,8 @@ def _cell_table(values: tuple[float, ...]) -> Tensor:
     flip = torch.where(key < _CELLS // 2, 0, 255)
 
     def at(low: Tensor) -> Tensor:
-        bits = (((key & _CELLS // 2 - 1) << 16) + low).clamp_(max=0x40000000)  # 2.0: whatever is larger, nan included
+        # Everything above 2.0, NaN included, is read as 2.0.
+        bits = (((key & _CELLS // 2 - 1) << 16) + low).clamp_(max=0x40000000)
         x = bits.to(torch.int32).view(torch.float32)
         return nearest_code(torch.where(flip == 0, x, -x), code) ^ flip
 
@@ -68,7 +69,8 @@ def _cell_table(values: tuple[float, ...]) -> Tensor:
     change = at(high) - first
     if not ((change == 0) | (change == 1)).all():
         raise ValueError("two codes of this map lie closer than 2⁻⁷ of their size; such maps are not supported")
-    for _ in range(16):  # halve until high is the first place of the new code
+    # The interval is halved until high is the first place of the new code.
+    for _ in range(16):
         middle = (low + high) // 2
         reached = at(middle) > first
         low, high = torch.where(reached, low, middle + 1).clamp_(max=_CELLS - 1), torch.where(reached, middle, high)
@@ -114,7 +116,8 @@ def quantize_tile(x: Tensor, table: Tensor, codes: Tensor, absmax: Tensor, scrat
     entry.add_(bits).bitwise_right_shift_(_HALF)
     if signed:
         entry.bitwise_xor_(bits.bitwise_right_shift_(_SIGN))
-    codes.copy_(entry)  # keeps the low byte
+    # The copy to bytes keeps the low one.
+    codes.copy_(entry)
 
 
 def block_parts(flat: Tensor) -> list[Tensor]:

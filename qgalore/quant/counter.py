@@ -51,7 +51,8 @@ def fill_random_bits(key: tuple[int, int], start: int, first: Tensor, out: Tenso
             f"element {start + out.numel()} of a stream was asked for; a stream has {MAX_ELEMENTS} elements"
         )
     signed = start if start < 1 << 31 else start - (1 << 32)
-    torch.add(first, signed, out=out)  # wraps, as the element's lower 32 bits do
+    # The sum wraps around, as the lower 32 bits of the element number do.
+    torch.add(first, signed, out=out)
     _mix_(out.bitwise_xor_(key[0]), scratch)
     return _mix_(out.add_(key[1]), scratch)
 

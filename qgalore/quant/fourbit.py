@@ -28,9 +28,11 @@ def signed_map(device: torch.device) -> Tensor:
 
 def encode_first(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Packed codes uint8 (⌈n/128⌉, 64) and absmax fp32 (⌈n/128⌉,) of n fp32 values of any shape, to the nearest."""
+    # The last block is filled up with zeros, which change no maximum.
     flat = moment.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     absmax, code = blocks.abs().amax(dim=1), signed_map(moment.device)
+    # A code begins half-way between its value and the one below. A block of zeros is divided by the smallest float.
     unit = blocks / absmax.clamp_min(_TINY).unsqueeze(1)
     codes = torch.bucketize(unit, (code[1:] + code[:-1]) / 2, out_int32=True)
     return pack_nibbles(codes.to(torch.uint8)), absmax
@@ -51,6 +53,8 @@ def encode_second(moment: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     ``rows`` (n,) and ``columns`` (m,) are its largest values, or those of a larger matrix that it is part of.
     """
+    # Level k stands for k/16 of the scale, and no value takes level 0: a zero would make the step as large as ``eps``
+    # allows.
     level = (moment / _scale(rows, columns).clamp_min_(_TINY)).mul_(LEVELS).round_().clamp_(1, LEVELS)
     return pack_nibbles(level.sub_(1).to(torch.uint8))
 

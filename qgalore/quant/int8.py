@@ -119,7 +119,8 @@ def _rederived_scale(
         # A stream of its own: with the bits of the weights, a scale and its weights would be rounded alike.
         bits = random_bits((key[0] ^ _FOR_SCALES, key[1]), start, exact.numel(), exact.device)
         new = to_bfloat16_stochastic(exact, bits.view(exact.shape))
-    derived = (exact >= MIN_SCALE) & (exact <= MAX_SCALE)  # smaller groups do not fill the grid
+    # Groups of smaller weights do not fill the grid, so their scale is not derived from them.
+    derived = (exact >= MIN_SCALE) & (exact <= MAX_SCALE)
     return new.float().clamp_(MIN_SCALE, MAX_SCALE), (scratch >= peak.unsqueeze(2)) & derived.unsqueeze(2)
 
 
@@ -222,7 +223,8 @@ def _prepare_tile(
     # which is said by an integer of 0 and a change of the value in new units.
     moved = new != old
     if kind_of(q.device) == "cpu" and scales == "sticky":
-        if not q.is_meta and moved.any():  # few groups: a GPU would rather work on all than wait for the answer
+        # Few groups move. A GPU would rather work on all than wait for the answer to which.
+        if not q.is_meta and moved.any():
             change[moved] = values[moved] * (old / new)[moved].unsqueeze(1)
             base[moved] = 0.0
             scale.copy_(new)
@@ -230,6 +232,7 @@ def _prepare_tile(
         change = torch.where(moved.unsqueeze(2), values * (old / new).unsqueeze(2), change)
         base.masked_fill_(moved.unsqueeze(2), 0.0)
         scale.copy_(new)
-    if ends is not None and draw[0] is not None:  # rounding to the nearest takes them there, and says what it left out
+    # Rounding to the nearest takes the ends there by itself, and says what it left out.
+    if ends is not None and draw[0] is not None:
         change = torch.where(ends, torch.sign(values) * QMAX - base, change)
     return change

@@ -11,6 +11,8 @@ the first would be one product for each group, its int32 result read and added i
 in docs/lab/first_edition.md.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,13 +36,19 @@ def obstacle(rows: int, width: int) -> str | None:
     return None
 
 
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels that multiply integers on ``device``; None where PyTorch does."""
+    module = kernels_for(device)
+    return module if module is not None and module.multiplies_integers(device) else None
+
+
 def round_tokens(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``values`` (T, K), times ``scale`` (K,) if given, as int8 in [−127, 127] and the step of each token, fp32 (T, 1):
     the largest magnitude / 127. By a kernel where there is one.
 
     Where a token holds inf or nan its step is not finite, so that what is computed from it is not finite either.
     """
-    module = kernels_for(values.device)
+    module = _kernels(values.device)
     if module is not None:
         return module.round_tokens(values.contiguous(), scale)
     values = values.to(torch.float32)
@@ -66,12 +74,13 @@ def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
     Scaled and summed up with the bias in fp32, rounded once: the first formula above.
     """
     rounded, step = round_tokens(x.reshape(-1, x.shape[-1]))
-    module = kernels_for(x.device)
+    module = _kernels(x.device)
     if module is not None:
         flat = scale.reshape(-1)
         y = module.int8_product(rounded, step, q, x.dtype, transposed=True, scale=flat, bias=bias)
         return y.view(*x.shape[:-1], q.shape[0])
-    y = _integer_product(rounded, q.T) * step  # int32 · fp32 → fp32
+    # The product of int32 and fp32 is fp32.
+    y = _integer_product(rounded, q.T) * step
     scale = scale.view(-1).to(torch.float32)
     y = y.mul_(scale)
     if bias is not None:
@@ -83,7 +92,7 @@ def input_gradient(grad_output: Tensor, q: Tensor, scale: Tensor, dtype: torch.d
     """dX = dY W (…, in) in ``dtype``, for dY (…, out), a weight as in :func:`output`: the second formula above."""
     rows = grad_output.reshape(-1, grad_output.shape[-1])
     rounded, step = round_tokens(rows, scale.reshape(-1))
-    module = kernels_for(rows.device)
+    module = _kernels(rows.device)
     if module is not None:
         found = module.int8_product(rounded, step, q, dtype, transposed=False)
         return found.view(*grad_output.shape[:-1], q.shape[1])
@@ -95,7 +104,7 @@ def check(device: torch.device) -> None:
 
     Where kernels multiply, ``dispatch`` has compared these already, and nothing is asked of PyTorch.
     """
-    if kernels_for(device) is not None:
+    if _kernels(device) is not None:
         return
     generator = torch.Generator().manual_seed(8)
     problem = None

@@ -68,12 +68,13 @@ def _formats() -> Iterator[Form]:
 def _merges(capability: int) -> Iterator[Form]:
     operand = tl.float32 if capability < 80 else tl.bfloat16
     for side in ("left", "right"):
-        tile, options = _split(kernels_write.merge_tile(side, 128))
+        tile, options = _split(kernels_write.merge_tile(side, 128, False))
         constants = {"on_left": side == "left", "operand": operand, **tile}
         for group in (128, 64):
             more = {**constants, "group": group}
             yield Form(f"merge {side}, group {group}", kernels_write._merge_kernel, more, options, products=True)
         kernel, types = kernels_write._product_kernel, {"out": "*fp32"}
+        options = _split(kernels_write.merge_tile(side, 128, True))[1]
         yield Form(f"merge {side}, row", kernel, constants, options, types, products=True)
         yield Form(f"merge {side}, row, odd sizes", kernel, constants, options, types, False, True)
 
@@ -114,7 +115,8 @@ def _int8() -> Iterator[Form]:
 
 def forms(capability: int) -> list[Form]:
     """All forms that are launched on a GPU of compute capability ``capability``, 89 for 8.9 say."""
-    return [*_formats(), *_writes(), *_merges(capability), *_int8()]
+    integers = _int8() if capability >= 80 else ()  # Triton compiles no products of integers for Turing
+    return [*_formats(), *_writes(), *_merges(capability), *integers]
 
 
 def compile_form(form: Form, capability: int) -> Compiled:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .kernels_common import ROUND, TINY, TOP4, round_to, signed_nibbles
-from .kernels_products import int8_product, round_tokens
+from .kernels_products import int8_product, multiplies_integers, round_tokens
 from .kernels_write import merge, write_back, write_back_dense
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "encode_int4",
     "int8_product",
     "merge",
+    "multiplies_integers",
     "round_tokens",
     "write_back",
     "write_back_dense",

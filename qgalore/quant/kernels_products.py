@@ -88,6 +88,11 @@ def _int8_product_kernel(
     tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], round_to(y, out.dtype.element_ty), mask=inside)
 
 
+def multiplies_integers(device: torch.device) -> bool:
+    """Whether Triton compiles products of integers for ``device``: not for a GPU older than Ampere."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def round_tokens(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``int8_products.round_tokens``, bit for bit, of contiguous floating ``values`` (T, K), times ``scale`` (K,)."""
     tokens, length = values.shape

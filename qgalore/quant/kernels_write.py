@@ -25,6 +25,7 @@ MERGE = {"rows": 64, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 
 WRITE = {"rows": 32, "columns": 128, "num_warps": 8}  # every group of 128, 64 or 32 lies in one tile
 ROW = {"block": 4096, "num_warps": 8}  # elements of a row that are worked on at a time, where a group is a row
 DENSE = {"block": 4096, "num_warps": 8}
+ROW_MERGE = {**MERGE, "num_warps": 4}  # with eight, ptxas gives a thread 128 registers and spills for Blackwell
 PRODUCT_ELEMENTS = 1 << 22  # 16 MiB of fp32, which a GPU's cache holds between the product and its write-back
 
 
@@ -171,10 +172,11 @@ def operand_for(device: torch.device) -> tl.dtype:
     return tl.float32 if turing else tl.bfloat16
 
 
-def merge_tile(side: str, basis_group: int) -> dict[str, int]:
-    """The tile of the merge, cut where a group of P's vectors is smaller than that; see ``MERGE``."""
+def merge_tile(side: str, basis_group: int, row: bool) -> dict[str, int]:
+    """The tile of the merge, cut where a group of P's vectors is smaller than that. ``row``: for row groups."""
+    tile = ROW_MERGE if row else MERGE
     cut = "rows" if side == "left" else "columns"
-    return {**MERGE, cut: min(MERGE[cut], basis_group)} if basis_group in GROUP_SIZES else dict(MERGE)
+    return {**tile, cut: min(tile[cut], basis_group)} if basis_group in GROUP_SIZES else dict(tile)
 
 
 def merge(
@@ -191,10 +193,11 @@ def merge(
     height, width = q.shape
     on_left = side == "left"
     basis_group = dim // basis_scale.shape[1]
-    tile = merge_tile(side, basis_group)
+    group = width // scale.shape[1]
+    tile = merge_tile(side, basis_group, group not in GROUP_SIZES)
     shape = (codes.shape[0], codes.shape[1], basis_group, basis_scale.shape[1])
     how = {"on_left": on_left, "operand": operand_for(q.device), **tile, "enable_fp_fusion": False}
-    group, across = width // scale.shape[1], triton.cdiv(width, tile["columns"])
+    across = triton.cdiv(width, tile["columns"])
     if group in GROUP_SIZES:
         grid = (triton.cdiv(height, tile["rows"]), across)
         _merge_kernel[grid](

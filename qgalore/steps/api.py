@@ -117,14 +117,14 @@ def _walk(
         if layout is None:
             walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
             return found[0]
-        turns = Gathered(layout.blocks, team) if team.size > 1 else turns
+        turns = Gathered(list(layout.blocks), team) if team.size > 1 else turns
         kept = known.activations
         with Steps(optimizer, layout, keep=False) as steps:
             walk.walk(layout, runs, reseed=reseed, decide=decide, step=steps, activations=kept, turns=turns)
     return found[0]
 
 
-def _share(model: nn.Module, loss: Loss, batch: Any, total: int) -> Tensor:
+def _share(model: nn.Module, loss: Loss, batch: Any, total: float) -> Tensor:
     """A micro-batch's share of the step's loss."""
     return loss(model, batch) / total
 

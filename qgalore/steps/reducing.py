@@ -76,10 +76,10 @@ class Steps:
 
     def __exit__(self, *_: Any) -> None:
         """After a failure, wait for the sums that are under way: all processes have begun them."""
-        if self._under_way is not None:
-            (_, pending), self._under_way = self._under_way, None
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
             with suppress(RankError):
-                pending.wait()
+                under_way[1].wait()
 
 
 def _or_zeros(tensor: TrainedTensor) -> None:

@@ -182,6 +182,8 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     place.adopt(model, optimizer, layout)
     where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
     start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
+    if place.stream is not None:
+        place.stream.collect()
     loop = Loop(
         model=model,
         loss=loss,

@@ -2,8 +2,6 @@
 
 import math
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def lr_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule: str, min_lr_ratio: float) -> float:
     """Learning rate of optimizer step ``step`` (from 0): a linear warm-up that reaches ``peak`` in step

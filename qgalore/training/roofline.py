@@ -1,12 +1,17 @@
-"""The counts of a configuration's step."""
+"""The counts of a configuration's step, and what follows for a card.
+
+A step grows by the same amount with every block. So two small models of a configuration's shape tell of the whole: its
+counts and its memory are continued in a straight line.
+"""
 
 from .. import config as configuration
 from ..config import Config
 from ..memory import plan, stand_ins
+from ..models import loading
 from ..models.compiling import blocks_of
 from ..models.loss import can_be_chunked, chunked_loss, summed_loss
-from ..speed import Counts, count
-from .fit import _changed, on_paper
+from ..speed import Card, Counts, count, parts, seconds
+from .fit import _changed, on_paper, plan_for
 from .model import Vocabulary
 
 VOCABULARY = 32_000  # of a configuration whose tokenizer is yet to be trained
@@ -32,3 +37,23 @@ def counts_for_a_card(config: Config) -> tuple[Counts, int]:
     """:func:`counts_of` a configuration as it was read, for a GPU that knows bf16, wherever this runs."""
     resolved = configuration.resolve(config, "cuda", True, 1)
     return counts_of(resolved, Vocabulary(resolved.data.vocab_size or VOCABULARY, None, None))
+
+
+def expected(name: str, card: Card, efficiency: dict[str, float]) -> tuple[float, float]:
+    """(bytes of the planned peak, tokens a second) of the configuration ``name`` on ``card``, whose rates are reached
+    to the shares of ``efficiency``. The configuration must start from a shape, not from a folder of weights."""
+    config = configuration.resolve(configuration.load(name, []), "cuda", True, 1)
+    entries = config.model.overrides.get("vocab_size", config.data.vocab_size)
+    vocabulary = Vocabulary(entries, None, None)
+    shape = loading.model_config(config.model.config, tokenizer_size=entries, overrides=config.model.overrides)
+    found = []
+    for layers in (1, 2):
+        overrides = {**config.model.overrides, "num_hidden_layers": layers}
+        small = _changed(config, {"model.overrides": overrides})
+        counts, tokens = counts_of(small, vocabulary)
+        found.append((counts, plan_for(small, vocabulary, "cuda").total))
+    (one, small_peak), (two, peak) = found
+    more = shape.num_hidden_layers - 1
+    return small_peak + (peak - small_peak) * more, tokens / seconds(
+        parts(one + (two + one * -1.0) * more, card, efficiency)
+    )

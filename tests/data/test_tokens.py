@@ -2,11 +2,11 @@ import gzip
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers import no_file_larger_than
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
@@ -269,20 +269,9 @@ def test_full_disk_names_the_folder(tokenizer, cache, tmp_path):
     """A limit on file size is as near to a full disk as a test can get without one."""
     path = tmp_path / "long.txt"
     path.write_text("the sea " * 20_000)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    program = (
-        "import resource, signal\n"
-        "from qgalore.data.tokenizer import load_tokenizer\n"
-        "from qgalore.data.tokens import tokenize_to_disk\n"
-        "from qgalore.errors import ConfigError\n"
-        f"tokenizer = load_tokenizer({str(tmp_path / 'tokenizer')!r})\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        f"try: tokenize_to_disk({str(path)!r}, tokenizer, cache_dir={str(cache)!r})\n"
-        "except ConfigError as error: print(error)\n"
-    )
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert f"the token cache '{cache}' cannot be used (File too large)" in said
+    with pytest.raises(ConfigError) as refused, no_file_larger_than(4096):
+        tokenize_to_disk(str(path), tokenizer, cache_dir=cache)
+    assert f"the token cache '{cache}' cannot be used (File too large)" in str(refused.value)
     assert folders(cache) == []
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import QUICK, loss_of
 
-from qgalore.lowrank import optimizer as optimizers
+from qgalore.lowrank import tensor_steps
 from qgalore.lowrank.factory import optimizer
 from qgalore.lowrank.rules import muon
 from qgalore.lowrank.tensors import whole
@@ -60,8 +60,8 @@ def test_groups_are_small_and_of_one_shape(tiny_llama, monkeypatch):
     convert(model, **{**QUICK, "rank": None})
     opt = optimizer(model, lr=0.01, rule="muon", stepping="manual")
     size = opt.tensors_of(model.model.layers[0].self_attn.q_proj)[0].stored.numel()
-    monkeypatch.setattr(optimizers, "JOINED", 3 * size)
-    groups = optimizers.together(opt.tensors)
+    monkeypatch.setattr(tensor_steps, "JOINED", 3 * size)
+    groups = tensor_steps.together(opt.tensors)
     assert sorted(tensor.name for group in groups for tensor in group) == sorted(tensor.name for tensor in opt.tensors)
     assert max(len(group) * group[0].stored.numel() for group in groups if len(group) > 1) > 2 * size
     for group in groups:
@@ -69,7 +69,7 @@ def test_groups_are_small_and_of_one_shape(tiny_llama, monkeypatch):
         assert len(group) == 1 or len(group) * group[0].stored.numel() <= 3 * size
         assert len(group) == 1 or all(tensor.keeps_whole for tensor in group)
     sink = optimizer(tiny_llama_converted(tiny_llama), lr=0.01, rule="sinkgd", stepping="manual")
-    assert all(len(group) == 1 for group in optimizers.together(sink.tensors))
+    assert all(len(group) == 1 for group in tensor_steps.together(sink.tensors))
 
 
 def tiny_llama_converted(make):

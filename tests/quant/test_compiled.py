@@ -11,7 +11,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel is not compiled", allow_module_level=True)
 from qgalore.quant import kernel_forms
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*")
 WIDE = re.compile(r"ld\.global\S*\.v4\.b32|cp\.async\.cg|cp\.async\.bulk")
 LIMITS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that one block may have

@@ -54,6 +54,7 @@ RIGHT = {
     "round_tokens": int8_products.round_tokens,
     "int8_product": int8_product,
 }
+ABOUT = {"multiplies_integers": lambda device: True}  # what a module of kernels says beside
 WRONG = [
     ("dequantize", lambda q, scale, dtype: int8.dequantize(q, scale, torch.bfloat16).to(dtype)),
     ("encode_int4", lambda vectors, group: basis.encode(vectors * (1 + 2**-20), "int4")),
@@ -73,17 +74,17 @@ WRONG = [
 
 def test_the_reference_passes_its_own_check():
     assert set(RIGHT) == set(CHECKS)
-    assert first_failure(SimpleNamespace(**RIGHT), CPU) is None
+    assert first_failure(SimpleNamespace(**RIGHT, **ABOUT), CPU) is None
 
 
 @pytest.mark.parametrize(("name", "wrong"), WRONG)
 def test_a_wrong_kernel_is_named(name, wrong):
-    message = first_failure(SimpleNamespace(**{**RIGHT, name: wrong}), CPU)
+    message = first_failure(SimpleNamespace(**{**RIGHT, **ABOUT, name: wrong}), CPU)
     assert f"the kernel {name} differs from the reference on cpu" in message
 
 
 def test_a_kernel_that_raises_is_named():
-    message = first_failure(SimpleNamespace(**{**RIGHT, "decode_int4": lambda *_: 1 / 0}), CPU)
+    message = first_failure(SimpleNamespace(**{**RIGHT, **ABOUT, "decode_int4": lambda *_: 1 / 0}), CPU)
     assert message == "the kernel decode_int4 fails on cpu with ZeroDivisionError: division by zero"
 
 
@@ -131,3 +132,18 @@ def test_other_rounding_and_scales_have_no_kernel(how, monkeypatch):
     where = {"s": 1.0, "shrink": 0.0, "key": (1, 2), **how}
     with pytest.raises(ConfigError, match=f"{next(iter(how.values()))}.* has no kernel"):
         dispatch.merge(q, scale, torch.ones(4, 64), None, None, **where)
+
+
+def test_a_card_without_products_of_integers_keeps_its_other_kernels():
+    """Turing: Triton does not compile them there, and PyTorch's product is taken."""
+    turing = {**RIGHT, "multiplies_integers": lambda device: False, "int8_product": lambda *_, **__: 1 / 0}
+    assert first_failure(SimpleNamespace(**turing), CPU) is None
+
+
+def test_integers_are_multiplied_by_pytorch_where_kernels_cannot(monkeypatch):
+    turing = SimpleNamespace(multiplies_integers=lambda device: False)
+    monkeypatch.setattr(int8_products, "kernels_for", lambda device: turing)
+    x = torch.randn(5, 24)
+    q, scale = int8.quantize(torch.randn(8, 24), 24)
+    assert torch.allclose(int8_products.output(x, q, scale), x @ int8.dequantize(q, scale).T, atol=0.2)
+    assert int8_products.input_gradient(torch.randn(5, 8), q, scale, torch.float32).shape == (5, 24)

@@ -119,7 +119,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 33, "row"), (70, 192, "row"), (6, 2100, "row")])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 33, "row"), (66, 96, "row"), (2, 4224, "row")])
 @pytest.mark.parametrize(("rank", "shrink", "s"), [(3, 0.0, 0.25), (40, 0.01, 64.0)])
 def test_merge_is_the_reference_where_sums_are_exact(shape, side, rank, shrink, s):
     got, wanted = both_ways(*case(shape, rank, side, exact=True), s=s, shrink=shrink, key=derive_key(3, 4, 5))
@@ -132,7 +132,7 @@ def test_a_row_grid_is_merged_alike_in_however_many_pieces(monkeypatch):
 
     monkeypatch.setattr(kernels_write, "PRODUCT_ELEMENTS", 64 * 96)
     for side in ("left", "right"):
-        weight = case((150, 96, "row"), 5, side, exact=True)
+        weight = case((80, 96, "row"), 5, side, exact=True)
         assert same(*both_ways(*weight, s=0.25, shrink=0.01, key=derive_key(9), first_row=7))
 
 
@@ -172,7 +172,7 @@ def product_and_exact(delta, stored, side):
     from qgalore.quant import kernels_write as kernels
 
     rows, width = (stored.dim, delta.shape[1]) if side == "left" else (delta.shape[0], stored.dim)
-    tile = kernels.merge_tile(side, 128)
+    tile = kernels.merge_tile(side, 128, True)
     grid = (-(-rows // tile["rows"]), -(-width // tile["columns"]))
     out = torch.empty(rows, width, device=DEVICE)
     shape = (rows, width, stored.codes.shape[0], stored.codes.shape[1], 128, stored.scale.shape[1], 0)
@@ -238,7 +238,7 @@ def test_every_basis_and_grid_is_written_by_a_kernel(fmt, side, group):
 
 @pytest.mark.parametrize("group", [128, 32, "row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shrink", "s", "first"), [(0.0, 1.0, 0), (0.01, -0.3, 11), (0.0, 40.0, 33_554_400)])
+@pytest.mark.parametrize(("shrink", "s", "first"), [(0.0, 1.0, 0), (0.01, -0.3, 11), (0.0, 40.0, 11_184_770)])
 def test_writing_an_update_back_is_the_reference(group, dtype, shrink, s, first):
     """Scales that stay and that move, rows of a larger tensor, numbers of elements beyond 31 bits."""
     q, scale = int8.quantize(randn(37, 384), 384 if group == "row" else group)
@@ -247,8 +247,7 @@ def test_writing_an_update_back_is_the_reference(group, dtype, shrink, s, first)
     for choice in ("triton", "reference"):
         dispatch.use(choice, DEVICE)
         weight = [q.clone(), scale.clone()]
-        first_row = first if first < 2**20 else first // 3
-        dispatch.write_back(*weight, update, s=s, shrink=shrink, key=derive_key(6), first_row=first_row)
+        dispatch.write_back(*weight, update, s=s, shrink=shrink, key=derive_key(6), first_row=first)
         found.append(weight)
     assert same(*found)
     assert not torch.equal(found[0][0], q)
@@ -348,14 +347,10 @@ def test_a_slot_that_steps_in_parts_merges_by_kernels_as_by_the_reference():
 def test_a_kernel_that_is_wrong_is_found_before_it_is_used(monkeypatch):
     from qgalore.quant import kernels
 
-    right = kernels.merge
-
-    def decays_twice(*args, shrink, **options):
-        right(*args, shrink=2 * shrink, **options)
-
-    monkeypatch.setattr(kernels, "merge", decays_twice)
+    right = kernels.dequantize
+    monkeypatch.setattr(kernels, "dequantize", lambda *args: right(*args).mul_(1 + 2**-6))
     dispatch._obstacle_on.cache_clear()
-    with pytest.raises(ConfigError, match="the kernel merge differs from the reference"):
+    with pytest.raises(ConfigError, match="the kernel dequantize differs from the reference"):
         dispatch.use("triton", DEVICE)
     monkeypatch.undo()
     dispatch._obstacle_on.cache_clear()

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import transformers as tf
+import zoo
 
 import qgalore
 from qgalore.errors import ConfigError
@@ -12,6 +13,7 @@ from qgalore.models.loss import summed_loss
 from qgalore.steps import api
 from qgalore.steps.streaming.copies import ThreadCopies
 from qgalore.steps.streaming.stream import Stream
+from qgalore.steps.trial import try_walk
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -205,3 +207,23 @@ def test_evaluation_and_generation_fetch_the_blocks():
     prompt = torch.tensor([[5, 6, 7]])
     wanted = resident.generate(prompt, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "opt", "llama tied", "llama of one block", "bert classifier"])
+def test_other_architectures(name):
+    """Experts without tokens, Conv1D's, biases, positions of their own, and a prologue that trains."""
+    found = []
+    for streams in (False, True):
+        model, loss = zoo.build(name)
+        qgalore.convert(model, rank=4)
+        optimizer = qgalore.optimizer(model, lr=0.02, update_proj_gap=3, stepping="manual")
+        stream = None
+        if streams:
+            layout = try_walk(model, zoo.batches(name, 1)[0], loss).layout
+            stream = Stream(model, list(layout.blocks), CPU, copies=ThreadCopies(lambda: 1e-4))
+            stream.adopt(optimizer, state=True)
+        for micro_batches in zip(*[iter(zoo.batches(name, 8))] * 2, strict=True):
+            api.step(model, optimizer, micro_batches, loss=loss, seed=5, turns=stream)
+        found.append(everything(model, optimizer))
+    for key, value in found[0].items():
+        assert torch.equal(found[1][key], value), key

@@ -51,12 +51,15 @@ class AdamW4bit(CodedAdamW):
     def step_coded(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
         """Twice over the tiles, as a second moment's code needs the maxima of whole columns: they are found first."""
         value, slope = (tensor.view(tensor.shape[0], -1) for tensor in (parameter, gradient))
-        rows, columns, beta2 = torch.zeros_like(state["rows2"]), torch.zeros_like(state["columns2"]), group["betas"][1]
+        rows, columns = torch.zeros_like(state["rows2"]), torch.zeros_like(state["columns2"])
+        beta2 = group["betas"][1]
         tiles = _row_tiles(value)
+        # The first pass finds the maxima of the new second moments, and keeps nothing else of them.
         for a, b in tiles:
             second = _second(state, a, b).mul_(beta2).addcmul_(slope[a:b], slope[a:b], value=1.0 - beta2)
             torch.amax(second, dim=1, out=rows[a:b])
             torch.maximum(columns, second.amax(dim=0), out=columns)
+        # The second pass steps, and codes both moments. The old maxima are read until the last tile is done.
         for a, b in tiles:
             second, shape = _second(state, a, b), value[a:b].shape
             blocks = slice(a * shape[1] // fourbit.BLOCK, -(-b * shape[1] // fourbit.BLOCK))

@@ -186,6 +186,7 @@ class AdamW8bitCPU(_AdamW8bit):
         for part in zip(*blocked, strict=True):
             buffers: list[Tensor] = []
             for value, slope, code1, code2, absmax1, absmax2 in tiles(*part):
+                # Buffers are used again, but for the last tile, which may be smaller.
                 if not buffers or buffers[0].shape != value.shape:
                     buffers = [torch.empty_like(value) for _ in range(2)]
                     buffers += [torch.empty_like(value, dtype=torch.int32) for _ in range(2)]
@@ -200,9 +201,12 @@ class AdamW8bitCPU(_AdamW8bit):
 def adamw(value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, root: Tensor, step: int, group: dict) -> None:
     """AdamW in place on ``value`` and both moments, all fp32 of one shape; ``root`` is scratch."""
     (beta1, beta2), lr = group["betas"], group["lr"]
+    # In the order of bitsandbytes, in whose bits the result is to agree.
     first.mul_(beta1).add_(gradient, alpha=1.0 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+    # The bias of a second moment that began at zero is taken out of its root, before ``eps`` is added.
     torch.sqrt(second, out=root).div_(math.sqrt(1.0 - beta2**step)).add_(group["eps"])
+    # The decay is decoupled: it shrinks the value, and no moment hears of it.
     if group["weight_decay"]:
         value.mul_(1.0 - lr * group["weight_decay"])
     value.addcdiv_(first, root, value=-lr / (1.0 - beta1**step))

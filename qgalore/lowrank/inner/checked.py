@@ -101,7 +101,8 @@ def make_factory(name: str | type[Optimizer], lr: float, options: dict) -> Facto
     except Exception as error:  # each optimizer checks its arguments in its own way
         if "weight_decay" not in str(error):
             raise ConfigError(f"optimizer {cls.__name__} does not take the options {options}: {error}") from error
-        make = partial(cls, lr=lr, **options)  # a class without decay at all
+        # A class without decay at all.
+        make = partial(cls, lr=lr, **options)
     return make
 
 
@@ -134,7 +135,8 @@ def check_ignores_value(factory: Factory, device: torch.device) -> None:
         zero = torch.zeros_like(gradients[0])
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # optimizers may warn about their arguments once for each try
+                # Optimizers may warn about their arguments once for each try.
+                warnings.simplefilter("ignore")
                 name = type(factory([torch.nn.Parameter(zero.clone())])).__name__
                 from_zero = _run(factory, zero, gradients)
                 from_half = _run(factory, zero + 0.5, gradients)

@@ -32,7 +32,8 @@ class Basis(nn.Module):
         """Store ``columns`` fp32 (dim, rank)."""
         codes, scale = dispatch.encode(columns.T.contiguous(), self.fmt)
         self.codes.copy_(codes)
-        if scale is not None and self.scale is not None:  # both are None in the same formats
+        # Both are None in the same formats.
+        if scale is not None and self.scale is not None:
             self.scale.copy_(scale)
 
     def unfold(self, matrix: Tensor) -> Tensor:

@@ -82,14 +82,17 @@ class _DeltaConv(torch.autograd.Function):
         if needs[2]:
             rest = [d for d in range(grad_output.ndim) if d != 1]
             grad_bias = grad_output.sum(rest, dtype=torch.float32).to(layer.bias.dtype)
+        # The probe receives the gradient of the whole kernel, where a refresh is due.
         if needs[4]:
             full = layer.gradients(grad_output, x, kernel, 1)
             grad_probe = full.reshape(layer.probe.shape).to(layer.probe.dtype)
+        # Δ's is the weight gradient of a smaller convolution, of r₂ input channels and r₁ output channels.
         if needs[3]:
             if layer.left is not None:
                 grad_output = _on_channels(grad_output, layer.left.columns(x.dtype))
             if layer.right is not None:
                 x = _on_channels(x, layer.right.channels(x.dtype))
+            # Only the shape of this kernel is read: the gradient of a convolution does not depend on its values.
             core = kernel.new_empty(grad_output.shape[1], x.shape[1], *kernel.shape[2:])
             found = layer.gradients(grad_output.contiguous(), x.contiguous(), core, 1)
             grad_delta = found.reshape(layer.delta.shape).to(layer.delta.dtype)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ...quant import dispatch
 from ..subspace.sides import TILE_ELEMENTS
-from .linear import LowRankLinear, delta_linear, stored_weight
+from .delta_linear import delta_linear, stored_weight
+from .linear import LowRankLinear
 
 
 def _sum_by_id(values: Tensor, ids: Tensor, rows: int, padding: int, dtype: torch.dtype) -> Tensor:
@@ -20,6 +21,7 @@ def _sum_by_id(values: Tensor, ids: Tensor, rows: int, padding: int, dtype: torc
     scatter = torch.ops.aten.embedding_dense_backward
     if dtype == torch.float32:
         return scatter(values.to(dtype), ids, rows, padding, False)
+    # The kernel sums in its own dtype. In tiles of columns its fp32 table stays small beside the result.
     total = values.new_empty(rows, values.shape[1], dtype=dtype)
     step = max(1, TILE_ELEMENTS // rows)
     for a in range(0, values.shape[1], step):
@@ -37,7 +39,7 @@ class _DeltaEmbedding(torch.autograd.Function):
         ctx.save_for_backward(ids, left, left_scale, right, right_scale)
         ctx.shape, ctx.padding, ctx.leaf_dtype, ctx.fmt = weight.shape, padding, delta.dtype, fmt
         flat = ids.reshape(-1)
-        # index_select, not weight[flat], refuses negative ids
+        # index_select refuses negative ids, which weight[flat] would count from the end.
         scale = None if weight_scale is None else weight_scale.index_select(0, flat)
         return stored_weight(weight.index_select(0, flat), scale, dtype).view(*ids.shape, weight.shape[1])
 
@@ -50,12 +52,14 @@ class _DeltaEmbedding(torch.autograd.Function):
         grad_delta = grad_probe = None
         if ctx.needs_input_grad[11]:
             grad_probe = _sum_by_id(columns, ids, rows, ctx.padding, ctx.leaf_dtype)
+        # Each token's gradient is projected before the sum over tokens, so that the sum is r wide.
         if ctx.needs_input_grad[10]:
             if right is not None:
                 columns = columns @ dispatch.decode(right, right_scale, width, ctx.fmt, columns.dtype).T
             if left is None:
                 grad_delta = _sum_by_id(columns, ids, rows, ctx.padding, ctx.leaf_dtype)
             else:
+                # Eᵀ L is a choice of L's rows, one for each token.
                 picked = dispatch.decode(left, left_scale, rows, ctx.fmt, columns.dtype).index_select(1, ids)
                 grad_delta = (picked @ columns).to(ctx.leaf_dtype)
         return *[None] * 10, grad_delta, grad_probe, None
@@ -114,7 +118,8 @@ class TiedHead(nn.Module):
 
     def __init__(self, embedding: LowRankEmbedding, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.__dict__["embedding"] = embedding  # past nn.Module, which would register it
+        # Put past nn.Module, which would register it a second time.
+        self.__dict__["embedding"] = embedding
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
 
     @property

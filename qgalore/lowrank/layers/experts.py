@@ -63,13 +63,16 @@ class Experts(nn.Module):
         for rows, gate_up, down in zip(
             repeated.index_select(0, order).split(sizes), self.gate_up_proj, self.down_proj, strict=True
         ):
-            if len(rows):  # an expert without tokens gets no gradient, rather than one of zeros
+            # An expert without tokens gets no gradient, rather than one of zeros, which would age its moments.
+            if len(rows):
                 outputs.append(down(self.gating._apply_gate(gate_up(rows))))
             elif tell is not None:
                 nothing = hidden_states.new_empty(0, hidden_states.shape[1], requires_grad=True)
                 outputs.append(_Idle.apply(nothing, partial(tell, (down, gate_up))))
-        dtype = next(rows.dtype for rows in outputs if len(rows))  # of no rows it must not decide
+        # Under autocast an empty stand-in keeps the dtype of its input, which must not decide.
+        dtype = next(rows.dtype for rows in outputs if len(rows))
         outputs = [rows.to(dtype) for rows in outputs]
+        # The inverse permutation brings every row back to its token.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         found = torch.cat(outputs).index_select(0, back).view(tokens, chosen, -1)
         return (found * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)

@@ -18,13 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from ...quant import dispatch
 from ...quant.int8 import kind_of
+from .delta_linear import stored_weight
 from .embedding import TiedHead
-from .linear import LowRankLinear, stored_weight
+from .linear import LowRankLinear
 
 BLOCK_ELEMENTS = 1 << 24
-CPU_BLOCK_ELEMENTS = (
-    1 << 21
-)  # 8 MiB of fp32: the allocator keeps them, where larger ones come from the system each time
+# 8 MiB of fp32. The C allocator keeps blocks of this size, and fetches larger ones from the system each time.
+CPU_BLOCK_ELEMENTS = 1 << 21
 
 
 def block_elements(device: torch.device) -> int:
@@ -95,7 +95,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     elif left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         total += torch.mm(left, right, out_dtype=total.dtype)
-    else:  # each block's product is rounded to the factors' dtype, their sum is not
+    else:
+        # Each block's product is rounded to the factors' dtype, and their sum is not.
         total += left @ right
 
 
@@ -113,6 +114,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros(tokens, device=hidden.device)
         target = torch.full((tokens,), torch.nan, device=hidden.device)
         blocks = vocabulary_blocks(tokens, weight.shape[0], limit)
+        # A running log-sum-exp. ``peak`` is the largest logit so far, and ``total`` the sum of exp(logit − peak). When
+        # a block has a larger logit, the sum so far is scaled down to it, so that no exponential overflows.
         for a, b in blocks:
             logits = _block(hidden, weight, scale, bias, a, b)[1]
             column, inside = _inside(labels, a, b)
@@ -131,6 +134,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         hidden, labels, lse, weight, scale, bias, left, left_scale, right, right_scale = ctx.saved_tensors
         for_hidden, for_weight, for_bias, for_delta, for_probe = (ctx.needs_input_grad[i] for i in (0, 4, 6, 11, 12))
+        # Projected once, for all blocks: hidden is the same in each.
         columns = hidden
         if for_delta and right is not None:
             columns = hidden @ dispatch.decode(right, right_scale, weight.shape[1], ctx.fmt, hidden.dtype).T
@@ -139,6 +143,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden else None
         grad_full = torch.empty_like(weight, dtype=full_dtype) if for_weight or for_probe else None
         grad_bias = torch.empty_like(bias) if for_bias else None
+        # With a basis on the vocabulary, p L is a sum over blocks and Δ's gradient follows from it at the end. Without
+        # one, each block gives its own rows of Δ's gradient.
         grad_delta = rows = None
         if for_delta and left is not None:
             left = dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, hidden.dtype).T
@@ -146,6 +152,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         elif for_delta:
             grad_delta = columns.new_empty(weight.shape[0], columns.shape[1], dtype=ctx.leaf_dtype)
 
+        # Ignored labels have no loss, and their rows of p are zero.
         factor = torch.where(labels != ctx.ignored, grad_loss, 0.0)
         for a, b in ctx.blocks:
             dense, logits = _block(hidden, weight, scale, bias, a, b)

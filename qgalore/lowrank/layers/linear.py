@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...parallel import shards
-from ...quant import dispatch, int8_products
 from ...quant.int8 import quantize
 from ..subspace import sides
 from .bases import Basis
-from .product_choice import Choice, Products
+from .delta_linear import delta_linear, stored_weight
+from .product_choice import Products
 from .stored import StoredWeight
 
 CODES = "weight_int8"  # a name for int8 codes in a state dict that is not that of ordinary weights
@@ -26,92 +26,6 @@ CODES = "weight_int8"  # a name for int8 codes in a state dict that is not that 
 
 def zero_leaf(*shape: int, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(*shape), requires_grad=requires_grad)
-
-
-def stored_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
-    """A stored weight, or some rows of it, in ``dtype``; ``scale`` is None for one that is not int8. ``after``: see
-    ``dispatch.dequantize_after``."""
-    if scale is None:
-        return weight.to(dtype)
-    if after is None:
-        return dispatch.dequantize(weight, scale, dtype)
-    return dispatch.dequantize_after(weight, scale, dtype, after)
-
-
-def _output(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Y = X Wᵀ + b in x's dtype."""
-    return nn.functional.linear(x, stored_weight(weight, scale, x.dtype, x), None if bias is None else bias.to(x.dtype))
-
-
-def _input_gradient(
-    grad_output: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool | Choice
-) -> Tensor:
-    """dX = dY W in ``dtype``; ``int8``: whether on integers, or how to find that out."""
-
-    def floating() -> Tensor:
-        return grad_output @ stored_weight(weight, scale, dtype, grad_output)
-
-    def integers() -> Tensor:
-        assert scale is not None, "only an int8 weight is multiplied as integers"
-        return int8_products.input_gradient(grad_output, weight, scale, dtype)
-
-    if isinstance(int8, Choice):
-        int8.settle(floating, integers)
-        return integers() if int8.int8 else floating()
-    return integers() if int8 else floating()
-
-
-class _DeltaLinear(torch.autograd.Function):
-    """Y = X Wᵀ + b; backward gives dX, db and whichever of dΔ, dprobe is asked for. A float W lives only inside each
-    call. ``int8``: whether the output is a product of integers, and the same, or a trial, for dX."""
-
-    @staticmethod
-    def forward(ctx, x, weight, weight_scale, bias, left, left_scale, right, right_scale, delta, probe, fmt, int8):
-        ctx.save_for_backward(x, weight, weight_scale, left, left_scale, right, right_scale)
-        ctx.fmt = fmt
-        ctx.delta_dtype = delta.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.int8_gradient = int8[1]
-        multiply = int8_products.output if int8[0] else _output
-        return multiply(x, weight, weight_scale, bias)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        x, weight, weight_scale, left, left_scale, right, right_scale = ctx.saved_tensors
-        grad_x = grad_bias = grad_delta = grad_probe = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad_output, weight, weight_scale, x.dtype, ctx.int8_gradient)
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        columns = x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[3]:
-            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        # The probe's gradient is the whole one, dYᵀ X. It is asked for only where a basis is due.
-        if ctx.needs_input_grad[9]:
-            grad_probe = (rows.T @ columns).to(ctx.delta_dtype)
-        # Δ's gradient is (dY L)ᵀ (X R̂). Projecting the two factors first is what keeps G from being formed.
-        if ctx.needs_input_grad[8]:
-            if left is not None:
-                rows = rows @ dispatch.decode(left, left_scale, weight.shape[0], ctx.fmt, x.dtype).T
-            if right is not None:
-                columns = columns @ dispatch.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
-            grad_delta = (rows.T @ columns).to(ctx.delta_dtype)
-        return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None, None
-
-
-def delta_linear(x: Tensor, operands: tuple, products: Products | None = None) -> Tensor:
-    """Y = X Wᵀ + b for :meth:`LowRankLinear.operands`, in x's dtype, or autocast's. ``products``: which of the products
-    with W run on integers; None for neither. A trial of them that is due is made if gradients are wanted."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if products is None:
-        return _DeltaLinear.apply(x, *operands, (False, False))
-    output, gradient = products.output, products.gradient
-    if products.due and torch.is_grad_enabled():
-        if output.due:
-            stored = operands[:3]
-            output.settle(lambda: _output(x, *stored), lambda: int8_products.output(x, *stored))
-        gradient.due &= x.requires_grad  # nobody will ask for it
-    return _DeltaLinear.apply(x, *operands, (bool(output.int8), gradient if gradient.due else bool(gradient.int8)))
 
 
 class LowRankLinear(nn.Module):
@@ -132,8 +46,10 @@ class LowRankLinear(nn.Module):
     right: Basis | None
     rank: int | None
     products: Products | None = None
-    code_key = "weight"  # the name of int8 codes in a state dict; qgalore.convert gives one that no other reader takes
-    max_rank: int | None = None  # here too for kinds with a constructor of their own
+    # The name of int8 codes in a state dict. qgalore.convert gives one that no other reader takes for weights.
+    code_key = "weight"
+    # Stated here too, for kinds with a constructor of their own.
+    max_rank: int | None = None
     mean_rank: int | None = None
 
     def __init__(
@@ -210,7 +126,8 @@ class LowRankLinear(nn.Module):
 
         Raises ``ValueError`` if they are to be int8 and a value is not finite.
         """
-        first, rows = shards.overlap(self.weight, first, rows)  # other processes may hold the rest
+        # Other processes may hold the rest of the rows.
+        first, rows = shards.overlap(self.weight, first, rows)
         part = slice(first, first + rows.shape[0])
         if self.weight_scale is None:
             shards.local(self.weight)[part] = rows

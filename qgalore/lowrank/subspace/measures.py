@@ -40,7 +40,8 @@ def angle_cosines(old: Tensor, new: Tensor) -> list[float] | None:
     None if the eigenvalues do not converge.
     """
     product = old.T @ new
-    if product.shape[0] < product.shape[1]:  # the rank grew; there are as many angles as the smaller one has vectors
+    # If the rank has grown, there are as many angles as the smaller basis has vectors.
+    if product.shape[0] < product.shape[1]:
         product = product.T
     try:
         squares = torch.linalg.eigvalsh(product.T @ product)
@@ -97,7 +98,8 @@ def moments(states: Iterable[dict[str, Any]]) -> dict[str, float | None]:
 
 def _count(codes: Tensor, code: Tensor, absmax: Tensor) -> tuple[int, int, int]:
     """Among a sample of ``codes``: zeros, saturated ones, all. A block of zeros has absmax 0 and any codes."""
-    step = max(1, codes.numel() // SAMPLE_CODES) | 1  # odd: it visits every place in a block
+    # An odd step visits every place in a block, whose length is even.
+    step = max(1, codes.numel() // SAMPLE_CODES) | 1
     places = torch.arange(0, codes.numel(), step, device=codes.device)
     dead = absmax[places // BLOCK] == 0
     values = code[codes.view(-1)[places].int()]
@@ -190,6 +192,8 @@ def int8_change(stored: Stored, before: Lines | None) -> dict[str, float | None]
     groups that were given a new scale, and :func:`noise_share`. All None for a weight that is not int8."""
     if before is None:
         return {"int8_changed": None, "int8_rescaled": None, "int8_noise_share": None}
+    here = stored.weight.device  # a streamed weight is in host memory again
+    before = Lines(before.dim, before.start, before.integers.to(here), before.scale.to(here))
     count = before.integers.shape[before.dim]
     basis = stored.right if before.dim == 0 else stored.left
     assert stored.weight_scale is not None, "a weight was int8 before a merge and is not after it"

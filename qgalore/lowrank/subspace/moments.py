@@ -35,6 +35,7 @@ def read(state: dict, name: str) -> Tensor:
     """The moment ``name`` of an optimizer's ``state`` in fp32, a fresh tensor (4-bit ones: of a matrix); 8-bit ones by
     their device's code."""
     stored, number = state[name], name[-1]
+    # 4-bit moments are packed two to a byte, and first and second ones have formats of their own.
     if name == "packed1":
         return fourbit.decode_first(stored, state["absmax1"], (state["rows2"].numel(), state["columns2"].numel()))
     if name == "packed2":
@@ -58,6 +59,7 @@ def write(state: dict, name: str, moment: Tensor) -> None:
             kept.copy_(value)
         return
     if name == "packed2":
+        # Rows and columns have other maxima after a turn, and the codes are relative to them.
         rows, columns = moment.amax(dim=1), moment.amax(dim=0)
         stored.copy_(fourbit.encode_second(moment, rows, columns))
         state["rows2"].copy_(rows)
@@ -107,6 +109,7 @@ def carry(old: dict, new: dict, left: Tensor | None, right: Tensor | None) -> No
     for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):
         for name in (name for name in names if torch.is_tensor(old.get(name))):
             write(new, name, _turn(read(old, name), *sides))
+    # Step counts are the same at any rank.
     new |= {name: value for name, value in old.items() if not torch.is_tensor(value) or value.ndim == 0}
 
 

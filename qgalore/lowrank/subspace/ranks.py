@@ -87,11 +87,12 @@ def measured_bytes(factory: Factory, device: torch.device) -> Callable[[torch.Si
 
     def moment_bytes(shape: torch.Size) -> int:
         rows, columns = shape
+        # ``unit`` rows fill whole blocks of moments, so that every further ``unit`` of rows adds the same bytes.
         unit = moments.BLOCK // math.gcd(moments.BLOCK, columns)
         few = -(-_TRIAL // (columns * unit)) * unit
         if rows <= few:
             return tried(rows, columns)
-        more = (tried(2 * few, columns) - tried(few, columns)) * unit // few  # of ``unit`` rows, which are whole blocks
+        more = (tried(2 * few, columns) - tried(few, columns)) * unit // few
         whole, rest = divmod(rows - few, unit)
         return tried(few + rest, columns) + whole * more
 
@@ -115,11 +116,12 @@ def wanted_rank(
     ``now``: the present rank, which stays if the change would be small, unless this is the ``first`` basis.
     ``fits(ranks)``: the first of them that the budget has room for.
     """
+    # Ranks are whole steps, and a small change is not worth new moments.
     ceiling = columns.shape[1]
     wanted = min(ceiling, -(-enough(gradient, columns, energy) // STEP) * STEP)
     if abs(wanted - now) * SLACK <= now and not first:
         return now
-    # small moments, in fp32, may take more than larger ones in 8 bits: not every rank under the ceiling fits
+    # Small moments, in fp32, may take more than larger ones in 8 bits, so not every rank under the ceiling fits.
     return fits(range(wanted, ceiling, STEP)) or ceiling
 
 

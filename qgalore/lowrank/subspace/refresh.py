@@ -34,7 +34,8 @@ class RefreshOptions:
     team: Team = ALONE
     rounding: str = "stochastic"
     scales: str = "sticky"
-    energy: float = 0.9  # of the gradient, which a rank that is free to move keeps (``ranks``)
+    # The share of the gradient's energy that a rank keeps where it is free to move (``ranks``).
+    energy: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ def find(
         if basis is None:
             found.append(None)
             continue
+        # A kernel's basis is U ⊗ I, and only U is searched for.
         matrix = basis.unfold(matrix)
         if warm is not None:
             warm = basis.reduce(warm)
-        most = min(rank, *matrix.shape)  # the two unfoldings of a kernel have ranks of their own
+        # The two unfoldings of a kernel have ranks of their own.
+        most = min(rank, *matrix.shape)
         try:
             if options.method == "exact":
                 columns = search.exact_basis(matrix, most)

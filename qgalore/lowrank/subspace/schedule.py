@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-LOOKS = 4  # of the energy schedule in update_proj_gap steps
-REFERENCE = 2  # looks after a refresh whose mean the later ones are held against
+from ...schedule_defaults import THRESHOLDS
+
+# Of the energy schedule.
+LOOKS = 4  # in update_proj_gap steps
+REFERENCE = 2  # looks after a refresh, whose mean the later ones are held against
 WEIGHT = 0.5  # of the newest look in the slow average
-FALL = 0.9
+FALL = 0.9  # of the reference, under which a new basis is searched for
 
 
 @dataclass
@@ -63,7 +66,7 @@ class LazySchedule(Schedule):
     ``queue_size`` similarities reaches ``cos_threshold``, the gap is multiplied by ``gamma_proj``, up to ``max_gap``.
     """
 
-    cos_threshold: float = 0.4
+    cos_threshold: float = THRESHOLDS["signed_cosine"]
     gamma_proj: float = 2.0
     queue_size: int = 5
     similarities: list[float] = field(default_factory=list)
@@ -73,6 +76,7 @@ class LazySchedule(Schedule):
         self.refreshes += 1
         if similarity is not None:
             self.similarities = [*self.similarities, similarity][-self.queue_size :]
+            # Only a full queue can stretch the gap: the mean over it decides, as published.
             full = len(self.similarities) == self.queue_size
             if full and sum(self.similarities) / self.queue_size >= self.cos_threshold:
                 self.gap = int(min(self.gap * self.gamma_proj, max(self.max_gap, self.gap)))
@@ -104,6 +108,7 @@ class EnergySchedule(Schedule):
     def wants(self, step: int, energy: Callable[[], float]) -> bool:
         if self.refreshes == 0:
             return True
+        # Looks come at a fixed pace. The average of the first ones is the reference and the start of the slow average.
         seen = energy()
         self.next_refresh = step + look_gap(self.base_gap)
         if len(self.first_looks) < REFERENCE:

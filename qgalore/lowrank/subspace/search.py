@@ -187,7 +187,8 @@ def first_vector_cosine(old: Tensor, new: Tensor) -> float:
 def captured_energy(gradient: Tensor, basis: Tensor) -> float:
     """‖G P‖² / ‖G‖² for G (out, in) and an orthonormal P (in, r): the share of the gradient that is kept."""
     total, kept = gradient.new_zeros(2, dtype=torch.float32)
-    for _, _, tile in fp32_tiles(gradient):  # by rows: one long fp32 sum of squares falls short by parts in 1000
+    # By rows, because one long fp32 sum of squares falls short by parts in a thousand.
+    for _, _, tile in fp32_tiles(gradient):
         total += torch.linalg.vector_norm(tile, dim=1).square().sum()
         kept += torch.linalg.vector_norm(tile @ basis, dim=1).square().sum()
     return float(kept / total) if total > 0 else 0.0

@@ -82,7 +82,8 @@ class AdaptiveTensor(ProjectedTensor):
 
     def restore(self, progress: dict[str, Any]) -> None:
         super().restore(progress)
-        if progress["rank"] != self.module.rank:  # the model's own tensors are yet to come
+        # The model's own tensors are yet to come, and need the rank that the checkpoint has.
+        if progress["rank"] != self.module.rank:
             self.module.set_rank(progress["rank"])
         for part in self.parts:
             _remake(part, self.part_shape(part, self.rank), None)

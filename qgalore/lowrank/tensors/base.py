@@ -46,12 +46,14 @@ class Scratch:
 @dataclass
 class Part:
     """Rows of a tensor that step together: ``leaf`` is an fp32 view into ``scratch``, which all parts share, real only
-    while ``inner`` steps it from zero; ``first`` is its first row."""
+    while ``inner`` steps it from zero; ``first`` is its first row. ``rests_on``: where the state is between two steps,
+    if not beside the leaf."""
 
     first: int
     leaf: nn.Parameter
     inner: Optimizer
     scratch: Scratch
+    rests_on: torch.device | None = None
 
     def state(self) -> dict[str, Any]:
         """What the inner optimizer keeps for the leaf; empty before the first step."""
@@ -62,15 +64,18 @@ class Part:
         self.inner.state.pop(self.leaf, None)
         if state:
             self.inner.state[self.leaf] = {
-                # torch keeps Adam's step count on the CPU on purpose; other tensors belong beside the leaf
-                name: value.to(self.leaf.device) if torch.is_tensor(value) and name != "step" else value
+                # torch keeps Adam's step count on the CPU on purpose. Other tensors belong beside the leaf.
+                name: value.to(self.rests_on or self.leaf.device)
+                if torch.is_tensor(value) and name != "step"
+                else value
                 for name, value in state.items()
             }
 
     def step(self, gradient: Tensor, lr: float) -> Tensor:
         """The inner optimizer's step from zero: Δ, fp32, valid until another part steps or the scratch is released."""
         self.scratch.hold()
-        self.leaf.data = self.scratch.flat[: self.leaf.numel()].view(self.leaf.shape)  # whose rank may have changed
+        # The view is made anew, since a refresh may have changed the rank.
+        self.leaf.data = self.scratch.flat[: self.leaf.numel()].view(self.leaf.shape)
         with torch.no_grad():
             self.leaf.zero_()
         self.leaf.grad = gradient.to(torch.float32).contiguous()
@@ -203,7 +208,9 @@ class TrainedTensor(ABC):
         rows, size = self.shape[0] if len(self.shape) else 1, self.shape.numel()
         if size <= limit or not self.by_rows or len(self.shape) < 2:
             return [(0, rows)]
+        # The fewest rows that fill whole blocks of 8-bit moments, so that a part's codes are those of the whole tensor.
         unit = BLOCK // math.gcd(BLOCK, size // rows)
+        # As few parts as ``limit`` allows, of nearly equal size.
         step = -(-rows // -(-size // limit) // unit) * unit
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 

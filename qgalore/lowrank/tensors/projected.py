@@ -30,11 +30,13 @@ class ProjectedTensor(TrainedTensor):
     ) -> None:
         super().__init__(name, index, module.delta.shape)
         self.module, self.schedule, self.options = module, schedule, options
-        self.mine: measures.Stored = module  # what of the weight is stepped here, from this row of it on
+        # What of the weight is stepped here, and the row of it with which that begins.
+        self.mine: measures.Stored = module
         self.first_row = 0
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
-        self._unfinished: tuple[dict[str, Any], measures.Lines | None] | None = None  # a record that waits for a merge
+        # A refresh's record, which waits for the merge that follows to tell what became of the weight.
+        self._unfinished: tuple[dict[str, Any], measures.Lines | None] | None = None
 
     @property
     def group(self) -> str:
@@ -115,18 +117,26 @@ class ProjectedTensor(TrainedTensor):
         gradient, self.module.probe.grad = self.module.probe.grad, None
         assert gradient is not None, f"{self.name} is refreshed without a whole gradient"
         first = self.schedule.refreshes == 0
-        waited = step - self.schedule.next_refresh  # for a gradient, as an expert without tokens does
+        # An expert without tokens waits for a gradient beyond the step in which its refresh is due.
+        waited = step - self.schedule.next_refresh
+
         if not team.of_first(f"the refresh of {self.name}", lambda: bool(gradient.any())):
             return self._postpone(gradient, step, own)
+
+        # A schedule may decide by a cheap look at the gradient that the present basis is good enough.
         stored = self.module.columns()
         energy = partial(team.of_first, f"a look at {self.name}", lambda: refresh.energy(gradient, stored))
         if not self.schedule.wants(step, energy):
             self.receive(gradient, own)
             return None
+
+        # Search. Only the process that decides has the gradient of all, so the others receive its columns.
         old = (None, None) if first else refresh.orthonormal(stored)
         found = self._find(gradient, old, step)
         failure = team.of_first(f"a basis of {self.name}", lambda: found.failure)
         team.receive_(f"the basis of {self.name}", [columns for columns in found.columns if columns is not None])
+
+        # Compare and adopt. A failed search keeps the old basis, unless there is none: then random columns serve.
         row = self._record(step, first, failure) | measures.moments(part.state() for part in self.parts)
         if failure is None or first:
             policy = self.options.policy
@@ -137,6 +147,8 @@ class ProjectedTensor(TrainedTensor):
         else:
             row["similarity"] = None
             self.schedule.record_failure(step)
+
+        # The gradient of this step is projected with the basis as it is stored, rounding included.
         self.receive(gradient, own)
         row |= {"rank": self.module.rank, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
         self._unfinished = row, measures.lines_before(self.mine, step)
@@ -144,6 +156,7 @@ class ProjectedTensor(TrainedTensor):
         return row
 
     def _find(self, gradient: Tensor, old: Sides, step: int) -> Found:
+        # A seed of its own for each layer and step, so that a resumed run draws the same numbers.
         generator = torch.Generator(gradient.device)
         generator.manual_seed(derive_key(self.options.seed, step, self.index)[0] & 0x7FFFFFFF)
         found = refresh.find(gradient, self.bases, old, self.rank_to_find(), self.options, generator)
@@ -210,6 +223,7 @@ class ProjectedTensor(TrainedTensor):
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Add ``scale · L Δ R̂ᵀ`` to the weight's rows from ``first`` on (all of them where L is not the identity)."""
         module, mine, options = self.module, self.mine, self.options
+        # A left basis mixes all rows of Δ into every row of the weight, which is then written whole.
         part = slice(first, None if not self.by_rows else first + delta.shape[0])
         scales = None if mine.weight_scale is None else mine.weight_scale[part]
         dispatch.merge(

@@ -32,7 +32,8 @@ class WholeTensor(ProjectedTensor):
         self._observation: Observation | None = None
         self.projected = self.projected and rule.uses_basis
         module.delta.requires_grad_(False)
-        module.probe.requires_grad_(True)  # without hooks nobody else does, and the layer would count as frozen
+        # Without hooks nobody else switches it on, and the layer would count as frozen.
+        module.probe.requires_grad_(True)
 
     @property
     def joins(self) -> Hashable:
@@ -53,7 +54,8 @@ class WholeTensor(ProjectedTensor):
         if self.frozen():
             return
         self.listen(True)
-        if self.module.products is not None and step % self.schedule.gap == 0:  # not every rule has refreshes
+        # Not every rule has refreshes, so products are tried again at the pace that refreshes would have.
+        if self.module.products is not None and step % self.schedule.gap == 0:
             self.module.products.retry()
 
     def listen(self, whole: bool) -> None:

@@ -71,11 +71,18 @@ class Stream:
             for own in (value for tensor in tensors for value in tensor.tensors().values()):
                 if own.is_floating_point() and (own.ndim == 0 or not state):
                     own.data = own.to(self.device)
+            for part in (part for tensor in tensors if state for part in tensor.parts):
+                part.rests_on = torch.device("cpu")  # what a checkpoint loads need not pass through the device
             if state:
                 record = lay_out([*self.records[number].fields, *fields_of_state(tensors, known)])
                 gather(record, self.device)
                 self.records[number] = record
         self._made = None
+
+    def collect(self) -> None:
+        """Bring what was loaded or replaced since the last step into the records, so that no second copy waits."""
+        for block in range(len(self.blocks)):
+            self._collect(block)
 
     # A walk's turns.
 

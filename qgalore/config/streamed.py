@@ -1,0 +1,39 @@
+"""What blocks that live in host memory do not go with: a part of the table in ``incompatible``."""
+
+from .sections import METHODS, Config
+
+
+def problems(config: Config) -> list[str]:
+    """What blocks that live in host memory do not go with."""
+    stream, train = config.memory.stream, config.train
+    if stream in ("none", "auto"):
+        return []
+    wanted = (
+        ("train.order", train.order, train.order != "batch_major", "layer_major"),
+        (
+            "method",
+            config.method,
+            METHODS[config.method][0] and config.method != "lora",
+            "qgalore, galore or galore8bit",
+        ),
+        ("lowrank.rank", config.lowrank.rank, config.lowrank.rank != "auto", "a number, as records have a fixed size"),
+        (
+            "train.clip_grad_norm",
+            f"{train.clip_grad_norm:g}",
+            train.clip_grad_norm == 0,
+            "0",
+        ),
+        (
+            "train.activation_checkpointing",
+            str(train.activation_checkpointing).lower(),
+            train.activation_checkpointing in ("auto", "offload") or train.activation_checkpointing is True,
+            "true or offload, as a graph would hold on to the weights of its block",
+        ),
+        ("model.compile", config.model.compile, config.model.compile == "none", "none"),
+        ("parallel", config.parallel, config.parallel != "shard", "replicate"),
+    )
+    return [
+        f"{key}: {value} does not go with memory.stream: {stream}; use {remedy}, or memory.stream: none"
+        for key, value, fine, remedy in wanted
+        if not fine
+    ]

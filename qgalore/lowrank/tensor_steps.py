@@ -1,0 +1,202 @@
+"""The steps of single tensors, which all ways of stepping have in common: prepare, look, apply.
+
+*Prepare* a tensor whose gradient is complete: sum it over the processes and, where a basis is due, find it and project.
+*Look* whether it is finite. *Apply* it: one inner step from zero, written back, and the gradient is dropped.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NumericalError
+from ..parallel import Team
+from ..quant.counter import derive_key
+from . import norms
+from .layers.experts import Experts
+from .rules.observed import Observation
+from .tensors.base import TrainedTensor
+from .tensors.whole import WholeTensor
+
+JOINED = 1 << 22  # weights that step together at most: a few small matrices, which would leave a GPU idle one by one
+
+
+class Idle:
+    """Which process has a gradient for a tensor that some micro-batches leave out: those of a mixture's experts."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.sometimes: dict[int, TrainedTensor] = {}  # by the identity of their leaves
+
+    def watch(self, experts: Experts, tensors: Iterable[TrainedTensor]) -> None:
+        """In a team: the weights of ``experts``, among ``tensors``, may have a gradient elsewhere but not here."""
+        leaves = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
+        own = (id(parameter) for parameter in experts.parameters())
+        self.sometimes |= {leaf: leaves[leaf] for leaf in own if leaf in leaves}
+
+    def lowest(self, tensor: TrainedTensor, leaf: nn.Parameter) -> int | None:
+        """The lowest process with a gradient in ``leaf``, where the others then have zeros; None if none has one."""
+        if id(leaf) not in self.sometimes:
+            return 0
+        found = self.team.lowest(f"the tokens of {tensor.name}", leaf.grad is not None)
+        if found is not None and leaf.grad is None:
+            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.grad_dtype, device=leaf.device)
+        return found
+
+    def someone_has(self, tensor: TrainedTensor) -> bool:
+        """Whether a process has a gradient for ``tensor``; all then have one, if only of zeros."""
+        for leaf in tensor.leaves():
+            if leaf.requires_grad and id(leaf) in self.sometimes:
+                return self.lowest(tensor, leaf) is not None
+        return tensor.holds_gradient()
+
+
+class TensorSteps:
+    """Steps tensors when it is told to, and knows which have stepped in the step that is being taken.
+
+    ``events``, ``observations`` and ``grad_norm`` are what ``LowRankOptimizer`` says of them.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, tensors: list[TrainedTensor], seed: int, team: Team) -> None:
+        self.tensors, self.seed, self.team, self.idle = tensors, seed, team, Idle(team)
+        self.step_count = 0
+        self.events: list[dict[str, Any]] = []
+        self.observations: list[Observation] = []
+        self.stepped: set[str] = set()  # names, in the step that is being taken
+        self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
+        self._squares: list[Tensor] = []
+        self._tensor_of = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
+
+    def tensors_of(self, where: nn.Module | Iterable[Tensor]) -> list[TrainedTensor]:
+        """The trained tensors with a leaf among the parameters of ``where``, each once, in the order in which a
+        backward pass completes them: the last parameter first."""
+        parameters = where.parameters() if isinstance(where, nn.Module) else where
+        found = (self._tensor_of.get(id(parameter)) for parameter in reversed(list(parameters)))
+        return list(dict.fromkeys(tensor for tensor in found if tensor is not None))
+
+    def accumulate_in_fp32(self, on: bool = True) -> None:
+        """Whether autograd adds the gradients of a step's micro-batches in fp32, whatever a leaf's dtype is. A single
+        micro-batch needs none of it: bf16 gradients then keep their size."""
+        for group in self.param_groups:
+            for leaf in group["params"]:
+                leaf.grad_dtype = torch.float32 if on else leaf.dtype
+
+    @torch.no_grad()
+    def prepare_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
+        """Sum the gradient of ``tensor`` over the team and, where a basis is due, find it and project. False, and
+        nothing done, if no process has a gradient.
+
+        ``first_from``: the process in whose share alone a very first basis is sought, before anything is summed; None:
+        in the sum. All processes must ask for the same tensors in the same order. Raises :class:`NumericalError` if a
+        whole gradient is not finite.
+        """
+        if first_from is None and not self.idle.someone_has(tensor):
+            return False
+        # Processes sum projected gradients. Without a first basis there are none, so one process finds it beforehand.
+        if first_from is not None and tensor.awaits_refresh() and tensor.seeks_first_basis():
+            self.refresh_tensor(tensor, first_from)
+        if self.team.size > 1:
+            tensor.sum_over(self.team)
+        self.prepare_summed(tensor)
+        return True
+
+    @torch.no_grad()
+    def prepare_summed(self, tensor: TrainedTensor) -> None:
+        """:meth:`prepare_tensor` for a ``tensor`` whose gradient is the whole team's already."""
+        if tensor.awaits_refresh():
+            self.refresh_tensor(tensor)
+        self._prepared.add(tensor.name)
+
+    def apply_tensor(self, tensor: TrainedTensor) -> None:
+        """One inner step of a prepared ``tensor``, written back; its gradient is dropped.
+
+        Raises :class:`NumericalError`, with nothing done, if the gradient is not finite.
+        """
+        self.apply_tensors([tensor])
+
+    @torch.no_grad()
+    def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
+        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
+        self._check_finite(tensors)
+        for some in together(tensors):
+            self._apply(some)
+
+    def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
+        """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""
+        prepared = self.prepare_tensor(tensor, first_from)
+        if prepared:
+            self.apply_tensor(tensor)
+        return prepared
+
+    def step_tensors(self, tensors: Iterable[TrainedTensor]) -> None:
+        """:meth:`step_tensor` for all of ``tensors``, such as a block's. All are prepared and looked at before the
+        first moves: a GPU is then waited for once, and not once for each. Small matrices of one shape step together."""
+        self.apply_tensors([tensor for tensor in tensors if self.prepare_tensor(tensor)])
+
+    def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
+        """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
+        ``own_of`` alone, which then decides for all."""
+        # A decomposition of inf or nan may hang or raise, so the gradient is looked at first.
+        whole = [leaf.grad for leaf in tensor.leaves() if tensor.is_whole(leaf) and leaf.grad is not None]
+        if not all(bool(torch.isfinite(torch.linalg.vector_norm(gradient))) for gradient in whole):
+            self.complain(tensor)
+        tensor.deciding = self.team.led_by(own_of or 0)
+        if (record := tensor.refresh(self.step_count, own_of is not None)) is not None:
+            self.events.append(record)
+
+    def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
+        """Step tensors that may step together (:func:`together`). Never sees a gradient that is not finite."""
+        group = next(group for group in self.param_groups if group["name"] == tensors[0].group)
+        rates = group["lr"], group["scale"], group["lr"] * group["weight_decay"]
+        keys = [derive_key(self.seed, self.step_count, tensor.index) for tensor in tensors]
+        if len(tensors) == 1:
+            tensors[0].step(*rates, keys[0])
+        else:
+            WholeTensor.step_together([t for t in tensors if isinstance(t, WholeTensor)], *rates, keys)
+        for tensor in tensors:
+            self.stepped.add(tensor.name)
+            if (observation := tensor.observation()) is not None:
+                self.observations.append(observation)
+
+    def _check_finite(self, tensors: list[TrainedTensor]) -> None:
+        # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
+        if tensors and not self.stepped:
+            self._squares = []
+        squares = norms.squares(tensors, self.team)
+        # One value leaves the device for all, since each that does makes a GPU wait.
+        if squares and not torch.isfinite(torch.stack([square.to(squares[0].device) for square in squares])).all():
+            self.complain(next(t for t, square in zip(tensors, squares, strict=True) if not torch.isfinite(square)))
+        self._squares += squares
+
+    def complain(self, tensor: TrainedTensor) -> NoReturn:
+        """Raise :class:`NumericalError` for a gradient that is not finite."""
+        partial = f"; {len(self.stepped)} of {len(self.tensors)} tensors were already stepped" if self.stepped else ""
+        raise NumericalError(
+            f"the gradient of {tensor.name} is not finite in optimizer step {self.step_count} (counted from 0){partial}"
+        )
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm over all gradients seen since the step began (or of the last step, right after it)."""
+        return float(torch.stack(self._squares).sum().sqrt()) if self._squares else 0.0
+
+    @property
+    def inside_step(self) -> bool:
+        """Whether some tensors have taken a step that is not closed yet."""
+        return bool(self.stepped)
+
+
+def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
+    """``tensors`` in groups that may step together, of no more than ``JOINED`` weights, in the order of their first."""
+    groups: list[list[TrainedTensor]] = []
+    open_groups: dict[Hashable, list[TrainedTensor]] = {}
+    for tensor in tensors:
+        group = None if tensor.joins is None else open_groups.get(tensor.joins)
+        if group is None or (len(group) + 1) * tensor.stored.numel() > JOINED:
+            groups.append(group := [])
+            open_groups[tensor.joins] = group
+        group.append(tensor)
+    return groups
