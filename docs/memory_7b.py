@@ -15,8 +15,8 @@ FIGURES = [
     ("AdamW, bf16 (GaLore 2, introduction)", 58.0, "0.75"),
     ("8-bit GaLore, per-layer updates (its README)", 21.3, "0.6"),
     ("Q-GaLore's own code (its scripts)", 15.1, "0.45"),
-    ("qgalore, rank 1024 (plan, 12.4 GiB)", 13.3, "#1f6f5c"),
-    ("qgalore, rank 512 (plan, 10.6 GiB)", 11.4, "#2f9c82"),
+    ("qgalore, rank 1024 (plan, 12.6 GiB)", 13.5, "#1f6f5c"),
+    ("qgalore, rank 512 (plan, 10.6 GiB)", 11.3, "#2f9c82"),
 ]
 
 plt.rcParams.update({"font.size": 10, "svg.hashsalt": "qgalore", "svg.fonttype": "none", "font.family": "sans-serif"})
