@@ -230,7 +230,7 @@ def optimizer(
     )
     check_numbers(lr=lr, update_proj_gap=update_proj_gap, queue_size=queue_size, energy=energy, gamma_proj=gamma_proj)
     lazy = schedule_options(policy, update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap)
-    steps = InnerSteps.of(inner, lr, tuple(betas), eps, inner_options or {})
+    steps = InnerSteps.of(inner, lr, betas, eps, inner_options or {})
     find = RefreshOptions(
         projector,
         policy,

@@ -96,7 +96,7 @@ class InnerSteps:
         """Raises :class:`ConfigError` for an unknown name and for options that the class does not take. Classes other
         than our own take neither ``betas`` nor ``eps``."""
         if name in checked.BUILTIN:
-            options = {"betas": betas, "eps": eps, **options}
+            options = {"betas": tuple(betas), "eps": eps, **options}
         made = checked.make_factory(name, lr, options)
         return cls(name, made, options.get("betas", betas), options.get("eps", eps))
 
