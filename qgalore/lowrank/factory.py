@@ -204,8 +204,8 @@ def optimizer(
       the three named ones, others take ``inner_options``.
     stepping: ``deferred``, ``fused`` or ``manual`` (see ``optimizer``). Fused refuses accumulation and cannot clip the
       global norm. Manual has no hooks: the caller steps each tensor when its gradient is complete.
-    update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps; ``max_gap``
-      defaults to 16 · update_proj_gap, cos_threshold to the policy's (0.2 for overlap, 0.4 for the cosines); one > 1
+    update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap: the lazy schedule, in optimizer steps. Where None,
+      ``max_gap`` and ``cos_threshold`` follow from the gap and the policy (``schedule_defaults``); a threshold above 1
       never stretches a gap.
     stagger: spread the refreshes after the first over the gap; projector: ``randomized`` | ``exact``;
     team: the processes that train this model together: gradients are sums over them, bases and steps the same in all;

@@ -25,7 +25,7 @@ MERGE = {"rows": 64, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 
 WRITE = {"rows": 32, "columns": 128, "num_warps": 8}  # every group of 128, 64 or 32 lies in one tile
 ROW = {"block": 4096, "num_warps": 8}  # elements of a row that are worked on at a time, where a group is a row
 DENSE = {"block": 4096, "num_warps": 8}
-ROW_MERGE = {**MERGE, "num_stages": 2}  # with three, ptxas spills for Blackwell
+ROW_MERGE = {**MERGE, "num_warps": 4}  # with eight, ptxas gives a thread 128 registers and spills for Blackwell
 PRODUCT_ELEMENTS = 1 << 22  # 16 MiB of fp32, which a GPU's cache holds between the product and its write-back
 
 

@@ -33,6 +33,13 @@ def plain(state):
     return {n: v.float() if torch.is_tensor(v) and v.dtype == torch.bfloat16 else v for n, v in state.items()}
 
 
+def diagonals(features):
+    """(WIDTH, features): diagonals side by side, each of another number, since other processes may hold their rows."""
+    times = -(-features // WIDTH)
+    numbers = torch.arange(1.0, times + 1).repeat_interleave(WIDTH)
+    return (torch.eye(WIDTH).repeat(1, times) * numbers)[:, :features]
+
+
 class Layers(nn.Module):
     """Two blocks of one layer with its basis on the right, and a dense vector outside."""
 
@@ -52,8 +59,7 @@ class Layers(nn.Module):
         order = torch.randperm(WIDTH, generator=make)
         wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number]
         x = torch.diag((2 * (order + 1) + wobble).float()).requires_grad_()
-        # rows of the output that other processes hold have gradients too: ones at every WIDTH-th place
-        outputs = [block(x) * torch.eye(WIDTH).repeat(1, block[0].out_features // WIDTH) for block in self.blocks]
+        outputs = [block(x) * diagonals(block[0].out_features) for block in self.blocks]
         return (outputs[0] + self.free).sum() + outputs[1].sum()
 
 
@@ -84,7 +90,7 @@ class ChainBlock(nn.Module):
             return hidden.clone()
         out, width = self.layer.out_features, self.layer.in_features
         rows = self.layer(hidden.detach() @ torch.eye(WIDTH, width))
-        return _Hand.apply(hidden, rows, torch.eye(WIDTH).repeat(1, -(-out // WIDTH))[:, :out])
+        return _Hand.apply(hidden, rows, diagonals(out))
 
 
 class Chain(nn.Module):
