@@ -76,7 +76,8 @@ def of_training(model: nn.Module, rules: Iterable[str]) -> Work | None:
         return None
     config = getattr(model, "config", None)
     chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None
-    return count(matrices(model, chosen), getattr(model, "is_gradient_checkpointing", False))
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return count(matrices(model, chosen), recomputed)
 
 
 def line(work: Work, tokens: int) -> str:
