@@ -66,7 +66,8 @@ def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
     for module in model.modules():
         if isinstance(module, nn.Linear | LowRankLinear):
             tokens = 0.0 if isinstance(module, LowRankEmbedding) else shares.get(module, 1.0)
-            found.append(Matrix(*module.weight.shape, tokens, isinstance(module, LowRankLinear)))
+            rows, columns = module.weight.shape
+            found.append(Matrix(rows, columns, tokens, isinstance(module, LowRankLinear)))
     return found
 
 
