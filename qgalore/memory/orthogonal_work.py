@@ -66,7 +66,8 @@ def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
     for module in model.modules():
         if isinstance(module, nn.Linear | LowRankLinear):
             tokens = 0.0 if isinstance(module, LowRankEmbedding) else shares.get(module, 1.0)
-            found.append(Matrix(*module.weight.shape, tokens, isinstance(module, LowRankLinear)))
+            rows, columns = module.weight.shape
+            found.append(Matrix(rows, columns, tokens, isinstance(module, LowRankLinear)))
     return found
 
 
@@ -76,7 +77,8 @@ def of_training(model: nn.Module, rules: Iterable[str]) -> Work | None:
         return None
     config = getattr(model, "config", None)
     chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None
-    return count(matrices(model, chosen), getattr(model, "is_gradient_checkpointing", False))
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return count(matrices(model, chosen), recomputed)
 
 
 def line(work: Work, tokens: int) -> str:
