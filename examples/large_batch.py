@@ -7,7 +7,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qgalore
-from qgalore.step.api import step
 
 STEPS, MICRO_BATCHES = 60, 4
 
@@ -31,7 +30,7 @@ def main() -> list[float]:
     for _ in range(STEPS):
         micro_batches = [(torch.randint(0, 64, (4, 1)) + torch.arange(16)) % 64 for _ in range(MICRO_BATCHES)]
         # Forward, backward and update in one call: each block's gradients are gone before the next block's come.
-        taken = step(model, optimizer, micro_batches, loss=loss)
+        taken = qgalore.step(model, optimizer, micro_batches, loss=loss)
         scheduler.step()
         losses.append(taken.loss)
     print(f"loss {losses[0]:.3f} → {losses[-1]:.3f}, through {taken.blocks} blocks")

@@ -2,6 +2,7 @@
 
 report = qgalore.convert(model, rank=128)          # int8 weights, int4 projections, in place
 optimizer = qgalore.optimizer(model, lr=1e-3)      # an ordinary torch.optim.Optimizer
+qgalore.step(model, optimizer, batches, loss=…)    # a whole step, block by block, or backward() and optimizer.step()
 qgalore.save(model, folder)                        # for transformers' from_pretrained
 qgalore.load(model, folder)                        # a converted model's own tensors, from a checkpoint
 """
@@ -15,9 +16,10 @@ _PLACES = {
     "load": "library",
     "optimizer": "lowrank.factory",
     "save": "library",
+    "step": "steps.api",
     "TrainerGuard": "hugging_face.trainer_guard",
 }
-__all__ = ["TrainerGuard", "convert", "load", "optimizer", "save"]
+__all__ = ["TrainerGuard", "convert", "load", "optimizer", "save", "step"]
 
 
 def __getattr__(name: str) -> Any:

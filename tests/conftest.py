@@ -1,6 +1,7 @@
 """Shared fixtures: devices, a tiny Llama, and a tiny training configuration over the shipped text."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -87,29 +88,41 @@ TINY = {
         "config": "llama_quickstart",
         "overrides": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2},
     },
-    "data": {"valid_fraction": 0.2, "vocab_size": 512, "sequence_length": 32},
+    "data": {"valid_fraction": 0.02, "vocab_size": 512, "sequence_length": 32},
     "train": {"max_steps": 6, "micro_batch_size": 4, "lr": 0.01, "warmup_steps": 2, "eval_every": 3, "save_every": 2},
     "lowrank": {"rank": 16, "update_proj_gap": 3, "scale": 1.0},
     "sample": {"max_new_tokens": 4},
 }
 
 
+@pytest.fixture(scope="session")
+def known_texts(tmp_path_factory):
+    """The cache of ``TINY``: its tokenizer and tokens, which the first run of a session makes for all others."""
+    return tmp_path_factory.mktemp("texts")
+
+
 @pytest.fixture
-def tiny_run(tmp_path, monkeypatch, capfd):
+def tiny_run(tmp_path, monkeypatch, capfd, known_texts):
     """A function (overrides…) → (exit code, standard output, standard error) of ``train.py`` on a tiny model.
 
-    Works in a temporary folder that holds ``tiny.yaml``; data is the held-out text of the quickstart.
+    Works in a temporary folder that holds ``tiny.yaml`` and a copy of ``known_texts``, unless a test file has none;
+    data is the held-out text of the quickstart.
     """
     import train
 
     monkeypatch.chdir(tmp_path)
     config = {**TINY, "data": {**TINY["data"], "train": str(ROOT / "configs/quickstart_data/valid.jsonl.gz")}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    if known_texts is not None and any(known_texts.iterdir()):
+        shutil.copytree(known_texts, tmp_path / "cache")
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capfd.readouterr()
         code = train.main(["--config", "tiny.yaml", *arguments])
         output = capfd.readouterr()
+        ordinary = code == 0 and not any(argument.startswith("data.") for argument in arguments)
+        if known_texts is not None and ordinary and not any(known_texts.iterdir()):
+            shutil.copytree(tmp_path / "cache", known_texts, dirs_exist_ok=True)
         return code, output.out, output.err
 
     return run

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,20 @@ def distance(model, other, start):
     ]
     gap = sum(float((a - b).square().sum()) for a, b, _ in pairs) ** 0.5
     return gap / sum(float((b - c).square().sum()) for _, b, c in pairs) ** 0.5
+
+
+@contextmanager
+def no_file_larger_than(size):
+    """The operating system lets no file grow past ``size`` bytes, as a full disk would not.
+
+    Only around what is tested: pytest's own output may be a file too.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager

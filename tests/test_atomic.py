@@ -1,24 +1,15 @@
 """Files and folders are written whole or not at all, with ordinary permissions and one message."""
 
 import os
-import resource
 import stat
 
 import pytest
 import torch
+from helpers import no_file_larger_than
 from safetensors.torch import save_file
 
 from qgalore.errors import ConfigError
 from qgalore.files import atomic
-
-
-@pytest.fixture
-def small_files():
-    """The operating system lets no file grow past 100 bytes, as a full disk would not."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def mode(path):
@@ -38,13 +29,14 @@ def test_a_file_is_replaced_and_looks_like_any_other(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "plain"}
 
 
-def test_an_error_leaves_the_old_content(tmp_path, small_files):
+def test_an_error_leaves_the_old_content(tmp_path):
     path = tmp_path / "a"
     atomic.write_text(path, "old")
     message = r"the record could not be written: .*too large.*; free space"
-    with pytest.raises(ConfigError, match=message), atomic.explained("the record", "free space"):
+    refused = pytest.raises(ConfigError, match=message)
+    with refused, atomic.explained("the record", "free space"), no_file_larger_than(100):
         atomic.write_text(path, "x" * 200)
-    with pytest.raises(OSError, match="too large"), atomic.replacing(path) as fresh:
+    with pytest.raises(OSError, match="too large"), atomic.replacing(path) as fresh, no_file_larger_than(100):
         save_file({"w": torch.zeros(100)}, fresh)  # SafetensorError, in the library's own words
     with pytest.raises(KeyError), atomic.replacing(path) as fresh:
         raise KeyError("a fault of ours stays one")

@@ -5,13 +5,12 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import sys
 
 import pytest
 import torch
-from helpers import mutate, trained
+from helpers import mutate, no_file_larger_than, trained
 from safetensors.torch import load_file
 
 from qgalore.errors import ConfigError
@@ -178,13 +177,9 @@ def test_a_disk_that_fills_up_while_writing(tiny_llama, tmp_path, limit):
     """The operating system refuses to let any file grow past ``limit`` bytes."""
     model, opt = trained(tiny_llama, num_hidden_layers=1)
     good = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(ConfigError, match=r"could not be written.*Older checkpoints are intact"):
-            checkpoint.save(tmp_path / "step-00000002", model, opt.state_dict(), TEXT)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused = pytest.raises(ConfigError, match=r"could not be written.*Older checkpoints are intact")
+    with refused, no_file_larger_than(limit):
+        checkpoint.save(tmp_path / "step-00000002", model, opt.state_dict(), TEXT)
     assert list(tmp_path.iterdir()) == [good]
     assert checkpoint.newest_of([good])[0] == good
 

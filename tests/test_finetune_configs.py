@@ -1,6 +1,5 @@
 """The configurations for fine-tuning: their plans with a model folder's config.json, and the sample conversations."""
 
-import importlib
 import json
 
 import pytest
@@ -8,12 +7,12 @@ import pytest
 from qgalore import config
 from qgalore.data.conversations import conversations
 from qgalore.errors import ConfigError
-from qgalore.memory import plan
+from qgalore.memory.resident import resident
 from qgalore.models.presets import PRESETS
 from qgalore.training import assemble
 from qgalore.training.model import Vocabulary
+from qgalore.training.paper import on_paper, plan_for
 
-planning = importlib.import_module("qgalore.training.fit")
 GIB = 2**30
 
 
@@ -23,7 +22,8 @@ GIB = 2**30
 def test_resident_bytes_from_a_config_json_alone(tmp_path, name, preset, limit):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS[preset]}))
     made = config.load(f"finetune_{name}_16gb", [f"model.path={tmp_path}", "train.activation_checkpointing=true"])
-    sizes = plan.resident(*planning.on_paper(config.resolve(made, "cuda", True), Vocabulary(1, None, None)))
+    model, optimizer = on_paper(config.resolve(made, "cuda", True), Vocabulary(1, None, None))
+    sizes = resident(model, optimizer.tensors)
     assert sizes["int8 weights"] > 7 * GIB
     assert sum(sizes.values()) < limit * GIB
 
@@ -49,7 +49,7 @@ def test_a_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch):
     made = config.load(f"finetune_{name}_16gb")
     assert made.data.task == "instruct"
     with pytest.raises(ConfigError, match=r"model\.path .* has no config\.json"):
-        planning.plan_for(config.resolve(made, "cuda", True), Vocabulary(1, None, None), "cuda")
+        plan_for(config.resolve(made, "cuda", True), Vocabulary(1, None, None), "cuda")
 
 
 def test_the_sample_conversations():

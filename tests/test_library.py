@@ -9,11 +9,13 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import qgalore
+import qgalore.steps.api
 from qgalore.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import cnn
 import hf_trainer
+import large_batch
 import own_loop
 
 
@@ -30,6 +32,14 @@ def test_own_loop_learns():
     losses = own_loop.main()
     # counting upwards is certain but for the first token, so any model that learns leaves the uniform guess, ln 64
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_step_in_one_call_learns(capsys):
+    """Also once the room of that code is imported, whose name must not be the function's."""
+    losses = large_batch.main()
+    assert losses[-1] < losses[0] - 0.5
+    assert "through 2 blocks" in capsys.readouterr().out
+    assert qgalore.step is qgalore.steps.api.step
 
 
 @pytest.mark.slow

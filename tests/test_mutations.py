@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = "tests/lowrank/test_method.py::test_default_galore_is_the_page"
 PARTS = "tests/lowrank/test_method.py::test_parts_are_the_page_too"
+PROCESSES = "tests/parallel/test_walk.py::test_where_sums_are_exact_the_number_of_processes_does_not_show"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,27 @@ MUTATIONS = {
         "return not any(leaf.requires_grad for leaf in self.leaves())",
         "return False",
         ("tests/lowrank/test_freezing.py",),
+    ),
+    "gradients that are not summed over processes": Mutation(
+        "team.begin(sums, shares)", "team.begin([], shares)", (f"{PROCESSES}[replicate]",)
+    ),
+    "gradients that are summed twice over processes": Mutation(
+        "team.begin(sums, shares)",
+        "team.begin(sums, []).wait() or team.begin(sums, shares)",
+        (f"{PROCESSES}[replicate]",),
+    ),
+    "the mean over processes in the place of their sum": Mutation(
+        "self.optimizer.prepare_summed(tensor)",
+        "self.optimizer.prepare_summed(tensor) or tensor.gradient().div_(self.optimizer.team.size)",
+        (f"{PROCESSES}[replicate]", f"{PROCESSES}[shard]"),
+    ),
+    "rows of a gradient that are not summed over processes": Mutation(
+        "self._send(partial(_reduce_scatter, mine, tensor.to(mine.dtype).contiguous()))",
+        "mine.copy_(tensor[: len(mine)])",
+        (f"{PROCESSES}[shard]",),
+    ),
+    "the loss of a step in one process": Mutation(
+        'self.team.total("the loss of a step", mine)', "mine", (f"{PROCESSES}[replicate]",)
     ),
 }
 

@@ -1,6 +1,7 @@
 """Rules chosen in a configuration: training, resuming, exporting, and what a rule does not read."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,10 @@ def test_a_rule_trains_and_goes_on_to_the_same_bits(tiny_run, rule):
     code, out, err = tiny_run("run.name=whole", *extra, "train.eval_every=1")
     assert code == 0, err
     assert "layer-major: the model is walked" in out
+    share = re.search(r"muon: +orthogonalisation is ([\d.]+%) of a step's arithmetic", out)
+    said = re.findall(r"orthogonalisation ([\d.]+%) of the arithmetic", out)  # in the progress lines
+    assert (share is not None, bool(said)) == (rule == "muon", rule == "muon")
+    assert set(said) <= {share and share[1]}
     rows = [json.loads(line) for line in Path("runs/whole/metrics.jsonl").read_text().splitlines()]
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert losses[-1] < losses[0]
@@ -68,6 +73,9 @@ def test_a_rule_trains_and_goes_on_to_the_same_bits(tiny_run, rule):
     whole, cut = final_state("runs/whole"), final_state("runs/cut")
     assert whole.keys() == cut.keys()
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    looks = [json.loads(line) for line in Path("runs/cut/updates.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in looks] == [1] * 7, "each of the seven matrices, once: a resume repeats no row"
+    assert all((row["momentum_cosine"] is not None) == (rule == "muon") for row in looks)
     exported = load_file("runs/whole/export/hf/model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     q, scale = whole[name].float(), whole[f"{name}_scale"].float()

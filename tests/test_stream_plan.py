@@ -11,8 +11,8 @@ from qgalore.lowrank.factory import trained_tensors
 from qgalore.lowrank.subspace.refresh import RefreshOptions
 from qgalore.memory import streamed, timeline
 from qgalore.models.loss import summed_loss
-from qgalore.step import api
-from qgalore.step.streaming.stream import Stream
+from qgalore.steps import api
+from qgalore.steps.streaming.stream import Stream
 
 SHAPE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 RANK, BLOCKS = 32, 5

@@ -414,8 +414,10 @@ def test_odd_widths_train(tiny_run):
     ],
 )
 def test_a_signal_saves_and_the_run_goes_on(tiny_run, number, code):
-    assert tiny_run("run.name=whole", "train.max_steps=15", "train.eval_every=15", "train.save_every=null")[0] == 0
-    arguments = ["run.name=cut", "train.max_steps=15", "train.eval_every=15", "train.save_every=null"]
+    # Enough steps after the first for the signal to arrive among them.
+    long = ("train.max_steps=40", "train.eval_every=40", "train.save_every=null")
+    assert tiny_run("run.name=whole", *long)[0] == 0
+    arguments = ["run.name=cut", *long]
     command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
@@ -430,7 +432,7 @@ def test_a_signal_saves_and_the_run_goes_on(tiny_run, number, code):
     assert process.returncode == code, output
     assert "--resume auto" in output
     assert tiny_run("--resume", "auto", *arguments)[0] == 0
-    assert_same(final_state("runs/whole", 15), final_state("runs/cut", 15))
+    assert_same(final_state("runs/whole", 40), final_state("runs/cut", 40))
 
 
 def test_a_record_that_cannot_be_written_is_one_clear_message(tiny_run):

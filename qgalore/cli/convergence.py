@@ -34,7 +34,7 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
 
 def look(options: argparse.Namespace) -> bool:
     """Read, print and write once. Returns whether all runs have ended."""
-    from ..convergence import csv_rows, records, report, summary, table
+    from ..convergence import csv_rows, records, report, summary, table, updates
     from ..files.atomic import write_report
 
     runs = [records.read_run(folder) for folder in options.runs]
@@ -46,6 +46,7 @@ def look(options: argparse.Namespace) -> bool:
     shown = [table.run_table(one, lines(one)) for one in summaries]
     if any(one.total for one in summaries):
         shown.append(table.LEGEND)
+    shown += [text for one in summaries if (text := updates.table(one.run, options.kinds))]
     if len(summaries) > 1:
         shown.append(table.runs_table(summaries))
     if options.follow and sys.stdout.isatty():

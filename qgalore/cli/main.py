@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "continue a prompt with an exported model",
     "export": "write a checkpoint's model for transformers, vLLM or llama.cpp",
     "convergence": "show how training and its subspaces converge",
+    "doctor": "check this machine: versions, kernels, speed, and what fits",
     "compare": "train variants of a configuration and compare them",
 }
 EXAMPLES = """

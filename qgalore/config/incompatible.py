@@ -122,7 +122,7 @@ def _sharded(config: Config) -> list[str]:
         ),
         ("lowrank.proj_type", low.proj_type, right, "right: a left basis moves every row by the whole of Δ"),
         ("lowrank.rank", low.rank, low.rank != "auto", "a number"),
-        ("lowrank.rule", low.rule, low.rule == "galore", "galore"),
+        ("lowrank.rule", low.rule, low.rule == "galore", "galore: another rule's update hangs on the whole matrix"),
         ("lowrank.embeddings", low.embeddings, low.embeddings == "full", "full, which each process holds whole"),
         ("model.compile", model.compile, model.compile == "none", "none"),
         ("model.compute", model.compute, model.compute == "bf16", "bf16"),

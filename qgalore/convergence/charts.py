@@ -7,6 +7,7 @@ from . import plot
 from .plot import Series
 from .records import Row, Run, number, numbers
 from .summary import by_kind, by_layer, kind_of, step_times, summarise_layer
+from .updates import relative
 
 BINS = 120  # points on a line: more cannot be told apart
 LAYER_BINS = 40  # where each gathers the layers that happened to be refreshed: fewer, so that they are alike
@@ -79,7 +80,7 @@ def losses_of(runs: list[Run]) -> str:
 
 
 def similarity(run: Run) -> str:
-    layers = by_layer(run)
+    layers = by_layer(run.refreshes)
     room = max(10, MAX_CELLS // max(1, len(layers)))
     rows = [(layer, _cells(run, found, room)) for layer, found in layers.items()]
     groups = by_kind(summarise_layer(run, layer, found) for layer, found in layers.items())
@@ -104,7 +105,7 @@ def _cells(run: Run, rows: list[Row], room: int) -> list[tuple[float, float, flo
 
 def _in_force(run: Run, key: str) -> list[Series]:
     """What ``key`` was at last, mean over the layers of each kind, read off at the same steps for all."""
-    layers = by_layer(run)
+    layers = by_layer(run.refreshes)
     steps = sorted({round(1 + i * (run.step - 1) / BINS) for i in range(BINS + 1)})
     series = []
     for colour, kind in enumerate(dict.fromkeys(map(kind_of, layers))):
@@ -214,3 +215,30 @@ def refresh_share(run: Run) -> str:
 
 
 ALL = (loss, similarity, gaps, ranks, energy, angles, spectrum, int8, moments, throughput, refresh_share)
+
+
+def _of_kinds(run: Run, value: Callable[[Row], float | None]) -> list[Series]:
+    """The mean over the layers of each kind, at every step that was looked at."""
+    found: dict[str, Points] = {}
+    for layer, rows in by_layer(run.updates).items():
+        points = [(row["step"], known) for row in rows if (known := value(row)) is not None]
+        found.setdefault(kind_of(layer), []).extend(points)
+    return [Series(kind, thinned(points), colour) for colour, (kind, points) in enumerate(found.items()) if points]
+
+
+def update_sizes(run: Run) -> str:
+    series = _of_kinds(run, lambda row: relative(row) or None)
+    sizes = [size for one in series for _, size in one.points]
+    limits = (min(sizes) / 2, max(sizes) * 2) if sizes else None
+    title = "Size of an update: ‖ΔW‖ / ‖W‖, mean over layers of a kind (logarithmic)"
+    return plot.lines(title, series, STEP, "‖ΔW‖ / ‖W‖", _limits(run), limits, base=10)
+
+
+def stored_momentum(run: Run) -> str:
+    series = _of_kinds(run, lambda row: number(row, "momentum_cosine"))
+    lowest = min((cosine for one in series for _, cosine in one.points), default=0.0)
+    title = "Cosine between the update and that of the momentum as it is stored, mean over layers of a kind"
+    return plot.lines(title, series, STEP, "cosine (1: nothing is lost)", _limits(run), (min(0.0, lowest), 1.0))
+
+
+OF_UPDATES = (update_sizes, stored_momentum)

@@ -1,7 +1,7 @@
 """The records of a run as data: tolerant of what a run in progress, a killed one or an older version leaves behind."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Run:
     evaluations: list[Row]
     refreshes: list[Row]
     unreadable: int
+    updates: list[Row] = field(default_factory=list)  # updates that were looked at, of rules on whole gradients
 
     @property
     def step(self) -> int:
@@ -81,6 +82,7 @@ def read_run(folder: Path) -> Run:
         )
     metrics, damaged = _read_rows(folder / "metrics.jsonl")
     refreshes, damaged_too = _read_rows(folder / "subspace.jsonl")
+    updates, damaged_three = _read_rows(folder / "updates.jsonl")
     return Run(
         folder=folder,
         name=printable(folder.resolve().name),
@@ -88,7 +90,8 @@ def read_run(folder: Path) -> Run:
         train=[row for row in metrics if "lr" in row],
         evaluations=[row for row in metrics if number(row, "eval_loss") is not None],
         refreshes=[row for row in refreshes if isinstance(row.get("layer"), str)],
-        unreadable=damaged + damaged_too,
+        unreadable=damaged + damaged_too + damaged_three,
+        updates=[row for row in updates if isinstance(row.get("layer"), str)],
     )
 
 

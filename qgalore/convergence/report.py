@@ -2,7 +2,7 @@
 
 from html import escape
 
-from . import charts, plot, table
+from . import charts, plot, table, updates
 from .summary import RunSummary
 
 STYLE = (
@@ -24,6 +24,9 @@ def page(summaries: list[RunSummary], reload_seconds: int | None = None) -> str:
         parts.append(f"<h2>{escape(summary.run.name)}</h2>")
         parts.append(f"<pre>{escape(table.run_table(summary, table.layer_lines(summary)))}</pre>")
         parts += [f"<pre>{escape(table.LEGEND)}</pre>"] if summary.total else []
+        if shown := updates.table(summary.run, kinds=False):
+            parts.append(f"<pre>{escape(shown)}</pre>")
+            parts += [drawn for chart in charts.OF_UPDATES if (drawn := chart(summary.run))]
         figures = [chart(summary.run) for chart in charts.ALL]
         parts += [drawn for drawn in figures if drawn]
         missing = [

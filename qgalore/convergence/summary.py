@@ -66,11 +66,11 @@ def kind_of(layer: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", layer)[-1] if re.search(r"(?:^|\.)\d+\.", layer) else layer.split(".")[-1]
 
 
-def by_layer(run: Run) -> dict[str, list[Row]]:
-    """Refresh rows of each layer; layers of one kind together, in the order of the model: the first bases of all layers
+def by_layer(refreshes: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of each layer; layers of one kind together, in the order of the model: the first bases of all layers
     are found as gradients arrive, from the last layer to the first."""
     found: dict[str, list[Row]] = {}
-    for row in run.refreshes:
+    for row in refreshes:
         found.setdefault(row["layer"], []).append(row)
     kinds = list(dict.fromkeys(kind_of(layer) for layer in found))[::-1]
     indices = {layer: tuple(int(part) for part in re.findall(r"\d+", layer)) for layer in found}
@@ -188,7 +188,7 @@ def step_times(run: Run) -> list[tuple[int, float]]:
 
 def summarise(run: Run) -> RunSummary:
     """Everything the tables show of ``run``."""
-    layers = [summarise_layer(run, layer, rows) for layer, rows in by_layer(run).items()]
+    layers = [summarise_layer(run, layer, rows) for layer, rows in by_layer(run.refreshes).items()]
     total = together("total", layers) if layers else None
     losses = [loss for row in run.train if (loss := number(row, "loss")) is not None]
     rates = [rate for row in run.train if (rate := number(row, "tokens_per_second"))]

@@ -8,6 +8,7 @@ from statistics import fmean
 from ..errors import ConfigError
 from .records import Run, number
 
+UPDATES = ("update_rms", "weight_rms", "momentum_cosine")
 PER_LAYER = ("similarity", "energy", "energy_before", "gap")
 TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
 EVALUATION = ("eval_loss", "eval_perplexity")
@@ -16,8 +17,8 @@ HEALTH += ("int8_changed", "int8_rescaled", "int8_noise_share")
 
 
 def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step): ``train/…``, ``held_out/…``, ``KEY/LAYER`` for the figures of a layer's refresh, and
-    ``health/…``, the mean over the layers refreshed in a step."""
+    """(tag, value, step): ``train/…``, ``held_out/…``, ``KEY/LAYER`` for the figures of a layer's refresh or update,
+    and ``health/…``, the mean over the layers refreshed in a step."""
     for section, rows, keys in (("train", run.train, TRAIN), ("held_out", run.evaluations, EVALUATION)):
         for row in rows:
             yield from ((f"{section}/{k}", value, row["step"]) for k in keys if (value := number(row, k)) is not None)
@@ -31,6 +32,9 @@ def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
                 yield f"{key}/{row['layer']}", value, row["step"]
             else:
                 means.setdefault((key, row["step"]), []).append(value)
+    for row in run.updates:
+        known = ((key, number(row, key)) for key in UPDATES)
+        yield from ((f"{key}/{row['layer']}", value, row["step"]) for key, value in known if value is not None)
     for (key, step), values in means.items():
         yield f"health/{key}", fmean(values), step
 

@@ -1,6 +1,5 @@
 """Making the optimizer of a converted model: its options checked, its tensors found."""
 
-import math
 import sys
 from typing import Any
 
@@ -11,21 +10,18 @@ from torch.optim import Optimizer
 from .. import combinations
 from ..errors import ConfigError, counted
 from ..parallel import ALONE, Team, shards
-from ..quant.int8 import ROUNDINGS, SCALES
-from ..schedule_defaults import THRESHOLDS, longest_gap
 from .inner import checked as inner_optimizers
 from .layers.experts import Experts
 from .layers.linear import LowRankLinear
 from .layers.lora import LoraLinear
-from .optimizer import STEPPING, LowRankOptimizer
+from .optimizer import LowRankOptimizer
+from .options import InnerSteps, check_choices, check_numbers, require, schedule_options
 from .rules import GALORE, RULES, RuleOptions, check_momentum, default_scale
 from .rules import check as check_rule
 from .rules.common import MOMENTUM, MU
-from .subspace.moments import POLICIES as MOMENTS
-from .subspace.policies import POLICIES, make_schedules
+from .subspace.policies import make_schedules
 from .subspace.refresh import RefreshOptions
 from .subspace.schedule import Schedule
-from .subspace.search import METHODS
 from .tensors.adaptive import AdaptiveTensor
 from .tensors.base import TrainedTensor
 from .tensors.dense import DenseTensor
@@ -102,7 +98,7 @@ def trained_tensors(
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     for name, parameter in trainable:
         allowed = (torch.float32, torch.bfloat16)
-        _require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
+        require(parameter.dtype in allowed, f"the dtype of {name}", parameter.dtype, "float32 or bfloat16")
     return found + [DenseTensor(name, len(found) + i, p) for i, (name, p) in enumerate(trainable)]
 
 
@@ -134,11 +130,6 @@ def _tell_of_clamped_ranks(tensors: list[TrainedTensor], of_rule: RuleOptions) -
         )
 
 
-def _require(condition: bool, name: str, value: Any, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}; it must be {rule}")
-
-
 def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: str, stepping: str) -> None:
     """Raise :class:`ConfigError` if some weights are shared by rows and cannot be stepped so."""
     shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
@@ -147,7 +138,7 @@ def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: st
     given = (("rule", rule, (GALORE,)), ("stepping", stepping, ("deferred", "manual")))
     for name, value, allowed in given:
         words = " or ".join(map(repr, allowed))
-        _require(value in allowed, name, value, f"{words} where processes share weights by rows")
+        require(value in allowed, name, value, f"{words} where processes share weights by rows")
     for name, module in shared.items():
         shareable(name, module, inner, team.size, part_elements(inner))
 
@@ -157,6 +148,11 @@ def _tell_of_rounding(find: RefreshOptions, int8_layers: list[LowRankLinear]) ->
         print("note: weight_rounding and weight_scales have no effect: no int8 weight is stepped", flush=True)
     elif find.rounding == "nearest":
         print("note: weight_rounding 'nearest' discards every change below half an int8 step", flush=True)
+
+
+def _tell_of_moments(moments: str, modules: dict[str, LowRankLinear]) -> None:
+    if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
+        print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
 
 
 def optimizer(
@@ -225,23 +221,17 @@ def optimizer(
     Raises :class:`ConfigError` for bad values, for an optimizer that cannot work on Δ, and if nothing is trainable.
     """
     _refuse_several_processes(team)
-    _require(lr > 0 and math.isfinite(lr), "lr", lr, "a positive number")
-    _require(stepping in STEPPING, "stepping", stepping, f"one of {STEPPING}")
-    _require(projector in METHODS, "projector", projector, f"one of {METHODS}")
-    _require(policy in POLICIES, "policy", policy, f"one of {POLICIES}")
-    _require(moments in MOMENTS, "moments", moments, f"one of {MOMENTS}")
-    _require(weight_rounding in ROUNDINGS, "weight_rounding", weight_rounding, f"one of {ROUNDINGS}")
-    _require(weight_scales in SCALES, "weight_scales", weight_scales, f"one of {SCALES}")
-    _require(update_proj_gap >= 1, "update_proj_gap", update_proj_gap, "at least 1")
-    if message := combinations.gaps(combinations.ARGUMENTS, max_gap, update_proj_gap):
-        raise ConfigError(message)
-    _require(queue_size >= 1, "queue_size", queue_size, "at least 1")
-    _require(0 < energy <= 1, "energy", energy, "in (0, 1]")
-    _require(gamma_proj >= 1, "gamma_proj", gamma_proj, "at least 1")
-    options = dict(inner_options or {})
-    if inner in inner_optimizers.BUILTIN:
-        options = {"betas": tuple(betas), "eps": eps, **options}
-    factory = inner_optimizers.make_factory(inner, lr, options)
+    check_choices(
+        stepping=stepping,
+        projector=projector,
+        policy=policy,
+        moments=moments,
+        weight_rounding=weight_rounding,
+        weight_scales=weight_scales,
+    )
+    check_numbers(lr=lr, update_proj_gap=update_proj_gap, queue_size=queue_size, energy=energy, gamma_proj=gamma_proj)
+    lazy = schedule_options(policy, update_proj_gap, cos_threshold, gamma_proj, queue_size, max_gap)
+    steps = InnerSteps.of(inner, lr, tuple(betas), eps, inner_options or {})
     find = RefreshOptions(
         projector,
         policy,
@@ -252,39 +242,30 @@ def optimizer(
         scales=weight_scales,
         energy=energy,
     )
-    threshold = THRESHOLDS.get(policy) if cos_threshold is None else cos_threshold
-    lazy = {"cos_threshold": threshold, "gamma_proj": gamma_proj, "queue_size": queue_size}
-    lazy["max_gap"] = max_gap or longest_gap(update_proj_gap)
     _tell_of_layers(model, dense)
     modules = stepped_layers(model)
     _check_shares(modules, team, inner, rule, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     check_rule(rule, rank, stepping, full_gradients, modules)
     check_momentum(rule, momentum, mu, modules)
-    _require(clip_update_rms >= 0, "clip_update_rms", clip_update_rms, "at least 0")
+    require(clip_update_rms >= 0, "clip_update_rms", clip_update_rms, "at least 0")
     if message := combinations.limited_updates(combinations.ARGUMENTS, rule, clip_update_rms):
         raise ConfigError(message)
-    if moments == "keep" and any(module.max_rank is not None for module in modules.values()):
-        print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
+    _tell_of_moments(moments, modules)
     of_rule = RuleOptions(
         rank, update_proj_gap, seed, momentum or MOMENTUM, MU if mu is None else mu, largest_rms=clip_update_rms
     )
     tensors = trained_tensors(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )
-    _require(bool(tensors), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
-    for device in {tensor.leaves()[0].device for tensor in tensors}:
-        inner_optimizers.check_ignores_value(factory, device)
-        if moments == "rotate" and any(tensor.turns_moments() for tensor in tensors):
-            inner_optimizers.check_rotates(factory, device)
-        if isinstance(inner, str) and inner in inner_optimizers.CODED:
-            inner_optimizers.check_coded(inner, factory, options["betas"], options["eps"], device)
+    require(bool(tensors), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
+    steps.check(tensors, rotates=moments == "rotate")
     made = LowRankOptimizer(
         tensors,
         lr=lr,
         weight_decay=weight_decay,
         scale=default_scale(rule) if scale is None else scale,
-        factory=factory,
+        factory=steps.factory,
         stepping=stepping,
         seed=seed,
         part_elements=part_elements(inner),

@@ -8,7 +8,7 @@ accumulation and ``clip_grad_norm_`` work. The hooks of the last two are in ``ho
 In a team of processes a gradient is summed over them before anything looks at it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -22,9 +22,12 @@ from . import norms
 from .hooks import HOOKS, Idle
 from .inner.checked import Factory
 from .layers.experts import Experts
+from .rules.observed import Observation
 from .tensors.base import TrainedTensor, attach
+from .tensors.whole import WholeTensor
 
 STEPPING = ("deferred", "fused", "manual")
+JOINED = 1 << 22  # weights that step together at most: a few small matrices, which would leave a GPU idle one by one
 
 
 class LowRankOptimizer(Optimizer):
@@ -32,8 +35,8 @@ class LowRankOptimizer(Optimizer):
 
     It is an ordinary optimizer to learning-rate schedulers: ``param_groups`` are ``lowrank``, ``dense`` and ``vector``
     (norms and biases, without weight decay), and ``lr`` is read from them in every step. ``events`` collects a record
-    of each refresh decision; ``grad_norm`` is the norm of the gradients of the step that is being taken or was last
-    taken, Δ-gradients for low-rank layers.
+    of each refresh decision, and ``observations`` those of updates that were looked at. ``grad_norm`` is the norm of
+    the gradients of the step that is being taken or was last taken, Δ-gradients for low-rank layers.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class LowRankOptimizer(Optimizer):
         self.tensors, self.stepping, self.seed, self.team = tensors, stepping, seed, team
         self.step_count = 0
         self.events: list[dict[str, Any]] = []
+        self.observations: list[Observation] = []
         self.untouched: list[str] = []
         self.stepped: set[str] = set()  # names, in the step that is being taken
         self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
@@ -135,8 +139,8 @@ class LowRankOptimizer(Optimizer):
     def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
         """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
         self._check_finite(tensors)
-        for tensor in tensors:
-            self._apply(tensor)
+        for some in together(tensors):
+            self._apply(some)
 
     def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
         """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""
@@ -144,6 +148,11 @@ class LowRankOptimizer(Optimizer):
         if prepared:
             self.apply_tensor(tensor)
         return prepared
+
+    def step_tensors(self, tensors: Iterable[TrainedTensor]) -> None:
+        """:meth:`step_tensor` for all of ``tensors``, such as a block's. All are prepared and looked at before the
+        first moves: a GPU is then waited for once, and not once for each. Small matrices of one shape step together."""
+        self.apply_tensors([tensor for tensor in tensors if self.prepare_tensor(tensor)])
 
     def refresh_tensor(self, tensor: TrainedTensor, own_of: int | None = None) -> None:
         """Find a due basis from the whole gradient that ``tensor`` holds: the sum of all processes', or that of process
@@ -156,12 +165,19 @@ class LowRankOptimizer(Optimizer):
         if (record := tensor.refresh(self.step_count, own_of is not None)) is not None:
             self.events.append(record)
 
-    def _apply(self, tensor: TrainedTensor) -> None:
-        """Never sees a gradient that is not finite."""
-        group = self.param_groups[self._group_of[tensor.name]]
-        key = derive_key(self.seed, self.step_count, tensor.index)
-        tensor.step(group["lr"], group["scale"], group["lr"] * group["weight_decay"], key)
-        self.stepped.add(tensor.name)
+    def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
+        """Step tensors that may step together (:func:`together`). Never sees a gradient that is not finite."""
+        group = self.param_groups[self._group_of[tensors[0].name]]
+        rates = group["lr"], group["scale"], group["lr"] * group["weight_decay"]
+        keys = [derive_key(self.seed, self.step_count, tensor.index) for tensor in tensors]
+        if len(tensors) == 1:
+            tensors[0].step(*rates, keys[0])
+        else:
+            WholeTensor.step_together([t for t in tensors if isinstance(t, WholeTensor)], *rates, keys)
+        for tensor in tensors:
+            self.stepped.add(tensor.name)
+            if (observation := tensor.observation()) is not None:
+                self.observations.append(observation)
 
     def close(self) -> None:
         """End the step: what has no gradient in it is ``untouched``, and the leaves of the next one are armed."""
@@ -201,8 +217,8 @@ class LowRankOptimizer(Optimizer):
         pending = [tensor for tensor in self.tensors if tensor.gradient() is not None]
         # All are checked before the first is stepped, so that a bad gradient leaves no weight changed.
         self._check_finite(pending)
-        for tensor in pending:
-            self._apply(tensor)
+        for some in together(pending):
+            self._apply(some)
         self.close()
         return loss
 
@@ -233,10 +249,11 @@ class LowRankOptimizer(Optimizer):
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        for tensor, square in zip(tensors, norms.squares(tensors, self.team), strict=True):
-            if not torch.isfinite(square):
-                self.complain(tensor)
-            self._squares.append(square)
+        squares = norms.squares(tensors, self.team)
+        # One value leaves the device for all, since each that does makes a GPU wait.
+        if squares and not torch.isfinite(torch.stack([square.to(squares[0].device) for square in squares])).all():
+            self.complain(next(t for t, square in zip(tensors, squares, strict=True) if not torch.isfinite(square)))
+        self._squares += squares
 
     def complain(self, tensor: TrainedTensor) -> NoReturn:
         """Raise :class:`NumericalError` for a gradient that is not finite."""
@@ -293,3 +310,16 @@ class LowRankOptimizer(Optimizer):
             tensor.arm(self.step_count)
         for group, saved in zip(self.param_groups, state["groups"], strict=True):
             group.update(saved)
+
+
+def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
+    """``tensors`` in groups that may step together, of no more than ``JOINED`` weights, in the order of their first."""
+    groups: list[list[TrainedTensor]] = []
+    open_groups: dict[Hashable, list[TrainedTensor]] = {}
+    for tensor in tensors:
+        group = None if tensor.joins is None else open_groups.get(tensor.joins)
+        if group is None or (len(group) + 1) * tensor.stored.numel() > JOINED:
+            groups.append(group := [])
+            open_groups[tensor.joins] = group
+        group.append(tensor)
+    return groups

@@ -9,10 +9,12 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .repeats import Repeats
 from .stand_ins import answer
 
 ON_HOST = "host"  # the label of what waits in host memory and does not count on the device
 TEMPORARIES = "temporaries"
+_REPEATS = Repeats()  # of all rehearsals
 REHEARSED = 4  # micro-batches: the first, the second, one that stands for all others, and the last
 
 Size = Callable[[int], int]
@@ -46,7 +48,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if (found := answer(func, args, kwargs or {})) is not None:
             return found
-        result = func(*args, **(kwargs or {}))
+        result = _REPEATS.run(func, args, kwargs or {})
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self.count(value)

@@ -44,12 +44,13 @@ class Work:
         return self.fixed * (1.0 - share) / (share * self.per_token)
 
 
-def count(matrices: Iterable[Matrix], recomputed: bool) -> Work:
+def count(matrices: Iterable[Matrix], recomputed: float) -> Work:
     """The work of a step. A token takes 2 operations for each value of a weight in the forward pass, 4 in the backward
-    pass, and 2 more where activations are ``recomputed``. Attention and elementwise operations are not counted."""
+    pass, and 2 more in the share of blocks that are ``recomputed``. Attention and elementwise operations are not
+    counted."""
     found = list(matrices)
     fixed = sum(orthogonal.flop(m.rows, m.columns) for m in found if m.orthogonalised)
-    each = 8.0 if recomputed else 6.0
+    each = 6.0 + 2.0 * recomputed
     return Work(fixed, sum(each * m.rows * m.columns * m.tokens for m in found))
 
 
@@ -67,6 +68,15 @@ def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
             tokens = 0.0 if isinstance(module, LowRankEmbedding) else shares.get(module, 1.0)
             found.append(Matrix(*module.weight.shape, tokens, isinstance(module, LowRankLinear)))
     return found
+
+
+def of_training(model: nn.Module, rules: Iterable[str]) -> Work | None:
+    """The work of a step of ``model`` in training, whose layers step by ``rules``; None if none orthogonalises."""
+    if "muon" not in set(rules):
+        return None
+    config = getattr(model, "config", None)
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None
+    return count(matrices(model, chosen), getattr(model, "is_gradient_checkpointing", False))
 
 
 def line(work: Work, tokens: int) -> str:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..quant.int8 import planned_for
-from ..step.blocks import Layout
-from ..step.trial import try_walk
+from ..steps.blocks import Layout
+from ..steps.trial import try_walk
 from .meter import Meter
 from .rehearsal import (
     TRANSIENT,
@@ -25,6 +25,7 @@ from .rehearsal import (
     ids,
     loss_or_refusal,
     mask,
+    offloading_seen,
     watch_gradients,
 )
 from .resident import resident, tensors_kept
@@ -113,11 +114,13 @@ def plan(
         watch_gradients(optimizer, meter)
         if layout is None:
             optimizer.step_by_hooks(stepping)
-        with meter:
+        with meter, offloading_seen(meter):
             Rehearsal(model, optimizer, step, order(layout), meter).run()
     host = {"block inputs (page-locked)": meter.host_peak}
     if streamed is not None:
         host = {"blocks (page-locked)": streamed.host_bytes} | host
+    if step.device != "cpu":
+        host["micro-batches"] = step.micro_batches * sum(value.nbytes for value in ids(step).values())
     peak = {name: meter.at_peak[name] for name in TRANSIENT}
     return Plan(kept_bytes, peak, outside, host, layout is not None, streamed)
 

@@ -1,7 +1,7 @@
 """Two steps on the meta device, taken by the real step and the real optimizer while a meter counts."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -12,7 +12,8 @@ from ..errors import ConfigError
 from ..lowrank.hooks import HOOKS
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
-from ..step.activations import Activations, Key, OnHost, Store
+from ..models import recompute
+from ..steps.activations import Activations, Key, OnHost, Store
 from .meter import ON_HOST, REHEARSED, TEMPORARIES, Meter
 from .stand_ins import ScheduleOnPaper
 
@@ -76,9 +77,9 @@ class PaperOptimizer(LowRankOptimizer):
         if self.meter is not None:
             self.meter.count(tensor.gradient(), "full gradient" if tensor.keeps_whole else "gradients")
 
-    def _apply(self, tensor: TrainedTensor) -> None:
+    def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
         with self._at_work():
-            super()._apply(tensor)
+            super()._apply(tensors)
 
     def _at_work(self) -> AbstractContextManager:
         return nullcontext() if self.meter is None else self.meter.labelled(WORKSPACE)
@@ -102,6 +103,17 @@ def _observe(kept: Activations, meter: Meter) -> None:
         if isinstance(store, OnHost):
             store._buffer = _labelled(store._buffer, meter)  # type: ignore[method-assign] - of this object alone
     kept.inputs, kept.gradients = _Observed(kept.inputs, meter), _Observed(kept.gradients, meter)
+
+
+@contextmanager
+def offloading_seen(meter: Meter) -> Iterator[None]:
+    """Inside, ``meter`` hears of what checkpointed blocks of batch-major steps keep in host memory."""
+    own = recompute.host_buffer
+    recompute.host_buffer = _labelled(own, meter)
+    try:
+        yield
+    finally:
+        recompute.host_buffer = own
 
 
 def _labelled(make: Callable[[Tensor], Tensor], meter: Meter) -> Callable[[Tensor], Tensor]:

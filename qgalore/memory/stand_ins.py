@@ -5,6 +5,7 @@ That is kernels which do not run there (attention, 8-bit moments), random genera
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ class _Grouped(torch.autograd.Function):
         return tuple(torch.empty_like(value) for value in ctx.saved_tensors)
 
 
+@cache
+def _code(name: str, device: torch.device) -> Tensor:
+    """The values that 8-bit codes stand for, one tensor for all parameters."""
+    return torch.empty(256, device=device)
+
+
 class Adam8bitShapes(Optimizer):
     """The states of an 8-bit Adam without their values: bytes and block scales as ``adamw8bit`` keeps them."""
 
@@ -57,7 +64,7 @@ class Adam8bitShapes(Optimizer):
         blocks = -(-leaf.numel() // self.BLOCK)
         states = {name: torch.empty_like(leaf, dtype=torch.uint8) for name in ("state1", "state2")}
         states |= {name: torch.empty(blocks, device=leaf.device) for name in ("absmax1", "absmax2")}
-        return states | {name: torch.empty(256, device=leaf.device) for name in ("qmap1", "qmap2")}
+        return states | {name: _code(name, leaf.device) for name in ("qmap1", "qmap2")}
 
     def step(self, closure=None) -> None:
         """Nothing moves: the kernels work in place, in tiles that do not count."""

@@ -9,8 +9,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..lowrank.tensors.base import TrainedTensor
 from ..models.compiling import blocks_of
-from ..step.blocks import Layout
-from ..step.streaming.records import GROUPS, Record, fields_of_block, fields_of_state, lay_out, used_elsewhere
+from ..steps.blocks import Layout
+from ..steps.streaming.records import GROUPS, Record, fields_of_block, fields_of_state, lay_out, used_elsewhere
 from . import orthogonal_work
 
 LINK = 12.5e9  # bytes a second, each way: PCIe 4 with 8 lanes, as many cards for 16 GB have

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..step.streaming.copies import Moment, Span
-from ..step.streaming.stream import Stream
+from ..steps.streaming.copies import Moment, Span
+from ..steps.streaming.stream import Stream
 from .streamed import Streamed
 
 

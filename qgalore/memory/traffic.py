@@ -14,17 +14,18 @@ COLLECTIVES = (
 )
 
 
-def payload(tensors: Iterable[TrainedTensor], gap: int, micro_batches: int = 1) -> dict[str, float]:
+def payload(tensors: Iterable[TrainedTensor], gap: int, passes: int = 1) -> dict[str, float]:
     """Bytes of the tensors that an ordinary step reduces or broadcasts, by collective; and of layers whose rows are
-    shared, what is gathered, forward and backward, and scattered for each of a process's ``micro_batches``.
+    shared, what is gathered and scattered in each of its ``passes`` through the model and back: a layer-major step is
+    one, a batch-major one has as many as a process has micro-batches.
 
     A layer's full gradient and fp32 basis travel once in ``gap`` steps, at most: a lazy schedule stretches its gap. The
-    first step sends no full gradients. Of a mixture all experts count, as if each had tokens in every step. Meetings
-    (24 bytes a process, some ten in a step; two for each tensor of an expert in a fused one) are left out.
+    full gradients of a first step are left out, of a mixture all experts count, as if each had tokens in every step,
+    and meetings (24 bytes a process, one for each block and some five more) are left out.
     """
     sizes = dict.fromkeys(COLLECTIVES, 0.0)
     for tensor in tensors:
-        for collective, size in tensor.traffic(gap, micro_batches).items():
+        for collective, size in tensor.traffic(gap, passes).items():
             sizes[collective] += size
     return {name: size for name, size in sizes.items() if size}
 

@@ -16,20 +16,25 @@ from ..errors import ConfigError
 _OFFLOADED_ELEMENTS = 1 << 12  # smaller tensors (a dummy, a mask's offset) are not worth a copy
 
 
-def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor | torch.Size, torch.dtype]:
-    if tensor.is_meta:  # planning: gone from the device
-        return tensor.device, tensor.shape, tensor.dtype
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
     if tensor.device.type == "cpu" or tensor.numel() < _OFFLOADED_ELEMENTS:
-        return tensor.device, tensor, tensor.dtype
-    packed = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return tensor.device, tensor
+    packed = host_buffer(tensor)
     packed.copy_(tensor, non_blocking=True)
-    return tensor.device, packed, tensor.dtype
+    return tensor.device, packed
 
 
-def _from_host(packed: tuple[torch.device, Tensor | torch.Size, torch.dtype]) -> Tensor:
-    device, values, dtype = packed
-    if device.type == "meta":
-        return torch.empty(values, dtype=dtype, device=device)
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Page-locked memory for the values of ``tensor``; of a plan's tensor, one without values too."""
+    if tensor.is_meta:
+        return torch.empty_like(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
+    device, values = packed
+    if values.is_meta:  # a plan: what comes back takes memory on the device again
+        return torch.empty_like(values)
     return values.to(device, non_blocking=True)
 
 

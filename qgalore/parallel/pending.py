@@ -1,7 +1,8 @@
 """Sums over the processes of a job that are on their way while other work goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ Share = tuple[Tensor, Tensor]  # a tensor, and the memory for this process's row
 @dataclass
 class Pending:
     """What was begun together. The tensors must be left alone until :meth:`wait` returns. All processes begin the same
-    things in the same order."""
+    things in the same order. ``sends``: False for a plan, which only counts memory."""
 
+    sends: bool = True
     _works: list[Any] = field(default_factory=list)
     _arrivals: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)  # what travels, and where it belongs
 
@@ -45,18 +47,18 @@ class Pending:
                 small.setdefault((dtype, tensor.device), []).append(tensor)
                 continue
             sent = tensor.to(dtype).contiguous()
-            self._reduce(sent)
+            self._send(partial(dist.all_reduce, sent))
             if sent is not tensor:
                 self._arrivals.append((sent.view(-1), [tensor]))
         for (dtype, _), group in small.items():
             sent = torch.cat([tensor.to(dtype).reshape(-1) for tensor in group])
-            self._reduce(sent)
+            self._send(partial(dist.all_reduce, sent))
             self._arrivals.append((sent, group))
         for tensor, mine in shares:
-            with reaching():
-                self._works.append(_reduce_scatter(mine, tensor.to(mine.dtype).contiguous(), async_op=True))
+            self._send(partial(_reduce_scatter, mine, tensor.to(mine.dtype).contiguous()))
         return self
 
-    def _reduce(self, tensor: Tensor) -> None:
-        with reaching():
-            self._works.append(dist.all_reduce(tensor, async_op=True))
+    def _send(self, collective: Callable[..., Any]) -> None:
+        if self.sends:
+            with reaching():
+                self._works.append(collective(async_op=True))

@@ -198,12 +198,10 @@ class Team:
             self.begin([(tensor, tensor.dtype) for tensor in tensors]).wait()
 
     def scatter(self, place: str, tensor: Tensor) -> Tensor:
-        """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory. On
-        the meta device, where only memory counts, nobody is met."""
+        """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory."""
         mine = self.room(tensor, tensor.dtype)
-        if not tensor.is_meta:
-            self.meet(place)
-            self.begin([], [(tensor, mine)]).wait()
+        self.meet(place)
+        self.begin([], [(tensor, mine)]).wait()
         return mine
 
     def room(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:

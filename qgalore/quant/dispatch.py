@@ -6,10 +6,12 @@ raises where a kernel cannot run. Code that ``torch.compile`` traces always take
 """
 
 import os
+import sys
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from . import basis, dense, int8
 from .self_check import first_failure
 
 CHOICES = ("auto", "reference", "triton")
+KERNEL_ELEMENTS = 2 * int8.TILE_ELEMENTS  # of rows that are computed for one launch: no more than a plan counts
 _choice = "auto"
 
 
@@ -48,7 +51,8 @@ def _say_once(text: str) -> None:
 def _obstacle_on(device: torch.device) -> str | None:
     """Why no kernel can be used on ``device``, found once for each: nothing for a CPU under ``TRITON_INTERPRET``."""
     if find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"Triton is not installed (pip install {package})"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton does not run on {device.type}"
     from . import kernels as module
@@ -108,7 +112,8 @@ def encode(vectors: Tensor, fmt: str) -> tuple[Tensor, Tensor | None]:
     group = int8.group_size_for(vectors.shape[1])
     module = None
     if fmt == "int4":
-        module = kernels_for(vectors.device, _group_obstacle("basis", group))
+        whole = f"a basis in groups of a whole row ({group} values) has no kernel that packs it"
+        module = kernels_for(vectors.device, None if group in int8.GROUP_SIZES else whole)
     return basis.encode(vectors, fmt) if module is None else module.encode_int4(vectors.float().contiguous(), group)
 
 
@@ -120,57 +125,13 @@ def decode(codes: Tensor, scale: Tensor | None, dim: int, fmt: str, dtype: torch
     return module.decode_int4(codes, scale, dim, dtype)
 
 
-def _group_obstacle(name: str, group: int) -> str | None:
-    return None if group in int8.GROUP_SIZES else f"a {name} in groups of a whole row ({group} values) has no kernel"
-
-
-def _way_obstacle(rounding: str, scales: str) -> str | None:
-    if (rounding, scales) == ("stochastic", "sticky"):
-        return None
-    return f"a merge with {rounding} rounding and {scales} scales has no kernel"
-
-
-def fused_merge(
-    q: Tensor,
-    scale: Tensor,
-    delta: Tensor,
-    left: tuple[Tensor, Tensor | None, str] | None,
-    right: tuple[Tensor, Tensor | None, str] | None,
-    *,
-    s: float,
-    shrink: float,
-    key: tuple[int, int],
-    first_row: int = 0,
-    rounding: str = "stochastic",
-    scales: str = "sticky",
-) -> bool:
-    """``W ← SR(W · (1 − shrink) + s · L Δ R̂ᵀ)`` in place by a kernel; False, with nothing done, if there is none.
-
-    ``left`` and ``right`` are a stored basis's (codes, scale, format) or None; the rest as in ``kernels.merge``.
-    Without a kernel the caller merges through ``int8.write_back``, which knows other ``rounding`` and ``scales`` too.
-    """
-    obstacle = _group_obstacle("weight", q.shape[1] // scale.shape[1])
-    if (left is None) == (right is None):
-        obstacle = "a merge with no basis, or with one on either side, has no kernel"
-    codes, basis_scale, fmt = left or right or (None, None, "")
-    if obstacle is None and fmt != "int4":
-        obstacle = f"a merge with a basis in {fmt} has no kernel"
-    obstacle = _way_obstacle(rounding, scales) or obstacle
-    module = kernels_for(q.device, obstacle)
-    if module is None:
-        return False
-    side, dim = ("right", q.shape[1]) if left is None else ("left", q.shape[0])
-    delta, where = delta.float().contiguous(), {"key": key, "first_row": first_row}
-    module.merge(q, scale, delta, codes, basis_scale, dim, side, s=s, shrink=shrink, **where)
-    return True
-
-
 class StoredBasis(Protocol):
     """Columns (dim, rank) as ``basis.encode`` stores them."""
 
     codes: Tensor
     scale: Tensor | None
     fmt: str
+    dim: int
 
     def columns(self) -> Tensor:
         """fp32 (dim, rank)."""
@@ -192,19 +153,86 @@ def merge(
     rounding: str = "stochastic",
     scales: str = "sticky",
 ) -> None:
-    """``W ← W · (1 − shrink) + s · L Δ R̂ᵀ`` in place, rounded once: by a kernel where there is one.
+    """``W ← W · (1 − shrink) + s · L Δ R̂ᵀ`` in place, rounded once: by kernels where there are some.
 
     ``weight`` (rows, in): int8 with its ``scale``, or floating point without; ``delta``: fp32. ``left`` and ``right``
     are None for the identity. The rest as in ``int8.write_back``; ``rounding`` and ``scales`` are those of int8.
+    A kernel multiplies with one basis in int4. Other products are PyTorch's, and only the writing is a kernel's.
     """
-    if scale is not None and kernels_for(weight.device) is not None:
-        stored = [None if side is None else (side.codes, side.scale, side.fmt) for side in (left, right)]
-        how = {"rounding": rounding, "scales": scales}
-        if fused_merge(weight, scale, delta, *stored, s=s, shrink=shrink, key=key, first_row=first_row, **how):
-            return
+    how: dict[str, Any] = {"shrink": shrink, "key": key, "first_row": first_row}
+    if left is not None and right is not None:
+        delta, left = left.columns() @ delta, None
+    stored = right if left is None else left
+    if stored is None:
+        write_back(weight, scale, delta.view(weight.shape), s=s, **how, rounding=rounding, scales=scales)
+        return
+    module = _writer(weight, scale, rounding, scales)
+    if module is not None and scale is not None and stored.fmt == "int4":
+        place = (stored.codes, stored.scale, stored.dim, "right" if left is None else "left")
+        module.merge(weight, scale, delta.float().contiguous(), *place, s=s, **how)
+        return
     columns = None if left is None else left.columns(), None if right is None else right.columns()
     rows = basis.update_rows(delta, *columns, s)
+    if module is None:
+        _by_reference(weight, scale, rows, rounding, scales, **how)
+    else:
+        write_back(weight, scale, rows, **how)
+
+
+def _by_reference(
+    weight: Tensor, scale: Tensor | None, rows: Callable[[int, int], Tensor], rounding: str, scales: str, **how: Any
+) -> None:
     if scale is None:
-        dense.write_back(weight, rows, shrink=shrink, key=key, first_row=first_row)
+        dense.write_back(weight, rows, **how)
+    else:
+        int8.write_back(weight, scale, rows, **how, rounding=rounding, scales=scales)
+
+
+def _writer(weight: Tensor, scale: Tensor | None, rounding: str, scales: str) -> ModuleType | None:
+    """The kernels that write back into ``weight``, or None."""
+    obstacle = None
+    if scale is not None and (rounding, scales) != ("stochastic", "sticky"):
+        obstacle = f"a write-back with {rounding} rounding and {scales} scales has no kernel"
+    elif not weight.is_contiguous() or (scale is not None and not scale.is_contiguous()):
+        obstacle = "a weight that is not contiguous has no kernel"
+    return kernels_for(weight.device, obstacle)
+
+
+@torch.no_grad()
+def write_back(
+    weight: Tensor,
+    scale: Tensor | None,
+    update: Tensor | Callable[[int, int], Tensor],
+    *,
+    s: float = 1.0,
+    shrink: float,
+    key: tuple[int, int],
+    first_row: int = 0,
+    rounding: str = "stochastic",
+    scales: str = "sticky",
+) -> None:
+    """``W ← W · (1 − shrink) + s · update`` in place, rounded once: by a kernel where there is one.
+
+    ``update``: of the weight's shape, or a function that gives its rows a … b−1, fp32, which may be overwritten. One
+    kernel writes a tensor; rows that are yet to be computed are written as they come. The rest as in :func:`merge`.
+    """
+    how: dict[str, Any] = {"shrink": shrink, "key": key}
+    module = _writer(weight, scale, rounding, scales)
+    if module is None:
+        _by_reference(weight, scale, _scaled_rows(update, s), rounding, scales, **how, first_row=first_row)
         return
-    int8.write_back(weight, scale, rows, shrink=shrink, key=key, first_row=first_row, rounding=rounding, scales=scales)
+    tiles = [(0, len(weight))] if isinstance(update, Tensor) else int8.row_tiles(*weight.shape, KERNEL_ELEMENTS)
+    for a, b in tiles:
+        values = update.contiguous() if isinstance(update, Tensor) else update(a, b).contiguous()
+        if scale is None:
+            module.write_back_dense(weight[a:b], values, s=s, **how, first_row=first_row + a)
+        else:
+            module.write_back(weight[a:b], scale[a:b], values, s=s, **how, first_row=first_row + a)
+
+
+def _scaled_rows(update: Tensor | Callable[[int, int], Tensor], s: float) -> Callable[[int, int], Tensor]:
+    """``update`` times ``s`` by rows, in fp32."""
+    if isinstance(update, Tensor):
+        whole = update
+        return lambda a, b: whole[a:b].float() if s == 1.0 else whole[a:b].float() * s
+    return update if s == 1.0 else lambda a, b: update(a, b).mul_(s)

@@ -44,9 +44,9 @@ def scale_for(absmax: Tensor, headroom: float = HEADROOM) -> Tensor:
     return (absmax * (headroom / QMAX)).clamp_(MIN_SCALE, MAX_SCALE).to(torch.bfloat16)
 
 
-def row_tiles(rows: int, width: int) -> list[tuple[int, int]]:
-    """Row ranges (a, b) of about ``TILE_ELEMENTS`` values."""
-    step = max(1, TILE_ELEMENTS // width)
+def row_tiles(rows: int, width: int, elements: int = TILE_ELEMENTS) -> list[tuple[int, int]]:
+    """Row ranges (a, b) of about ``elements`` values."""
+    step = max(1, elements // width)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import ConfigError
+from .dispatch import kernels_for
 from .int8 import QMAX
 
 MULTIPLE = 8  # cuBLAS wants both sides of W in multiples of this
@@ -33,13 +34,20 @@ def obstacle(rows: int, width: int) -> str | None:
     return None
 
 
-def round_tokens(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``values`` (T, K) as int8 in [−127, 127] and the step of each token, fp32 (T, 1): the largest magnitude / 127.
+def round_tokens(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``values`` (T, K), times ``scale`` (K,) if given, as int8 in [−127, 127] and the step of each token, fp32 (T, 1):
+    the largest magnitude / 127. By a kernel where there is one.
 
     Where a token holds inf or nan its step is not finite, so that what is computed from it is not finite either.
     """
+    module = kernels_for(values.device)
+    if module is not None:
+        return module.round_tokens(values.contiguous(), scale)
     values = values.to(torch.float32)
-    step = (values.abs().amax(dim=1, keepdim=True) / QMAX).clamp_(min=_SMALLEST)
+    if scale is not None:
+        values = values * scale.to(torch.float32)
+    # CUDA divides by a Python number through its reciprocal, which rounds otherwise than a CPU. So it is a tensor.
+    step = (values.abs().amax(dim=1, keepdim=True) / values.new_full((), QMAX)).clamp_(min=_SMALLEST)
     return (values / step).round_().to(torch.int8), step
 
 
@@ -58,21 +66,37 @@ def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
     Scaled and summed up with the bias in fp32, rounded once: the first formula above.
     """
     rounded, step = round_tokens(x.reshape(-1, x.shape[-1]))
+    module = kernels_for(x.device)
+    if module is not None:
+        flat = scale.reshape(-1)
+        y = module.int8_product(rounded, step, q, x.dtype, transposed=True, scale=flat, bias=bias)
+        return y.view(*x.shape[:-1], q.shape[0])
     y = _integer_product(rounded, q.T) * step  # int32 · fp32 → fp32
     scale = scale.view(-1).to(torch.float32)
-    y = y.mul_(scale) if bias is None else torch.addcmul(bias.to(torch.float32), y, scale)
+    y = y.mul_(scale)
+    if bias is not None:
+        y = y.add_(bias.to(torch.float32))
     return y.to(x.dtype).view(*x.shape[:-1], q.shape[0])
 
 
 def input_gradient(grad_output: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """dX = dY W (…, in) in ``dtype``, for dY (…, out), a weight as in :func:`output`: the second formula above."""
     rows = grad_output.reshape(-1, grad_output.shape[-1])
-    rounded, step = round_tokens(rows * scale.view(-1).to(torch.float32))
+    rounded, step = round_tokens(rows, scale.reshape(-1))
+    module = kernels_for(rows.device)
+    if module is not None:
+        found = module.int8_product(rounded, step, q, dtype, transposed=False)
+        return found.view(*grad_output.shape[:-1], q.shape[1])
     return (_integer_product(rounded, q) * step).to(dtype).view(*grad_output.shape[:-1], q.shape[1])
 
 
 def check(device: torch.device) -> None:
-    """Compare the device's integer products, in both layouts, with exact ones. Raises :class:`ConfigError`."""
+    """Compare PyTorch's integer products on ``device``, in both layouts, with exact ones. Raises :class:`ConfigError`.
+
+    Where kernels multiply, ``dispatch`` has compared these already, and nothing is asked of PyTorch.
+    """
+    if kernels_for(device) is not None:
+        return
     generator = torch.Generator().manual_seed(8)
     problem = None
     for tokens, length, width in ((5, 24, 40), (33, 136, 8), (64, 256, 128)):
@@ -86,4 +110,7 @@ def check(device: torch.device) -> None:
         if any(not torch.equal(product.long(), a @ b) for product in found):
             problem = f"a product of {tokens} × {length} × {width} is wrong"
     if problem:
-        raise ConfigError(f"model.compute is 'int8', but torch._int_mm fails on {device}: {problem}; set it to bf16")
+        raise ConfigError(
+            f"model.compute is 'int8', but torch._int_mm fails on {device}: {problem}; set it to bf16, "
+            "or install Triton, whose kernels need no torch._int_mm"
+        )

@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,31 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import config as configuration
 from ..config import Config
-from ..data.order import SampleOrder
 from ..errors import ConfigError
-from ..evaluation.loss import evaluate
 from ..lowrank.inner import checked
 from ..memory import plan as memory_plan
 from ..models.compiling import check_compiler
 from ..models.loading import local_folder
-from ..models.loss import Loss, target_tokens
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
-from ..quant.counter import derive_key
 from . import classification
+from . import loop_settings as settings
 from .checks import check_data, check_model
 from .data import Data as BuiltData
 from .data import build_data, build_tokenizer, given_tokenizer
 from .export import check_formats, export, export_checkpoint, finish, mark_ends, restore_model
 from .fit import prepare_allocator, recheck, settle
-from .learning_rate import lr_at
 from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .paper import has_weights
-from .parts import Data, Evaluating, Faults, Samples, Saving, Stepping
+from .parts import Samples
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .run_lock import RunLock
 from .say import say
-from .stepping import BatchMajor, LayerMajor
 from .streamed import Placing
-from .trial import kept_in_walks, try_layer_major, turns_of
+from .trial import order_of, try_layer_major
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
 
@@ -105,16 +99,7 @@ def plan(config: Config, processes: int = 1) -> None:
     settle(config, vocabulary, device, processes)
 
 
-def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
-    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
-    ``team``."""
-    device = choose_device(config)
-    remarks = configuration.remarks(config)
-    config = _resolved(config, device, team.size)
-    folder, lock = enter(config, resume, team)
-    source, saved = checkpoint_to_resume(folder, resume, team)
-    if source is not None:
-        check_same_run(source, saved, config)
+def _announce(config: Config, folder: Path, device: torch.device, team: Team, remarks: list[str]) -> None:
     say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
     if team.size > 1:
         part = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
@@ -125,23 +110,61 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
+
+
+def _check_device(config: Config, device: torch.device) -> None:
+    """Choose the kernels. Raises :class:`ConfigError` if the device cannot do what ``config`` asks of it."""
     dispatch.use(config.kernels, device)
     if config.model.compute == "int8":
         int8_products.check(device)
     if config.model.compile == "blocks":
         check_compiler(device)
+
+
+def _checked_tokenizer(config: Config, team: Team) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, after a look at the data and the model that it is for."""
     check_data(config)
     given = given_tokenizer(config)
     check_model(config, given)
     tokenizer = team.after_first("the tokenizer", lambda: build_tokenizer(config, given))
     if config.sample.prompt is not None:
         prompt_ids(tokenizer, config.sample.prompt, config.data.sequence_length, config.data.task)
-    vocabulary = Vocabulary.of(tokenizer)
+    return tokenizer
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, examples: classification.LabelledData | None) -> Vocabulary:
+    """What shapes the model beside its configuration: the tokens and, in a classifier, the labels."""
+    tokens = Vocabulary.of(tokenizer)
+    return tokens if examples is None else examples.vocabulary(tokens)
+
+
+def _make_ready(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Bring a built ``model`` to where it can be trained and exported as ``config`` says."""
+    mark_ends(config, model, tokenizer)
+    check_formats(model, tokenizer, config.export.formats)
+    compile_as(config, model)
+
+
+def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
+    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
+    ``team``."""
+    device = choose_device(config)
+    remarks = configuration.remarks(config)
+    config = _resolved(config, device, team.size)
+    folder, lock = enter(config, resume, team)
+    source, saved = checkpoint_to_resume(folder, resume, team)
+    if source is not None:
+        check_same_run(source, saved, config)
+    _announce(config, folder, device, team, remarks)
+
+    # What can be known to be wrong is said before anything is tokenized or built.
+    _check_device(config, device)
+    tokenizer = _checked_tokenizer(config, team)
     examples = classification.read(config, tokenizer) if config.data.task == "classify" else None
-    if examples is not None:  # the labels shape the model
-        vocabulary = examples.vocabulary(vocabulary)
+    vocabulary = _vocabulary(tokenizer, examples)
     config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
+
     day = _day(saved, team)
     data = team.after_first(
         "the data", lambda: build_data(config, tokenizer, day) if examples is None else examples.data()
@@ -149,34 +172,16 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     check_same_bytes(source, saved, data.checksum)
     place = Placing(config)
     model, loss = build_model(config, vocabulary, data.highest_id, device, team, place)
-    mark_ends(config, model, tokenizer)
-    check_formats(model, tokenizer, config.export.formats)
-    compile_as(config, model)
-    evaluating = ALONE if config.parallel == "shard" else team  # passes that gather weights must be the same in all
+    _make_ready(config, model, tokenizer)
+
+    # A trial decides in which order steps are taken. The plan is made again if that is not the order asked for.
     asked = config.train.order
     config, layout = try_layer_major(config, model, loss, data.train, device, team)
     planned = recheck(config, vocabulary, device, loss, planned, team.size, again=config.train.order != asked)
-    run_state = {
-        "config": config.model_dump(mode="json"),
-        "data": data.description,
-        "data_checksum": data.checksum,
-        "day": day.isoformat(),
-        "model_config": json.loads(model.config.to_json_string(use_diff=False)),
-        "torch": torch.__version__,
-    }
-    stepping = _stepping(config)
     optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
     place.adopt(model, optimizer, layout)
-    start = restore(
-        source,
-        saved,
-        folder=folder,
-        data=data.description,
-        max_steps=config.train.max_steps,
-        model=model,
-        optimizer=optimizer,
-        team=team,
-    )
+    where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
+    start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
     if place.stream is not None:
         place.stream.collect()
     loop = Loop(
@@ -184,24 +189,12 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         loss=loss,
         optimizer=optimizer,
         device=device,
-        data=_data(config, data, examples, loss, evaluating),
-        stepping=stepping,
-        evaluating=_evaluating(config),
-        saving=_saving(config, folder, run_state),
-        faults=_faults(config, planned),
-        order=(
-            BatchMajor(model, optimizer, stepping, team)
-            if layout is None
-            else LayerMajor(
-                model,
-                optimizer,
-                stepping,
-                layout,
-                kept_in_walks(config, layout),
-                team,
-                place.stream or turns_of(config, layout, team),
-            )
-        ),
+        data=settings.of_data(config, data, examples, loss, team),
+        stepping=settings.of_steps(config),
+        evaluating=settings.of_evaluations(config),
+        saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
+        faults=settings.of_faults(config, planned),
+        order=order_of(config, model, optimizer, layout, settings.of_steps(config), team, place.stream),
         start=start,
         team=team,
     )
@@ -210,58 +203,19 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
 
 
+def _run_state(config: Config, model: nn.Module, data: BuiltData, day: date) -> dict[str, Any]:
+    """What every checkpoint says of its run, beside the position."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "data": data.description,
+        "data_checksum": data.checksum,
+        "day": day.isoformat(),
+        "model_config": json.loads(model.config.to_json_string(use_diff=False)),
+        "torch": torch.__version__,
+    }
+
+
 def _day(saved: dict[str, Any] | None, team: Team) -> date:
     """The date that a chat template writes in this run: that of its beginning, the same for all of ``team``."""
     stated = team.of_first("the date", lambda: (saved or {}).get("day") or date.today().isoformat())
     return date.fromisoformat(stated)
-
-
-def _data(
-    config: Config, data: BuiltData, examples: classification.LabelledData | None, loss: Loss, team: Team
-) -> Data:
-    """What is trained on and held out; ``team`` evaluates together."""
-    order_for = cache(partial(_sample_order, len(data.train), config.run.seed))
-    if examples is not None:
-        return classification.loop_data(config, examples, order_for)
-    looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team)
-    return Data(data.train, data.valid, order_for, target_tokens, looking)
-
-
-def _sample_order(samples: int, seed: int, rollbacks: int) -> SampleOrder:
-    return SampleOrder(samples, derive_key(seed, rollbacks)[0] & 0xFFFFFFFF)
-
-
-def _stepping(config: Config) -> Stepping:
-    train = config.train
-    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
-    return Stepping(
-        lr_at=partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
-        seed=config.run.seed,
-        max_steps=train.max_steps,
-        micro_batch_size=train.micro_batch_size,
-        grad_accumulation=train.grad_accumulation,
-        clip_grad_norm=train.clip_grad_norm,
-    )
-
-
-def _evaluating(config: Config) -> Evaluating:
-    train = config.train
-    return Evaluating(train.eval_every, train.eval_batches, train.early_stopping)
-
-
-def _saving(config: Config, folder: Path, run_state: dict[str, Any]) -> Saving:
-    train = config.train
-    return Saving(
-        folder,
-        run_state,
-        save_every=train.save_every,
-        keep_last=train.keep_last,
-        keep_every=train.keep_every,
-        keep_best=train.keep_best,
-        for_rollback=train.loss_spike == "rollback",
-    )
-
-
-def _faults(config: Config, planned: memory_plan.Plan) -> Faults:
-    train = config.train
-    return Faults(train.max_skipped_in_a_row, train.loss_spike, train.spike_threshold, plan=str(planned))

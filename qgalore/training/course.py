@@ -27,6 +27,7 @@ class Course:
         kind = Records if team.leads else Silence
         self.metrics = kind(saving.folder / "metrics.jsonl")
         self.subspace = kind(saving.folder / "subspace.jsonl")
+        self.updates = kind(saving.folder / "updates.jsonl")
         self.keeper = Keeper(
             saving.folder / "checkpoints",
             save_every=saving.save_every,
@@ -56,9 +57,10 @@ class Course:
         self.optimizer.skip()
         checkpoint.load_into(path, state, self.model, self.optimizer)
         self.optimizer.events.clear()
+        self.optimizer.observations.clear()
         self.position = replace(Position.read(state["position"]), **changes)
         self.keeper.leave(self.position.step)
-        for records in (self.metrics, self.subspace):
+        for records in (self.metrics, self.subspace, self.updates):
             records.cut_back(self.position.step)
 
     def look_for_best(self) -> None:
@@ -78,3 +80,9 @@ class Course:
         rows = [{**event, "step": event["step"] + 1} for event in self.optimizer.events]
         self.optimizer.events.clear()
         return rows
+
+    def drain_observations(self) -> list[dict[str, Any]]:
+        """The same of the updates that were looked at in this step."""
+        rows = [observation.row() for observation in self.optimizer.observations]
+        self.optimizer.observations.clear()
+        return [{**row, "step": row["step"] + 1} for row in rows]

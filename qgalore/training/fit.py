@@ -15,18 +15,24 @@ from ..memory.resident import resident
 from ..models.compiling import blocks_of
 from ..models.loss import Loss, chunked_loss
 from .model import Vocabulary, rule_of
-from .paper import on_paper, plan_for
+from .paper import on_paper, plan_for, shares_of
 from .proposals import PROPOSALS, candidates, changed, describe
 from .say import say
 from .streamed import streams
+from .trial import graphs_kept
 
-MARGIN = 1.05  # a plan's peak is within 5 % of the real one
+MARGIN = 1.2  # a peak is planned within 5 %; the rest is for gaps between blocks that a GPU's allocator cannot use
 CHECKPOINTING = "train.activation_checkpointing"
 STREAM = "memory.stream"
 
 
 def decide(
-    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None = None, shares: int = 1
+    config: Config,
+    vocabulary: Vocabulary,
+    device: str,
+    budget: int | None,
+    loss: Loss | None = None,
+    processes: int = 1,
 ) -> tuple[Config, plan.Plan]:
     """``config`` with activation checkpointing chosen, if it is left to us, and the plan of that.
 
@@ -34,43 +40,50 @@ def decide(
     has room for, with a margin. Where not even all blocks' inputs have room, they wait in host memory.
     """
     if config.memory.stream == "auto":
-        return _least_streamed(config, vocabulary, device, budget, loss, shares)
+        return _least_streamed(config, vocabulary, device, budget, loss, processes)
     if config.train.activation_checkpointing != "auto":
-        return config, plan_for(config, vocabulary, device, loss, shares)
+        return config, plan_for(config, vocabulary, device, loss, processes)
 
     def planned(choice: bool | int | str) -> tuple[Config, plan.Plan]:
         chosen = changed(config, {CHECKPOINTING: choice})
-        return chosen, plan_for(chosen, vocabulary, device, loss, shares)
+        return chosen, plan_for(chosen, vocabulary, device, loss, processes)
 
     if streams(config):  # a graph would hold on to the weights of its block
         found = planned(True)
         over = budget is not None and found[1].total > budget
         return planned("offload") if over and device == "cuda" else found
-    whole = planned(False)
-    if budget is None or whole[1].total * MARGIN <= budget:
+    if budget is None:
+        return planned(False)
+    model, optimizer = on_paper(config, vocabulary, processes)
+    # A model that fills most of the budget by itself need not be tried with all graphs first.
+    full = sum(resident(model, optimizer.tensors).values()) > budget // 2
+    whole = None if full else planned(False)
+    if whole is not None and whole[1].total * MARGIN <= budget:
         return whole
     none = planned(True)
     if none[1].total > budget:
-        can_offload = device == "cuda" and config.model.compile == "none" and shares == 1
+        # where weights are split, activations wait in host memory in a walk alone
+        placed = none[1].walked or shares_of(config, processes) == 1
+        can_offload = device == "cuda" and config.model.compile == "none" and placed
         return planned("offload") if can_offload else none
-    if not none[1].walked:
-        return whole if whole[1].total <= budget else none
-    blocks = len(blocks_of(on_paper(config, vocabulary, shares)[0]))
-    return _with_some_graphs(planned, none, whole[1].total, blocks, int(budget / MARGIN))
+    if none[1].total * MARGIN > budget:
+        return none
+    whole = whole or planned(False)
+    return _with_some_graphs(planned, none, whole[1].total, len(blocks_of(model)), int(budget / MARGIN))
 
 
 def _least_streamed(
-    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None, shares: int
+    config: Config, vocabulary: Vocabulary, device: str, budget: int | None, loss: Loss | None, processes: int
 ) -> tuple[Config, plan.Plan]:
     """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
-    found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, shares)
+    found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, processes)
     for choice in ("weights", "all"):
         if budget is None or found[1].total <= budget:
             break
         tried = changed(config, {STREAM: choice})
-        if problems(tried) or shares > 1:
+        if problems(tried) or processes > 1:
             break
-        found = decide(tried, vocabulary, device, budget, loss, shares)
+        found = decide(tried, vocabulary, device, budget, loss, processes)
     return found
 
 
@@ -94,16 +107,16 @@ def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, block
 
 
 def proposals(
-    config: Config, vocabulary: Vocabulary, device: str, budget: int, shares: int = 1
+    config: Config, vocabulary: Vocabulary, device: str, budget: int, processes: int = 1
 ) -> list[tuple[dict[str, Any], int]]:
     """Up to three changes that make ``config`` fit into ``budget``, the least harmful first, with their totals."""
     found = []
     for changes in candidates(config, device):
         quick = changed(config, {**changes, "train.activation_checkpointing": True})
-        model, optimizer = on_paper(quick, vocabulary, shares)
+        model, optimizer = on_paper(quick, vocabulary, processes)
         if sum(resident(model, optimizer.tensors).values()) > budget:
             continue  # without a rehearsal
-        _, planned = decide(changed(config, changes), vocabulary, device, budget, shares=shares)
+        _, planned = decide(changed(config, changes), vocabulary, device, budget, processes=processes)
         if planned.total <= budget:
             found.append((changes, planned.total))
         if len(found) == PROPOSALS:
@@ -125,8 +138,7 @@ def settle(
     if device.type == "cpu" and config.train.activation_checkpointing == "offload":
         say("note", "train.activation_checkpointing: offload has nowhere to go from a CPU; taken as true")
         config = changed(config, {CHECKPOINTING: True})
-    shares = processes if config.parallel == "shard" else 1
-    chosen, found = decide(config, vocabulary, device.type, limit.budget, shares=shares)
+    chosen, found = decide(config, vocabulary, device.type, limit.budget, processes=processes)
     left = {CHECKPOINTING: config.train.activation_checkpointing, STREAM: config.memory.stream}
     now = {CHECKPOINTING: chosen.train.activation_checkpointing, STREAM: chosen.memory.stream}
     if made := {key: now[key] for key, asked in left.items() if asked == "auto"}:
@@ -138,8 +150,8 @@ def settle(
     if rule_of(config) == "muon":
         say("muon", _orthogonalisation(chosen, vocabulary))
     if processes > 1:
-        _print_traffic(config, vocabulary, processes, shares, whole // processes)
-    _check(config, vocabulary, device, found, limit, shares)
+        _print_traffic(config, vocabulary, processes, 1 if found.walked else whole // processes)
+    _check(config, vocabulary, device, found, limit, processes)
     return changed(chosen, {"train.grad_accumulation": whole}), found
 
 
@@ -166,11 +178,11 @@ class Limit:
 
 
 def _check(
-    config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, shares: int
+    config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, processes: int
 ) -> None:
     """Raise :class:`DoesNotFitError` if ``found`` is beyond ``limit``."""
     if limit.budget is not None and found.total > limit.budget:
-        raise DoesNotFitError(_refusal(config, vocabulary, device, found, limit, shares))
+        raise DoesNotFitError(_refusal(config, vocabulary, device, found, limit, processes))
     if limit.host is not None and found.host_total > limit.host:
         remedy = (
             f"lower lowrank.rank, or set {STREAM}=none to keep the blocks on the device"
@@ -199,22 +211,23 @@ def _remarks(config: Config, found: plan.Plan) -> list[str]:
         config.train.activation_checkpointing,
         counted(config.train.grad_accumulation, "micro-batch", "micro-batches"),
     )
-    if not found.walked:
-        return []
     if found.streamed is not None:
         train = config.train
         return [found.streamed.line(train.micro_batch_size * config.data.sequence_length * train.grad_accumulation)]
-    if choice == "offload":
+    if choice == "offload" and found.walked:
         return [f"the blocks' inputs of {many} wait in host memory, {plan.human(found.host_total)} of it page-locked"]
-    if choice is True or choice is False:
+    if isinstance(choice, bool | str):
         return []
-    return [f"the last {counted(choice, 'block')} keep their graphs from the forward pass; the others run again"]
+    some = "block keeps its graph" if choice == 1 else f"{choice} blocks keep their graphs"
+    return [f"the last {some} from the forward pass; the others run again in the backward pass"]
 
 
-def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, shares: int, micro_batches: int) -> None:
-    """What each of ``processes`` sends in a step of so many ``micro_batches`` each."""
-    _, optimizer = on_paper(config, vocabulary, shares)
-    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, micro_batches)
+def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, passes: int) -> None:
+    """What each of ``processes`` sends in a step of so many ``passes`` through the model and back: one for each
+    micro-batch, or a walk of all of them."""
+    _, optimizer = on_paper(config, vocabulary, processes)
+    optimizer.accumulate_in_fp32(config.train.order != "batch_major")
+    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, passes)
     sent = {name: traffic.ring(size, processes, name) for name, size in sizes.items()}
     say("wire", f"{plan.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
     for name, size in sent.items():
@@ -225,18 +238,19 @@ def _orthogonalisation(config: Config, vocabulary: Vocabulary) -> str:
     """The share of a step's arithmetic in one process, whose ``train.grad_accumulation`` is given."""
     model, _ = on_paper(config, vocabulary)
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    recomputed = config.train.activation_checkpointing is not False
+    blocks = max(1, len(blocks_of(model)))
+    recomputed = 1.0 - graphs_kept(config, blocks) / blocks
     work = orthogonal_work.count(orthogonal_work.matrices(model, chosen), recomputed)
     tokens = config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation
     return orthogonal_work.line(work, tokens)
 
 
 def _refusal(
-    config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, shares: int
+    config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, processes: int
 ) -> str:
     assert limit.budget is not None, "nothing is refused without a budget"
     print("looking for what would fit …", file=sys.stderr, flush=True)
-    options = proposals(config, vocabulary, device.type, limit.budget, shares)
+    options = proposals(config, vocabulary, device.type, limit.budget, processes)
     lines = [f"  {describe(changes)}  → {plan.human(total)}" for changes, total in options]
     advice = (
         "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"
@@ -258,11 +272,10 @@ def recheck(
     if not whole_logits and not again:
         return before
     config = changed(config, {"train.grad_accumulation": config.train.grad_accumulation // processes})
-    shares = processes if config.parallel == "shard" else 1
-    found = plan_for(config, vocabulary, device.type, loss, shares)
+    found = plan_for(config, vocabulary, device.type, loss, processes)
     what = "whole logits included" if whole_logits else "for batch-major steps"
     say("memory", f"planned peak {plan.human(found.total)}, {what}")
-    _check(config, vocabulary, device, found, replace(Limit.of(config, device), whose=what), shares)
+    _check(config, vocabulary, device, found, replace(Limit.of(config, device), whose=what), processes)
     return found
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..errors import Interrupted, NumericalError, counted
 from ..files.filling import first_not_finite
 from ..lowrank.optimizer import LowRankOptimizer
+from ..lowrank.tensors.whole import WholeTensor
+from ..memory import orthogonal_work
 from ..models.loss import Loss
 from ..parallel import ALONE, Team
 from .course import Course
@@ -48,6 +50,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.course = Course(self.model, self.optimizer, self.start, self.saving, self.team)
+        rules = {tensor.rule.name for tensor in self.optimizer.tensors if isinstance(tensor, WholeTensor)}
+        self._work = orthogonal_work.of_training(self.model, rules)
+        self._tokens = 0  # that this process puts through the model in a step, padding included
         self.recovery = Recovery(self.course, self.data, self.stepping, self.faults, self.order, self.device)
 
     @property
@@ -115,8 +120,12 @@ class Loop:
         row["refresh_seconds"] = sum(event["seconds"] for event in events)
         self.course.metrics.append([row])
         self.course.subspace.append(events)
+        self.course.updates.append(self.course.drain_observations())
         if row["loss"] is not None:  # a skipped step has printed its own line
-            progress.show(row, self.optimizer.refresh_counts(), self.optimizer.waiting())
+            remark = ""
+            if self._work is not None:
+                remark = f"orthogonalisation {self._work.share(self._tokens):.1%} of the arithmetic"
+            progress.show(row, self.optimizer.refresh_counts(), self.optimizer.waiting(), remark)
 
     def _finite(self, latest: Evaluation) -> Evaluation:
         """``latest``, the last evaluation, if it and all weights are finite. No run ends well with NaN in its model."""
@@ -142,6 +151,7 @@ class Loop:
         indices, after = self.data.order_for(self.position.order).take(self.position.sample, how.samples)
         numbers = self.team.deal(range(how.grad_accumulation))
         batches = [self.data.train.batch(indices[n * size : (n + 1) * size]) for n in numbers]
+        self._tokens = sum(batch["input_ids"].numel() for batch in batches)
         tokens = self.team.total("the targets of a step", sum(map(self.data.targets, batches)))
         share = partial(self._share, tokens=tokens)
         loss, norm = self.order.take(step, numbers, batches, share, self.recovery.check_spike)

@@ -22,8 +22,11 @@ from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
 from ..models.shapes import stored_config
-from ..parallel import Team
-from ..step.blocks import Layout
+from ..parallel import ALONE
+from ..parallel.paper import PaperTeam
+from ..steps.blocks import Layout
+from ..steps.turns import AlwaysThere
+from . import loop_settings as settings
 from .model import (
     Vocabulary,
     adapt_as,
@@ -35,10 +38,8 @@ from .model import (
     rule_of,
     rule_rank,
 )
-from .parts import Stepping
 from .say import say
-from .stepping import BatchMajor, LayerMajor
-from .trial import kept_in_walks
+from .trial import order_of
 
 
 def has_weights(folder: Path) -> bool:
@@ -46,9 +47,10 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
-    """The converted model of a resolved configuration and its optimizer, all on the meta device; with more than one of
-    ``shares``, the layers in blocks are split by rows, as for the first of so many processes."""
+def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
+    """The converted model of a resolved configuration and its optimizer, all on the meta device, in the first of so
+    many ``processes``."""
+    team = PaperTeam(0, processes) if processes > 1 else ALONE
     model = _shape(config, vocabulary)
     if vocabulary.labels is None:
         loading.untie_padding(model)
@@ -61,11 +63,13 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
     lazy = {name: getattr(low, name) for name in ("cos_threshold", "gamma_proj", "queue_size", "max_gap")}
     how = {"rounding": low.weight_rounding, "scales": low.weight_scales}
     # With an energy of 1 a rank that is free to move takes all that it may.
-    find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, **how)
+    find = RefreshOptions(low.projector, low.policy, low.moments, energy=1.0, team=team, **how)
     schedule = {"update_proj_gap": low.update_proj_gap, "stagger": low.stagger, "lazy": lazy, "find": find}
-    of_rule = RuleOptions(rule_rank(config), low.update_proj_gap, **rule_momentum(config))
+    of_rule = RuleOptions(
+        rule_rank(config), low.update_proj_gap, largest_rms=train.clip_update_rms, **rule_momentum(config)
+    )
     tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
-    if shares > 1:
+    if (shares := shares_of(config, processes)) > 1:
         tensors = _shared(model, tensors, train.optimizer, shares)
     on_paper_schedules(tensors)
     optimizer = PaperOptimizer(
@@ -77,8 +81,14 @@ def on_paper(config: Config, vocabulary: Vocabulary, shares: int = 1) -> tuple[t
         stepping="manual",
         seed=config.run.seed,
         part_elements=part_elements(train.optimizer),
+        team=team,
     )
     return model, optimizer
+
+
+def shares_of(config: Config, processes: int) -> int:
+    """Among how many of ``processes`` the rows of the layers in blocks are split."""
+    return processes if config.parallel == "shard" else 1
 
 
 def _shape(config: Config, vocabulary: Vocabulary) -> torch.nn.Module:
@@ -123,8 +133,7 @@ def _shared(model: torch.nn.Module, tensors: list[TrainedTensor], inner: str, sh
     for tensor in tensors:
         if tensor.module in inside:
             shareable(tensor.name, tensor.module, inner, shares, part_elements(inner))
-            find = replace(tensor.options, team=Team(0, shares))
-            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, find)
+            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, tensor.options)
         found.append(tensor)
     return found
 
@@ -138,11 +147,11 @@ def gathered(model: torch.nn.Module) -> int:
 
 
 def plan_for(
-    config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None, shares: int = 1
+    config: Config, vocabulary: Vocabulary, device: str, loss: Loss | None = None, processes: int = 1
 ) -> plan.Plan:
-    """The plan of a resolved configuration for one process of ``shares`` that split the weights. ``loss``: the one it
-    will use, where that is known already."""
-    model, optimizer = on_paper(config, vocabulary, shares)
+    """The plan of a resolved configuration for one of ``processes``, whose own ``train.grad_accumulation`` it states.
+    ``loss``: the one it will use, where that is known already."""
+    model, optimizer = on_paper(config, vocabulary, processes)
     if vocabulary.labels is not None:
         loss = classify.rehearsal_loss(vocabulary.labels.outputs)
     elif loss is None:
@@ -166,27 +175,17 @@ def plan_for(
     outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}
     if device == "cpu":
         outside = {"this process so far": machine.resident_set()}
-    if shares > 1:
+    if shares_of(config, processes) > 1:
         outside["gathered blocks"] = gathered(model)
     if config.model.compile == "blocks":
         outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
-    return plan.plan(model, optimizer, step, train.stepping, partial(_order, config, model, optimizer), outside)
+    how = replace(settings.of_steps(config), grad_accumulation=train.grad_accumulation * processes)
 
+    def order(layout: Layout | None) -> Order:
+        # Blocks that are gathered are counted above, outside the rehearsal.
+        return order_of(config, model, optimizer, layout, how, optimizer.team, AlwaysThere())
 
-def _order(config: Config, model: torch.nn.Module, optimizer: PaperOptimizer, layout: Layout | None) -> Order:
-    """The trainer's own."""
-    train = config.train
-    how = Stepping(
-        lr_at=lambda step: train.lr,
-        seed=config.run.seed,
-        max_steps=2,
-        micro_batch_size=train.micro_batch_size,
-        grad_accumulation=train.grad_accumulation,
-        clip_grad_norm=train.clip_grad_norm,
-    )
-    if layout is None:
-        return BatchMajor(model, optimizer, how)
-    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout))
+    return plan.plan(model, optimizer, step, train.stepping, order, outside)
 
 
 def compiled_gradients(model: torch.nn.Module, leaf: str | None) -> int:

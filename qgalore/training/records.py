@@ -177,9 +177,9 @@ class ProgressLine:
         self._steps = 0
         self._stepping = self._refreshing = 0.0  # seconds in steps, and in their refreshes
 
-    def show(self, row: dict[str, Any], refreshes: tuple[int, int], waiting: int = 0) -> None:
+    def show(self, row: dict[str, Any], refreshes: tuple[int, int], waiting: int = 0, remark: str = "") -> None:
         """``row``: a train row of metrics.jsonl; ``refreshes``: done and skipped; ``waiting``: due, without a
-        gradient."""
+        gradient; ``remark``: what else is to be said."""
         self._steps += 1
         self._stepping += row["step_seconds"]
         self._refreshing += row["refresh_seconds"]
@@ -191,6 +191,7 @@ class ProgressLine:
         share = self._refreshing / self._stepping
         counts = f"{refreshes[0]} (skipped {refreshes[1]}" + (f", {waiting} waiting)" if waiting else ")")
         done = f" | refreshes {counts}, {share:.1%} of the time" if refreshes[0] else ""
+        done += f" | {remark}" if remark else ""
         print(
             f"step {row['step']}/{self.max_steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | "
             f"grad norm {row['grad_norm']:.3g} | {row['tokens_per_second']:,.0f} {self.unit}/s | "

@@ -203,7 +203,7 @@ def restore(
         return position
     for path in checkpoint.set_aside(folder / "checkpoints", position.step) if source is not None else ():
         say("resume", f"a later checkpoint of the course left is kept as {path}")
-    for name in ("metrics.jsonl", "subspace.jsonl"):
+    for name in ("metrics.jsonl", "subspace.jsonl", "updates.jsonl"):
         Records(folder / name).cut_back(position.step)
     return position
 

@@ -18,11 +18,11 @@ from ..errors import ConfigError, NumericalError
 from ..lowrank.optimizer import LowRankOptimizer
 from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
-from ..step import walk
-from ..step.activations import Activations
-from ..step.blocks import Layout, NotWalkableError
-from ..step.reducing import TeamSteps
-from ..step.turns import AlwaysThere, Turns
+from ..steps import walk
+from ..steps.activations import Activations
+from ..steps.blocks import Layout, NotWalkableError
+from ..steps.reducing import Steps
+from ..steps.turns import AlwaysThere, Turns
 from .parts import Batch, Stepping
 
 Share = Callable[[Batch], Tensor]  # a micro-batch's share of the step's loss, a scalar with its graph
@@ -108,7 +108,7 @@ class LayerMajor:
         """As :meth:`BatchMajor.take`. Raises :class:`ConfigError` if a micro-batch takes another way through the model
         than the one before the first step did."""
         self.optimizer.accumulate_in_fp32(self.how.grad_accumulation > 1)  # whoever takes the others
-        loss, clips, prepared = [], self.how.clip_grad_norm > 0, set()
+        loss, clips = [], self.how.clip_grad_norm > 0
 
         def decide(losses: Tensor) -> bool:
             mine = sum(_finite(value, step) for value in losses.tolist())
@@ -116,31 +116,22 @@ class LayerMajor:
             look(loss[0])
             return True
 
-        def update(_: str, parameters: list[nn.Parameter]) -> None:
-            for tensor in self.optimizer.tensors_of(parameters):
-                if not clips:
-                    self.optimizer.step_tensor(tensor)
-                elif tensor.name not in prepared and self.optimizer.prepare_tensor(tensor):
-                    prepared.add(tensor.name)  # its gradient stays until the norm of all is known
-
-        together = TeamSteps(self.optimizer, self.layout, keep=clips)
         try:
-            walk.walk(
-                self.layout,
-                [partial(share, batch) for batch in batches],
-                reseed=lambda place, part: walk.reseed(self.how.seed, step, numbers[place], part),
-                decide=decide,
-                step=update if self.team.size == 1 else together,
-                activations=self.kept,
-                turns=self.turns,
-            )
+            with Steps(self.optimizer, self.layout, keep=clips) as steps:
+                walk.walk(
+                    self.layout,
+                    [partial(share, batch) for batch in batches],
+                    reseed=lambda place, part: walk.reseed(self.how.seed, step, numbers[place], part),
+                    decide=decide,
+                    step=steps,
+                    activations=self.kept,
+                    turns=self.turns,
+                )
         except NotWalkableError as reason:
             raise ConfigError(
                 f"step {step + 1} cannot be walked block by block as the trial before the first step was: {reason}. "
                 "Go on with --resume auto train.order=batch_major"
             ) from reason
-        finally:
-            together.abandon()
         if clips:
             norm = self.optimizer.clip(self.model.parameters(), self.how.clip_grad_norm)
             self.optimizer.step()

@@ -8,10 +8,10 @@ from ..lowrank.optimizer import LowRankOptimizer
 from ..memory.plan import human
 from ..memory.streamed import blocks_to_stream, check_blocks
 from ..models import streaming
-from ..step.blocks import Layout
-from ..step.streaming.locking import Locked, lock
-from ..step.streaming.records import fields_of_block, used_elsewhere
-from ..step.streaming.stream import Stream
+from ..steps.blocks import Layout
+from ..steps.streaming.locking import Locked, lock
+from ..steps.streaming.records import fields_of_block, used_elsewhere
+from ..steps.streaming.stream import Stream
 from .say import say
 
 

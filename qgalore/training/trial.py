@@ -6,15 +6,17 @@ from torch import nn
 from .. import config as configuration
 from ..config import Config
 from ..errors import ConfigError
+from ..lowrank.optimizer import LowRankOptimizer
 from ..models.loss import Loss
 from ..parallel import ALONE, Team
 from ..parallel.shards import Gathered
-from ..step.activations import Activations
-from ..step.blocks import Layout
-from ..step.trial import try_walk
-from ..step.turns import AlwaysThere, Turns
-from .parts import Samples
+from ..steps.activations import Activations
+from ..steps.blocks import Layout
+from ..steps.trial import try_walk
+from ..steps.turns import AlwaysThere, Turns
+from .parts import Samples, Stepping
 from .say import say
+from .stepping import BatchMajor, LayerMajor
 
 
 def try_layer_major(
@@ -44,6 +46,23 @@ def try_layer_major(
         return configuration.batch_major(config, cannot), None
     say("step", f"layer-major: {trial}")
     return config, trial.layout
+
+
+def order_of(
+    config: Config,
+    model: nn.Module,
+    optimizer: LowRankOptimizer,
+    layout: Layout | None,
+    how: Stepping,
+    team: Team = ALONE,
+    turns: Turns | None = None,
+) -> BatchMajor | LayerMajor:
+    """The order in which a run, or the plan of one, goes through its steps. ``layout``: of a model that is walked.
+    ``turns``: what happens around a block's turn, where that is not for the processes to say."""
+    if layout is None:
+        return BatchMajor(model, optimizer, how, team)
+    turns = turns or turns_of(config, layout, team)
+    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout), team, turns)
 
 
 def kept_in_walks(config: Config, layout: Layout) -> Activations:

@@ -17,12 +17,12 @@ def shown(folder) -> str:
     return text + table.runs_table([one]) + report.page([one]) + csv_rows.refresh_rows([run])
 
 
-def test_200_mutated_records_are_shown_without_escape_codes(recorded):
+def test_60_mutated_records_are_shown_without_escape_codes(recorded):
     folder, _ = recorded
     chance = random.Random(3)
     names = ("metrics.jsonl", "subspace.jsonl", "config.yaml")
     sound = {name: (folder / name).read_text() for name in names}
-    for _ in range(200):
+    for _ in range(60):
         for name in names:
             (folder / name).write_text(sound[name])
         name = chance.choice(names[:2])

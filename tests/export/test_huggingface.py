@@ -62,6 +62,7 @@ def test_experts_reload_to_equal_logits_and_other_formats_refuse_them(kind, toke
     are the same, but for their order. transformers writes the layout of the hub, a tensor for each expert."""
     shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     few = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": None}
+    few |= {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **few), dtype=torch.float32)
     tokens = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(0))

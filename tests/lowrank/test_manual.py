@@ -1,6 +1,8 @@
 """Manual stepping: the caller says when each tensor steps, and no autograd hook is involved."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +144,56 @@ def test_a_gradient_that_is_not_finite_is_refused_where_it_is_met(tiny_llama, to
     opt.skip()
     assert opt.step_count == 1
     assert not any(tensor.holds_gradient() for tensor in opt.tensors)
+
+
+def test_tensors_that_step_together_step_as_alone(tiny_llama, token_batches, device):
+    batches = token_batches(device, steps=2)
+    found = []
+    for together in (True, False):
+        model, opt = built(tiny_llama, device, stepping="manual")
+        for batch in batches:
+            loss_of(model, batch).backward()
+            if together:
+                opt.step_tensors(opt.tensors_of(model))
+            else:
+                for tensor in opt.tensors_of(model):
+                    assert opt.step_tensor(tensor)
+            opt.close()
+        found.append((stored(model), opt.grad_norm))
+    assert_same(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+def test_of_tensors_that_step_together_none_steps_if_one_is_bad(tiny_llama, token_batches):
+    model, opt = built(tiny_llama, stepping="manual")
+    loss_of(model, token_batches(steps=1)[0]).backward()
+    opt.step_tensors(opt.tensors_of(model.model.layers[1]))
+    block = model.model.layers[0]
+    block.input_layernorm.weight.grad[0] = float("inf")
+    before = {name: value for name, value in stored(block).items() if "left" not in name and "right" not in name}
+    with pytest.raises(NumericalError, match=r"layers\.0\.input_layernorm\.weight is not finite.*9 of 21 tensors"):
+        opt.step_tensors(opt.tensors_of(block))
+    after = stored(block)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_looking_at_a_block_reads_one_value(tiny_llama, token_batches, monkeypatch):
+    """Every value that is read makes a GPU wait; a block has nine tensors here."""
+    model, opt = built(tiny_llama, stepping="manual", update_proj_gap=1000, stagger=False)
+    batches = token_batches(steps=2)
+    for number, batch in enumerate(batches):
+        loss_of(model, batch).backward()
+        if number == 1:  # the bases are there, and no refresh is due
+            real = torch.Tensor.__bool__
+            places = []  # a CPU reads others too, in its own way of writing back
+
+            def noted(value, real=real, places=places):
+                places.append(Path(sys._getframe(1).f_code.co_filename).name)
+                return real(value)
+
+            monkeypatch.setattr(torch.Tensor, "__bool__", noted)
+            opt.step_tensors(opt.tensors_of(model.model.layers[0]))
+            monkeypatch.undo()
+            assert places.count("optimizer.py") == 1
+            assert set(places) <= {"optimizer.py", "int8.py"}
+        opt.step()

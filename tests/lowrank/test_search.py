@@ -192,7 +192,9 @@ def test_one_pass_gives_the_singular_vectors_of_the_gradient_in_the_range_of_its
     the range of G S."""
     g = gradient(shape, device, decay=0.8)
     start = search.random_basis(shape[1], 12, random_generator(device), device)
-    captured, columns, values = one_pass(g, start, torch.tensor(2.0, device=device))
+    captured, basis, factor = one_pass(g, start, torch.tensor(2.0, device=device))
+    turn, values = search.in_order(factor)
+    columns = basis @ turn
     assert_orthonormal(columns)
     wide = g.cpu().double().numpy() / 2.0
     image = wide @ start.cpu().double().numpy()
@@ -200,6 +202,35 @@ def test_one_pass_gives_the_singular_vectors_of_the_gradient_in_the_range_of_its
     assert float(captured) == pytest.approx(np.sum(image**2), rel=1e-5)
     assert values.cpu().numpy() == pytest.approx(wanted[1], rel=1e-4)
     assert np.max(subspace_angles(columns.cpu().double().numpy(), wanted[2].T)) < 1e-3
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
+def test_small_gaps_between_singular_values_cost_nothing(gap, device):
+    """Values that differ by little in a matrix of a thousandfold range: vectors may turn among their like, but the span
+    and its energy are those of numpy's decomposition in double precision."""
+    values = torch.cat((1.0 - gap * torch.arange(12), 1e-3 * (1.0 - gap * torch.arange(12)))).double()
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    factor = ((u * values) @ v.T).float().to(device)
+    turn, found = search.in_order(factor)
+    assert_orthonormal(turn)
+    assert found.cpu().numpy() == pytest.approx(values.numpy(), rel=1e-4)
+    for kept in (12, 18):
+        energy = float((turn[:, :kept].cpu().double().T @ factor.cpu().double()).square().sum())
+        assert energy == pytest.approx(float(values[:kept].square().sum()), rel=1e-6)
+    assert np.max(subspace_angles(turn[:, :12].cpu().double().numpy(), u[:, :12].numpy())) < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decay", [0.7, 0.999])
+def test_the_basis_of_the_eigenproblem_is_the_exact_one(shape, decay, device):
+    """What a GPU takes in place of a full SVD, also where neighbouring values differ by a part in a thousand."""
+    g = gradient(shape, device, decay=decay)
+    basis = search.gram_basis(g, 6)
+    assert_orthonormal(basis)
+    reference = np.linalg.svd(g.cpu().double().numpy())[2][:6].T
+    assert np.max(subspace_angles(basis.cpu().double().numpy(), reference)) < 1e-3
+    assert abs(search.first_vector_cosine(torch.tensor(reference[:, :1]).float().to(device), basis)) > 0.999
 
 
 def test_a_tall_gradient_so_small_that_its_squares_underflow(device):

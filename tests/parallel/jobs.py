@@ -19,8 +19,8 @@ from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import job, shards
 from qgalore.parallel.shards import Gathered
-from qgalore.step.trial import try_walk
-from qgalore.step.turns import AlwaysThere
+from qgalore.steps.trial import try_walk
+from qgalore.steps.turns import AlwaysThere
 from qgalore.training.parts import Stepping
 from qgalore.training.stepping import LayerMajor
 
@@ -81,15 +81,15 @@ class ChainBlock(nn.Module):
 
     def forward(self, hidden, skipped=False):
         if skipped:
-            return hidden
+            return hidden.clone()
         out, width = self.layer.out_features, self.layer.in_features
         rows = self.layer(hidden.detach() @ torch.eye(WIDTH, width))
         return _Hand.apply(hidden, rows, torch.eye(WIDTH).repeat(1, -(-out // WIDTH))[:, :out])
 
 
 class Chain(nn.Module):
-    """A model that can be walked: three blocks, the last of which most micro-batches skip; a vector before them, one
-    behind, and one in both places."""
+    """A model that can be walked: three blocks, the last of which all micro-batches of the first step skip, and all but
+    one of later steps; a vector before them, one behind, and one in both places."""
 
     def __init__(self, proj_type="std"):
         super().__init__()
@@ -99,7 +99,8 @@ class Chain(nn.Module):
             shapes = ((LONG, WIDTH), (SMALL, WIDTH), (LONG, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes]
         self.blocks = nn.ModuleList(ChainBlock(weight, proj_type) for weight in weights)
-        self.before, self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(3))
+        self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
+        self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
     def loss(self, batch):
         """Of a (step, number): micro-batch ``number`` of MICRO_BATCHES has its own diagonals."""
@@ -108,11 +109,11 @@ class Chain(nn.Module):
         order = torch.randperm(WIDTH, generator=make)
         wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number].float()
         hidden = torch.diag(2 * (order + 1) + wobble)
-        for vector in (self.before, self.both):
-            hidden = _Hand.apply(hidden, vector, wobble + number)
+        for vector in (self.before, self.both):  # sums of these integers are none of bf16's
+            hidden = _Hand.apply(hidden, vector, 101 * (wobble + number))
         for block in self.blocks:
-            last = block is self.blocks[-1]
-            hidden = block(hidden, skipped=last and number != (step + 3) % MICRO_BATCHES)
+            rare = step == 0 or number != (step + 2) % MICRO_BATCHES
+            hidden = block(hidden, skipped=block is self.blocks[-1] and rare)
         return hidden.sum() + ((self.behind + self.both) * wobble).sum()
 
 
@@ -149,6 +150,17 @@ def walked_steps(how, steps, clip, options):
         for slot, parts in optimizer.state_dict()["slots"].items():
             found |= {f"{slot}|{name}": value for name, value in {**parts["inner"], **parts["extra"]}.items()}
         return whole(team, found), [(e["layer"], e["step"]) for e in optimizer.events]
+
+
+def steps_of_a_loop(steps):
+    """As :func:`walked_steps`, taken by ``qgalore.step`` in a loop of one's own; the loss there is a mean."""
+    with job("cpu") as team:
+        model, optimizer, _ = chain_of(team, "replicate", {})
+        mine = team.deal(range(MICRO_BATCHES))
+        taken = [qgalore.step(model, optimizer, [(s, n) for n in mine], loss=Chain.loss) for s in range(steps)]
+        losses, norms = [one.loss for one in taken], [one.grad_norm for one in taken]
+        found = {**model.state_dict(), "norms": torch.tensor(norms), "losses": torch.tensor(losses)}
+        return whole(team, found), [one.blocks for one in taken]
 
 
 def whole(team, tensors):
@@ -197,7 +209,7 @@ def live(folder, arguments, fault=None):
             if self.position.step == step and what == "bug":
                 raise KeyError("a bug")
             if self.position.step == step and what == "bug going back":
-                self.model.model.layers[0].register_full_backward_pre_hook(_raise)
+                self.model.model.layers[0].mlp.register_full_backward_pre_hook(_raise)
                 return loss
             if what == "signal":
                 if self.position.step == step and not self.saving.folder.with_suffix(".sent").exists():

@@ -145,7 +145,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from qgalore.files import checkpoint
-from qgalore.step import reducing
+from qgalore.steps import reducing
 from qgalore.training import loop
 import train
 step, write = loop.Loop._step, checkpoint.write_share
@@ -165,7 +165,7 @@ def alive(self, *arguments):  # sums are under way
     if self.optimizer.step_count == 25 and self.optimizer.inside_step and {where!r} == "walk":
         die()
     return asked(self, *arguments)
-asked, reducing.TeamSteps._asked = reducing.TeamSteps._asked, alive
+asked, reducing.Steps._asked = reducing.Steps._asked, alive
 loop.Loop._step, checkpoint.write_share = dying, half
 sys.exit(train.main(sys.argv[1:]))
 """

@@ -102,7 +102,7 @@ def test_what_four_saved_is_what_they_held(folder, order):
 def planned_and_real(where, arguments):
     """Resident bytes by the plan, and of the tensors that are there after two steps."""
     from qgalore import config
-    from qgalore.memory import plan
+    from qgalore.memory.resident import state_bytes
     from qgalore.parallel import job, shards
 
     os.chdir(where)
@@ -114,7 +114,7 @@ def planned_and_real(where, arguments):
         storages = (t.untyped_storage() for t in tensors if t.dtype == torch.int8 and not t.is_meta)
         integers = {storage.data_ptr(): storage.nbytes() for storage in storages}
         scales = {shards.local(m.weight_scale) for m in model.modules() if getattr(m, "weight_scale", None) is not None}
-        real = {"int8 weights": sum(integers.values()), "moments": plan.state_bytes(slots)}
+        real = {"int8 weights": sum(integers.values()), "moments": state_bytes(slots)}
         real["weight scales"] = sum(scale.untyped_storage().nbytes() for scale in scales)
         return {name: made.planned.resident[name] for name in real}, real
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qgalore.errors import ConfigError
-from qgalore.quant import basis, dispatch, int8
+from qgalore.quant import basis, dense, dispatch, int8, int8_products
 from qgalore.quant.self_check import CHECKS, first_failure
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -29,11 +29,30 @@ def merge(q, scale, delta, codes, basis_scale, dim, side, *, s, shrink, key, fir
     int8.write_back(q, scale, lambda a, b: update[a:b], shrink=shrink, key=key, first_row=first_row)
 
 
+def write_back(q, scale, update, *, s, shrink, key, first_row):
+    rows = lambda a, b: update[a:b].float() * s  # noqa: E731
+    int8.write_back(q, scale, rows, shrink=shrink, key=key, first_row=first_row)
+
+
+def write_back_dense(weight, update, *, s, shrink, key, first_row):
+    dense.write_back(weight, lambda a, b: update[a:b].float() * s, shrink=shrink, key=key, first_row=first_row)
+
+
+def int8_product(a, step, b, dtype, *, transposed, scale=None, bias=None):
+    y = (a.int() @ (b.T if transposed else b).int()).float() * step
+    y = y if scale is None else y * scale.float()
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
 RIGHT = {
     "dequantize": int8.dequantize,
     "encode_int4": lambda vectors, group: basis.encode(vectors, "int4"),
     "decode_int4": lambda codes, scale, dim, dtype: basis.decode(codes, scale, dim, "int4", dtype),
     "merge": merge,
+    "write_back": write_back,
+    "write_back_dense": write_back_dense,
+    "round_tokens": int8_products.round_tokens,
+    "int8_product": int8_product,
 }
 WRONG = [
     ("dequantize", lambda q, scale, dtype: int8.dequantize(q, scale, torch.bfloat16).to(dtype)),
@@ -42,6 +61,13 @@ WRONG = [
     ("merge", lambda *args, first_row, **options: merge(*args, first_row=0, **options)),
     ("merge", lambda *args, shrink, **options: merge(*args, shrink=0.0, **options)),
     ("merge", lambda *args, key, **options: merge(*args, key=(key[0], key[1] + 1), **options)),
+    ("write_back", lambda *args, s, **options: write_back(*args, s=s * (1 + 2**-20), **options)),
+    ("write_back", lambda *args, first_row, **options: write_back(*args, first_row=0, **options)),
+    ("write_back_dense", lambda *args, key, **options: write_back_dense(*args, key=key[::-1], **options)),
+    ("round_tokens", lambda values, scale: int8_products.round_tokens(values, None)),
+    ("int8_product", lambda *args, bias=None, **options: int8_product(*args, **options)),
+    ("int8_product", lambda a, step, b, *args, **options: int8_product(a, step, b.clamp(-126, 126), *args, **options)),
+    ("write_back_dense", lambda *args, shrink, **options: write_back_dense(*args, shrink=0.0, **options)),
 ]
 
 
@@ -96,21 +122,12 @@ def test_what_cannot_be_is_refused(monkeypatch, capsys):
     assert "Triton is not installed" in capsys.readouterr().out
 
 
-def test_a_case_without_a_kernel_is_refused_or_the_reference():
-    q, scale = int8.quantize(torch.randn(4, 33), 33)
-    before = q.clone()
-    stored = (*basis.encode(torch.randn(2, 33), "int4"), "int4")
-    assert not dispatch.fused_merge(q, scale, torch.ones(4, 2), None, stored, s=1.0, shrink=0.0, key=(1, 2))
-    assert torch.equal(q, before)
-
-
 @pytest.mark.parametrize("how", [{"rounding": "nearest"}, {"scales": "rederived"}])
 def test_other_rounding_and_scales_have_no_kernel(how, monkeypatch):
     """Even where all kernels work; under ``auto`` the same words are printed and the reference merges."""
     monkeypatch.setattr(dispatch, "_obstacle_on", lambda device: None)
     monkeypatch.setattr(dispatch, "_choice", "triton")
     q, scale = int8.quantize(torch.randn(4, 64), 64)
-    stored = (*basis.encode(torch.randn(2, 64), "int4"), "int4")
     where = {"s": 1.0, "shrink": 0.0, "key": (1, 2), **how}
     with pytest.raises(ConfigError, match=f"{next(iter(how.values()))}.* has no kernel"):
-        dispatch.fused_merge(q, scale, torch.ones(4, 2), None, stored, **where)
+        dispatch.merge(q, scale, torch.ones(4, 64), None, None, **where)

@@ -86,7 +86,7 @@ def test_a_device_whose_products_are_wrong_is_refused(monkeypatch, device):
     int8_products.check(device)
     right = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: right(a, b) + (a.shape[1] > 200))
-    with pytest.raises(ConfigError, match=r"a product of 64 × 256 × 128 is wrong; set it to bf16"):
+    with pytest.raises(ConfigError, match=r"a product of 64 × 256 × 128 is wrong; set it to bf16, or install Triton"):
         int8_products.check(device)
 
     def missing(a, b):

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, final_state, rows
+from test_classify import classify_run, write_table  # noqa: F401 - a fixture
 from torch._dynamo.utils import counters
 
 from qgalore.models import compiling
 from qgalore.training import model as building
 
 COMMON = ("export.formats=[]", "sample.max_new_tokens=0", "train.keep_last=9", "train.save_every=1")
-COMMON += ("train.lr_schedule=constant", "model.overrides.tie_word_embeddings=false", "train.full_gradients=keep")
+COMMON += ("train.lr_schedule=constant", "train.full_gradients=keep")
+UNTIED = "model.overrides.tie_word_embeddings=false"
 INT8 = ("model.compute=int8", "lowrank.group_size=row")
 MIXTURE = ("model.config=mixtral_quickstart", "model.overrides.num_local_experts=4")
 CASES = {
@@ -77,12 +79,34 @@ def same(step=6):
 )
 def test_the_bits_are_those_of_batch_major_steps(tiny_run, name, count):
     split = () if count == 1 else (f"train.grad_accumulation={count}", "train.micro_batch_size=2")
-    both(tiny_run, *CASES[name], *split, many=count > 1)
+    both(tiny_run, UNTIED, *CASES[name], *split, many=count > 1)
     same()
     if "rule" in name or name.startswith(("adamw", "lora", "full")):
         return
     found = [json.loads(line)["step"] for line in Path("runs/walked/subspace.jsonl").read_text().splitlines()]
     assert max(found) >= 3, "the test wants a refresh"
+
+
+NUMBERS = ("data.train=numbers.tsv", "data.valid=numbers.tsv", "data.label_type=number")
+
+
+@pytest.mark.parametrize(
+    ("body", "labels"),
+    [
+        ("encoder", ()),
+        pytest.param("decoder", (), marks=pytest.mark.slow),
+        pytest.param("encoder", NUMBERS, marks=pytest.mark.slow),
+    ],
+)
+def test_classifiers_and_regression(classify_run, body, labels):  # noqa: F811 - the fixture of that name
+    """Without dropout, which a walk seeds for each block."""
+    write_table(Path("numbers.tsv"), 100, 3, number=True)
+    fields = json.loads(Path(body, "config.json").read_text())
+    fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    Path(body, "config.json").write_text(json.dumps(fields))
+    split = ("train.grad_accumulation=2", "train.micro_batch_size=8")
+    both(classify_run, f"model.path={body}", *labels, *split, many=True)
+    same(8)
 
 
 @pytest.mark.parametrize("how", ["false", pytest.param("true", marks=pytest.mark.slow)])
@@ -97,8 +121,8 @@ def test_one_graph_serves_both_passes_of_all_micro_batches_and_blocks(tiny_run, 
     monkeypatch.setattr(building, "compile_blocks", traced)
     many = ("train.grad_accumulation=2", "train.micro_batch_size=2", f"train.activation_checkpointing={how}")
     try:
-        both(tiny_run, "model.compile=blocks", *many, many=True)
-        assert counters["stats"]["unique_graphs"] <= 2  # one in each order
+        both(tiny_run, UNTIED, "model.compile=blocks", *many, many=True)
+        assert counters["stats"]["unique_graphs"] <= 4  # one in each run, beside that of the compiler's trial
     finally:
         torch.compiler.reset()
     same()

@@ -82,7 +82,7 @@ def test_a_host_budget_that_is_too_small_is_refused(tiny_run):
 KILLED = """
     import os, sys
     import train
-    from qgalore.step.streaming import copies
+    from qgalore.steps.streaming import copies
 
     class Killing(copies.ThreadCopies):
         left = 6

@@ -1,7 +1,9 @@
-"""AdamW with blockwise 8-bit moments for the CPU, on the state layout of bitsandbytes' AdamW8bit."""
+"""AdamW with blockwise 8-bit moments on the state layout of bitsandbytes' AdamW8bit: our own for the CPU, and
+bitsandbytes' function for other devices."""
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,38 +88,93 @@ class CodedAdamW(Optimizer):
         return loss
 
 
-class AdamW8bitCPU(CodedAdamW):
-    """AdamW with 8-bit moments (arXiv 2110.02861), for fp32 parameters on the CPU.
-
-    State of a parameter, names and dtypes as in bitsandbytes: ``step`` int, ``state1`` and ``state2`` uint8 of its
+class _AdamW8bit(CodedAdamW):
+    """State of a parameter, names and dtypes as in bitsandbytes: ``step`` int, ``state1`` and ``state2`` uint8 of its
     shape, ``absmax1`` and ``absmax2`` fp32 (⌈n/256⌉,), ``qmap1`` and ``qmap2`` fp32 (256,); below 4,096 elements fp32
-    ``state1`` and ``state2`` only. The update is bitsandbytes', in the same order of fp32 operations. Codes are the
-    nearest ones (see ``blockwise.nearest_code``); bitsandbytes 0.50 on a CPU first cuts values to steps of 2⁻¹⁵ of the
-    block's largest, so that second moments below that, zeros included, all become 1.6 · 10⁻⁵ of it.
-
-    Raises :class:`ConfigError` for parameters that are not contiguous fp32 on the CPU and for values out of range.
-    """
+    ``state1`` and ``state2`` only."""
 
     names = ("state1", "state2")
+    kind = ""  # of the devices it takes
+    other = ""  # what to use on another
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype != torch.float32 or parameter.device.type != "cpu" or not parameter.is_contiguous():
+            if parameter.dtype != torch.float32 or not self.takes(parameter.device) or not parameter.is_contiguous():
                 raise ConfigError(
-                    f"AdamW8bitCPU was given a {parameter.dtype} parameter of shape {tuple(parameter.shape)} "
-                    f"on {parameter.device}; it takes contiguous float32 ones on the CPU. "
-                    "Use bitsandbytes.optim.AdamW8bit."
+                    f"{type(self).__name__} was given a {parameter.dtype} parameter of shape {tuple(parameter.shape)} "
+                    f"on {parameter.device}; it takes contiguous float32 ones on {self.kind}. Use {self.other}."
                 )
+
+    def takes(self, device: torch.device) -> bool:
+        raise NotImplementedError
 
     def new_state(self, parameter: Tensor) -> dict:
         blocks = -(-parameter.numel() // BLOCK)
         state: dict = {"step": 0}
         for number, signed in (("1", True), ("2", False)):
             state[f"state{number}"] = torch.zeros_like(parameter, dtype=torch.uint8)
-            state[f"qmap{number}"] = dynamic_map(signed)
-            state[f"absmax{number}"] = torch.zeros(blocks)
+            state[f"qmap{number}"] = _map_on(signed, parameter.device)
+            state[f"absmax{number}"] = torch.zeros(blocks, device=parameter.device)
         return state
+
+
+@cache
+def _map_on(signed: bool, device: torch.device) -> Tensor:
+    """One for all parameters: a copy for each would cost memory, and a GPU's time."""
+    return dynamic_map(signed).to(device)
+
+
+class AdamW8bitFunctional(_AdamW8bit):
+    """AdamW through bitsandbytes' function for a tensor, which its classes call too. They make a GPU wait after every
+    parameter, and there is one of these classes for each trained tensor.
+
+    Raises :class:`ConfigError` for parameters that are not contiguous fp32.
+    """
+
+    kind = "a device that bitsandbytes knows"
+    other = "train.optimizer=adamw"
+
+    def takes(self, device: torch.device) -> bool:
+        return True
+
+    def step_coded(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+        from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+        first, second = group["betas"]
+        optimizer_update_8bit_blockwise(
+            "adam",
+            gradient,
+            parameter,
+            state["state1"],
+            state["state2"],
+            first,
+            second,
+            0.0,  # the third beta and alpha, which AdamW has not
+            0.0,
+            group["eps"],
+            state["step"],
+            group["lr"],
+            *(state[name] for name in ("qmap1", "qmap2", "absmax1", "absmax2")),
+            weight_decay=group["weight_decay"],
+        )
+
+
+class AdamW8bitCPU(_AdamW8bit):
+    """AdamW with 8-bit moments (arXiv 2110.02861), for fp32 parameters on the CPU.
+
+    The update is bitsandbytes', in the same order of fp32 operations. Codes are the
+    nearest ones (see ``blockwise.nearest_code``); bitsandbytes 0.50 on a CPU first cuts values to steps of 2⁻¹⁵ of the
+    block's largest, so that second moments below that, zeros included, all become 1.6 · 10⁻⁵ of it.
+
+    Raises :class:`ConfigError` for parameters that are not contiguous fp32 on the CPU and for values out of range.
+    """
+
+    kind = "the CPU"
+    other = "bitsandbytes.optim.AdamW8bit"
+
+    def takes(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def step_coded(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
         """Tile by tile: decode, step, encode while everything is in the cache."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ...errors import ConfigError
 from ..subspace.moments import FIRST_MOMENTS, SECOND_MOMENTS
 from .adam4bit import AdamW4bit
-from .adam8bit import AdamW8bitCPU
+from .adam8bit import AdamW8bitCPU, AdamW8bitFunctional
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
 BUILTIN = ("adamw8bit", "adamw4bit", "adamw")
@@ -25,20 +25,20 @@ _ELEMENTS = 8192  # above bitsandbytes' 4,096-element threshold for 8-bit states
 
 
 def adamw8bit_class(device: torch.device) -> type[Optimizer]:
-    """What ``adamw8bit`` means on ``device``: our own code on a CPU, bitsandbytes elsewhere; one format of state.
+    """What ``adamw8bit`` means on ``device``: our own code on a CPU, bitsandbytes' elsewhere; one format of state.
 
     Raises :class:`ConfigError` where bitsandbytes is needed and cannot be imported.
     """
     if device.type == "cpu":
         return AdamW8bitCPU
     try:
-        from bitsandbytes.optim.adamw import AdamW8bit
+        import bitsandbytes.functional  # noqa: F401
     except Exception as error:
         raise ConfigError(
             f"optimizer 'adamw8bit' needs the package bitsandbytes, which cannot be imported: {error}. "
             "Install it (pip install bitsandbytes) or set train.optimizer=adamw."
         ) from error
-    return AdamW8bit
+    return AdamW8bitFunctional
 
 
 def adamw8bit(params: Iterable[Tensor], **options) -> Optimizer:

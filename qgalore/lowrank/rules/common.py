@@ -1,7 +1,8 @@
 """What the rules share: their interface, row normalisation, channel-wise scaling, and Fira's limiter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ class Rule:
 
     name = ""
     uses_inner = True
+    joins = False  # whether ``directions(rules, gradients, step)`` takes several layers of one shape at once
+    observed = False  # whether the coming direction is to tell what is lost in storing
+    momentum_cosine: Tensor | None = None  # between the direction and what it would be of the momentum as it is stored
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         """``module``: the layer that the rule steps; ``index``: the number of its random streams."""
@@ -61,6 +65,11 @@ class Rule:
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
         """N for the gradient G, fp32 (out, in), of optimizer step ``step``, by rows. G is used up: it may be
         overwritten, and the rows read it. Call it once a step: it advances the state."""
+        raise NotImplementedError
+
+    @classmethod
+    def directions(cls, rules: Sequence[Any], gradients: Sequence[Tensor], step: int) -> list[Rows]:
+        """:meth:`direction` of several layers whose gradients have one shape, where the rule ``joins`` them."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ tensor, or gate and up) as one matrix.
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from ...quant.counter import derive_key
 from ...quant.momentum import StoredMomentum
 from ..layers.linear import LowRankLinear
 from .common import Adam, Rows, Rule, RuleOptions
+from .observed import cosine
 from .orthogonal import orthogonalize
 
 RMS = 0.2  # of Adam's update, which U is scaled to
@@ -33,6 +37,7 @@ class Muon(Rule):
 
     name = "muon"
     uses_inner = False
+    joins = True
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         super().__init__(module, index, options)
@@ -43,15 +48,48 @@ class Muon(Rule):
     def _key(self, step: int) -> tuple[int, int]:
         return derive_key(self.options.seed, step, self.index, _STREAM)
 
-    def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
+    def _look_ahead(self, gradient: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Add ``gradient`` to the momentum and store it. Returns G + μ B, in the memory of G, and, if that is asked
+        for, what B would change in it by having been stored."""
         mu = self.options.mu
         momentum = self.momentum.read(self._key(int(self.written))).mul_(mu).add_(gradient)
         self.momentum.write(momentum, self._key(step))
         self.written.fill_(step)
         ahead = gradient.add_(momentum, alpha=mu)
-        del momentum  # a whole matrix in fp32, which the products below have better use for
-        update = orthogonalize(ahead).mul_(RMS * math.sqrt(max(gradient.shape)))
-        return lambda a, b: update[a:b].clone()
+        looked = self.observed and self.momentum.fmt != "fp32"
+        lost = momentum.neg_().add_(self.momentum.read(self._key(step))).mul_(mu) if looked else None
+        return ahead, lost
+
+    def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
+        return self.directions([self], [gradient], step)[0]
+
+    @classmethod
+    def directions(cls, rules: Sequence[Any], gradients: Sequence[Tensor], step: int) -> list[Rows]:
+        """:meth:`direction` of each of ``rules``, whose ``gradients`` have one shape, by common products."""
+        pairs = [rule._look_ahead(gradient, step) for rule, gradient in zip(rules, gradients, strict=True)]
+        ahead, lost = _stacked([ahead for ahead, _ in pairs]), [lost for _, lost in pairs]
+        del pairs
+        updates = orthogonalize(ahead)
+        if rules[0].observed and lost[0] is not None:
+            others = orthogonalize(ahead.add_(_stacked([one for one in lost if one is not None])))
+            for rule, update, other in zip(rules, _each(updates), _each(others), strict=True):
+                rule.momentum_cosine = cosine(update, other)
+        updates.mul_(RMS * math.sqrt(max(gradients[0].shape)))
+        return [partial(_rows, update) for update in _each(updates)]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"written": self.written, **self.momentum.tensors()}
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """(b, m, n); a single matrix stays as it is, without a copy."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
+
+
+def _each(stacked: Tensor) -> Sequence[Tensor]:
+    """Inverse of :func:`_stacked`."""
+    return stacked.unbind() if stacked.ndim == 3 else [stacked]
+
+
+def _rows(update: Tensor, a: int, b: int) -> Tensor:
+    return update[a:b].clone()

@@ -20,8 +20,22 @@ GAIN = 0.074
 
 
 def exact_basis(gradient: Tensor, rank: int) -> Tensor:
-    """The top ``rank`` right singular vectors (in, rank) of G (out, in), by a full SVD, in descending order."""
+    """The top ``rank`` right singular vectors (in, rank) of G (out, in), by a full SVD, in descending order. On a GPU,
+    whose SVD takes minutes for a large matrix, by :func:`gram_basis`."""
+    if gradient.device.type == "cuda":
+        return gram_basis(gradient, rank)
     return torch.linalg.svd(gradient.to(torch.float32), full_matrices=False).Vh[:rank].T
+
+
+def gram_basis(gradient: Tensor, rank: int) -> Tensor:
+    """:func:`exact_basis` by the symmetric eigenproblem of G's shorter side, in fp64: squaring loses the half of fp64's
+    digits, and what is left is more than fp32 has."""
+    whole = gradient.to(torch.float64)
+    if gradient.shape[0] >= gradient.shape[1]:
+        return torch.linalg.eigh(whole.T @ whole).eigenvectors.flip(1)[:, :rank].float()
+    left = torch.linalg.eigh(whole @ whole.T).eigenvectors.flip(1)[:, :rank]
+    basis, factor = torch.linalg.qr(whole.T @ left)
+    return (basis * torch.where(factor.diagonal() < 0, -1.0, 1.0)).float()
 
 
 def randomized_basis(
@@ -56,13 +70,14 @@ def randomized_basis(
     # The first subspace is that of the random sums, in which large singular vectors already weigh more.
     found = torch.linalg.qr(sums.T).Q
     for left in reversed(range(power_iterations)):
-        before, found, values = one_pass(gradient, found, unit)
-        if left == 0:
-            break
-        energy = values.square().sum()
+        before, found, factor = one_pass(gradient, found, unit)
+        energy = factor.square().sum()
         # A pass that has gained little says that another would gain less. The comparison is negated so that NaN ends
         # the loop too.
-        if not energy - before > GAIN * energy:
+        last = left == 0 or not energy - before > GAIN * energy
+        if last or warm is not None:  # a pass between others only needs the span
+            found = found @ in_order(factor)[0]
+        if last:
             break
         if warm is not None and _better(warm, found[:, :rank], _row_sums(gradient, SAMPLES, generator)):
             found = torch.cat((warm, found[:, : size - warm.shape[1]]), dim=1)
@@ -82,9 +97,19 @@ def _row_sums(gradient: Tensor, size: int, generator: torch.Generator) -> Tensor
     return sums
 
 
+def in_order(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values of a square fp32 ``factor``, in descending order, by the symmetric eigenproblem
+    of F Fᵀ in fp64. A GPU takes seconds for the SVD of a thousand columns, whose sweeps wait for each other. Squaring
+    loses half of the digits; fp64 keeps as many then as an SVD in fp32 has."""
+    wide = factor.to(torch.float64)
+    energies, turn = torch.linalg.eigh(wide @ wide.T)
+    return turn.flip(1).to(torch.float32), energies.flip(0).clamp_min(0.0).sqrt().to(torch.float32)
+
+
 def _pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """‖G S‖² for S, the orthonormal ``columns`` (in, k), and the right singular vectors (in, k) and values (k,) of
-    QᵀG with Q an orthonormal basis of G S; all of G / ``unit``."""
+    """‖G S‖² for S, the orthonormal ``columns`` (in, k), then B (in, k) and F (k, k) with QᵀG = Fᵀ Bᵀ for Q and B
+    orthonormal bases of the range of G S and of GᵀQ; all of G / ``unit``. F's left singular vectors turn B into the
+    right singular vectors of QᵀG."""
     # G S, and how much of G's energy the subspace that was given holds.
     image = project(gradient, None, columns).div_(unit)
     before = torch.linalg.vector_norm(image, dim=0).square().sum()
@@ -92,10 +117,9 @@ def _pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tens
     del image
     rows = project(gradient, range_basis, None).div_(unit)
     del range_basis
-    # The SVD of the small triangular factor gives that of the long QᵀG, at a fraction of the cost.
+    # The small triangular factor has the singular values of the long QᵀG.
     basis, factor = torch.linalg.qr(rows.T)
-    turn, values, _ = torch.linalg.svd(factor)
-    return before, basis @ turn, values
+    return before, basis, factor
 
 
 def _tall_pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +140,7 @@ def _tall_pass(gradient: Tensor, columns: Tensor, unit: Tensor) -> tuple[Tensor,
     floor = (torch.finfo(torch.float32).eps * before).clamp_min(torch.finfo(torch.float32).tiny)
     # S is turned so that the columns of Y are orthonormal. Those that hold nothing but rounding errors become small.
     basis, factor = torch.linalg.qr(image @ turn.div_(energies.clamp_min(floor).sqrt_()))
-    turn, values, _ = torch.linalg.svd(factor)
-    return before, basis @ turn, values
+    return before, basis, factor
 
 
 def _better(one: Tensor, other: Tensor, samples: Tensor) -> bool:

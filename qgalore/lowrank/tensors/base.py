@@ -8,6 +8,7 @@ turns a whole gradient into a new basis where one is due. ``step`` lets the inne
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from ...parallel import ALONE, Team
 from ...parallel.pending import Share, Sum
 from ..inner.checked import Factory
+from ..rules.observed import Observation
 from ..subspace import ranks
 from ..subspace.moments import BLOCK
 
@@ -189,6 +191,11 @@ class TrainedTensor(ABC):
         """Whether the inner optimizer has moments in a subspace that is refreshed."""
         return False
 
+    @property
+    def joins(self) -> Hashable:
+        """Tensors of one such key may step together (``WholeTensor.step_together``); None: it steps alone."""
+        return None
+
     def clamped_rank(self) -> int | None:
         """The rank that its rule uses, if the layer has no more than that; None if it is as asked."""
         return None
@@ -227,6 +234,10 @@ class TrainedTensor(ABC):
             mine = gradient if len(self.parts) == 1 else gradient[part.first : part.first + part.leaf.shape[0]]
             self.merge(part.step(mine, lr), part.first, scale, shrink, key)
         self.drop_gradient()
+
+    def observation(self) -> Observation | None:
+        """What was looked at in the step just taken, once; None in most steps."""
+        return None
 
     @abstractmethod
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
@@ -276,8 +287,8 @@ class TrainedTensor(ABC):
     # For the plans of memory and of what processes send.
 
     @abstractmethod
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        """Bytes that an ordinary step sends of it, by collective; see ``wire.payload``."""
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        """Bytes that an ordinary step sends of it, by collective; see ``traffic.payload``."""
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
         """Make this tensor, on the meta device, as large as it may become."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ...quant import dense as dense_grid
+from ...quant import dispatch
 from .base import TrainedTensor
 
 
@@ -47,13 +47,12 @@ class DenseTensor(TrainedTensor):
         rows = target.view(target.shape[0], -1) if target.ndim > 1 else target.view(1, -1)
         flat = delta.view(-1, rows.shape[1])
         rows = rows[first : first + flat.shape[0]]
-        update = flat if scale == 1.0 else flat * scale
-        dense_grid.write_back(rows, lambda a, b: update[a:b], shrink=shrink, key=key, first_row=first)
+        dispatch.write_back(rows, None, flat, s=scale, shrink=shrink, key=key, first_row=first)
         if self.master is not None:
             self.parameter.copy_(self.master)
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.master is None else {"master": self.master}
 
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        return {"all-reduce dense gradients": self.parameter.nbytes}
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        return {"all-reduce dense gradients": float(self.parameter.numel() * self.parameter.grad_dtype.itemsize)}

@@ -82,14 +82,14 @@ class ShardedTensor(ProjectedTensor):
         super().drop_gradient()
         self._rows = None
 
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        """The weights are gathered forward and backward, and Δ's gradient is scattered, for each micro-batch."""
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        """The weights are gathered forward and backward, and Δ's gradient is scattered, in each of the ``passes``."""
         module = self.module
         stored = [module.weight, *([] if module.weight_scale is None else [module.weight_scale])]
-        sent = super().traffic(gap, micro_batches)
+        sent = super().traffic(gap, passes)
         delta = sent.pop("all-reduce Δ gradients")
-        gathered = 2.0 * micro_batches * sum(tensor.nbytes for tensor in stored)
-        return {"gather weights": gathered, "reduce-scatter Δ gradients": micro_batches * delta} | sent
+        gathered = 2.0 * passes * sum(tensor.nbytes for tensor in stored)
+        return {"gather weights": gathered, "reduce-scatter Δ gradients": passes * delta} | sent
 
     def kept(self, name: str, value: Any) -> Any:
         """Moments and their blocks' scales as shared tensors; codes and counts, the same everywhere, as they are."""

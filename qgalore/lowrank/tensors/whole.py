@@ -1,13 +1,15 @@
 """A layer's weight under a rule that needs the whole gradient in every step (see :mod:`..rules`)."""
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from ...quant import dense as dense_grid
-from ...quant import int8
+from ...quant import dispatch, int8
 from ..layers.linear import LowRankLinear
 from ..rules import Rule
 from ..rules.common import Rows, limited
+from ..rules.observed import Observation, due
 from ..subspace.refresh import RefreshOptions
 from ..subspace.schedule import Schedule
 from .projected import ProjectedTensor
@@ -27,9 +29,19 @@ class WholeTensor(ProjectedTensor):
         super().__init__(name, index, module, schedule, options)
         self.rule, self.current_step, self.shape = rule, 0, rule.leaf_shape()
         self.by_rows = False
+        self._observation: Observation | None = None
         self.projected = self.projected and rule.uses_basis
         module.delta.requires_grad_(False)
         module.probe.requires_grad_(True)  # without hooks nobody else does, and the layer would count as frozen
+
+    @property
+    def joins(self) -> Hashable:
+        """On a GPU, which a few small matrices leave idle one by one. A CPU gains nothing, and there every way of
+        stepping has the same bits."""
+        weight = self.module.weight
+        if not self.rule.joins or int8.kind_of(weight.device) != "cuda":
+            return None
+        return self.rule.name, weight.shape, weight.device
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.probe]
@@ -82,37 +94,61 @@ class WholeTensor(ProjectedTensor):
     def step(self, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N, limited if that is asked for; drops the
         gradient."""
+        gradient = self._fp32_gradient()
+        self.rule.observed = due(self.current_step)
+        self._write(self.rule.direction(gradient, self.current_step, self._adam), lr, scale, shrink, key)
+
+    @staticmethod
+    @torch.no_grad()
+    def step_together(
+        tensors: "Sequence[WholeTensor]", lr: float, scale: float, shrink: float, keys: Sequence[tuple[int, int]]
+    ) -> None:
+        """:meth:`step` of each of ``tensors``, which agree in what ``joins`` says, with one key for each."""
+        rules, step = [tensor.rule for tensor in tensors], tensors[0].current_step
+        for rule in rules:
+            rule.observed = due(step)
+        directions = rules[0].directions(rules, [tensor._fp32_gradient() for tensor in tensors], step)
+        for tensor, direction, key in zip(tensors, directions, keys, strict=True):
+            tensor._write(direction, lr, scale, shrink, key)
+
+    def _fp32_gradient(self) -> Tensor:
         gradient = self.gradient()
         assert gradient is not None, f"{self.name} has no gradient"
-        gradient = gradient.to(torch.float32).contiguous()
-        rows = self.rule.direction(gradient, self.current_step, self._adam)
+        return gradient.to(torch.float32).contiguous()
+
+    def _write(self, direction: Rows, lr: float, scale: float, shrink: float, key: tuple[int, int]) -> None:
+        """Write the update back, looking at it if that is due, and drop the gradient."""
+        module, options, rate = self.module, self.options, -lr * scale
         if limit := self.rule.options.largest_rms:
-            rows = limited(rows, gradient.shape, limit / scale)
-        write_rows(self.module, lambda a, b: rows(a, b).mul_(-lr * scale), shrink, key, self.options)
-        self.drop_gradient()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
-
-    def traffic(self, gap: int, micro_batches: int) -> dict[str, float]:
-        """The rule works on whole gradients, which all processes then have for a refresh too."""
-        probe = self.module.probe
-        whole = float(probe.numel() * probe.dtype.itemsize)
-        return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
-
-
-def write_rows(module: LowRankLinear, rows: Rows, shrink: float, key: tuple[int, int], options: RefreshOptions) -> None:
-    """``W ← W · (1 − shrink) + rows`` in the layer's own format, rounded once, int8 as ``options`` say."""
-    weight = module.weight.detach()
-    if module.weight_scale is None:
-        dense_grid.write_back(weight, rows, shrink=shrink, key=key)
-    else:
-        int8.write_back(
-            weight,
+            direction = limited(direction, module.weight.shape, limit / scale)
+        if self.rule.observed:
+            looking = Observation(self.name, self.current_step, module)
+            looking.momentum_cosine, self.rule.momentum_cosine = self.rule.momentum_cosine, None
+            self._observation, direction = looking, looking.watch(direction, rate)
+        dispatch.write_back(
+            module.weight.detach(),
             module.weight_scale,
-            rows,
+            direction,
+            s=rate,
             shrink=shrink,
             key=key,
             rounding=options.rounding,
             scales=options.scales,
         )
+        self.drop_gradient()
+
+    def observation(self) -> Observation | None:
+        found, self._observation = self._observation, None
+        return found
+
+    def step_on_paper(self) -> None:
+        self.step(1.0, 1.0, 0.0, (0, 0))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
+
+    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+        """The rule works on whole gradients, which all processes then have for a refresh too."""
+        probe = self.module.probe
+        whole = float(probe.numel() * probe.dtype.itemsize)
+        return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}

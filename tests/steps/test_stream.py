@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qgalore.step.streaming.copies import CopyError, Moment, ThreadCopies
-from qgalore.step.streaming.records import ALIGNMENT, GROUPS, fields_of_block, lay_out
-from qgalore.step.streaming.stream import Stream
+from qgalore.steps.streaming.copies import CopyError, Moment, ThreadCopies
+from qgalore.steps.streaming.records import ALIGNMENT, GROUPS, fields_of_block, lay_out
+from qgalore.steps.streaming.stream import Stream
 
 CPU = torch.device("cpu")
 DTYPES = (torch.int8, torch.uint8, torch.bfloat16, torch.float32)

@@ -5,7 +5,7 @@ import torch
 import zoo
 
 import qgalore
-from qgalore.step import api
+from qgalore.steps import api
 
 COUNT = 8
 

@@ -7,8 +7,8 @@ import zoo
 import qgalore
 from qgalore.errors import ConfigError, NumericalError
 from qgalore.models.loss import summed_loss, target_tokens
-from qgalore.step import api
-from qgalore.step.trial import try_walk
+from qgalore.steps import api
+from qgalore.steps.trial import try_walk
 
 STEPS = 7
 

@@ -7,8 +7,8 @@ import torch
 import zoo
 from torch import nn
 
-from qgalore.step import walk as walking
-from qgalore.step.trial import try_walk
+from qgalore.steps import walk as walking
+from qgalore.steps.trial import try_walk
 
 
 class Block(nn.Module):

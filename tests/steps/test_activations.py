@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qgalore.step.activations import Activations, Arguments, OnDevice, OnHost
-from qgalore.step.blocks import Call
+from qgalore.steps.activations import Activations, Arguments, OnDevice, OnHost
+from qgalore.steps.blocks import Call
 
 
 @pytest.mark.parametrize("kind", [OnDevice, OnHost])

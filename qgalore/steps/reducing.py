@@ -1,7 +1,8 @@
-"""The steps of a walk in several processes: a block's gradients are summed once a step, while the next block works."""
+"""The steps of a walk's tensors: in several processes a block's gradients are summed while the next block works."""
 
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,14 @@ from ..parallel.pending import Pending
 from .blocks import Layout
 
 
-class TeamSteps:
-    """What a walk calls for each part of a model whose gradients are complete in this process.
+class Steps:
+    """What a walk calls for each part of a model whose gradients are complete in this process. With ``keep`` gradients
+    stay, for the norm of all of them, and nothing steps here.
 
-    The processes meet once for a part, so that one that has failed is heard of, and agree on which tensors have a
-    gradient in any of them; a mixture's expert may have tokens in one alone. The sums then travel while the walk goes
-    on. The part before this one, whose sums have arrived in the meantime, takes its step: so the gradients of two
-    blocks exist at a time. With ``keep`` gradients stay, for the norm of all of them, and nothing steps here.
+    In a team the processes meet once for a part, so that one that has failed is heard of, and agree on which tensors
+    have a gradient in any of them; a mixture's expert may have tokens in one alone. The sums then travel while the walk
+    goes on. The part before this one, whose sums have arrived in the meantime, takes its step: so the gradients of two
+    blocks exist at a time.
     """
 
     def __init__(self, optimizer: LowRankOptimizer, layout: Layout, *, keep: bool) -> None:
@@ -32,7 +34,7 @@ class TeamSteps:
         begun = self._begin(name, self._asked(name, parameters))
         self.finish()
         self._under_way = begun
-        if name == "prologue":
+        if name == "prologue" or self.optimizer.team.size == 1:
             self.finish()
 
     def _asked(self, name: str, parameters: Iterable[nn.Parameter]) -> list[TrainedTensor]:
@@ -69,8 +71,11 @@ class TeamSteps:
         if not self.keep:
             self.optimizer.apply_tensors(tensors)
 
-    def abandon(self) -> None:
-        """Wait for the sums that are under way, of a step that has failed: all processes have begun them."""
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """After a failure, wait for the sums that are under way: all processes have begun them."""
         if self._under_way is not None:
             (_, pending), self._under_way = self._under_way, None
             with suppress(RankError):

@@ -10,10 +10,10 @@ import zoo
 import qgalore
 from qgalore.errors import ConfigError
 from qgalore.models.loss import summed_loss
-from qgalore.step import api
-from qgalore.step.streaming.copies import ThreadCopies
-from qgalore.step.streaming.stream import Stream
-from qgalore.step.trial import try_walk
+from qgalore.steps import api
+from qgalore.steps.streaming.copies import ThreadCopies
+from qgalore.steps.streaming.stream import Stream
+from qgalore.steps.trial import try_walk
 
 CPU = torch.device("cpu")
 SHAPE = {

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from qgalore.step.streaming import locking
-from qgalore.step.streaming.records import host_memory
+from qgalore.steps.streaming import locking
+from qgalore.steps.streaming.records import host_memory
 
 PAGE = 4096
 

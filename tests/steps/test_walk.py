@@ -9,10 +9,10 @@ import zoo
 
 import qgalore
 from qgalore.lowrank.layers.linear import Basis, LowRankLinear
-from qgalore.step import walk as walking
-from qgalore.step.activations import Activations
-from qgalore.step.blocks import NotWalkableError
-from qgalore.step.trial import try_walk
+from qgalore.steps import walk as walking
+from qgalore.steps.activations import Activations
+from qgalore.steps.blocks import NotWalkableError
+from qgalore.steps.trial import try_walk
 
 STEP = 4
 

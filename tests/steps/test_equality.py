@@ -7,8 +7,8 @@ import zoo
 import qgalore
 from qgalore.combinations import RULES as FACTS
 from qgalore.lowrank.rules import RULES
-from qgalore.step import api
-from qgalore.step.trial import try_walk
+from qgalore.steps import api
+from qgalore.steps.trial import try_walk
 
 STEPS, COUNTS = 20, (1, 2, 8)
 WITH_RANK = {"apollo": {"rank": 4}}

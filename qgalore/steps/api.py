@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lowrank.optimizer import LowRankOptimizer
+from ..parallel.shards import Gathered
 from . import walk
 from .activations import Activations
+from .blocks import Run
+from .reducing import Steps
 from .trial import Loss, Trial, try_walk
 from .turns import Turns
 
@@ -61,6 +64,8 @@ def step(
     whole graphs instead, which saves running them again. ``turns``: a :class:`Stream`, if the blocks wait in host
     memory.
 
+    In several processes (``team`` of the optimizer) each gives its share of the micro-batches, and all return the same.
+
     The first call tries whether the model can be walked, with the first micro-batch. If it cannot, its micro-batches
     are accumulated as usual, and a line says why. Raises :class:`ConfigError` for an optimizer of another kind or no
     micro-batches, and :class:`NumericalError` for a gradient that is not finite: weights of later blocks have moved
@@ -74,27 +79,17 @@ def step(
         )
     if not micro_batches:
         raise ConfigError("qgalore.step was given no micro-batches; a step needs at least one")
-    known = _look_at(model, micro_batches[0], loss, activations, graphs_of_last)
-    if turns is not None and (graphs_of_last or known.trial.layout is None):
-        raise ConfigError(
-            f"blocks are streamed only in a walk that keeps no graphs: graphs_of_last is {graphs_of_last}, and "
-            f"{known.trial}"
-        )
-    total = len(micro_batches) if targets is None else sum(map(targets, micro_batches))
-    runs = [partial(_share, model, loss, batch, max(total, 1)) for batch in micro_batches]
-    optimizer.accumulate_in_fp32(len(runs) > 1)
-    taking = {
-        "reseed": partial(walk.reseed, seed, optimizer.step_count),
-        "decide": lambda losses: bool(torch.isfinite(losses).all()),
-        "step": lambda _, parameters: _step_tensors(optimizer, parameters),
-    }
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):  # the caller's random numbers go on as they would
-        if known.trial.layout is None:
-            losses = walk.accumulate(model, runs, **taking)
-        else:
-            losses = walk.walk(known.trial.layout, runs, **taking, activations=known.activations, turns=turns)
-    value = float(losses.sum())
+    mine = len(micro_batches) if targets is None else sum(map(targets, micro_batches))
+    with optimizer.team.together("the end of a step"):  # an error in one process is that of all
+        known = _look_at(model, micro_batches[0], loss, activations, graphs_of_last)
+        if turns is not None and (graphs_of_last or known.trial.layout is None or optimizer.team.size > 1):
+            raise ConfigError(
+                f"blocks are streamed only in a walk of one process that keeps no graphs: graphs_of_last is "
+                f"{graphs_of_last}, there are {optimizer.team.size} processes, and {known.trial}"
+            )
+        total = max(optimizer.team.total("the targets of a step", mine), 1)
+        runs = [partial(_share, model, loss, batch, total) for batch in micro_batches]
+        value = _walk(model, optimizer, known, runs, seed, turns)
     blocks = 1 if known.trial.layout is None else len(known.trial.layout)
     if not math.isfinite(value):
         optimizer.skip()
@@ -103,14 +98,41 @@ def step(
     return Taken(value, optimizer.grad_norm, blocks)
 
 
+def _walk(
+    model: nn.Module, optimizer: LowRankOptimizer, known: _Known, runs: list[Run], seed: int, turns: Turns | None
+) -> float:
+    """Take the step, but for its close; its loss, of all processes. Nothing has moved if that is not finite."""
+    team, layout, found = optimizer.team, known.trial.layout, []
+    optimizer.accumulate_in_fp32(len(runs) * team.size > 1)
+
+    def decide(losses: Tensor) -> bool:
+        found.append(team.total("the loss of a step", float(losses.sum())))
+        return math.isfinite(found[0])
+
+    def reseed(number: int, part: int) -> None:
+        walk.reseed(seed, optimizer.step_count, team.rank + number * team.size, part)
+
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):  # the caller's random numbers go on as they would
+        if layout is None:
+            walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
+            return found[0]
+        turns = Gathered(layout.blocks, team) if team.size > 1 else turns
+        kept = known.activations
+        with Steps(optimizer, layout, keep=False) as steps:
+            walk.walk(layout, runs, reseed=reseed, decide=decide, step=steps, activations=kept, turns=turns)
+    return found[0]
+
+
 def _share(model: nn.Module, loss: Loss, batch: Any, total: int) -> Tensor:
     """A micro-batch's share of the step's loss."""
     return loss(model, batch) / total
 
 
-def _step_tensors(optimizer: LowRankOptimizer, parameters: list[nn.Parameter]) -> None:
-    for tensor in optimizer.tensors_of(parameters):
-        optimizer.step_tensor(tensor)
+def _step_tensors(optimizer: LowRankOptimizer, _: str, parameters: list[nn.Parameter]) -> None:
+    if optimizer.team.size > 1:  # the close of the step asks for all tensors, in one order everywhere
+        return
+    optimizer.step_tensors(optimizer.tensors_of(parameters))
 
 
 def _as_written(loss: Loss) -> Any:

@@ -1,0 +1,101 @@
+"""What a run's records of updates say: how far a step moves the weights, and what the code of a momentum costs."""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from .records import Row, Run, number
+from .summary import by_layer, kind_of
+from .table import figure, heading, line
+
+COLUMNS = (("layer", -34), ("shape", 14), ("looks", 8), ("update", 12), ("cosine", 10), ("lowest", 10))
+LEGEND = """\
+looks: steps that were looked at | update: ‖ΔW‖ / ‖W‖ in the last of them
+cosine: between that update and the one that the momentum as it is stored would give
+lowest: cosine of all looks | in a line for several layers: the mean, and the lowest of all"""
+
+
+@dataclass(frozen=True)
+class Updates:
+    """One layer, or several of one kind together. ``update``: ‖ΔW‖ / ‖W‖ in the last step that was looked at;
+    ``cosine`` and ``lowest``: there, and over the run; None: not recorded."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int] | None
+    looks: int
+    update: float | None
+    cosine: float | None
+    lowest: float | None
+
+
+def relative(row: Row) -> float | None:
+    """‖ΔW‖ / ‖W‖ of a row; None for a weight of zeros, and for no number that can be drawn."""
+    update, weight = number(row, "update_rms"), number(row, "weight_rms")
+    if update is None or weight is None or update < 0 or weight <= 0:
+        return None
+    return number({"value": update / weight}, "value")
+
+
+def _of_layer(name: str, rows: list[Row]) -> Updates:
+    shape = rows[-1].get("shape")
+    cosines = [value for row in rows if (value := number(row, "momentum_cosine")) is not None]
+    return Updates(
+        name=name,
+        kind=kind_of(name),
+        shape=tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None,
+        looks=len(rows),
+        update=relative(rows[-1]),
+        cosine=cosines[-1] if cosines else None,
+        lowest=min(cosines, default=None),
+    )
+
+
+def summarise(run: Run) -> dict[str, list[Updates]]:
+    """The layers of each kind, in the order of the model; {} if nothing was recorded."""
+    groups: dict[str, list[Updates]] = {}
+    for name, rows in by_layer(run.updates).items():
+        groups.setdefault(kind_of(name), []).append(_of_layer(name, rows))
+    return groups
+
+
+def together(kind: str, layers: list[Updates]) -> Updates:
+    """Layers of one kind as one."""
+
+    def known(key: str) -> list[float]:
+        return [value for layer in layers if (value := getattr(layer, key)) is not None]
+
+    shapes = {layer.shape for layer in layers}
+    means = {key: fmean(known(key)) if known(key) else None for key in ("update", "cosine")}
+    return Updates(
+        name=f"{kind} ({len(layers)})",
+        kind=kind,
+        shape=shapes.pop() if len(shapes) == 1 else None,
+        looks=sum(layer.looks for layer in layers),
+        lowest=min(known("lowest"), default=None),
+        **means,
+    )
+
+
+def _line(label: str, layer: Updates) -> str:
+    cells = [
+        label,
+        "-" if layer.shape is None else "×".join(map(str, layer.shape)),
+        str(layer.looks),
+        figure(layer.update, ".2e"),
+        figure(layer.cosine, ".3f"),
+        figure(layer.lowest, ".3f"),
+    ]
+    return line(cells, COLUMNS)
+
+
+def table(run: Run, kinds: bool) -> str:
+    """A line for each kind of layer, and for each layer unless ``kinds``; "" if nothing was recorded."""
+    lines = []
+    for kind, layers in summarise(run).items():
+        if len(layers) == 1:
+            lines.append(_line(layers[0].name, layers[0]))
+            continue
+        lines.append(_line(f"{kind} ({len(layers)})", together(kind, layers)))
+        if not kinds:
+            lines += [_line(f"  {layer.name.removesuffix(kind).rstrip('.')}", layer) for layer in layers]
+    return "\n".join([*heading(COLUMNS), *lines, "", LEGEND]) if lines else ""

@@ -1,0 +1,70 @@
+"""What the loop is given, read from a configuration."""
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..data.order import SampleOrder
+from ..evaluation.loss import evaluate
+from ..memory.plan import Plan
+from ..models.loss import Loss, target_tokens
+from ..parallel import ALONE, Team
+from ..quant.counter import derive_key
+from . import classification
+from .data import Data as BuiltData
+from .learning_rate import lr_at
+from .parts import Data, Evaluating, Faults, Saving, Stepping
+
+
+def of_data(
+    config: Config, data: BuiltData, examples: classification.LabelledData | None, loss: Loss, team: Team
+) -> Data:
+    """What is trained on and held out."""
+    order_for = cache(partial(_sample_order, len(data.train), config.run.seed))
+    if examples is not None:
+        return classification.loop_data(config, examples, order_for)
+    # A pass that gathers weights must be the same in all processes, so there each evaluates all of the data.
+    team = ALONE if config.parallel == "shard" else team
+    looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team)
+    return Data(data.train, data.valid, order_for, target_tokens, looking)
+
+
+def _sample_order(samples: int, seed: int, rollbacks: int) -> SampleOrder:
+    return SampleOrder(samples, derive_key(seed, rollbacks)[0] & 0xFFFFFFFF)
+
+
+def of_steps(config: Config) -> Stepping:
+    train = config.train
+    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
+    return Stepping(
+        lr_at=partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
+        seed=config.run.seed,
+        max_steps=train.max_steps,
+        micro_batch_size=train.micro_batch_size,
+        grad_accumulation=train.grad_accumulation,
+        clip_grad_norm=train.clip_grad_norm,
+    )
+
+
+def of_evaluations(config: Config) -> Evaluating:
+    train = config.train
+    return Evaluating(train.eval_every, train.eval_batches, train.early_stopping)
+
+
+def of_checkpoints(config: Config, folder: Path, run_state: dict[str, Any]) -> Saving:
+    train = config.train
+    return Saving(
+        folder,
+        run_state,
+        save_every=train.save_every,
+        keep_last=train.keep_last,
+        keep_every=train.keep_every,
+        keep_best=train.keep_best,
+        for_rollback=train.loss_spike == "rollback",
+    )
+
+
+def of_faults(config: Config, planned: Plan) -> Faults:
+    train = config.train
+    return Faults(train.max_skipped_in_a_row, train.loss_spike, train.spike_threshold, plan=str(planned))
