@@ -249,9 +249,7 @@ def optimizer(
     check_momentum(rule, momentum, mu, modules)
     check_limit(rule, clip_update_rms)
     _tell_of_moments(moments, modules)
-    of_rule = RuleOptions(
-        rank, update_proj_gap, seed, momentum or MOMENTUM, MU if mu is None else mu, largest_rms=clip_update_rms
-    )
+    of_rule = RuleOptions(rank, update_proj_gap, seed, momentum or MOMENTUM, MU if mu is None else mu, clip_update_rms)
     tensors = trained_tensors(
         model, update_proj_gap=update_proj_gap, stagger=stagger, lazy=lazy, find=find, rule=rule, of_rule=of_rule
     )
