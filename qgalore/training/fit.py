@@ -91,14 +91,13 @@ def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, block
     """The most of ``blocks`` that may keep their graphs in ``room``: between those of ``none`` and the ``whole``.
 
     A peak is the largest of many moments, each of which grows by as much with every graph. So the peaks of all numbers
-    lie on a convex line, below any chord. Where a chord meets the room, there is a number that fits.
+    lie on a convex line, below any chord. Where a chord meets the room, there is a number that fits, and the next one
+    may fit too.
     """
     number, best = 0, none
     while number < blocks - 1 and best[1].total < room < whole:
         slope = (whole - best[1].total) / (blocks - number)
-        further = min(blocks - 1, number + int((room - best[1].total) / slope))
-        if further == number:
-            break
+        further = min(blocks - 1, number + max(1, int((room - best[1].total) / slope)))
         found = planned(further)
         if found[1].total > room:
             break

@@ -1,4 +1,4 @@
-"""What the project promises of 7B and 13B on a 16 GB card: any number of micro-batches, and every rule."""
+"""What the project promises of 7B on a 16 GB card: any number of micro-batches, and every rule."""
 
 import pytest
 
@@ -33,8 +33,3 @@ def test_rules_with_whole_gradients_accumulate_in_one_block_more(rule):
     given = ("lowrank.rank=256",) if rule == "apollo" else ()
     found = planned("llama7b_16gb.yaml", "train.grad_accumulation=8", AWAY, f"lowrank.rule={rule}", *given)
     assert found.total <= 13.4 * GIB
-
-
-@pytest.mark.slow
-def test_13b_accumulates_within_its_budget():
-    assert planned("llama13b_16gb.yaml", "train.grad_accumulation=8", AWAY).total <= 15.5 * GIB
