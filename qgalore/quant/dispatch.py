@@ -221,7 +221,11 @@ def write_back(
     if module is None:
         _by_reference(weight, scale, _scaled_rows(update, s), rounding, scales, **how, first_row=first_row)
         return
-    tiles = [(0, len(weight))] if isinstance(update, Tensor) else int8.row_tiles(*weight.shape, KERNEL_ELEMENTS)
+    tiles = (
+        [(0, len(weight))]
+        if isinstance(update, Tensor)
+        else int8.row_tiles(len(weight), weight.shape[1], KERNEL_ELEMENTS)
+    )
     for a, b in tiles:
         values = update.contiguous() if isinstance(update, Tensor) else update(a, b).contiguous()
         if scale is None:

@@ -166,9 +166,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     prepare_allocator(config, device, planned)
 
     day = _day(saved, team)
-    data = team.after_first(
-        "the data", lambda: build_data(config, tokenizer, day) if examples is None else examples.data()
-    )
+    data = _data(config, tokenizer, examples, day, team)
     check_same_bytes(source, saved, data.checksum)
     place = Placing(config)
     model, loss = build_model(config, vocabulary, data.highest_id, device, team, place)
@@ -182,8 +180,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     place.adopt(model, optimizer, layout)
     where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
     start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
-    if place.stream is not None:
-        place.stream.collect()
+    place.collect()
     loop = Loop(
         model=model,
         loss=loss,
@@ -201,6 +198,18 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     if team.leads:
         describe(folder, config, planned.numbers(), model, tokenizer)
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
+
+
+def _data(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: classification.LabelledData | None,
+    day: date,
+    team: Team,
+) -> BuiltData:
+    """What the run trains on and is evaluated with. The first process of ``team`` prepares it for all."""
+    make = examples.data if examples is not None else lambda: build_data(config, tokenizer, day)
+    return team.after_first("the data", make)
 
 
 def _run_state(config: Config, model: nn.Module, data: BuiltData, day: date) -> dict[str, Any]:

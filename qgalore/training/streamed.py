@@ -40,6 +40,11 @@ class Placing:
         streaming.allocate(model, device, in_host_memory=waiting)
         self.stream = Stream(model, blocks, device, slots=self.config.memory.slots, filled=False)
 
+    def collect(self) -> None:
+        """Bring what a checkpoint has replaced into the records."""
+        if self.stream is not None:
+            self.stream.collect()
+
     def adopt(self, model: nn.Module, optimizer: LowRankOptimizer, layout: Layout | None) -> None:
         """Let the optimizer's state travel with the blocks, if that is asked for, and lock the records' pages for a
         GPU. Raises :class:`ConfigError` if the walk is through other blocks."""

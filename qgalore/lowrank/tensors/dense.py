@@ -55,4 +55,5 @@ class DenseTensor(TrainedTensor):
         return {} if self.master is None else {"master": self.master}
 
     def traffic(self, gap: int, passes: int) -> dict[str, float]:
-        return {"all-reduce dense gradients": float(self.parameter.numel() * self.parameter.grad_dtype.itemsize)}
+        dtype = self.parameter.grad_dtype or self.parameter.dtype
+        return {"all-reduce dense gradients": float(self.parameter.numel() * dtype.itemsize)}

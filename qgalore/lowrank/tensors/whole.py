@@ -143,9 +143,6 @@ class WholeTensor(ProjectedTensor):
         found, self._observation = self._observation, None
         return found
 
-    def step_on_paper(self) -> None:
-        self.step(1.0, 1.0, 0.0, (0, 0))
-
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
 

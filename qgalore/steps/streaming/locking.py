@@ -6,6 +6,7 @@ in pages of its own, and is registered with the driver a part at a time.
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Locked:
 
 def lock(memories: Sequence[Tensor]) -> Locked:
     """Register ``memories`` with the driver of CUDA."""
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     return Locked(
         memories,
         lambda address, size: int(runtime.cudaHostRegister(address, size, 0)),

@@ -182,6 +182,7 @@ class Stream:
     def _collect(self, block: int) -> None:
         """Bring tensors that were made or replaced between two turns into the record."""
         record = self.records[block]
+        assert record.memory is not None, "a record on paper holds nothing"
         for entry, tensor in _present(record):
             place = entry.view(record.memory)
             if tensor.data_ptr() != place.data_ptr():
@@ -192,6 +193,7 @@ class Stream:
         """Make the tensors views of the record again; a step may have made new ones, which go into the slot first.
         Returns whether a basis has changed."""
         record, changed, self._current = self.records[block], False, None
+        assert record.memory is not None, "a record on paper holds nothing"
         for entry, tensor in _present(record):
             place = entry.view(slot.memory)
             moved = stepped and tensor.data_ptr() != place.data_ptr()
