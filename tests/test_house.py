@@ -109,3 +109,9 @@ def test_imports_for_the_type_checker_count(tmp_path):
     path = tmp_path / "one.py"
     path.write_text("if TYPE_CHECKING:\n    from .two import Two\nfrom .. import three\n")
     assert _imported(path, ("room",), {"room.two", "three", "room"}) == {"room.two", "three"}
+
+
+def test_no_two_test_modules_have_one_name():
+    """Processes that a test starts import its module by name, from the first folder that has one."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

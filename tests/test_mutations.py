@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = "tests/lowrank/test_method.py::test_default_galore_is_the_page"
 PARTS = "tests/lowrank/test_method.py::test_parts_are_the_page_too"
-PROCESSES = "tests/parallel/test_walk.py::test_where_sums_are_exact_the_number_of_processes_does_not_show"
+PROCESSES = "tests/parallel/test_walk_in_processes.py::test_where_sums_are_exact_the_number_of_processes_does_not_show"
 
 
 @dataclass(frozen=True)

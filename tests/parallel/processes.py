@@ -52,6 +52,8 @@ def run_in(size, work, *arguments):
             try:
                 rank, result, error = answers.get(timeout=1)
             except queue.Empty:
+                died = [rank for rank, process in enumerate(started) if process.exitcode and rank not in found]
+                assert not died, f"ranks {died} ended without an answer"
                 assert time.monotonic() < end, f"ranks {sorted(set(range(size)) - set(found))} hang"
                 continue
             assert error is None, f"rank {rank}:\n{error}"
