@@ -120,9 +120,10 @@ def limited_updates(door: Door, rule: str | None, limit: float) -> str | None:
     """Only updates that are made from full gradients are limited one by one. ``rule`` None: a method without one."""
     if not limit or rule not in (GALORE, None):
         return None
-    asked = f"{door.name('clip_update_rms')} is {limit:g}, which is for rules that need full gradients"
-    remedy = "leave it out and clip the global norm instead"
-    return f"{asked}, and {'this method has none' if rule is None else f'rule {rule} does not'}; {remedy}"
+    here = "with a method that has no rule" if rule is None else f"with rule {rule}"
+    why = "only the updates of rules on full gradients are limited one by one"
+    asked = f"{door.name('clip_update_rms')} is {limit:g}; it must be 0 {here}, since {why}"
+    return f"{asked}. Leave the key out and clip the global norm instead"
 
 
 def gaps(door: Door, max_gap: int | None, update_proj_gap: int) -> str | None:

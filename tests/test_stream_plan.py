@@ -30,7 +30,7 @@ def planned(rule: str, slots: int, state: bool) -> streamed.Streamed:
     """As the plan has it: everything on the meta device."""
     from qgalore.lowrank.inner.checked import make_factory
     from qgalore.lowrank.rules import RuleOptions
-    from qgalore.lowrank.tensors.base import attach
+    from qgalore.lowrank.tensors.attaching import attach
     from qgalore.memory.resident import make_states
     from qgalore.memory.stand_ins import Adam8bitShapes
 

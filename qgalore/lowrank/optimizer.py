@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError
 from ..parallel import ALONE, Team
-from . import norms
+from . import clipping
 from .hooks import HOOKS
 from .inner.checked import Factory
 from .layers.experts import Experts
 from .tensor_steps import TensorSteps, together
-from .tensors.base import TrainedTensor, attach
+from .tensors.attaching import attach
+from .tensors.base import TrainedTensor
 
 STEPPING = ("deferred", "fused", "manual")
 
@@ -134,7 +135,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
     @torch.no_grad()
     def clip(self, parameters: Iterable[Tensor], limit: float) -> float:
         """``clip_grad_norm_`` over ``parameters`` and over the rows that other processes hold; the norm before it."""
-        return norms.clip(parameters, self.tensors, limit, self.team)
+        return clipping.clip(parameters, self.tensors, limit, self.team)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients. They are always set to None: a zeroed gradient would keep its memory."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import NumericalError
 from ..parallel import Team
 from ..quant.counter import derive_key
-from . import norms
 from .layers.experts import Experts
 from .rules.observed import Observation
 from .tensors.base import TrainedTensor
@@ -110,12 +109,14 @@ class TensorSteps:
             self.refresh_tensor(tensor)
         self._prepared.add(tensor.name)
 
+    @torch.no_grad()
     def apply_tensor(self, tensor: TrainedTensor) -> None:
         """One inner step of a prepared ``tensor``, written back; its gradient is dropped.
 
         Raises :class:`NumericalError`, with nothing done, if the gradient is not finite.
         """
-        self.apply_tensors([tensor])
+        self._check_finite([tensor])
+        self._apply([tensor])
 
     @torch.no_grad()
     def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
@@ -165,11 +166,11 @@ class TensorSteps:
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        squares = norms.squares(tensors, self.team)
+        found = squares(tensors, self.team)
         # One value leaves the device for all, since each that does makes a GPU wait.
-        if squares and not torch.isfinite(torch.stack([square.to(squares[0].device) for square in squares])).all():
-            self.complain(next(t for t, square in zip(tensors, squares, strict=True) if not torch.isfinite(square)))
-        self._squares += squares
+        if found and not torch.isfinite(torch.stack([square.to(found[0].device) for square in found])).all():
+            self.complain(next(t for t, square in zip(tensors, found, strict=True) if not torch.isfinite(square)))
+        self._squares += found
 
     def complain(self, tensor: TrainedTensor) -> NoReturn:
         """Raise :class:`NumericalError` for a gradient that is not finite."""
@@ -200,3 +201,17 @@ def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
             open_groups[tensor.joins] = group
         group.append(tensor)
     return groups
+
+
+def squares(tensors: Iterable[TrainedTensor], team: Team) -> list[Tensor]:
+    """‖gradient‖² of each, fp32 and 0-dim; those of shared ones summed over the processes that hold rows."""
+    found, shares = [], []
+    for tensor in tensors:
+        gradient = tensor.gradient()
+        assert gradient is not None, f"{tensor.name} has no gradient"
+        found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+        if tensor.shared:
+            shares.append(found[-1])
+    if shares:
+        team.sum_("the norms of the gradients", shares)
+    return found

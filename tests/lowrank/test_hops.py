@@ -15,7 +15,7 @@ import torch
 import qgalore
 
 ROOT = os.path.dirname(qgalore.__file__) + os.sep
-MOST_CALLS, MOST_FILES, MOST_IN_ALL = 30, 7, 50
+MOST_CALLS, MOST_FILES, MOST_IN_ALL = 30, 7, 60
 
 
 def ordinary_gradient(inner):
@@ -74,7 +74,7 @@ def test_the_count_sees_the_hook_the_step_and_the_doors_of_quant():
     hops, calls = traced(loss.backward)
     names = [name for _, name in hops]
     assert names[0] == "arrived"
-    assert names[-1] == "drop_gradient"
+    assert names[-2:] == ["drop_gradient", "observation"]
     assert {"step_tensor", "merge", "derive_key"} <= set(names)
     assert "write_back" not in names
     assert "write_back" in [name for _, name in calls]

@@ -10,7 +10,7 @@ from qgalore.lowrank.rules.muon import Muon
 from qgalore.lowrank.rules.orthogonal import orthogonalize
 from qgalore.lowrank.subspace.refresh import RefreshOptions
 from qgalore.lowrank.subspace.schedule import LazySchedule
-from qgalore.lowrank.tensors.base import attach
+from qgalore.lowrank.tensors.attaching import attach
 from qgalore.lowrank.tensors.whole import WholeTensor
 
 SHAPE = (40, 64)

@@ -163,7 +163,10 @@ def test_bytes_of_moments_are_those_of_the_shape(inner, shape):
     leaf.grad = torch.ones(shape)
     optimizer = inner([leaf])
     optimizer.step()
-    wanted = sum(value.nbytes for value in optimizer.state[leaf].values() if torch.is_tensor(value))
+    own = {
+        name: value for name, value in optimizer.state[leaf].items() if not name.startswith("qmap")
+    }  # all share these
+    wanted = sum(value.nbytes for value in own.values() if torch.is_tensor(value))
     assert ranks.measured_bytes(inner, torch.device("cpu"))(leaf.shape) == wanted
 
 

@@ -32,7 +32,7 @@ def planned(settings, choice) -> int:
     return plan_for(changed(settings, {KEY: choice}), WORDS, "cuda").total
 
 
-@pytest.mark.parametrize("micro_batches", [1, 5])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_as_many_keep_their_graphs_as_there_is_room_for(micro_batches, capsys):
     """One more would leave less than the margin."""
     settings = resolved(f"train.grad_accumulation={micro_batches}")
@@ -51,6 +51,7 @@ def test_as_many_keep_their_graphs_as_there_is_room_for(micro_batches, capsys):
         )
 
 
+@pytest.mark.slow
 def test_the_ends_are_all_graphs_no_graphs_and_inputs_on_the_host(capsys):
     settings = resolved("train.grad_accumulation=5")
     whole, none, away = (planned(settings, choice) for choice in (False, True, "offload"))
@@ -79,7 +80,7 @@ def test_a_convex_line_is_climbed_to_the_last_number_that_fits():
 
 
 def test_the_host_total_is_the_last_line_and_has_a_budget_of_its_own():
-    settings = resolved("train.grad_accumulation=8", f"{KEY}=offload")
+    settings = resolved("train.grad_accumulation=8", f"{KEY}=offload", "memory.budget=64GiB")
     found = plan_for(settings, WORDS, "cuda")
     lines = str(found).splitlines()
     assert lines[-1].split()[:2] == ["host", "total"]
@@ -93,14 +94,14 @@ def test_the_host_total_is_the_last_line_and_has_a_budget_of_its_own():
         fit.settle(beyond, WORDS, torch.device("cuda"))
 
 
-def test_a_run_keeps_as_many_graphs_as_its_plan_says(tiny_run, monkeypatch, capsys):
+def test_a_run_keeps_as_many_graphs_as_its_plan_says(tiny_run, monkeypatch, capfd):
     """The choice is made anew at every start, and changes no bit."""
     made = config.load("tiny.yaml", ["model.overrides.num_hidden_layers=4", "train.max_steps=2", "run.name=some"])
     monkeypatch.setattr(fit, "decide", lambda config, *rest, **more: _one(config, *rest, **more))
     run = assemble.build(made, None)
     assert run.config.train.activation_checkpointing == 1
     assert run.loop.order.kept.graphs.last == 1
-    assert "the last block keeps its graph" in capsys.readouterr().out
+    assert "the last block keeps its graph" in capfd.readouterr().out
 
 
 def _one(settings, vocabulary, device, budget, loss=None, processes=1):

@@ -20,8 +20,8 @@ def planned(capsys, processes):
 def test_the_plan_names_every_collective(capsys):
     alone, four = planned(capsys, 1), planned(capsys, 4)
     assert "wire:" not in alone
-    assert "fused stepping" in four
-    assert "deferred stepping" in alone
+    assert "layer-major" in four
+    assert "layer-major" in alone
     sizes = re.findall(r"([\d.]+) ([KM])iB", four[four.index("wire:") :])
     total, *parts = (float(size) * (1024 if unit == "M" else 1) for size, unit in sizes)
     assert len(re.findall(r"all-reduce|broadcast", four)) == len(parts) == 4

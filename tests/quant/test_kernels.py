@@ -14,7 +14,7 @@ from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.subspace.refresh import RefreshOptions
 from qgalore.lowrank.subspace.schedule import LazySchedule
-from qgalore.lowrank.tensors.base import attach
+from qgalore.lowrank.tensors.attaching import attach
 from qgalore.lowrank.tensors.projected import ProjectedTensor
 from qgalore.quant import basis, dispatch, int8, int8_products
 from qgalore.quant.counter import derive_key

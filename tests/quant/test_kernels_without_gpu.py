@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels.py runs the kernels on the GPU")
 
 POINTERS = {"q": "*i8", "scale": "*bf16", "codes": "*u8", "basis_scale": "*bf16", "delta": "*fp32", "vectors": "*fp32"}
-TILE = {"rows": 32, "columns": 128, "depth": 32}
 
 
 def test_kernels_in_the_interpreter():
@@ -31,8 +30,6 @@ def test_kernels_in_the_interpreter():
         ("_dequantize_kernel", {"group": 64, "block": 4096}),
         ("_unpack_kernel", {"block": 4096}),
         ("_pack_kernel", {"group": 64}),
-        ("_merge_kernel", {"on_left": True, "group": 64, **TILE}),
-        ("_merge_kernel", {"on_left": False, "group": 32, **TILE}),
     ],
 )
 def test_kernels_compile_for_a_gpu_with_correctly_rounded_division(name, constants):
@@ -50,4 +47,4 @@ def test_kernels_compile_for_a_gpu_with_correctly_rounded_division(name, constan
     ptx = compiled.asm["ptx"]
     assert "div.full" not in ptx
     assert "div.approx" not in ptx
-    assert ("div.rn" in ptx) == (name in ("_pack_kernel", "_merge_kernel"))
+    assert ("div.rn" in ptx) == (name == "_pack_kernel")

@@ -109,7 +109,8 @@ def test_classifiers_and_regression(classify_run, body, labels):  # noqa: F811 -
     same(8)
 
 
-@pytest.mark.parametrize("how", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["false", "true"])
 def test_one_graph_serves_both_passes_of_all_micro_batches_and_blocks(tiny_run, monkeypatch, how):
     """Traced, not rewritten: the same bits."""
 

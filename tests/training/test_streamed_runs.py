@@ -59,7 +59,7 @@ def test_what_cannot_be_streamed_is_refused_at_once(tiny_run, change, named):
     code, _, err = tiny_run(ALL, change)
     assert code == 2
     assert f"{named} does not go with memory.stream: all" in err
-    assert not Path("cache").exists()
+    assert not Path("runs").exists()
 
 
 def test_several_processes_are_refused(tiny_run):

@@ -3,6 +3,7 @@ bitsandbytes' function for other devices."""
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -113,9 +114,15 @@ class _AdamW8bit(CodedAdamW):
         state: dict = {"step": 0}
         for number, signed in (("1", True), ("2", False)):
             state[f"state{number}"] = torch.zeros_like(parameter, dtype=torch.uint8)
-            state[f"qmap{number}"] = dynamic_map(signed).to(parameter.device)
+            state[f"qmap{number}"] = _map_on(signed, parameter.device)
             state[f"absmax{number}"] = torch.zeros(blocks, device=parameter.device)
         return state
+
+
+@cache
+def _map_on(signed: bool, device: torch.device) -> Tensor:
+    """One for all parameters: a copy for each would cost memory, and a GPU's time."""
+    return dynamic_map(signed).to(device)
 
 
 class AdamW8bitFunctional(_AdamW8bit):

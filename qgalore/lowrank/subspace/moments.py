@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ...errors import ConfigError
 from ...quant import fourbit
 from ...quant.blockwise import BLOCK, dequantize, quantize
 
@@ -83,15 +84,15 @@ def write(state: dict, name: str, moment: Tensor) -> None:
 def rotate(inner: Optimizer, leaf: Tensor, left: Tensor | None, right: Tensor | None) -> None:
     """Rotate ``leaf``'s moments by the changes of basis ``left`` and ``right`` (each (r, r) or None).
 
-    Raises ``ValueError`` if the optimizer keeps a tensor of the leaf's shape that is not a known moment.
+    Raises :class:`ConfigError` if the optimizer keeps a tensor of the leaf's shape that is not a known moment.
     """
     state = inner.state.get(leaf, {})
     known = FIRST_MOMENTS + SECOND_MOMENTS
     for name, value in state.items():
         if torch.is_tensor(value) and value.shape == leaf.shape and name not in known:
-            raise ValueError(
+            raise ConfigError(
                 f"{type(inner).__name__} keeps {name!r}, not a moment that 'rotate' knows ({', '.join(known)}); "
-                "set moments: keep or moments: reset"
+                "set lowrank.moments=keep or lowrank.moments=reset"
             )
     # A first moment turns with the basis. A second moment is a mean of squares, and turns with the squared entries.
     for names, sides in ((FIRST_MOMENTS, (left, right)), (SECOND_MOMENTS, (_squared(left), _squared(right)))):

@@ -83,7 +83,9 @@ def measured_bytes(factory: Factory, device: torch.device) -> Callable[[torch.Si
         inner = factory([leaf])
         leaf.grad = torch.zeros_like(leaf)
         inner.step()
-        return sum(value.nbytes for value in inner.state.get(leaf, {}).values() if torch.is_tensor(value))
+        # The tables of 8-bit codes are there once for all leaves, whatever their ranks are.
+        own = {name: value for name, value in inner.state.get(leaf, {}).items() if not name.startswith("qmap")}
+        return sum(value.nbytes for value in own.values() if torch.is_tensor(value))
 
     def moment_bytes(shape: torch.Size) -> int:
         rows, columns = shape

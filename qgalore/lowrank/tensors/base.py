@@ -9,20 +9,80 @@ turns a whole gradient into a new basis where one is due. ``step`` lets the inne
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ...parallel import ALONE, Team
 from ...parallel.pending import Share, Sum
 from ..inner.checked import Factory
 from ..rules.observed import Observation
-from ..subspace import ranks
 from ..subspace.moments import BLOCK
-from .parts import Part, Scratch
 
 STEPS_ON = "steps_on"  # an attribute of a leaf that waits in host memory for its turn: the device where it steps
+
+
+class Scratch:
+    """fp32 memory that the leaves of all parts on a device share, there only while a step is taken."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.flat = torch.zeros(elements, device=device)
+        self.nbytes = self.flat.untyped_storage().nbytes()
+
+    def hold(self) -> None:
+        """Make the memory real, with any content, if it is not."""
+        if self.flat.untyped_storage().nbytes() < self.nbytes:
+            self.flat.untyped_storage().resize_(self.nbytes)
+
+    def release(self) -> None:
+        """Give the memory back; views of it stay valid objects, to be used after the next :meth:`hold`."""
+        self.flat.untyped_storage().resize_(0)
+
+
+@dataclass
+class Part:
+    """Rows of a tensor that step together: ``leaf`` is an fp32 view into ``scratch``, which all parts share, real only
+    while ``inner`` steps it from zero; ``first`` is its first row. ``rests_on``: where the state is between two steps,
+    if not beside the leaf."""
+
+    first: int
+    leaf: nn.Parameter
+    inner: Optimizer
+    scratch: Scratch
+    rests_on: torch.device | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What the inner optimizer keeps for the leaf; empty before the first step."""
+        return dict(self.inner.state.get(self.leaf, {}))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Give the inner optimizer what :meth:`state` told of another leaf of this shape; nothing, if it is empty."""
+        self.inner.state.pop(self.leaf, None)
+        if state:
+            self.inner.state[self.leaf] = {
+                # torch keeps Adam's step count on the CPU on purpose. Other tensors belong beside the leaf.
+                name: value.to(self.rests_on or self.leaf.device)
+                if torch.is_tensor(value) and name != "step"
+                else value
+                for name, value in state.items()
+            }
+
+    def step(self, gradient: Tensor, lr: float) -> Tensor:
+        """The inner optimizer's step from zero: Δ, fp32, valid until another part steps or the scratch is released."""
+        self.scratch.hold()
+        # The view is made anew, since a refresh may have changed the rank.
+        self.leaf.data = self.scratch.flat[: self.leaf.numel()].view(self.leaf.shape)
+        with torch.no_grad():
+            self.leaf.zero_()
+        self.leaf.grad = gradient.to(torch.float32).contiguous()
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+        self.leaf.grad = None
+        return self.leaf.detach()
 
 
 class TrainedTensor(ABC):
@@ -234,20 +294,3 @@ class TrainedTensor(ABC):
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed
         """Make this tensor, on the meta device, as large as it may become."""
-
-
-def attach(tensors: list[TrainedTensor], factory: Factory, part_elements: int) -> list[Scratch]:
-    """Give every tensor its leaves and inner optimizers. One scratch memory for each device, as large as the largest
-    leaf: only one leaf is real at a time. Returned unheld, and to be released after each step."""
-    sizes: dict[torch.device, int] = {}
-    devices = [getattr(tensor.leaves()[0], STEPS_ON, tensor.leaves()[0].device) for tensor in tensors]
-    for device, tensor in zip(devices, tensors, strict=True):
-        sizes[device] = max(sizes.get(device, 0), tensor.largest_part(part_elements))
-    scratches = {device: Scratch(size, device) for device, size in sizes.items()}
-    for device, tensor in zip(devices, tensors, strict=True):
-        tensor.attach(scratches[device], factory, part_elements)
-    free = [cast(ranks.Adaptive, tensor) for tensor in tensors if tensor.adaptive]
-    ranks.share(free, factory)
-    for scratch in scratches.values():
-        scratch.release()
-    return list(scratches.values())

@@ -1,4 +1,4 @@
-"""Norms of gradients, and clipping to one: of a step's tensors, some of which several processes may share by rows."""
+"""Clipping to a norm of the gradients of all tensors, some of which several processes may share by rows."""
 
 from collections.abc import Iterable
 
@@ -6,21 +6,8 @@ import torch
 from torch import Tensor
 
 from ..parallel import Team
+from .tensor_steps import squares
 from .tensors.base import TrainedTensor
-
-
-def squares(tensors: Iterable[TrainedTensor], team: Team) -> list[Tensor]:
-    """‖gradient‖² of each, fp32 and 0-dim; those of shared ones summed over the processes that hold rows."""
-    found, shares = [], []
-    for tensor in tensors:
-        gradient = tensor.gradient()
-        assert gradient is not None, f"{tensor.name} has no gradient"
-        found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
-        if tensor.shared:
-            shares.append(found[-1])
-    if shares:
-        team.sum_("the norms of the gradients", shares)
-    return found
 
 
 def clip(parameters: Iterable[Tensor], tensors: Iterable[TrainedTensor], limit: float, team: Team) -> float:
