@@ -235,4 +235,4 @@ def _step(tensor: TrainedTensor) -> Counts:
         size = part.leaf.numel()
         adam += Counts(moved=size * _ADAM_BYTES, launches=1 if size >= _SMALL else 6)
     tensor.drop_gradient()
-    return look + meter.here * len(tensor.parts) + adam
+    return look + meter.here + adam

@@ -6,13 +6,15 @@ counts and its memory are continued in a straight line.
 
 from .. import config as configuration
 from ..config import Config
-from ..memory import plan, stand_ins
+from ..memory import stand_ins
+from ..memory.rehearsal import Step, ids, mask
 from ..models import loading
 from ..models.compiling import blocks_of
 from ..models.loss import can_be_chunked, chunked_loss, summed_loss
 from ..speed import Card, Counts, count, parts, seconds
-from .fit import _changed, on_paper, plan_for
 from .model import Vocabulary
+from .paper import on_paper, plan_for
+from .proposals import changed
 
 VOCABULARY = 32_000  # of a configuration whose tokenizer is yet to be trained
 
@@ -20,16 +22,14 @@ VOCABULARY = 32_000  # of a configuration whose tokenizer is yet to be trained
 def counts_of(config: Config, vocabulary: Vocabulary) -> tuple[Counts, int]:
     """(counts, tokens) of a step of a resolved configuration that trains a language model, in one process."""
     recomputed = config.train.activation_checkpointing is not False
-    whole = _changed(config, {"train.activation_checkpointing": False})
-    model, tensors = on_paper(whole, vocabulary)
+    whole = changed(config, {"train.activation_checkpointing": False})
+    model, optimizer = on_paper(whole, vocabulary)
     model.train()
     loss = chunked_loss if can_be_chunked(model) else summed_loss
     train, length = config.train, config.data.sequence_length
-    step = plan.Step(
-        loss=loss, micro_batch_size=train.micro_batch_size, sequence_length=length, fused=False, masked=False
-    )
+    step = Step(loss=loss, micro_batch_size=train.micro_batch_size, sequence_length=length, masked=False)
     how = {"micro_batches": train.grad_accumulation, "recomputed": recomputed, "stand_in": stand_ins.kernels("cuda")}
-    found = count(model, tensors, list(blocks_of(model)), loss, plan.example(model, step), **how)
+    found = count(model, optimizer.tensors, list(blocks_of(model)), loss, ids(step) | mask(model, step), **how)
     return found, train.micro_batch_size * length * train.grad_accumulation
 
 
@@ -49,7 +49,7 @@ def expected(name: str, card: Card, efficiency: dict[str, float]) -> tuple[float
     found = []
     for layers in (1, 2):
         overrides = {**config.model.overrides, "num_hidden_layers": layers}
-        small = _changed(config, {"model.overrides": overrides})
+        small = changed(config, {"model.overrides": overrides})
         counts, tokens = counts_of(small, vocabulary)
         found.append((counts, plan_for(small, vocabulary, "cuda").total))
     (one, small_peak), (two, peak) = found

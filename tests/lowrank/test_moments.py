@@ -2,6 +2,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from qgalore.errors import ConfigError
 from qgalore.lowrank.subspace import moments
 
 
@@ -77,5 +78,5 @@ def test_reset_starts_bias_correction_again():
 
 def test_unknown_state_is_refused():
     inner, leaf = stepped(lambda p: torch.optim.Adagrad(p, lr=0.1), (6, 4))
-    with pytest.raises(ValueError, match=r"'sum'.*keep"):
+    with pytest.raises(ConfigError, match=r"'sum'.*keep"):
         moments.rotate(inner, leaf, None, torch.eye(4))
