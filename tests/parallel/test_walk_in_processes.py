@@ -24,10 +24,7 @@ def slow(*values):
         (4, "replicate", 7, 100.0, {}),
         slow(4, "replicate", 30, 0.0, {}),
         slow(4, "shard", 30, 0.0, {}),
-        slow(2, "shard", 30, 100.0, {}),
         slow(2, "shard", 30, 0.0, {"inner": "adamw"}),
-        slow(4, "replicate", 7, 0.0, {"rule": "muon"}),
-        slow(4, "replicate", 7, 0.0, {"rule": "sinkgd"}),
         slow(2, "replicate", 7, 0.0, {"rule": "fira"}),
     ],
 )
