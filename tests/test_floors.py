@@ -77,3 +77,15 @@ def test_the_page_of_the_architecture_has_these_floors():
     rows = re.findall(r"^\| (\d) \| (`.*?`) \|", page, flags=re.M)
     named = [(int(number), room) for number, rooms in rows for room in re.findall(r"`(\w+)`", rooms)]
     assert sorted(named) == sorted((level + 1, room) for level, rooms in enumerate(FLOORS) for room in rooms)
+
+
+def test_nobody_outside_asks_what_kind_of_tensor_it_is():
+    """What a trained tensor does differently it does itself."""
+    kinds = {"DenseTensor", "ProjectedTensor", "WholeTensor", "ShardedTensor", "AdaptiveTensor"}
+    for path in MODULES:
+        if "tensors" in path.relative_to(PACKAGE).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+                assert not asked & kinds, f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}"

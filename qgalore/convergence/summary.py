@@ -66,11 +66,11 @@ def kind_of(layer: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", layer)[-1] if re.search(r"(?:^|\.)\d+\.", layer) else layer.split(".")[-1]
 
 
-def by_layer(refreshes: Iterable[Row]) -> dict[str, list[Row]]:
+def by_layer(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows of each layer; layers of one kind together, in the order of the model: the first bases of all layers
     are found as gradients arrive, from the last layer to the first."""
     found: dict[str, list[Row]] = {}
-    for row in refreshes:
+    for row in rows:
         found.setdefault(row["layer"], []).append(row)
     kinds = list(dict.fromkeys(kind_of(layer) for layer in found))[::-1]
     indices = {layer: tuple(int(part) for part in re.findall(r"\d+", layer)) for layer in found}

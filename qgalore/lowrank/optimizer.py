@@ -21,7 +21,7 @@ from . import clipping
 from .hooks import HOOKS
 from .inner.checked import Factory
 from .layers.experts import Experts
-from .tensor_steps import TensorSteps, together
+from .tensor_steps import GROUPS, TensorSteps, together
 from .tensors.attaching import attach
 from .tensors.base import TrainedTensor
 
@@ -53,10 +53,10 @@ class LowRankOptimizer(TensorSteps, Optimizer):
         TensorSteps.__init__(self, tensors, seed, team)
         self.stepping = stepping
         self.untouched: list[str] = []
+        scales, decays = (scale, 1.0, 1.0), (weight_decay, weight_decay, 0.0)
         groups: list[dict[str, Any]] = [
-            {"name": "lowrank", "scale": scale, "weight_decay": weight_decay},
-            {"name": "dense", "scale": 1.0, "weight_decay": weight_decay},
-            {"name": "vector", "scale": 1.0, "weight_decay": 0.0},
+            {"name": name, "scale": own_scale, "weight_decay": decay}
+            for name, own_scale, decay in zip(GROUPS, scales, decays, strict=True)
         ]
         for group in groups:
             own = (tensor for tensor in tensors if tensor.group == group["name"])

@@ -16,8 +16,8 @@ from ..quant.counter import derive_key
 from .layers.experts import Experts
 from .rules.observed import Observation
 from .tensors.base import TrainedTensor
-from .tensors.whole import WholeTensor
 
+GROUPS = ("lowrank", "dense", "vector")  # of parameters, in the optimizer's order
 JOINED = 1 << 22  # weights that step together at most: a few small matrices, which would leave a GPU idle one by one
 
 
@@ -150,13 +150,10 @@ class TensorSteps:
 
     def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
         """Step tensors that may step together (:func:`together`). Never sees a gradient that is not finite."""
-        group = next(group for group in self.param_groups if group["name"] == tensors[0].group)
+        group = self.param_groups[GROUPS.index(tensors[0].group)]
         rates = group["lr"], group["scale"], group["lr"] * group["weight_decay"]
         keys = [derive_key(self.seed, self.step_count, tensor.index) for tensor in tensors]
-        if len(tensors) == 1:
-            tensors[0].step(*rates, keys[0])
-        else:
-            WholeTensor.step_together([t for t in tensors if isinstance(t, WholeTensor)], *rates, keys)
+        tensors[0].step_together(tensors, *rates, keys)
         for tensor in tensors:
             self.stepped.add(tensor.name)
             if (observation := tensor.observation()) is not None:

@@ -4,7 +4,7 @@ Orthogonalising costs the same however many tokens a step has, and everything el
 matrix and T tokens it is 5 m / T of the forward and backward pass. So this rule is for steps of many tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -71,9 +71,9 @@ def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
     return found
 
 
-def of_training(model: nn.Module, rules: Iterable[str]) -> Work | None:
+def of_training(model: nn.Module, rules: Collection[str | None]) -> Work | None:
     """The work of a step of ``model`` in training, whose layers step by ``rules``; None if none orthogonalises."""
-    if "muon" not in set(rules):
+    if "muon" not in rules:
         return None
     config = getattr(model, "config", None)
     chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None

@@ -11,6 +11,13 @@ from .team import Team
 T = TypeVar("T")
 
 
+class _Unsent(Pending):
+    """What would travel is made, and stays where it is."""
+
+    def _send(self, collective: Callable[..., Any]) -> None:
+        """Nothing."""
+
+
 class PaperTeam(Team):
     """Does on the meta device what a process of a team does, but nobody is met and nothing is sent."""
 
@@ -33,4 +40,4 @@ class PaperTeam(Team):
         return [value] * self.size
 
     def begin(self, sums: Sequence[Sum], shares: Sequence[Share] = ()) -> Pending:
-        return Pending(sends=False).begin(sums, shares)
+        return _Unsent().begin(sums, shares)

@@ -21,9 +21,8 @@ Share = tuple[Tensor, Tensor]  # a tensor, and the memory for this process's row
 @dataclass
 class Pending:
     """What was begun together. The tensors must be left alone until :meth:`wait` returns. All processes begin the same
-    things in the same order. ``sends``: False for a plan, which only counts memory."""
+    things in the same order."""
 
-    sends: bool = True
     _works: list[Any] = field(default_factory=list)
     _arrivals: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)  # what travels, and where it belongs
 
@@ -59,6 +58,5 @@ class Pending:
         return self
 
     def _send(self, collective: Callable[..., Any]) -> None:
-        if self.sends:
-            with reaching():
-                self._works.append(collective(async_op=True))
+        with reaching():
+            self._works.append(collective(async_op=True))

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import flop_registry
 
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
-from ..lowrank.tensors.projected import ProjectedTensor
 from ..quant import dispatch, int8_products
 
 _NO_WORK = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
@@ -173,8 +172,7 @@ def _swapped(swaps: list[tuple[Any, str, Callable]]) -> Iterator[None]:
 def _listen(model: nn.Module, tensors: list[TrainedTensor]) -> None:
     """An ordinary step: no basis is due, and products of integers are as they were chosen."""
     for tensor in tensors:
-        if isinstance(tensor, ProjectedTensor):
-            tensor.listen(tensor.keeps_whole)
+        tensor.listen(tensor.keeps_whole)
     for module in model.modules():
         if isinstance(module, LowRankLinear) and module.products is not None:
             for choice in (module.products.output, module.products.gradient):

@@ -43,7 +43,9 @@ def try_walk(model: nn.Module, batch: Any, loss: Loss) -> Trial:
     def run() -> Tensor:
         return loss(model, batch)
 
-    with torch.random.fork_rng(devices=devices), none_tried(model):
+    # Compiled blocks run as written: a graph of the trial would serve no step.
+    as_written = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices=devices), none_tried(model), as_written:
         layout = _find(model, run)
         if layout is None:
             return Trial(None, "it has no list of blocks that are called once each, in their order")

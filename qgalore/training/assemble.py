@@ -191,7 +191,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         evaluating=settings.of_evaluations(config),
         saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
         faults=settings.of_faults(config, planned),
-        order=order_of(config, model, optimizer, layout, settings.of_steps(config), team, place.stream),
+        order=order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream),
         start=start,
         team=team,
     )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..errors import Interrupted, NumericalError, counted
 from ..files.filling import first_not_finite
 from ..lowrank.optimizer import LowRankOptimizer
-from ..lowrank.tensors.whole import WholeTensor
 from ..memory import orthogonal_work
 from ..models.loss import Loss
 from ..parallel import ALONE, Team
@@ -50,8 +49,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.course = Course(self.model, self.optimizer, self.start, self.saving, self.team)
-        rules = {tensor.rule.name for tensor in self.optimizer.tensors if isinstance(tensor, WholeTensor)}
-        self._work = orthogonal_work.of_training(self.model, rules)
+        self._work = orthogonal_work.of_training(self.model, {tensor.rule_name for tensor in self.optimizer.tensors})
         self._tokens = 0  # that this process puts through the model in a step, padding included
         self.recovery = Recovery(self.course, self.data, self.stepping, self.faults, self.order, self.device)
 

@@ -183,7 +183,7 @@ def plan_for(
 
     def order(layout: Layout | None) -> Order:
         # Blocks that are gathered are counted above, outside the rehearsal.
-        return order_of(config, model, optimizer, layout, how, optimizer.team, AlwaysThere())
+        return order_of(config, model, optimizer, layout, how, AlwaysThere())
 
     return plan.plan(model, optimizer, step, train.stepping, order, outside)
 

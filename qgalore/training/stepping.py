@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NumericalError
 from ..lowrank.optimizer import LowRankOptimizer
-from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
 from ..steps import walk
 from ..steps.activations import Activations
@@ -51,7 +50,6 @@ class BatchMajor:
     model: nn.Module
     optimizer: LowRankOptimizer
     how: Stepping
-    team: Team = ALONE
 
     def __post_init__(self) -> None:
         self.may_leave_traces = self.optimizer.stepping == "fused"
@@ -68,9 +66,10 @@ class BatchMajor:
             part = share(batch)
             loss += _finite(float(part.detach()), step)
             if number == numbers[-1]:  # before the last backward pass: fused stepping updates in it
-                loss = self.team.total("the loss of a step", loss)
+                loss = self.optimizer.team.total("the loss of a step", loss)
                 look(loss)
-            self.team.meet("a backward pass")  # in which sharded weights are gathered: not while one has failed
+            # Sharded weights are gathered in it, which must not begin while a process has failed.
+            self.optimizer.team.meet("a backward pass")
             part.backward()
         return loss, self._update()
 
@@ -98,7 +97,6 @@ class LayerMajor:
     how: Stepping
     layout: Layout
     kept: Activations = field(default_factory=Activations)
-    team: Team = ALONE
     turns: Turns = field(default_factory=AlwaysThere)
     may_leave_traces = True
 
@@ -112,7 +110,7 @@ class LayerMajor:
 
         def decide(losses: Tensor) -> bool:
             mine = sum(_finite(value, step) for value in losses.tolist())
-            loss.append(self.team.total("the loss of a step", mine))
+            loss.append(self.optimizer.team.total("the loss of a step", mine))
             look(loss[0])
             return True
 

@@ -54,15 +54,14 @@ def order_of(
     optimizer: LowRankOptimizer,
     layout: Layout | None,
     how: Stepping,
-    team: Team = ALONE,
     turns: Turns | None = None,
 ) -> BatchMajor | LayerMajor:
     """The order in which a run, or the plan of one, goes through its steps. ``layout``: of a model that is walked.
     ``turns``: what happens around a block's turn, where that is not for the processes to say."""
     if layout is None:
-        return BatchMajor(model, optimizer, how, team)
-    turns = turns or turns_of(config, layout, team)
-    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout), team, turns)
+        return BatchMajor(model, optimizer, how)
+    turns = turns or turns_of(config, layout, optimizer.team)
+    return LayerMajor(model, optimizer, how, layout, kept_in_walks(config, layout), turns)
 
 
 def kept_in_walks(config: Config, layout: Layout) -> Activations:

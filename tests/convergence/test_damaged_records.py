@@ -3,6 +3,8 @@
 import json
 import random
 
+import pytest
+
 from qgalore.convergence import csv_rows, records, report, summary, table, tensorboard
 
 TITLE = "\x1b]0;title\x07"
@@ -17,12 +19,13 @@ def shown(folder) -> str:
     return text + table.runs_table([one]) + report.page([one]) + csv_rows.refresh_rows([run])
 
 
-def test_60_mutated_records_are_shown_without_escape_codes(recorded):
+@pytest.mark.parametrize("mutations", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_mutated_records_are_shown_without_escape_codes(recorded, mutations):
     folder, _ = recorded
     chance = random.Random(3)
     names = ("metrics.jsonl", "subspace.jsonl", "config.yaml")
     sound = {name: (folder / name).read_text() for name in names}
-    for _ in range(60):
+    for _ in range(mutations):
         for name in names:
             (folder / name).write_text(sound[name])
         name = chance.choice(names[:2])

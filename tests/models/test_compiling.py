@@ -170,5 +170,4 @@ def test_a_compiled_run_and_its_plan(tiny_run):
     assert code == 0, err
     assert "gradients of a compiled block" in out
     assert "2 blocks" in out
-    # The block's, that of the compiler's trial, and that of the walk's trial, in which products are not chosen yet.
-    assert counters["stats"]["unique_graphs"] == 3
+    assert counters["stats"]["unique_graphs"] == 2  # the block's, and the trial before the run

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgalore
+from qgalore.combinations import RULES
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import job, shards
@@ -81,9 +82,9 @@ class ChainBlock(nn.Module):
     """A layer from WIDTH features, repeated as often as it has some, whose weight's gradient is a diagonal of
     integers."""
 
-    def __init__(self, weight, proj_type):
+    def __init__(self, weight, proj_type, rank):
         super().__init__()
-        self.layer = LowRankLinear(weight, None, rank=RANK, group_size=32, proj_type=proj_type)
+        self.layer = LowRankLinear(weight, None, rank=rank, group_size=32, proj_type=proj_type)
 
     def forward(self, hidden, skipped=False):
         if skipped:
@@ -97,14 +98,14 @@ class Chain(nn.Module):
     """A model that can be walked: three blocks, the last of which all micro-batches of the first step skip, and all but
     one of later steps; a vector before them, one behind, and one in both places."""
 
-    def __init__(self, proj_type="std"):
+    def __init__(self, proj_type="std", rank=RANK):
         super().__init__()
         make = torch.Generator().manual_seed(3)
         shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
         if proj_type == "right":
             shapes = ((LONG, WIDTH), (SMALL, WIDTH), (LONG, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes]
-        self.blocks = nn.ModuleList(ChainBlock(weight, proj_type) for weight in weights)
+        self.blocks = nn.ModuleList(ChainBlock(weight, proj_type, rank) for weight in weights)
         self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
         self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
@@ -125,7 +126,8 @@ class Chain(nn.Module):
 
 def chain_of(team, how, options, steps=1, clip=0.0):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
-    model = Chain("right" if how == "shard" else "std")
+    bases = RULES[options.get("rule", "galore")].uses_basis
+    model = Chain("right" if how == "shard" else "std", RANK if bases else None)
     split = how == "shard" and team.size > 1
     if split:
         share_rows(model.blocks, torch.device("cpu"))
@@ -135,12 +137,12 @@ def chain_of(team, how, options, steps=1, clip=0.0):
     assert trial.layout is not None, trial.why
     stepping = Stepping(lambda step: 0.02, 0, steps, 1, MICRO_BATCHES, clip)
     turns = Gathered(model.blocks, team) if split else AlwaysThere()
-    return model, optimizer, LayerMajor(model, optimizer, stepping, trial.layout, team=team, turns=turns)
+    return model, optimizer, LayerMajor(model, optimizer, stepping, trial.layout, turns=turns)
 
 
 def take(order, step, look=lambda loss: None):
     """(loss, norm) of a step of which this process takes its share."""
-    mine = order.team.deal(range(MICRO_BATCHES))
+    mine = order.optimizer.team.deal(range(MICRO_BATCHES))
     return order.take(step, mine, [(step, n) for n in mine], partial(Chain.loss, order.model), look)
 
 

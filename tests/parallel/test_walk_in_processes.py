@@ -24,7 +24,10 @@ def slow(*values):
         (4, "replicate", 7, 100.0, {}),
         slow(4, "replicate", 30, 0.0, {}),
         slow(4, "shard", 30, 0.0, {}),
+        slow(2, "shard", 30, 100.0, {}),
         slow(2, "shard", 30, 0.0, {"inner": "adamw"}),
+        slow(4, "replicate", 7, 0.0, {"rule": "muon"}),
+        slow(4, "replicate", 7, 0.0, {"rule": "sinkgd"}),
         slow(2, "replicate", 7, 0.0, {"rule": "fira"}),
     ],
 )
@@ -38,7 +41,9 @@ def test_where_sums_are_exact_the_number_of_processes_does_not_show(size, how, s
         assert events == refreshed
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
-            if name in ("losses", "norms"):  # added up in another order
+            # Losses and norms are added up in another order. A norm of split rows then scales all gradients by a factor
+            # whose last bit may differ, and what is fp32 follows; codes do not.
+            if name in ("losses", "norms") or (clip and how == "shard" and value.dtype.kind == "f"):
                 np.testing.assert_allclose(found[name], value, rtol=1e-6)
             else:
                 assert np.array_equal(found[name], value), name

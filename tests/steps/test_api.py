@@ -23,21 +23,6 @@ def make(name, **options):
     return model, qgalore.optimizer(model, **(settings | options)), loss
 
 
-def everything(model, optimizer):
-    """All tensors of a model and of its optimizer, by name."""
-    found = dict(model.state_dict())
-
-    def add(prefix, value):
-        if torch.is_tensor(value):
-            found[prefix] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                add(f"{prefix}.{key}", inner)
-
-    add("optimizer", optimizer.state_dict())
-    return found
-
-
 @pytest.mark.parametrize("rule", ["galore", "apollo", "scale", "muon"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_weights_and_moments_are_those_of_accumulation(rule, count):
@@ -55,7 +40,7 @@ def test_weights_and_moments_are_those_of_accumulation(rule, count):
         accumulating.step()
         assert taken.loss == pytest.approx(sum(losses), rel=1e-6)
         assert taken.grad_norm == pytest.approx(accumulating.grad_norm, rel=1e-5)
-    found, expected = everything(model, optimizer), everything(other, accumulating)
+    found, expected = zoo.everything(model, optimizer), zoo.everything(other, accumulating)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

@@ -26,21 +26,6 @@ def make(name, rule):
     return model, qgalore.optimizer(model, **options, **WITH_RANK.get(rule, {})), loss
 
 
-def everything(model, optimizer):
-    """All tensors of a model and of its optimizer, by name."""
-    found = dict(model.state_dict())
-
-    def add(prefix, value):
-        if torch.is_tensor(value):
-            found[prefix] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                add(f"{prefix}.{key}", inner)
-
-    add("optimizer", optimizer.state_dict())
-    return found
-
-
 def compare(name, rule, count, steps=STEPS):
     (model, optimizer, loss), (other, accumulating, _) = (make(name, rule) for _ in range(2))
     batches = zoo.batches(name, count * steps)
@@ -55,7 +40,7 @@ def compare(name, rule, count, steps=STEPS):
         accumulating.step()
         assert taken.loss == pytest.approx(sum(losses), rel=1e-6)
         assert taken.grad_norm == pytest.approx(accumulating.grad_norm, rel=1e-5)
-    found, expected = everything(model, optimizer), everything(other, accumulating)
+    found, expected = zoo.everything(model, optimizer), zoo.everything(other, accumulating)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key

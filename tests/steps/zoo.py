@@ -110,3 +110,18 @@ def batch_major(model, blocks, micro_batches, loss, step=0) -> list[float]:
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def everything(model, optimizer):
+    """All tensors of a model and of its optimizer, by name."""
+    found = dict(model.state_dict())
+
+    def add(prefix, value):
+        if torch.is_tensor(value):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{prefix}.{key}", inner)
+
+    add("optimizer", optimizer.state_dict())
+    return found

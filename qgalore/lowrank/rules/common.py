@@ -1,8 +1,8 @@
 """What the rules share: their interface, row normalisation, channel-wise scaling, and Fira's limiter."""
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class RuleOptions:
     largest_rms: float = 0.0
 
 
-class Rule:
+class Rule(ABC):
     """Owns the state of one layer; ``direction`` turns its full gradient into N with W ← W(1 − lr·wd) − lr · scale · N.
 
     ``name``: its key in ``combinations.RULES``. ``uses_inner``: has Adam moments, of a gradient of shape
@@ -42,7 +42,6 @@ class Rule:
     name = ""
     uses_inner = True
     joins = False  # whether ``directions(rules, gradients, step)`` takes several layers of one shape at once
-    observed = False  # whether the coming direction is to tell what is lost in storing
     momentum_cosine: Tensor | None = None  # between the direction and what it would be of the momentum as it is stored
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
@@ -62,15 +61,10 @@ class Rule:
         """Its rank, if that is lower than asked because the layer has no more; None otherwise."""
         return None
 
+    @abstractmethod
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
         """N for the gradient G, fp32 (out, in), of optimizer step ``step``, by rows. G is used up: it may be
         overwritten, and the rows read it. Call it once a step: it advances the state."""
-        raise NotImplementedError
-
-    @classmethod
-    def directions(cls, rules: Sequence[Any], gradients: Sequence[Tensor], step: int) -> list[Rows]:
-        """:meth:`direction` of several layers whose gradients have one shape, where the rule ``joins`` them."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """The rule's own state, for checkpoints; restored by copying into these tensors."""

@@ -25,7 +25,7 @@ from ...quant.counter import derive_key
 from ...quant.momentum import StoredMomentum
 from ..layers.linear import LowRankLinear
 from .common import Adam, Rows, Rule, RuleOptions
-from .observed import cosine
+from .observed import cosine, due
 from .orthogonal import orthogonalize
 
 RMS = 0.2  # of Adam's update, which U is scaled to
@@ -56,7 +56,7 @@ class Muon(Rule):
         self.momentum.write(momentum, self._key(step))
         self.written.fill_(step)
         ahead = gradient.add_(momentum, alpha=mu)
-        looked = self.observed and self.momentum.fmt != "fp32"
+        looked = due(step) and self.momentum.fmt != "fp32"
         lost = momentum.neg_().add_(self.momentum.read(self._key(step))).mul_(mu) if looked else None
         return ahead, lost
 
@@ -70,7 +70,7 @@ class Muon(Rule):
         ahead, lost = _stacked([ahead for ahead, _ in pairs]), [lost for _, lost in pairs]
         del pairs
         updates = orthogonalize(ahead)
-        if rules[0].observed and lost[0] is not None:
+        if lost[0] is not None:
             others = orthogonalize(ahead.add_(_stacked([one for one in lost if one is not None])))
             for rule, update, other in zip(rules, _each(updates), _each(others), strict=True):
                 rule.momentum_cosine = cosine(update, other)

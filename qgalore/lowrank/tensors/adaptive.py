@@ -31,8 +31,8 @@ class AdaptiveTensor(ProjectedTensor):
         assert most is not None, f"the rank of {self.name} is fixed"
         return most
 
-    def attach(self, scratch: Scratch, factory: Factory, limit: int) -> None:
-        super().attach(scratch, factory, limit)
+    def attach(self, scratch: Scratch, factory: Factory, ranges: list[tuple[int, int]]) -> None:
+        super().attach(scratch, factory, ranges)
         for part in self.parts:
             _blank(part, self.part_shape(part, self.rank))
 

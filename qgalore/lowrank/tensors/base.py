@@ -6,9 +6,8 @@ turns a whole gradient into a new basis where one is due. ``step`` lets the inne
 ``merge``, which writes the update back. ``drop_gradient`` frees what is no longer needed.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from ...parallel import ALONE, Team
 from ...parallel.pending import Share, Sum
 from ..inner.checked import Factory
 from ..rules.observed import Observation
-from ..subspace.moments import BLOCK
 
 STEPS_ON = "steps_on"  # an attribute of a leaf that waits in host memory for its turn: the device where it steps
 
@@ -96,6 +94,7 @@ class TrainedTensor(ABC):
     module: nn.Module | None = None  # the layer whose weight this is; None for an ordinary parameter
     projected = False  # whether it has bases that are refreshed
     keeps_whole = False  # whether its rule needs the whole gradient in every step
+    rule_name: str | None = None  # of the rule that makes its updates from whole gradients
     adaptive = False  # whether its rank is free to move
     by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
     shared = False  # whether other processes step other rows of the same tensor
@@ -120,6 +119,9 @@ class TrainedTensor(ABC):
     @abstractmethod
     def leaves(self) -> list[nn.Parameter]:
         """The parameters that autograd fills. All of them listen to hooks, and ``arm`` leaves one of them on."""
+
+    def listen(self, whole: bool) -> None:  # noqa: B027 - most have one leaf, which always listens
+        """Let autograd fill the leaf of the ``whole`` gradient, or the other one."""
 
     @abstractmethod
     def arm(self, step: int) -> None:
@@ -202,25 +204,9 @@ class TrainedTensor(ABC):
 
     # Its step.
 
-    def row_ranges(self, limit: int) -> list[tuple[int, int]]:
-        """Row ranges of the parts, of about ``limit`` elements at most, each whole 8-bit blocks but the last."""
-        rows, size = self.shape[0] if len(self.shape) else 1, self.shape.numel()
-        if size <= limit or not self.by_rows or len(self.shape) < 2:
-            return [(0, rows)]
-        # The fewest rows that fill whole blocks of 8-bit moments, so that a part's codes are those of the whole tensor.
-        unit = BLOCK // math.gcd(BLOCK, size // rows)
-        # As few parts as ``limit`` allows, of nearly equal size.
-        step = -(-rows // -(-size // limit) // unit) * unit
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-    def largest_part(self, limit: int) -> int:
-        """Elements of scratch memory that this tensor needs."""
-        a, b = self.row_ranges(limit)[0]
-        return self.shape.numel() if len(self.shape) < 2 else (b - a) * (self.shape.numel() // self.shape[0])
-
-    def attach(self, scratch: Scratch, factory: Factory, limit: int) -> None:
-        """Place the parts' leaves in ``scratch`` (held, large enough) and give each its inner optimizer."""
-        for a, b in self.row_ranges(limit):
+    def attach(self, scratch: Scratch, factory: Factory, ranges: list[tuple[int, int]]) -> None:
+        """Make a part of each range of rows: its leaf in ``scratch`` (held, large enough), and its inner optimizer."""
+        for a, b in ranges:
             shape = (b - a, *self.shape[1:]) if len(self.shape) else ()
             leaf = nn.Parameter(scratch.flat[: torch.Size(shape).numel()].view(shape))
             self.parts.append(Part(a, leaf, factory([leaf]), scratch))
@@ -236,6 +222,14 @@ class TrainedTensor(ABC):
             mine = gradient if len(self.parts) == 1 else gradient[part.first : part.first + part.leaf.shape[0]]
             self.merge(part.step(mine, lr), part.first, scale, shrink, key)
         self.drop_gradient()
+
+    @staticmethod
+    def step_together(
+        tensors: Sequence[Any], lr: float, scale: float, shrink: float, keys: Sequence[tuple[int, int]]
+    ) -> None:
+        """:meth:`step` of each of ``tensors``, which agree in what ``joins`` says, with one key for each."""
+        for tensor, key in zip(tensors, keys, strict=True):
+            tensor.step(lr, scale, shrink, key)
 
     def observation(self) -> Observation | None:
         """What was looked at in the step just taken, once; None in most steps."""

@@ -1,6 +1,7 @@
 """A layer's weight under a rule that needs the whole gradient in every step (see :mod:`..rules`)."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class WholeTensor(ProjectedTensor):
     ) -> None:
         super().__init__(name, index, module, schedule, options)
         self.rule, self.current_step, self.shape = rule, 0, rule.leaf_shape()
+        self.rule_name = rule.name
         self.by_rows = False
         self._observation: Observation | None = None
         self.projected = self.projected and rule.uses_basis
@@ -97,7 +99,6 @@ class WholeTensor(ProjectedTensor):
         """``W ← W(1 − shrink) − lr · scale · N`` with the rule's direction N, limited if that is asked for; drops the
         gradient."""
         gradient = self._fp32_gradient()
-        self.rule.observed = due(self.current_step)
         self._write(self.rule.direction(gradient, self.current_step, self._adam), lr, scale, shrink, key)
 
     @staticmethod
@@ -105,11 +106,13 @@ class WholeTensor(ProjectedTensor):
     def step_together(
         tensors: "Sequence[WholeTensor]", lr: float, scale: float, shrink: float, keys: Sequence[tuple[int, int]]
     ) -> None:
-        """:meth:`step` of each of ``tensors``, which agree in what ``joins`` says, with one key for each."""
-        rules, step = [tensor.rule for tensor in tensors], tensors[0].current_step
-        for rule in rules:
-            rule.observed = due(step)
-        directions = rules[0].directions(rules, [tensor._fp32_gradient() for tensor in tensors], step)
+        """By common products, where there are several and their rule can."""
+        if len(tensors) == 1 or tensors[0].joins is None:
+            ProjectedTensor.step_together(tensors, lr, scale, shrink, keys)
+            return
+        rules: list[Any] = [tensor.rule for tensor in tensors]
+        gradients = [tensor._fp32_gradient() for tensor in tensors]
+        directions = rules[0].directions(rules, gradients, tensors[0].current_step)
         for tensor, direction, key in zip(tensors, directions, keys, strict=True):
             tensor._write(direction, lr, scale, shrink, key)
 
@@ -123,7 +126,7 @@ class WholeTensor(ProjectedTensor):
         module, options, rate = self.module, self.options, -lr * scale
         if limit := self.rule.options.largest_rms:
             direction = limited(direction, module.weight.shape, limit / scale)
-        if self.rule.observed:
+        if due(self.current_step):
             looking = Observation(self.name, self.current_step, module)
             looking.momentum_cosine, self.rule.momentum_cosine = self.rule.momentum_cosine, None
             self._observation, direction = looking, looking.watch(direction, rate)
