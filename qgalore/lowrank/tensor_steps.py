@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -150,13 +151,14 @@ class TensorSteps:
 
     def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
         """Step tensors that may step together (:func:`together`). Never sees a gradient that is not finite."""
-        group = next(group for group in self.param_groups if group["name"] == tensors[0].group)
+        group = {group["name"]: group for group in self.param_groups}[tensors[0].group]
         rates = group["lr"], group["scale"], group["lr"] * group["weight_decay"]
-        keys = [derive_key(self.seed, self.step_count, tensor.index) for tensor in tensors]
+        key = partial(derive_key, self.seed, self.step_count)
         if len(tensors) == 1:
-            tensors[0].step(*rates, keys[0])
+            tensors[0].step(*rates, key(tensors[0].index))
         else:
-            WholeTensor.step_together([t for t in tensors if isinstance(t, WholeTensor)], *rates, keys)
+            joined = [t for t in tensors if isinstance(t, WholeTensor)]
+            WholeTensor.step_together(joined, *rates, [key(t.index) for t in joined])
         for tensor in tensors:
             self.stepped.add(tensor.name)
             if (observation := tensor.observation()) is not None:
@@ -167,8 +169,11 @@ class TensorSteps:
         if tensors and not self.stepped:
             self._squares = []
         found = squares(tensors, self.team)
+        if not found:
+            return
         # One value leaves the device for all, since each that does makes a GPU wait.
-        if found and not torch.isfinite(torch.stack([square.to(found[0].device) for square in found])).all():
+        seen = found[0] if len(found) == 1 else torch.stack([square.to(found[0].device) for square in found])
+        if not torch.isfinite(seen).all():
             self.complain(next(t for t, square in zip(tensors, found, strict=True) if not torch.isfinite(square)))
         self._squares += found
 
