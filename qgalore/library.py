@@ -23,6 +23,7 @@ from .files import export_folder as folders
 from .files.safetensors import write_safetensors
 from .lowrank.layers.linear import CODES, LowRankLinear
 from .models import convert as conversion
+from .replacing import replaced
 
 STORED_AS = "qgalore-checkpoint"  # the model type that a Trainer's checkpoint names
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # what Hugging Face's Trainer calls the folders it resumes from
@@ -134,15 +135,9 @@ def _writing(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _codes_called(name: str, model: nn.Module) -> Iterator[None]:
     """Inside, the state dict of ``model`` calls int8 codes ``name``."""
-    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
-    before = [layer.code_key for layer in layers]
-    try:
-        for layer in layers:
-            layer.code_key = name
+    layers = (module for module in model.modules() if isinstance(module, LowRankLinear))
+    with replaced((layer, "code_key", name) for layer in layers):
         yield
-    finally:
-        for layer, key in zip(layers, before, strict=True):
-            layer.code_key = key
 
 
 def save(

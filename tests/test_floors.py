@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qgalore"
 FLOORS = (
-    {"combinations", "errors", "plain_yaml", "schedule_defaults"},
+    {"combinations", "errors", "plain_yaml", "replacing", "schedule_defaults"},
     {"config", "quant", "parallel"},
     {"lowrank", "data"},
     {"files", "steps", "evaluation", "convergence"},

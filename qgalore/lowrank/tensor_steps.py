@@ -164,8 +164,11 @@ class TensorSteps:
         if tensors and not self.stepped:
             self._squares = []
         found = squares(tensors, self.team)
+        if not found:
+            return
         # One value leaves the device for all, since each that does makes a GPU wait.
-        if found and not torch.isfinite(torch.stack([square.to(found[0].device) for square in found])).all():
+        seen = found[0] if len(found) == 1 else torch.stack([square.to(found[0].device) for square in found])
+        if not torch.isfinite(seen).all():
             self.complain(next(t for t, square in zip(tensors, found, strict=True) if not torch.isfinite(square)))
         self._squares += found
 

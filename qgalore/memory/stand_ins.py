@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..lowrank.subspace import moments
 from ..lowrank.subspace.schedule import Schedule
+from ..replacing import replaced
 
 
 class _Attention(torch.autograd.Function):
@@ -153,11 +154,5 @@ def kernels(device: str) -> Iterator[None]:
         (moments, "write", _write_moment),
         (torch, "Generator", _generator),
     )
-    own = [getattr(where, name) for where, name, _ in instead]
-    try:
-        for where, name, code in instead:
-            setattr(where, name, code)
+    with replaced(instead):
         yield
-    finally:
-        for (where, name, _), code in zip(instead, own, strict=True):
-            setattr(where, name, code)

@@ -176,7 +176,7 @@ def merge(
     if module is None:
         _by_reference(weight, scale, rows, rounding, scales, **how)
     else:
-        write_back(weight, scale, rows, **how)
+        _by_kernels(module, weight, scale, rows, s=1.0, **how)
 
 
 def _by_reference(
@@ -216,22 +216,30 @@ def write_back(
     ``update``: of the weight's shape, or a function that gives its rows a … b−1, fp32, which may be overwritten. One
     kernel writes a tensor; rows that are yet to be computed are written as they come. The rest as in :func:`merge`.
     """
-    how: dict[str, Any] = {"shrink": shrink, "key": key}
+    how: dict[str, Any] = {"shrink": shrink, "key": key, "first_row": first_row}
     module = _writer(weight, scale, rounding, scales)
     if module is None:
-        _by_reference(weight, scale, _scaled_rows(update, s), rounding, scales, **how, first_row=first_row)
-        return
-    tiles = (
-        [(0, len(weight))]
-        if isinstance(update, Tensor)
-        else int8.row_tiles(len(weight), weight.shape[1], KERNEL_ELEMENTS)
-    )
-    for a, b in tiles:
-        values = update.contiguous() if isinstance(update, Tensor) else update(a, b).contiguous()
+        _by_reference(weight, scale, _scaled_rows(update, s), rounding, scales, **how)
+    else:
+        _by_kernels(module, weight, scale, update, s=s, **how)
+
+
+def _by_kernels(
+    module: ModuleType,
+    weight: Tensor,
+    scale: Tensor | None,
+    update: Tensor | Callable[[int, int], Tensor],
+    *,
+    first_row: int,
+    **how: Any,
+) -> None:
+    whole = isinstance(update, Tensor)
+    for a, b in [(0, len(weight))] if whole else int8.row_tiles(len(weight), weight.shape[1], KERNEL_ELEMENTS):
+        values = (update if whole else update(a, b)).contiguous()
         if scale is None:
-            module.write_back_dense(weight[a:b], values, s=s, **how, first_row=first_row + a)
+            module.write_back_dense(weight[a:b], values, **how, first_row=first_row + a)
         else:
-            module.write_back(weight[a:b], scale[a:b], values, s=s, **how, first_row=first_row + a)
+            module.write_back(weight[a:b], scale[a:b], values, **how, first_row=first_row + a)
 
 
 def _scaled_rows(update: Tensor | Callable[[int, int], Tensor], s: float) -> Callable[[int, int], Tensor]:

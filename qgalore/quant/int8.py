@@ -46,8 +46,8 @@ def scale_for(absmax: Tensor, headroom: float = HEADROOM) -> Tensor:
 
 def row_tiles(rows: int, width: int, elements: int = TILE_ELEMENTS) -> list[tuple[int, int]]:
     """Row ranges (a, b) of about ``elements`` values."""
-    step = max(1, elements // width)
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    starts = range(0, rows, max(1, elements // width))
+    return list(zip(starts, (*starts[1:], rows), strict=False))
 
 
 def write_back_tiles(weight: Tensor) -> list[tuple[int, int]]:
@@ -143,10 +143,10 @@ def kind_of(device: torch.device) -> str:
     return _planned if device.type == "meta" else device.type
 
 
-def tile_elements(device: torch.device) -> int:
-    """How much is worked on at a time: what a CPU's caches hold; on a GPU enough for its launches to cost little."""
-    cached = min(TILE_ELEMENTS, CACHE_ELEMENTS * torch.get_num_threads())
-    return cached if kind_of(device) == "cpu" else TILE_ELEMENTS
+def tile_elements(kind: str) -> int:
+    """How much is worked on at a time by this kind of device (:func:`kind_of`): what a CPU's caches hold; on a GPU
+    enough for its launches to cost little."""
+    return min(TILE_ELEMENTS, CACHE_ELEMENTS * torch.get_num_threads()) if kind == "cpu" else TILE_ELEMENTS
 
 
 @torch.no_grad()
@@ -171,24 +171,28 @@ def write_back(
     ``rounding``: one of ``ROUNDINGS``; ``scales``: one of ``SCALES``.
     """
     rows, width = q.shape
+    kind = kind_of(q.device)
     # All tiles share these buffers. New ones for every tile would cost a CPU more time than the arithmetic.
-    step = min(rows, max(1, tile_elements(q.device) // width))
+    step = min(rows, max(1, tile_elements(kind) // width))
     shape = (step, scale.shape[1], width // scale.shape[1])
     first = ramp(step * width, q.device).view(shape)
-    buffers = [torch.empty(shape, dtype=kind, device=q.device) for kind in [torch.float32] * 3 + [torch.int32] * 2]
+    real = torch.empty_like(first, dtype=torch.float32)
+    buffers = (
+        first, real, torch.empty_like(real), torch.empty_like(real), torch.empty_like(first), torch.empty_like(first)
+    )  # fmt: skip
     for a, b in write_back_tiles(q):
         update = update_rows(a, b).view(b - a, *shape[1:])
         for c in range(a, b, step):
             d = min(c + step, b)
-            tile = [buffer[: d - c] for buffer in (first, *buffers)]
+            tile = buffers if d - c == step else tuple(buffer[: d - c] for buffer in buffers)
             # Bits are numbered by element of the whole tensor, so that tiles and shards round as one piece would.
             start = (first_row + c) * width
             target = q[c:d].view(tile[0].shape)
             draw = (key if rounding == "stochastic" else None, (first_row + c) * scale.shape[1])
-            change = _prepare_tile(target, scale[c:d], update[c - a : d - a], tile, shrink, scales, draw)
-            _, base, _, work, bits, scratch = tile
+            change = _prepare_tile(target, scale[c:d], update[c - a : d - a], tile, shrink, scales, draw, kind)
+            numbers, base, _, work, bits, scratch = tile
             if rounding == "stochastic":
-                fill_random_bits(key, start, tile[0], bits, scratch)
+                fill_random_bits(key, start, numbers, bits, scratch)
                 add_rounded_(base, change, bits, work)
             else:
                 base.add_(torch.round(change, out=work))
@@ -199,13 +203,15 @@ def _prepare_tile(
     q: Tensor,
     scale: Tensor,
     update: Tensor,
-    tile: list[Tensor],
+    tile: tuple[Tensor, ...],
     shrink: float,
     scales: str,
     draw: tuple[tuple[int, int] | None, int],
+    kind: str,
 ) -> Tensor:
     """For whole rows, (rows, groups, size): sets their new scales, the tile's integers, and returns the change that is
-    to be added to these and rounded. ``draw``: ``key`` and ``start`` of :func:`_rederived_scale`."""
+    to be added to these and rounded. ``draw``: ``key`` and ``start`` of :func:`_rederived_scale`; ``kind``: of the
+    device."""
     _, base, change, work, _, scratch = tile
     # Everything is in units of the old scale, in which the stored weights are whole numbers and a change is small.
     old = scale.float()
@@ -222,7 +228,7 @@ def _prepare_tile(
     # Where the scale moves, old integers lie between the new grid's points. The whole value is then to be rounded,
     # which is said by an integer of 0 and a change of the value in new units.
     moved = new != old
-    if kind_of(q.device) == "cpu" and scales == "sticky":
+    if kind == "cpu" and scales == "sticky":
         # Few groups move. A GPU would rather work on all than wait for the answer to which.
         if not q.is_meta and moved.any():
             change[moved] = values[moved] * (old / new)[moved].unsqueeze(1)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
 from ..quant import dispatch, int8_products
+from ..replacing import replaced
 
 _NO_WORK = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 _BACKWARD = 2.5  # an attention's backward pass, in forward passes: five products where there are two
@@ -152,21 +153,8 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
         (dispatch, "write_back", write_back), (int8_products, "output", output),
         (int8_products, "input_gradient", input_gradient), (nn.functional, "scaled_dot_product_attention", attention),
     ]  # fmt: skip
-    with _swapped(swaps):
+    with replaced(swaps):
         yield
-
-
-@contextmanager
-def _swapped(swaps: list[tuple[Any, str, Callable]]) -> Iterator[None]:
-    """Inside, each owner's function of that name is another."""
-    before = [getattr(owner, name) for owner, name, _ in swaps]
-    for owner, name, counted in swaps:
-        setattr(owner, name, counted)
-    try:
-        yield
-    finally:
-        for (owner, name, _), original in zip(swaps, before, strict=True):
-            setattr(owner, name, original)
 
 
 def _listen(model: nn.Module, tensors: list[TrainedTensor]) -> None:

@@ -66,7 +66,7 @@ def test_a_value_takes_about_a_byte():
 def test_tiles_do_not_show(monkeypatch):
     results = []
     for elements in (1 << 20, 1000, 1):
-        monkeypatch.setattr(adam4bit, "tile_elements", lambda device, n=elements: n)
+        monkeypatch.setattr(adam4bit, "tile_elements", lambda kind, n=elements: n)
         ours = leaf((300, 68))
         own = AdamW4bit([ours], **OPTIONS)
         for gradient in gradients((300, 68), 5):

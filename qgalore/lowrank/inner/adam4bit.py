@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...quant import fourbit
-from ...quant.int8 import tile_elements
+from ...quant.int8 import kind_of, tile_elements
 from .adam8bit import CodedAdamW, adamw
 
 
@@ -79,6 +79,6 @@ def _row_tiles(value: Tensor) -> list[tuple[int, int]]:
     """Row ranges of whole blocks of first moments; on the meta device, where only memory counts, two stand for all."""
     rows, width = value.shape
     unit = fourbit.BLOCK // math.gcd(fourbit.BLOCK, width)
-    step = -(-max(1, tile_elements(value.device) // width) // unit) * unit
+    step = -(-max(1, tile_elements(kind_of(value.device)) // width) // unit) * unit
     tiles = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     return tiles[:2] if value.is_meta else tiles

@@ -74,13 +74,12 @@ class CodedAdamW(Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                coded = self.coded(parameter)
                 if not state:
                     fresh = {"step": 0, "state1": torch.zeros_like(parameter), "state2": torch.zeros_like(parameter)}
-                    state.update(self.new_state(parameter) if coded else fresh)
+                    state.update(self.new_state(parameter) if self.coded(parameter) else fresh)
                 state["step"] += 1
                 gradient = parameter.grad.contiguous()
-                if coded:
+                if "absmax1" in state:
                     self.step_coded(parameter, gradient, state, group)
                     continue
                 first, second = state["state1"], state["state2"]

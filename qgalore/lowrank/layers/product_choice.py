@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...replacing import replaced
+
 MAX_ERROR = 0.05
 
 
@@ -87,11 +89,5 @@ def none_tried(model: nn.Module) -> Iterator[None]:
         if isinstance(products := getattr(module, "products", None), Products)
         for choice in (products.output, products.gradient)
     ]
-    due = [choice.due for choice in choices]
-    try:
-        for choice in choices:
-            choice.due = False
+    with replaced((choice, "due", False) for choice in choices):
         yield
-    finally:
-        for choice, before in zip(choices, due, strict=True):
-            choice.due = before
