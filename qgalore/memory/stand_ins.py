@@ -3,7 +3,7 @@
 That is kernels which do not run there (attention, 8-bit moments), random generators, and decisions on data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -129,6 +129,19 @@ _real_generator = torch.Generator
 
 
 @contextmanager
+def swapped(*instead: tuple[Any, str, Callable]) -> Iterator[None]:
+    """Inside, each (module, name, function) of ``instead`` is in force."""
+    own = [(where, name, getattr(where, name)) for where, name, _ in instead]
+    try:
+        for where, name, code in instead:
+            setattr(where, name, code)
+        yield
+    finally:
+        for where, name, code in own:
+            setattr(where, name, code)
+
+
+@contextmanager
 def kernels(device: str) -> Iterator[None]:
     """Inside, code on the meta device runs as if on this kind of ``device``.
 
@@ -146,18 +159,11 @@ def kernels(device: str) -> Iterator[None]:
     def grouped(rows, weight, **_):
         return _Grouped.apply(rows, weight)
 
-    instead = (
+    with swapped(
         (functional, "scaled_dot_product_attention", attention),
         (functional, "grouped_mm", grouped),
         (moments, "read", _read_moment),
         (moments, "write", _write_moment),
         (torch, "Generator", _generator),
-    )
-    own = [getattr(where, name) for where, name, _ in instead]
-    try:
-        for where, name, code in instead:
-            setattr(where, name, code)
+    ):
         yield
-    finally:
-        for (where, name, _), code in zip(instead, own, strict=True):
-            setattr(where, name, code)
