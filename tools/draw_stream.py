@@ -27,7 +27,7 @@ COLOURS = {"in": "#5b8fb9", "out": "#d08a3e", "forward": "#2f9c82", "loss": "#88
 def planned(name: str, changes: list[str]) -> Streamed:
     """The records of a configuration's blocks. Raises :class:`ConfigError` if it streams none."""
     config = configuration.resolve(configuration.load(name, changes), "cuda", True)
-    if config.memory.stream not in ("weights", "all"):
+    if not config.memory.streams:
         raise ConfigError(f"memory.stream is {config.memory.stream}; set memory.stream=weights or all")
     model, optimizer = paper.on_paper(config, Vocabulary(1, None, None))
     state = config.memory.stream == "all"

@@ -392,6 +392,11 @@ class MemorySection(Section):
         "direction do not wait for those of the other.", ge=2, le=8,
     )  # fmt: skip
 
+    @property
+    def streams(self) -> bool:
+        """Whether some of the blocks live in host memory; False while that is still to be decided."""
+        return self.stream in ("weights", "all")
+
     @field_validator("budget", "host_budget")
     @classmethod
     def _readable(cls, value: str | None) -> str | None:

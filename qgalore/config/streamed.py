@@ -6,7 +6,7 @@ from .sections import METHODS, Config
 def problems(config: Config) -> list[str]:
     """What blocks that live in host memory do not go with."""
     stream, train = config.memory.stream, config.train
-    if stream in ("none", "auto"):
+    if not config.memory.streams:
         return []
     wanted = (
         ("train.order", train.order, train.order != "batch_major", "layer_major"),

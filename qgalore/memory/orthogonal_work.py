@@ -13,6 +13,7 @@ from ..lowrank.layers.embedding import LowRankEmbedding
 from ..lowrank.layers.experts import Experts
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.rules import orthogonal
+from ..models.compiling import blocks_of
 
 LIMIT = 0.1  # the share below which it hardly counts
 
@@ -54,9 +55,15 @@ def count(matrices: Iterable[Matrix], recomputed: float) -> Work:
     return Work(fixed, sum(each * m.rows * m.columns * m.tokens for m in found))
 
 
+def experts_of_a_token(model: nn.Module) -> int | None:
+    """How many experts of a mixture a token takes; None if ``model`` is no mixture."""
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "num_experts_per_tok", None)
+
+
 def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
-    """The matrices of a converted ``model``, on any device. ``chosen``: experts that a token of a mixture takes; None
-    if it is no mixture."""
+    """The matrices of a converted ``model``, or of a part of one, on any device. ``chosen``: see
+    :func:`experts_of_a_token`."""
     shares = {}
     for module in model.modules():
         if isinstance(module, Experts):
@@ -75,10 +82,13 @@ def of_training(model: nn.Module, rules: Collection[str | None]) -> Work | None:
     """The work of a step of ``model`` in training, whose layers step by ``rules``; None if none orthogonalises."""
     if "muon" not in rules:
         return None
-    config = getattr(model, "config", None)
-    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) if config is not None else None
-    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return count(matrices(model, chosen), recomputed)
+    return count(matrices(model, experts_of_a_token(model)), recomputed(model))
+
+
+def recomputed(model: nn.Module) -> float:
+    """The share of a model's blocks that run again in the backward pass, as checkpointing has marked them."""
+    blocks = blocks_of(model) or [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    return sum(bool(getattr(block, "gradient_checkpointing", False)) for block in blocks) / max(1, len(blocks))
 
 
 def line(work: Work, tokens: int) -> str:

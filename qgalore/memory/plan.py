@@ -32,6 +32,7 @@ from .resident import resident, tensors_kept
 from .stand_ins import kernels
 from .streamed import Streamed, blocks_to_stream, check_blocks, on_paper
 
+INPUTS = "block inputs (page-locked)"  # in Plan.host
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
 
 
@@ -116,7 +117,7 @@ def plan(
             optimizer.step_by_hooks(stepping)
         with meter, offloading_seen(meter):
             Rehearsal(model, optimizer, step, order(layout), meter).run()
-    host = {"block inputs (page-locked)": meter.host_peak}
+    host = {INPUTS: meter.host_peak}
     if streamed is not None:
         host = {"blocks (page-locked)": streamed.host_bytes} | host
     if step.device != "cpu":

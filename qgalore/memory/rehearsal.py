@@ -1,7 +1,7 @@
 """Two steps on the meta device, taken by the real step and the real optimizer while a meter counts."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -12,8 +12,9 @@ from ..errors import ConfigError
 from ..lowrank.hooks import HOOKS
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
-from ..models import recompute
-from ..steps.activations import Activations, Key, OnHost, Store
+from ..replacing import replaced
+from ..steps import activations
+from ..steps.activations import Activations, Key, Store
 from .meter import ON_HOST, REHEARSED, TEMPORARIES, Meter
 from .stand_ins import ScheduleOnPaper
 
@@ -98,30 +99,20 @@ class _Observed:
 
 
 def _observe(kept: Activations, meter: Meter) -> None:
-    """Let ``meter`` know whose turn it is in a walk, and what lies in host memory."""
-    for store in (kept.inputs, kept.gradients, kept.arguments.store):
-        if isinstance(store, OnHost):
-            store._buffer = _labelled(store._buffer, meter)  # type: ignore[method-assign] - of this object alone
+    """Let ``meter`` know whose turn it is in a walk."""
     kept.inputs, kept.gradients = _Observed(kept.inputs, meter), _Observed(kept.gradients, meter)
 
 
-@contextmanager
-def offloading_seen(meter: Meter) -> Iterator[None]:
-    """Inside, ``meter`` hears of what checkpointed blocks of batch-major steps keep in host memory."""
-    own = recompute.host_buffer
-    recompute.host_buffer = _labelled(own, meter)
-    try:
-        yield
-    finally:
-        recompute.host_buffer = own
+def offloading_seen(meter: Meter) -> AbstractContextManager:
+    """Inside, ``meter`` hears of what waits in host memory: in a walk, and between checkpointed blocks of batch-major
+    steps."""
+    own = activations.host_buffer
 
-
-def _labelled(make: Callable[[Tensor], Tensor], meter: Meter) -> Callable[[Tensor], Tensor]:
-    def made(tensor: Tensor) -> Tensor:
+    def labelled(tensor: Tensor) -> Tensor:
         with meter.labelled(ON_HOST):
-            return make(tensor)
+            return own(tensor)
 
-    return made
+    return replaced([(activations, "host_buffer", labelled)])
 
 
 class Rehearsal:

@@ -10,11 +10,12 @@ from ..errors import ConfigError
 from ..lowrank.tensors.base import TrainedTensor
 from ..models.compiling import blocks_of
 from ..steps.blocks import Layout
-from ..steps.streaming.records import GROUPS, Record, fields_of_block, fields_of_state, lay_out, used_elsewhere
+from ..steps.streaming.records import CHANGED, Record, fields_of_block, fields_of_state, lay_out, used_elsewhere
 from . import orthogonal_work
 
-LINK = 12.5e9  # bytes a second, each way: PCIe 4 with 8 lanes, as many cards for 16 GB have
-SPEED = 40e12  # operations a second in bf16, as such a card reaches in large products
+# Both are assumed of a card with 16 GB; neither was measured.
+LINK = 12.5e9  # bytes a second each way, of PCIe 4 with 8 lanes
+SPEED = 40e12  # operations a second in bf16, in large products
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Streamed:
 
     def bytes_out(self) -> int:
         """Of a step without a refresh: weights and state of all blocks. A block with a refresh adds its bases."""
-        return sum(record.size(GROUPS[1:]) for record in self.records)
+        return sum(record.size(CHANGED) for record in self.records)
 
     def tokens_to_hide(self, link: float = LINK, speed: float = SPEED) -> int:
         """The tokens of a step from which every copy takes no longer than the arithmetic of the block beside it.
@@ -65,7 +66,7 @@ class Streamed:
         """
         most = 0.0
         for record, weights in zip(self.records, self.weights, strict=True):
-            back, forth = record.size(GROUPS[1:]), record.nbytes
+            back, forth = record.size(CHANGED), record.nbytes
             travelling = back + forth if self.slots == 2 else max(back, forth)
             forward = record.size(("weights",)) / link * speed / (2.0 * weights)
             most = max(most, forward, travelling / link * speed / (6.0 * weights))
@@ -76,9 +77,9 @@ class Streamed:
         enough = self.tokens_to_hide()
         hidden = "they hide behind the arithmetic" if tokens >= enough else "they do not hide behind the arithmetic"
         return (
-            f"{self.bytes_in() / 1e9:.1f} GB to the device and {self.bytes_out() / 1e9:.1f} GB back in a step; at "
-            f"{LINK / 1e9:g} GB/s each way and {SPEED / 1e12:g} TFLOP/s {hidden} of {tokens:,} tokens, as they do from "
-            f"{enough:,} on"
+            f"{self.bytes_in() / 1e9:.1f} GB to the device and {self.bytes_out() / 1e9:.1f} GB back in a step; at an "
+            f"assumed {LINK / 1e9:g} GB/s each way and {SPEED / 1e12:g} TFLOP/s {hidden} of {tokens:,} tokens, as they "
+            f"do from {enough:,} on"
         )
 
 
@@ -89,7 +90,7 @@ def on_paper(
     without."""
     elsewhere, known = used_elsewhere(model, blocks), {}
     records, weights = [], []
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    chosen = orthogonal_work.experts_of_a_token(model)
     for block in blocks:
         fields = fields_of_block(block, elsewhere)
         if state:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError
+from ..steps import activations
+from .compiling import blocks_of
 
 _OFFLOADED_ELEMENTS = 1 << 12  # smaller tensors (a dummy, a mask's offset) are not worth a copy
 
@@ -19,16 +20,9 @@ _OFFLOADED_ELEMENTS = 1 << 12  # smaller tensors (a dummy, a mask's offset) are 
 def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
     if tensor.device.type == "cpu" or tensor.numel() < _OFFLOADED_ELEMENTS:
         return tensor.device, tensor
-    packed = host_buffer(tensor)
+    packed = activations.host_buffer(tensor)
     packed.copy_(tensor, non_blocking=True)
     return tensor.device, packed
-
-
-def host_buffer(tensor: Tensor) -> Tensor:
-    """Page-locked memory for the values of ``tensor``; of a plan's tensor, one without values too."""
-    if tensor.is_meta:
-        return torch.empty_like(tensor)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
@@ -58,7 +52,7 @@ def checkpoint_blocks(model: nn.Module, where: str, but_last: int = 0) -> None:
             f"{type(model).__name__} has no blocks that transformers can checkpoint; set "
             "train.activation_checkpointing=false"
         )
-    layers = [module for module in blocks if isinstance(module, GradientCheckpointingLayer)]
+    layers = blocks_of(model)
     plain = layers[max(0, len(layers) - but_last) :]
     for block in (module for module in blocks if module not in plain):
         block.gradient_checkpointing = True

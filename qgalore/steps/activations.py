@@ -26,6 +26,14 @@ class Store(Protocol):
     def clear(self) -> None: ...
 
 
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Memory on the host for the values of ``tensor``, page-locked if it is a GPU's; of a plan's tensor, memory without
+    values."""
+    if tensor.is_meta:
+        return torch.empty_like(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
 class OnDevice:
     """The tensors stay where they are."""
 
@@ -109,9 +117,7 @@ class OnHost:
         if free:
             return free.pop()
         self.host_bytes += tensor.nbytes
-        if tensor.is_meta:  # a plan's tensors have no values, here or there
-            return torch.empty_like(tensor)
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return host_buffer(tensor)
 
     def _stream(self, device: torch.device) -> Any:
         if device not in self._streams:

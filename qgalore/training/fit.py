@@ -9,19 +9,20 @@ import torch
 from ..config import Config
 from ..config import bytes_of as budget_bytes
 from ..config.incompatible import problems
-from ..errors import ConfigError, DoesNotFitError, counted
-from ..memory import machine, orthogonal_work, plan, traffic
+from ..errors import ConfigError, DoesNotFitError
+from ..memory import machine, plan
 from ..memory.resident import resident
 from ..models.compiling import blocks_of
 from ..models.loss import Loss, chunked_loss
+from . import remarks
 from .model import Vocabulary, rule_of
 from .paper import on_paper, plan_for, shares_of
 from .proposals import PROPOSALS, candidates, changed, describe
 from .say import say
-from .streamed import streams
-from .trial import graphs_kept
 
-MARGIN = 1.2  # a peak is planned within 5 %; the rest is for gaps between blocks that a GPU's allocator cannot use
+# Chosen, not measured. Peaks are planned within 5 % where they were measured (small shapes, on a CPU). A GPU's
+# allocator also loses what lies in gaps that it cannot use, and how much that is nobody has measured.
+MARGIN = 1.2
 CHECKPOINTING = "train.activation_checkpointing"
 STREAM = "memory.stream"
 
@@ -48,7 +49,7 @@ def decide(
         chosen = changed(config, {CHECKPOINTING: choice})
         return chosen, plan_for(chosen, vocabulary, device, loss, processes)
 
-    if streams(config):  # a graph would hold on to the weights of its block
+    if config.memory.streams:  # a graph would hold on to the weights of its block
         found = planned(True)
         over = budget is not None and found[1].total > budget
         return planned("offload") if over and device == "cuda" else found
@@ -78,13 +79,19 @@ def _least_streamed(
     """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
     found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, processes)
     for choice in ("weights", "all"):
-        if budget is None or found[1].total <= budget:
+        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1], processes):
             break
-        tried = changed(config, {STREAM: choice})
-        if problems(tried) or processes > 1:
-            break
-        found = decide(tried, vocabulary, device, budget, loss, processes)
+        found = decide(changed(config, {STREAM: choice}), vocabulary, device, budget, loss, processes)
     return found
+
+
+def _why_not_streamed(config: Config, found: plan.Plan, processes: int) -> str | None:
+    """What keeps the blocks of a plan on the device, whatever its size; None if nothing does."""
+    if processes > 1:
+        return f"blocks are streamed in one process, and there are {processes}"
+    if broken := problems(changed(config, {STREAM: "weights"})):
+        return broken[0]
+    return None if found.walked else "blocks are streamed in layer-major steps, and this model is not walked"
 
 
 def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, blocks: int, room: int):
@@ -144,12 +151,15 @@ def settle(
         say("memory", f"auto → {describe(made)}")
     say("memory", f"planned peak {plan.human(found.total)} of {limit}")
     print(found, flush=True)
-    for line in _remarks(chosen, found):
+    for line in remarks.of_plan(chosen, found):
         say("memory", line)
+    over = limit.budget is not None and found.total > limit.budget
+    if STREAM in made and over and (why := _why_not_streamed(config, found, processes)):
+        say("memory", f"{STREAM}=auto cannot help: {why}")
     if rule_of(config) == "muon":
-        say("muon", _orthogonalisation(chosen, vocabulary))
+        say("muon", remarks.orthogonalisation(chosen, vocabulary))
     if processes > 1:
-        _print_traffic(config, vocabulary, processes, 1 if found.walked else whole // processes)
+        remarks.print_traffic(config, vocabulary, processes, 1 if found.walked else whole // processes)
     _check(config, vocabulary, device, found, limit, processes)
     return changed(chosen, {"train.grad_accumulation": whole}), found
 
@@ -202,46 +212,6 @@ def _check(
             f"{' and the device they are streamed to' if device.type == 'cpu' else ''}, and {plan.human(here)} are "
             f"free. Lower lowrank.rank, take a smaller model, or set {STREAM}=none"
         )
-
-
-def _remarks(config: Config, found: plan.Plan) -> list[str]:
-    """What the choice of activations means for a walk."""
-    choice, many = (
-        config.train.activation_checkpointing,
-        counted(config.train.grad_accumulation, "micro-batch", "micro-batches"),
-    )
-    if found.streamed is not None:
-        train = config.train
-        return [found.streamed.line(train.micro_batch_size * config.data.sequence_length * train.grad_accumulation)]
-    if choice == "offload" and found.walked:
-        return [f"the blocks' inputs of {many} wait in host memory, {plan.human(found.host_total)} of it page-locked"]
-    if isinstance(choice, bool | str):
-        return []
-    some = "block keeps its graph" if choice == 1 else f"{choice} blocks keep their graphs"
-    return [f"the last {some} from the forward pass; the others run again in the backward pass"]
-
-
-def _print_traffic(config: Config, vocabulary: Vocabulary, processes: int, passes: int) -> None:
-    """What each of ``processes`` sends in a step of so many ``passes`` through the model and back: one for each
-    micro-batch, or a walk of all of them."""
-    _, optimizer = on_paper(config, vocabulary, processes)
-    optimizer.accumulate_in_fp32(config.train.order != "batch_major")
-    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, passes)
-    sent = {name: traffic.ring(size, processes, name) for name, size in sizes.items()}
-    say("wire", f"{plan.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
-    for name, size in sent.items():
-        print(f"  {name:<40}{plan.human(round(size)):>10}", flush=True)
-
-
-def _orthogonalisation(config: Config, vocabulary: Vocabulary) -> str:
-    """The share of a step's arithmetic in one process, whose ``train.grad_accumulation`` is given."""
-    model, _ = on_paper(config, vocabulary)
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    blocks = max(1, len(blocks_of(model)))
-    recomputed = 1.0 - graphs_kept(config, blocks) / blocks
-    work = orthogonal_work.count(orthogonal_work.matrices(model, chosen), recomputed)
-    tokens = config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation
-    return orthogonal_work.line(work, tokens)
 
 
 def _refusal(

@@ -169,7 +169,7 @@ def plan_for(
         micro_batches=train.grad_accumulation,
         device=device,
         layer_major=train.order != "batch_major",
-        slots=config.memory.slots if config.memory.stream in ("weights", "all") else 0,
+        slots=config.memory.slots if config.memory.streams else 0,
         state_streamed=config.memory.stream == "all",
     )
     outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}

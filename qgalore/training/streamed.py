@@ -9,29 +9,22 @@ from ..memory.plan import human
 from ..memory.streamed import blocks_to_stream, check_blocks
 from ..models import streaming
 from ..steps.blocks import Layout
-from ..steps.streaming.locking import Locked, lock
 from ..steps.streaming.records import fields_of_block, used_elsewhere
 from ..steps.streaming.stream import Stream
 from .say import say
-
-
-def streams(config: Config) -> bool:
-    """Whether some of the blocks live in host memory."""
-    return config.memory.stream in ("weights", "all")
 
 
 class Placing:
     """Gives a model on the meta device memory: on the device, or in the records of ``stream``, which it makes."""
 
     stream: Stream | None = None
-    locked: Locked | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def __call__(self, model: nn.Module, device: torch.device) -> None:
         """Unset memory for all tensors; those of a block go straight into its record."""
-        if not streams(self.config):
+        if not self.config.memory.streams:
             streaming.allocate(model, device)
             return
         blocks = blocks_to_stream(model)
@@ -56,8 +49,7 @@ class Placing:
         say(
             "stream",
             f"{len(stream.blocks)} blocks in {human(stream.host_bytes)} of host memory, {stream.count} slots of "
-            f"{human(stream.device_bytes // stream.count)} on {stream.device.type}",
+            f"{human(stream.slot_bytes)} on {stream.device.type}",
         )
         if stream.device.type == "cuda":
-            self.locked = lock([record.memory for record in stream.records if record.memory is not None])
-            say("stream", str(self.locked))
+            say("stream", stream.lock())

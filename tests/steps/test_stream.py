@@ -146,7 +146,8 @@ def test_bytes_are_counted():
         assert stream.copied["in"] == sum(sizes) + sum(sizes[: max(0, blocks - slots)])
         assert stream.copied["out"] == sum(sizes)
         assert stream.host_bytes == sum(sizes)
-        assert stream.device_bytes == slots * max(sizes) == stream._slots.nbytes
+        assert stream.slot_bytes == max(sizes)
+        assert [slot.memory.nbytes for slot in stream._slots.all] == [max(sizes)] * slots
 
 
 def one_walk_of_all(stream: Stream, at=None) -> None:

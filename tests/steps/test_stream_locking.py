@@ -4,8 +4,9 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 
-from qgalore.steps.streaming import locking
+from qgalore.steps.streaming import locking, stream
 from qgalore.steps.streaming.records import host_memory
 
 PAGE = 4096
@@ -59,3 +60,17 @@ def test_host_memory_begins_on_a_page_and_is_zero():
     assert memory.data_ptr() % PAGE == 0
     assert memory.nbytes == PAGE + 1
     assert torch.equal(memory, torch.zeros_like(memory))
+
+
+def test_a_stream_keeps_its_pages_locked_as_long_as_it_lives(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(stream, "lock", lambda memories: locking.Locked(memories, driver.register, driver.release))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128))
+    found = stream.Stream(model, list(model), torch.device("cpu"))
+    assert "page-locked" in found.lock()
+    gc.collect()
+    assert {record.memory.data_ptr() for record in found.records} <= driver.parts.keys()
+    assert sum(driver.parts.values()) == found.host_bytes
+    del found, model  # the blocks' hooks hold the stream too
+    gc.collect()
+    assert not driver.parts

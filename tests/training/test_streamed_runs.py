@@ -17,10 +17,14 @@ def losses(run: str) -> list:
     return [(row.get("loss"), row.get("eval_loss"), row.get("grad_norm")) for row in rows(f"{run}/metrics.jsonl")]
 
 
-def test_a_streamed_run_is_a_resident_one(tiny_run):
-    code, _, err = tiny_run("run.name=resident", "train.grad_accumulation=2")
+INTEGERS = ("model.compute=int8", "lowrank.group_size=row")
+
+
+@pytest.mark.parametrize("products", [(), pytest.param(INTEGERS, marks=pytest.mark.slow)], ids=["floats", "integers"])
+def test_a_streamed_run_is_a_resident_one(tiny_run, products):
+    code, _, err = tiny_run("run.name=resident", "train.grad_accumulation=2", *products)
     assert code == 0, err
-    code, out, err = tiny_run("run.name=streamed", "train.grad_accumulation=2", ALL, "memory.slots=3")
+    code, out, err = tiny_run("run.name=streamed", "train.grad_accumulation=2", ALL, "memory.slots=3", *products)
     assert code == 0, err
     assert "stream:    2 blocks in" in out
     assert "host total" in out
@@ -69,6 +73,64 @@ def test_several_processes_are_refused(tiny_run):
     made = config.load("tiny.yaml", [ALL, "train.grad_accumulation=2"])
     with pytest.raises(ConfigError, match=r"memory\.stream: all is for one process, and there are 2"):
         config.resolve(made, "cpu", False, processes=2)
+
+
+# More blocks than there are slots, or streaming would save nothing.
+SIX = ("model.overrides.num_hidden_layers=6", "train.activation_checkpointing=true")
+
+
+def needs() -> dict[str, int]:
+    """Bytes that a tiny run of six blocks is planned to take, by ``memory.stream``."""
+    from qgalore import config
+    from qgalore.training.data import build_tokenizer, given_tokenizer
+    from qgalore.training.model import Vocabulary
+    from qgalore.training.paper import plan_for
+
+    found = {}
+    for stream in ("none", "weights", "all"):
+        made = config.resolve(config.load("tiny.yaml", [*SIX, f"memory.stream={stream}"]), "cpu", True)
+        vocabulary = Vocabulary.of(build_tokenizer(made, given_tokenizer(made)))
+        found[stream] = plan_for(made, vocabulary, "cpu").total
+    return found
+
+
+def test_auto_streams_no_more_than_the_budget_asks_for(tiny_run, monkeypatch):
+    from qgalore.memory import machine
+
+    monkeypatch.setattr(machine, "resident_set", lambda: 0)  # it grows between two plans
+    short = ("train.max_steps=2", "export.formats=[]", "sample.max_new_tokens=0")
+    assert tiny_run("run.name=resident", *SIX, *short)[0] == 0
+    none, weights, everything = needs().values()
+    assert none > weights > everything
+
+    def within(budget: float, *more: str) -> str:
+        asked = (*SIX, "memory.stream=auto", f"memory.budget={budget / 2**10:.3f}KiB", *more)
+        code, out, err = tiny_run(*asked)
+        assert code == 0, err
+        return out
+
+    assert "auto → memory.stream=none\n" in within(none + 1e3, "--plan")
+    assert "auto → memory.stream=all\n" in within((weights + everything) / 2, "--plan")
+    out = within((none + weights) / 2, "run.name=auto", *short)
+    assert "auto → memory.stream=weights\n" in out
+    assert "stream:    6 blocks in" in out
+    assert_same(final_state("runs/auto", 2), final_state("runs/resident", 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("train.clip_grad_norm=1", "train.clip_grad_norm: 1 does not go with memory.stream: weights"),
+        ("train.order=batch_major", "train.order: batch_major does not go with memory.stream: weights"),
+    ],
+)
+def test_auto_says_why_it_cannot_help(tiny_run, monkeypatch, change, why):
+    from qgalore.training import fit
+
+    monkeypatch.setattr(fit, "proposals", lambda *_: [])  # what else would fit takes long to find
+    code, out, _ = tiny_run("--plan", "memory.stream=auto", "memory.budget=64KiB", change)
+    assert code == 3
+    assert f"memory.stream=auto cannot help: {why}" in out
 
 
 def test_a_host_budget_that_is_too_small_is_refused(tiny_run):

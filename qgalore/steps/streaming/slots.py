@@ -35,11 +35,6 @@ class Slots:
         self.all = [Slot(torch.empty(nbytes, dtype=torch.uint8, device=device)) for _ in range(count)]
         self.idle = self.all[0].views()  # what the count is when no tensor lies in a slot
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
-        return sum(slot.memory.nbytes for slot in self.all)
-
     def of(self, block: int) -> Slot | None:
         """The slot of ``block``; None if it has none."""
         return next((slot for slot in self.all if slot.block == block), None)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...lowrank.optimizer import LowRankOptimizer
 from .copies import Copies, CopyError, Moment, copies_for
-from .records import GROUPS, Field, Record, fields_of_block, fields_of_state, gather, lay_out, used_elsewhere
+from .locking import Locked, lock
+from .records import CHANGED, GROUPS, Field, Record, fields_of_block, fields_of_state, gather, lay_out, used_elsewhere
 from .slots import Slot, Slots
 
 
@@ -42,6 +43,7 @@ class Stream:
         self.copied = {"in": 0, "out": 0}
         self._copies = copies or copies_for(device)
         self._made: Slots | None = None
+        self._locked: Locked | None = None
         self._versions: dict[str, int] = {}  # of the tensors in the current turn, by name
         self._current: int | None = None
         self._walking, self._expected = False, 0
@@ -58,9 +60,9 @@ class Stream:
         return sum(record.nbytes for record in self.records)
 
     @property
-    def device_bytes(self) -> int:
-        """Bytes of all slots, whatever the number of blocks is."""
-        return self.count * max(record.nbytes for record in self.records)
+    def slot_bytes(self) -> int:
+        """Bytes of one slot, whatever the number of blocks is."""
+        return max(record.nbytes for record in self.records)
 
     def adopt(self, optimizer: LowRankOptimizer, *, state: bool) -> None:
         """Let the optimizer's ``state`` for the blocks travel with them, or else stay on the device. Call it once,
@@ -78,6 +80,12 @@ class Stream:
                 gather(record, self.device)
                 self.records[number] = record
         self._made = None
+
+    def lock(self) -> str:
+        """Lock the records' pages for a GPU, as long as this object lives. Returns what there is to say of it. Call it
+        after :meth:`adopt`, which makes new records."""
+        self._locked = lock([record.memory for record in self.records if record.memory is not None])
+        return str(self._locked)
 
     def collect(self) -> None:
         """Bring what was loaded or replaced since the last step into the records, so that no second copy waits."""
@@ -114,7 +122,7 @@ class Stream:
         if self._walking:
             self._check_idle(block, slot)
         if stepped:
-            slot.free = self._copy("out", block, GROUPS if changed else GROUPS[1:], slot)
+            slot.free = self._copy("out", block, GROUPS if changed else CHANGED, slot)
         elif self._walking and block == len(self.blocks) - 1:
             self._fetch(block, backward=True)  # what it lacks comes while the loss is computed
 
@@ -153,7 +161,7 @@ class Stream:
     @property
     def _slots(self) -> Slots:
         if self._made is None:
-            self._made = Slots(self.count, max(record.nbytes for record in self.records), self.device)
+            self._made = Slots(self.count, self.slot_bytes, self.device)
         return self._made
 
     def _slot_of(self, block: int) -> Slot:
