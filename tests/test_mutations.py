@@ -117,7 +117,7 @@ MUTATIONS = {
         (f"{PROCESSES}[shard]",),
     ),
     "the loss of a step in one process": Mutation(
-        'self.team.total("the loss of a step", mine)', "mine", (f"{PROCESSES}[replicate]",)
+        'self.optimizer.team.total("the loss of a step", mine)', "mine", (f"{PROCESSES}[replicate]",)
     ),
 }
 

@@ -76,7 +76,7 @@ def test_several_processes_are_refused(tiny_run):
 
 
 # More blocks than there are slots, or streaming would save nothing.
-SIX = ("model.overrides.num_hidden_layers=6", "train.activation_checkpointing=true")
+SIX = ("model.overrides.num_hidden_layers=6", "model.dtype=float32", "train.activation_checkpointing=true")
 
 
 def needs() -> dict[str, int]:
