@@ -172,9 +172,10 @@ def test_the_table_of_peaks_is_that_of_the_configurations_and_of_the_results():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", peaks())
-def test_a_plan_prints_the_peak_of_the_table(name, tmp_path):
-    printed = run(PLAN.replace("llama7b_16gb.yaml", name), tmp_path)
+def test_the_plan_command_prints_the_peak_of_the_table(tmp_path):
+    """Plans of the others are held to their headers elsewhere, and the headers to the table above."""
+    printed = run(PLAN, tmp_path)
+    name = PLAN.split("--config ")[1].split()[0]
     assert to_tenths(re.search(r"planned peak (\S+ GiB)", printed)[1]) == peaks()[name][1]
     assert not any(tmp_path.iterdir()), "a plan writes nothing"
 
