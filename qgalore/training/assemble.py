@@ -181,17 +181,18 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
     start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
     place.collect()
+    order = order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream)
     loop = Loop(
         model=model,
         loss=loss,
         optimizer=optimizer,
         device=device,
-        data=settings.of_data(config, data, examples, loss, team),
+        data=settings.of_data(config, data, examples, loss, team, place.losses(order)),
         stepping=settings.of_steps(config),
         evaluating=settings.of_evaluations(config),
         saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
         faults=settings.of_faults(config, planned),
-        order=order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream),
+        order=order,
         start=start,
         team=team,
     )

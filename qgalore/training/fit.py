@@ -1,7 +1,8 @@
 """Whether a configuration fits: activation checkpointing is chosen for the memory there is, or the run refused."""
 
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,20 +12,21 @@ from ..config import bytes_of as budget_bytes
 from ..config.incompatible import problems
 from ..errors import ConfigError, DoesNotFitError
 from ..memory import machine, plan
-from ..memory.resident import resident
+from ..memory.resident import make_states, resident
+from ..memory.streamed import blocks_to_stream
+from ..memory.streamed import on_paper as records_on_paper
 from ..models.compiling import blocks_of
 from ..models.loss import Loss, chunked_loss
 from . import remarks
+from .limits import Limit
 from .model import Vocabulary, rule_of
 from .paper import on_paper, plan_for, shares_of
-from .proposals import PROPOSALS, candidates, changed, describe
+from .proposals import CHECKPOINTING, PROPOSALS, STREAM, advice, candidates, changed, describe, host_candidates
 from .say import say
 
 # Chosen, not measured. Peaks are planned within 5 % where they were measured (small shapes, on a CPU). A GPU's
 # allocator also loses what lies in gaps that it cannot use, and how much that is nobody has measured.
 MARGIN = 1.2
-CHECKPOINTING = "train.activation_checkpointing"
-STREAM = "memory.stream"
 
 
 def decide(
@@ -52,7 +54,8 @@ def decide(
     if config.memory.streams:  # a graph would hold on to the weights of its block
         found = planned(True)
         over = budget is not None and found[1].total > budget
-        return planned("offload") if over and device == "cuda" else found
+        can_offload = device == "cuda" and config.model.compile == "none"
+        return planned("offload") if over and can_offload else found
     if budget is None:
         return planned(False)
     model, optimizer = on_paper(config, vocabulary, processes)
@@ -113,21 +116,44 @@ def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, block
 
 
 def proposals(
-    config: Config, vocabulary: Vocabulary, device: str, budget: int, processes: int = 1
-) -> list[tuple[dict[str, Any], int]]:
-    """Up to three changes that make ``config`` fit into ``budget``, the least harmful first, with their totals."""
-    found = []
-    for changes in candidates(config, device):
-        quick = changed(config, {**changes, "train.activation_checkpointing": True})
-        model, optimizer = on_paper(quick, vocabulary, processes)
-        if sum(resident(model, optimizer.tensors).values()) > budget:
+    changes: Iterable[dict[str, Any]],
+    config: Config,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    limit: Limit,
+    processes: int = 1,
+) -> list[tuple[dict[str, Any], plan.Plan]]:
+    """The first three of ``changes`` that make ``config`` fit, with the plans that they give. None of them holds
+    another one, which is enough by itself."""
+    found: list[tuple[dict[str, Any], plan.Plan]] = []
+    for some in changes:
+        wanted = changed(config, some)
+        if problems(wanted) or any(less.items() <= some.items() for less, _ in found):
+            continue
+        here, on_host = _least(wanted, vocabulary, processes)
+        if (limit.budget is not None and here > limit.budget) or (limit.host is not None and on_host > limit.host):
             continue  # without a rehearsal
-        _, planned = decide(changed(config, changes), vocabulary, device, budget, processes=processes)
-        if planned.total <= budget:
-            found.append((changes, planned.total))
+        _, planned = decide(wanted, vocabulary, device.type, limit.budget, processes=processes)
+        if limit.allows(planned, device):
+            found.append((some, planned))
         if len(found) == PROPOSALS:
             break
     return found
+
+
+def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int, int]:
+    """Bytes that are on the device and on the host between two steps, or fewer where that depends on the budget."""
+    if config.memory.stream == "auto":
+        return 0, 0
+    model, optimizer = on_paper(changed(config, {CHECKPOINTING: True}), vocabulary, processes)
+    tensors = optimizer.tensors
+    if not config.memory.streams:
+        return sum(resident(model, tensors).values()), 0
+    make_states(tensors)
+    state = config.memory.stream == "all"
+    streamed = records_on_paper(model, blocks_to_stream(model), tensors, config.memory.slots, state)
+    kept = resident(model, tensors, streamed.storages()) | streamed.on_device()
+    return sum(kept.values()), streamed.host_bytes
 
 
 def settle(
@@ -164,67 +190,31 @@ def settle(
     return changed(chosen, {"train.grad_accumulation": whole}), found
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What a run may use of the device, in bytes or None if unknown, and who says so; and of the host, if that is
-    limited."""
-
-    budget: int | None
-    whose: str
-    host: int | None = None
-
-    @classmethod
-    def of(cls, config: Config, device: torch.device) -> "Limit":
-        """The limits that ``config`` sets, or what ``device`` has."""
-        asked, host = config.memory.budget, config.memory.host_budget
-        of_host = None if host is None else budget_bytes(host)
-        if asked is not None:
-            return cls(budget_bytes(asked), "memory.budget", of_host)
-        return cls(machine.available(device), f"free on {device.type}", of_host)
-
-    def __str__(self) -> str:
-        return f"{'?' if self.budget is None else plan.human(self.budget)} ({self.whose})"
-
-
 def _check(
     config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, processes: int
 ) -> None:
-    """Raise :class:`DoesNotFitError` if ``found`` is beyond ``limit``."""
-    if limit.budget is not None and found.total > limit.budget:
-        raise DoesNotFitError(_refusal(config, vocabulary, device, found, limit, processes))
-    if limit.host is not None and found.host_total > limit.host:
-        remedy = (
-            f"lower lowrank.rank, or set {STREAM}=none to keep the blocks on the device"
-            if found.streamed is not None
-            else f"lower train.grad_accumulation, or set {CHECKPOINTING}=true to keep the blocks' inputs on the device"
+    """Raise :class:`DoesNotFitError`, with what would help, if ``found`` is beyond ``limit``."""
+    short = limit.short_of_host(found, device)
+    if limit.over(found):
+        can_stream = device.type == "cuda" and _why_not_streamed(config, found, processes) is None
+        changes = candidates(config, device.type, can_stream)
+        why, otherwise = (
+            f"the plan needs {plan.human(found.total)}, and there are {limit}",
+            ("Take a smaller model or lowrank.rank"),
         )
-        raise DoesNotFitError(
-            f"the plan needs {plan.human(found.host_total)} of host memory, and there are {plan.human(limit.host)} "
-            f"(memory.host_budget). Raise memory.host_budget, {remedy}"
+    elif short is not None:
+        streams = found.streamed is not None
+        changes, why = host_candidates(config, streams), short
+        otherwise = (
+            f"Lower lowrank.rank, take a smaller model, or set {STREAM}=none to keep the blocks on a larger device"
+            if streams
+            else f"Lower train.grad_accumulation, or set {CHECKPOINTING}=true to keep the blocks' inputs on the device"
         )
-    if found.streamed is None or (device.type == "cuda" and not torch.cuda.is_available()):
+    else:
         return
-    here = machine.available(torch.device("cpu"))
-    needed = found.host_total + (found.total if device.type == "cpu" else machine.resident_set())
-    if here is not None and needed > here:
-        raise DoesNotFitError(
-            f"the plan needs {plan.human(needed)} of this machine's memory for streamed blocks"
-            f"{' and the device they are streamed to' if device.type == 'cpu' else ''}, and {plan.human(here)} are "
-            f"free. Lower lowrank.rank, take a smaller model, or set {STREAM}=none"
-        )
-
-
-def _refusal(
-    config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, processes: int
-) -> str:
-    assert limit.budget is not None, "nothing is refused without a budget"
     print("looking for what would fit …", file=sys.stderr, flush=True)
-    options = proposals(config, vocabulary, device.type, limit.budget, processes)
-    lines = [f"  {describe(changes)}  → {plan.human(total)}" for changes, total in options]
-    advice = (
-        "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"
-    )
-    return f"the plan needs {plan.human(found.total)}, and there are {limit}. {advice}"
+    options = proposals(changes, config, vocabulary, device, limit, processes)
+    raise DoesNotFitError(f"{why}. {advice(options) if options else otherwise}")
 
 
 def recheck(
