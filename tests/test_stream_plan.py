@@ -1,6 +1,7 @@
 """What streaming costs on paper is what it costs: bytes to the byte, and the time that hides the copies."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,15 @@ from qgalore.memory import machine, streamed, timeline
 from qgalore.memory.plan import human
 from qgalore.models.loss import summed_loss
 from qgalore.steps import api
+from qgalore.steps.blocks import Layout
 from qgalore.steps.streaming.stream import Stream
+from qgalore.steps.trial import try_walk
 from qgalore.training import fit
 from qgalore.training.model import Vocabulary
 from qgalore.training.paper import plan_for
+from qgalore.training.parts import Stepping
 from qgalore.training.proposals import candidates, changed
+from qgalore.training.stepping import LayerMajor
 
 SHAPE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 RANK, BLOCKS = 32, 5
@@ -70,6 +75,27 @@ def test_planned_bytes_are_those_of_a_step(rule, slots, state):
 
 
 @pytest.mark.parametrize("slots", [2, 3])
+def test_planned_bytes_are_those_of_a_clipped_step(slots):
+    """Blocks without a new basis go back once, when the norm of all gradients is known, and come twice with all."""
+    model = llama("cpu", "galore")
+    optimizer = qgalore.optimizer(model, lr=0.01, stepping="manual", update_proj_gap=100)
+    stream = Stream(model, list(model.model.layers), torch.device("cpu"), slots=slots)
+    stream.adopt(optimizer, state=True)
+    ids = torch.arange(32).view(2, 16)
+    batch = {"input_ids": ids, "labels": ids}
+    layout = try_walk(model, batch, summed_loss).layout
+    how = Stepping(lr_at=lambda step: 0.01, seed=0, max_steps=2, micro_batch_size=2, clip_grad_norm=0.1)
+    order = LayerMajor(model, optimizer, how, layout, turns=stream)
+    for step in range(2):
+        before = dict(stream.copied)
+        order.take(step, [0], [batch], lambda batch: summed_loss(model, batch), lambda loss: None)
+    found = replace(planned("galore", slots, True), clips=True)
+    assert stream.copied["in"] - before["in"] == found.bytes_in()
+    assert stream.copied["out"] - before["out"] == found.bytes_out()
+    assert "Clipping takes all blocks through once more" in found.line(100)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
 def test_copies_hide_from_the_tokens_that_the_plan_names(slots):
     """The engine's own order on a clock: nothing waits from there on, and something does below."""
     found, link, speed = planned("galore", slots, True), 1e9, 1e12
@@ -85,6 +111,16 @@ def test_copies_hide_from_the_tokens_that_the_plan_names(slots):
 def test_a_model_without_known_blocks_is_refused():
     with pytest.raises(ConfigError, match=r"memory.stream needs a model whose blocks .* Set memory.stream=none"):
         streamed.blocks_to_stream(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("layout", "found"),
+    [(None, "none"), (Layout("elsewhere", nn.ModuleList([nn.Linear(1, 1)] * 3)), "the 3 of elsewhere")],
+)
+def test_a_model_that_is_walked_otherwise_is_refused(layout, found):
+    model = llama("meta", "galore")
+    with pytest.raises(ConfigError, match=rf"a walk goes through {found}, of the {BLOCKS} that are marked.*=none"):
+        streamed.check_blocks(model, layout, streamed.blocks_to_stream(model))
 
 
 DEEP = ("model.overrides={num_hidden_layers: 4, vocab_size: 512}", "data.sequence_length=128", "lowrank.rank=64")

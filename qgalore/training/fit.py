@@ -82,16 +82,14 @@ def _least_streamed(
     """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
     found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, processes)
     for choice in ("weights", "all"):
-        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1], processes):
+        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1]):
             break
         found = decide(changed(config, {STREAM: choice}), vocabulary, device, budget, loss, processes)
     return found
 
 
-def _why_not_streamed(config: Config, found: plan.Plan, processes: int) -> str | None:
+def _why_not_streamed(config: Config, found: plan.Plan) -> str | None:
     """What keeps the blocks of a plan on the device, whatever its size; None if nothing does."""
-    if processes > 1:
-        return f"blocks are streamed in one process, and there are {processes}"
     if broken := problems(changed(config, {STREAM: "weights"})):
         return broken[0]
     return None if found.walked else "blocks are streamed in layer-major steps, and this model is not walked"
@@ -130,15 +128,28 @@ def proposals(
         wanted = changed(config, some)
         if problems(wanted) or any(less.items() <= some.items() for less, _ in found):
             continue
-        here, on_host = _least(wanted, vocabulary, processes)
-        if (limit.budget is not None and here > limit.budget) or (limit.host is not None and on_host > limit.host):
-            continue  # without a rehearsal
-        _, planned = decide(wanted, vocabulary, device.type, limit.budget, processes=processes)
-        if limit.allows(planned, device):
+        planned = _tried(wanted, vocabulary, device, limit, processes)
+        if planned is not None and limit.allows(planned, device):
             found.append((some, planned))
         if len(found) == PROPOSALS:
             break
     return found
+
+
+def _tried(
+    config: Config, vocabulary: Vocabulary, device: torch.device, limit: Limit, processes: int
+) -> plan.Plan | None:
+    """The plan of ``config``; None if it is known without a rehearsal that it does not fit, or if the blocks that it
+    asks for cannot be streamed."""
+    try:
+        here, on_host = _least(config, vocabulary, processes)
+        if (limit.budget is not None and here > limit.budget) or (limit.host is not None and on_host > limit.host):
+            return None
+        return decide(config, vocabulary, device.type, limit.budget, processes=processes)[1]
+    except ConfigError:
+        if config.memory.streams:
+            return None
+        raise
 
 
 def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int, int]:
@@ -179,8 +190,7 @@ def settle(
     print(found, flush=True)
     for line in remarks.of_plan(chosen, found):
         say("memory", line)
-    over = limit.budget is not None and found.total > limit.budget
-    if STREAM in made and over and (why := _why_not_streamed(config, found, processes)):
+    if STREAM in made and limit.over(found) and (why := _why_not_streamed(config, found)):
         say("memory", f"{STREAM}=auto cannot help: {why}")
     if rule_of(config) == "muon":
         say("muon", remarks.orthogonalisation(chosen, vocabulary))
@@ -196,11 +206,11 @@ def _check(
     """Raise :class:`DoesNotFitError`, with what would help, if ``found`` is beyond ``limit``."""
     short = limit.short_of_host(found, device)
     if limit.over(found):
-        can_stream = device.type == "cuda" and _why_not_streamed(config, found, processes) is None
+        can_stream = device.type == "cuda" and _why_not_streamed(config, found) is None
         changes = candidates(config, device.type, can_stream)
         why, otherwise = (
             f"the plan needs {plan.human(found.total)}, and there are {limit}",
-            ("Take a smaller model or lowrank.rank"),
+            "Take a smaller model or lowrank.rank",
         )
     elif short is not None:
         streams = found.streamed is not None

@@ -120,7 +120,8 @@ class LayerMajor:
             return True
 
         try:
-            with Steps(self.optimizer, self.layout, keep=clips) as steps:
+            streamed = isinstance(self.turns, Stream)
+            with Steps(self.optimizer, self.layout, keep=clips, at_once=streamed) as steps:
                 walk.walk(
                     self.layout,
                     [partial(share, batch) for batch in batches],

@@ -59,7 +59,8 @@ class Placing:
 
     def losses(self, order: Order) -> Losses:
         """How held-out batches go through the model: several for each fetch of a block, if it is streamed."""
-        if self.stream is None or not isinstance(order, LayerMajor):
+        stream = self.stream
+        if stream is None or not isinstance(order, LayerMajor):
             return one_by_one
-        micro_batches = self.config.train.grad_accumulation
-        return lambda runs: losses(order.layout, runs, order.kept, self.stream, micro_batches)
+        micro_batches = self.config.train.grad_accumulation // order.optimizer.team.size
+        return lambda runs: losses(order.layout, runs, order.kept, stream, micro_batches)

@@ -116,6 +116,39 @@ def test_streamed_steps_are_those_of_resident_blocks(steps, rule, count, slots, 
         assert torch.equal(found[name], value), name
 
 
+KINDS = [
+    ("galore", {}),
+    ("galore", {"inner": "adamw"}),
+    ("galore", {"inner": "adamw4bit", "dtype": torch.float32}),
+    ("galore", {"compute": "int8"}),
+    ("fira", {}),
+    ("apollo", {}),
+    ("muon", {}),
+    ("muon", {"momentum": "8bit"}),
+    ("sinkgd", {}),
+    ("scale", {}),
+]
+SCHEDULES = 20  # of each kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "options"), KINDS)
+def test_the_delays_of_copies_do_not_show(rule, options):
+    wanted = {}
+    for count in (1, 4):
+        model, build = make(rule=rule, **options)
+        optimizer = build()
+        wanted[count] = train(model, optimizer, count, steps=GAP + 1), everything(model, optimizer)
+    for seed in range(SCHEDULES):
+        dice = random.Random(seed)
+        count, slots, state = dice.choice((1, 4)), dice.choice((2, 3)), dice.choice((True, False))
+        model, optimizer, stream = streamed(slots, state, seed, rule=rule, **options)
+        taken = train(model, optimizer, count, stream, GAP + 1)
+        assert taken == wanted[count][0], f"seed {seed}"
+        found = everything(model, optimizer)
+        assert all(torch.equal(found[name], value) for name, value in wanted[count][1].items()), f"seed {seed}"
+
+
 def bases_of(record) -> int:
     return record.size(("bases",))
 

@@ -107,15 +107,6 @@ def test_what_cannot_be_streamed_is_refused_at_once(tiny_run, change, named):
     assert not Path("runs").exists()
 
 
-def test_several_processes_are_refused(tiny_run):
-    from qgalore import config
-    from qgalore.errors import ConfigError
-
-    made = config.load("tiny.yaml", [ALL, "train.grad_accumulation=2"])
-    with pytest.raises(ConfigError, match=r"memory\.stream: all is for one process, and there are 2"):
-        config.resolve(made, "cpu", False, processes=2)
-
-
 # More blocks than there are slots, or streaming would save nothing.
 SIX = ("model.overrides.num_hidden_layers=6", "model.dtype=float32", "train.activation_checkpointing=true")
 
