@@ -7,7 +7,8 @@ import pytest
 from qgalore import config
 from qgalore.data.conversations import conversations
 from qgalore.errors import ConfigError
-from qgalore.memory.resident import resident
+from qgalore.memory import streamed
+from qgalore.memory.resident import make_states, resident
 from qgalore.models.presets import PRESETS
 from qgalore.training import assemble
 from qgalore.training.model import Vocabulary
@@ -28,6 +29,21 @@ def test_resident_bytes_from_a_config_json_alone(tmp_path, name, preset, limit):
     assert sum(sizes.values()) < limit * GIB
 
 
+def test_a_32b_streams_its_blocks_and_moments_within_its_budgets(tmp_path):
+    """The records of its 64 blocks, and what is left for the card."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS["qwen3_32b"]}))
+    made = config.resolve(config.load("finetune_qwen3_32b_16gb", [f"model.path={tmp_path}"]), "cuda", True)
+    assert made.data.task == "instruct"
+    model, optimizer = on_paper(made, Vocabulary(1, None, None))
+    make_states(optimizer.tensors)
+    found = streamed.on_paper(model, streamed.blocks_to_stream(model), optimizer.tensors, made.memory.slots, state=True)
+    weights = 5120 * (2 * 8192 + 2 * 1024 + 3 * 25600)  # of a block, one byte each
+    assert len(found.records) == 64
+    assert 64 * weights < found.host_bytes < config.bytes_of(made.memory.host_budget) == 40e9
+    kept = sum(resident(model, optimizer.tensors, found.storages()).values())
+    assert kept + sum(found.on_device().values()) < 3.2 * GIB
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(config.PACKAGED.glob("*b_*gb.yaml")), ids=lambda path: path.stem)
 def test_headers_are_what_plan_prints(path, tmp_path, capsys):
@@ -43,7 +59,7 @@ def test_headers_are_what_plan_prints(path, tmp_path, capsys):
     assert [line for line in printed if line not in header] == []
 
 
-@pytest.mark.parametrize("name", ["llama3_8b", "qwen2.5_7b"])
+@pytest.mark.parametrize("name", ["llama3_8b", "qwen2.5_7b", "qwen3_32b"])
 def test_a_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = config.load(f"finetune_{name}_16gb")

@@ -71,8 +71,8 @@ MUTATIONS = {
         ("tests/test_means.py::test_a_step_weighs_targets_and_not_micro_batches",),
     ),
     "an evaluation as a mean of the batches' means": Mutation(
-        "device) for name, value in batch.items()}))\n            tokens += count",
-        "device) for name, value in batch.items()})) / count\n            tokens += 1",
+        "tokens += count\n                yield partial(loss_of, batch)",
+        "tokens += 1\n                yield lambda batch=batch, count=count: loss_of(batch) / count",
         ("tests/test_means.py::test_an_evaluation_weighs_targets_and_not_batches",),
     ),
     "parts that end inside an 8-bit block": Mutation(
@@ -115,6 +115,16 @@ MUTATIONS = {
         "self._send(partial(_reduce_scatter, mine, tensor.to(mine.dtype).contiguous()))",
         "mine.copy_(tensor[: len(mine)])",
         (f"{PROCESSES}[shard]",),
+    ),
+    "held-out batches that each fetch all blocks": Mutation(
+        "most = _room(start, len(layout), micro_batches)",
+        "most = 1",
+        ("tests/steps/test_stream_walk.py::test_held_out_batches_share_the_fetches_of_a_block",),
+    ),
+    "blocks that go back before a clipped step has moved them": Mutation(
+        "self._leave(block, stepped, moved=not self.waits)",
+        "self._leave(block, stepped, moved=True)",
+        ("tests/test_stream_plan.py::test_planned_bytes_are_those_of_a_clipped_step",),
     ),
     "the loss of a step in one process": Mutation(
         'self.optimizer.team.total("the loss of a step", mine)', "mine", (f"{PROCESSES}[replicate]",)

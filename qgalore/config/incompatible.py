@@ -205,9 +205,9 @@ TABLE = (
     ),
     Conflict(
         ("memory.stream",),
-        "Streamed blocks need layer-major steps, one process, method `qgalore`, `galore` or `galore8bit`, and a number "
-        "as rank. They do not go with `train.clip_grad_norm`, with graphs kept from the forward pass, or with compiled "
-        "blocks.",
+        "Streamed blocks need layer-major steps, method `qgalore`, `galore` or `galore8bit`, and a number as rank. "
+        "They do not go with `parallel: shard`, with graphs kept from the forward pass, or, for a rule other than "
+        "`galore`, with `train.clip_grad_norm`.",
         streamed.problems,
     ),
     Conflict(

@@ -42,11 +42,6 @@ def batch_major(config: Config, why: str, processes: int = 1) -> Config:
 def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Config:
     """Fill in what ``method``, ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) and the number of
     processes decide. Raises :class:`ConfigError` for micro-batches that these cannot share."""
-    if processes > 1 and config.memory.streams:
-        raise ConfigError(
-            f"memory.stream: {config.memory.stream} is for one process, and there are {processes}; set "
-            "memory.stream=none, or start one process"
-        )
     _, weight_format, basis_format, optimizer = METHODS[config.method]
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank

@@ -20,8 +20,8 @@ def problems(config: Config) -> list[str]:
         (
             "train.clip_grad_norm",
             f"{train.clip_grad_norm:g}",
-            train.clip_grad_norm == 0,
-            "0",
+            train.clip_grad_norm == 0 or config.lowrank.rule == "galore",
+            f"train.clip_update_rms with rule {config.lowrank.rule}, whose whole gradients would have to wait",
         ),
         (
             "train.activation_checkpointing",
@@ -29,7 +29,6 @@ def problems(config: Config) -> list[str]:
             train.activation_checkpointing in ("auto", "offload") or train.activation_checkpointing is True,
             "true or offload, as a graph would hold on to the weights of its block",
         ),
-        ("model.compile", config.model.compile, config.model.compile == "none", "none"),
         ("parallel", config.parallel, config.parallel != "shard", "replicate"),
     )
     return [

@@ -21,7 +21,7 @@ from . import clipping
 from .hooks import HOOKS
 from .inner.checked import Factory
 from .layers.experts import Experts
-from .tensor_steps import GROUPS, TensorSteps, together
+from .tensor_steps import GROUPS, TensorSteps
 from .tensors.attaching import attach
 from .tensors.base import TrainedTensor
 
@@ -110,14 +110,18 @@ class LowRankOptimizer(TensorSteps, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.refresh()
-        pending = [tensor for tensor in self.tensors if tensor.gradient() is not None]
-        # All are checked before the first is stepped, so that a bad gradient leaves no weight changed.
-        self._check_finite(pending)
-        for some in together(pending):
-            self._apply(some)
+        self.move(self.pending())
         self.close()
         return loss
+
+    @torch.no_grad()
+    def pending(self) -> list[TrainedTensor]:
+        """The tensors that hold a gradient, projected. All are looked at before the first is stepped, so that one that
+        is not finite leaves no weight changed: it raises :class:`NumericalError`."""
+        self.refresh()
+        found = [tensor for tensor in self.tensors if tensor.gradient() is not None]
+        self._check_finite(found)
+        return found
 
     @torch.no_grad()
     def refresh(self) -> None:

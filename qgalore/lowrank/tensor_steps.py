@@ -122,6 +122,11 @@ class TensorSteps:
     def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
         """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
         self._check_finite(tensors)
+        self.move(tensors)
+
+    @torch.no_grad()
+    def move(self, tensors: Iterable[TrainedTensor]) -> None:
+        """:meth:`apply_tensors` for ``tensors`` that were looked at."""
         for some in together(tensors):
             self._apply(some)
 

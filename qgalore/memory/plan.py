@@ -130,7 +130,7 @@ def _streamed(model: nn.Module, optimizer: PaperOptimizer, step: Step, layout: L
     """The records of the blocks. Raises :class:`ConfigError` for a model that is not walked through all of them."""
     blocks = blocks_to_stream(model)
     check_blocks(model, layout, blocks)
-    return on_paper(model, blocks, optimizer.tensors, step.slots, step.state_streamed)
+    return on_paper(model, blocks, optimizer.tensors, step.slots, step.state_streamed, step.clips)
 
 
 def _parts(model: nn.Module, step: Step) -> Layout | None:

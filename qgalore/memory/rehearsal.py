@@ -53,6 +53,7 @@ class Step:
     rehearsed: int = REHEARSED  # of the micro-batches, if there are more
     slots: int = 0  # blocks with room on the device, if they live in host memory
     state_streamed: bool = False  # and the optimizer's state with them
+    clips: bool = False  # they come once more, when the norm of all gradients is known
 
 
 class PaperOptimizer(LowRankOptimizer):

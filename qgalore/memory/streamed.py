@@ -21,11 +21,12 @@ SPEED = 40e12  # operations a second in bf16, in large products
 @dataclass(frozen=True)
 class Streamed:
     """The ``records`` of a model's blocks, ``slots`` of which have room on the device. ``weights``: by block, how many
-    a token is multiplied with."""
+    a token is multiplied with. ``clips``: whether blocks come once more, to step when all gradients are known."""
 
     records: list[Record]
     slots: int
     weights: list[float]
+    clips: bool = False
 
     @property
     def host_bytes(self) -> int:
@@ -48,10 +49,11 @@ class Streamed:
 
     def bytes_in(self) -> int:
         """Of a step: all weights in the forward direction. Then all records, but for the weights of the last blocks,
-        which are still in their slots."""
+        which are still in their slots. And all records once more, if it ``clips``."""
         kept = self.records[len(self.records) - self.slots :] if self.slots < len(self.records) else self.records
         weights = sum(record.size(("weights",)) for record in self.records)
-        return weights + self.host_bytes - sum(record.size(("weights",)) for record in kept)
+        again = self.host_bytes if self.clips else 0
+        return weights + self.host_bytes + again - sum(record.size(("weights",)) for record in kept)
 
     def bytes_out(self) -> int:
         """Of a step without a refresh: weights and state of all blocks. A block with a refresh adds its bases."""
@@ -74,20 +76,29 @@ class Streamed:
 
     def line(self, tokens: int) -> str:
         """What the plan says of the copies of a step of so many ``tokens``."""
-        enough = self.tokens_to_hide()
+        enough, last = self.tokens_to_hide(), ""
+        if self.clips:
+            both = self.host_bytes, self.bytes_out()
+            seconds = (sum(both) if self.slots == 2 else max(both)) / LINK
+            last = f". Clipping takes all blocks through once more, in {seconds:.1f} s of copies alone"
         hidden = "they hide behind the arithmetic" if tokens >= enough else "they do not hide behind the arithmetic"
         return (
             f"{self.bytes_in() / 1e9:.1f} GB to the device and {self.bytes_out() / 1e9:.1f} GB back in a step; at an "
             f"assumed {LINK / 1e9:g} GB/s each way and {SPEED / 1e12:g} TFLOP/s {hidden} of {tokens:,} tokens, as they "
-            f"do from {enough:,} on"
+            f"do from {enough:,} on{last}"
         )
 
 
 def on_paper(
-    model: nn.Module, blocks: Sequence[nn.Module], tensors: Sequence[TrainedTensor], slots: int, state: bool
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    tensors: Sequence[TrainedTensor],
+    slots: int,
+    state: bool,
+    clips: bool = False,
 ) -> Streamed:
     """The records of ``blocks`` of a converted ``model`` on the meta device, with the optimizer's ``state`` for them or
-    without."""
+    without. ``clips``: as in :class:`Streamed`."""
     elsewhere, known = used_elsewhere(model, blocks), {}
     records, weights = [], []
     chosen = orthogonal_work.experts_of_a_token(model)
@@ -97,7 +108,7 @@ def on_paper(
             fields += fields_of_state(_stepped_in(block, tensors, elsewhere), known)
         records.append(lay_out(fields))
         weights.append(sum(m.rows * m.columns * m.tokens for m in orthogonal_work.matrices(block, chosen)))
-    return Streamed(records, slots, weights)
+    return Streamed(records, slots, weights, clips)
 
 
 def _stepped_in(block: nn.Module, tensors: Sequence[TrainedTensor], elsewhere: set[int]) -> list[TrainedTensor]:

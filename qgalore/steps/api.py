@@ -82,10 +82,10 @@ def step(
     mine = len(micro_batches) if targets is None else sum(map(targets, micro_batches))
     with optimizer.team.together("the end of a step"):  # an error in one process is that of all
         known = _look_at(model, micro_batches[0], loss, activations, graphs_of_last)
-        if turns is not None and (graphs_of_last or known.trial.layout is None or optimizer.team.size > 1):
+        if turns is not None and (graphs_of_last or known.trial.layout is None):
             raise ConfigError(
-                f"blocks are streamed only in a walk of one process that keeps no graphs: graphs_of_last is "
-                f"{graphs_of_last}, there are {optimizer.team.size} processes, and {known.trial}"
+                f"blocks are streamed only in a walk that keeps no graphs: graphs_of_last is {graphs_of_last}, and "
+                f"{known.trial}"
             )
         total = max(optimizer.team.total("the targets of a step", mine), 1)
         runs = [partial(_share, model, loss, batch, total) for batch in micro_batches]
@@ -117,9 +117,10 @@ def _walk(
         if layout is None:
             walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
             return found[0]
-        turns = Gathered(list(layout.blocks), team) if team.size > 1 else turns
+        at_once = turns is not None
+        turns = Gathered(list(layout.blocks), team) if team.size > 1 and turns is None else turns
         kept = known.activations
-        with Steps(optimizer, layout, keep=False) as steps:
+        with Steps(optimizer, layout, keep=False, at_once=at_once) as steps:
             walk.walk(layout, runs, reseed=reseed, decide=decide, step=steps, activations=kept, turns=turns)
     return found[0]
 

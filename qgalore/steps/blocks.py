@@ -172,8 +172,10 @@ def epilogue(
     hidden: Tensor,
     sides: Sequence[list[Side]],
     last: Callable[[], None],
+    grad: bool = True,
 ) -> Tensor:
-    """The loss of a micro-batch whose last block returned ``hidden``. ``places`` and ``sides`` are those of all blocks.
+    """The loss of a micro-batch whose last block returned ``hidden``, with its graph or (not ``grad``) without.
+    ``places`` and ``sides`` are those of all blocks.
 
     transformers collects some outputs by hooks on modules inside the blocks. No block runs here, so its stand-in calls
     these hooks with the outputs that were kept. ``last()`` is called where the last block would have ended.
@@ -189,5 +191,5 @@ def epilogue(
         last()
         return layout.packed(hidden)
 
-    with stood_in(layout.blocks, act), torch.enable_grad():
+    with stood_in(layout.blocks, act), torch.set_grad_enabled(grad):
         return run()

@@ -89,10 +89,11 @@ def _without_cache(value: Any) -> Any:
     return value
 
 
-def prologue(layout: Layout, run: Run) -> Start:
-    """Run the model as far as its last block's call, with gradients. Raises :class:`NotWalkableError`."""
+def prologue(layout: Layout, run: Run, grad: bool = True) -> Start:
+    """Run the model as far as its last block's call, with gradients or (not ``grad``) without. Raises
+    :class:`NotWalkableError`."""
     recorder = _Recorder(layout)
-    with stood_in(layout.blocks, recorder.act), torch.enable_grad():
+    with stood_in(layout.blocks, recorder.act), torch.set_grad_enabled(grad):
         try:
             run()
         except _LastBlockReached:

@@ -16,7 +16,8 @@ from .blocks import Layout
 
 class Steps:
     """What a walk calls for each part of a model whose gradients are complete in this process. With ``keep`` gradients
-    stay, for the norm of all of them, and nothing steps here.
+    stay, for the norm of all of them, and nothing steps here. With ``at_once`` the walk waits for the sums of each
+    part, because its weights do not stay on the device.
 
     In a team the processes meet once for a part, so that one that has failed is heard of, and agree on which tensors
     have a gradient in any of them; a mixture's expert may have tokens in one alone. The sums then travel while the walk
@@ -24,8 +25,9 @@ class Steps:
     blocks exist at a time.
     """
 
-    def __init__(self, optimizer: LowRankOptimizer, layout: Layout, *, keep: bool) -> None:
+    def __init__(self, optimizer: LowRankOptimizer, layout: Layout, *, keep: bool, at_once: bool = False) -> None:
         self.optimizer, self.layout, self.keep = optimizer, layout, keep
+        self.at_once = at_once or optimizer.team.size == 1
         self._begun: set[str] = set()
         self._under_way: tuple[list[TrainedTensor], Pending] | None = None
 
@@ -34,7 +36,7 @@ class Steps:
         begun = self._begin(name, self._asked(name, parameters))
         self.finish()
         self._under_way = begun
-        if name == "prologue" or self.optimizer.team.size == 1:
+        if name == "prologue" or self.at_once:
             self.finish()
 
     def _asked(self, name: str, parameters: Iterable[nn.Parameter]) -> list[TrainedTensor]:

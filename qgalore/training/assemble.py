@@ -121,8 +121,9 @@ def _check_device(config: Config, device: torch.device) -> None:
         check_compiler(device)
 
 
-def _checked_tokenizer(config: Config, team: Team) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, after a look at the data and the model that it is for."""
+def _checked_tokenizer(config: Config, device: torch.device, team: Team) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, after a look at the device, and at the data and the model that it is for."""
+    _check_device(config, device)
     check_data(config)
     given = given_tokenizer(config)
     check_model(config, given)
@@ -158,8 +159,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     _announce(config, folder, device, team, remarks)
 
     # What can be known to be wrong is said before anything is tokenized or built.
-    _check_device(config, device)
-    tokenizer = _checked_tokenizer(config, team)
+    tokenizer = _checked_tokenizer(config, device, team)
     examples = classification.read(config, tokenizer) if config.data.task == "classify" else None
     vocabulary = _vocabulary(tokenizer, examples)
     config, planned = settle(config, vocabulary, device, team.size)
@@ -181,17 +181,18 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
     start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
     place.collect()
+    order = order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream)
     loop = Loop(
         model=model,
         loss=loss,
         optimizer=optimizer,
         device=device,
-        data=settings.of_data(config, data, examples, loss, team),
+        data=settings.of_data(config, data, examples, loss, team, place.losses(order)),
         stepping=settings.of_steps(config),
         evaluating=settings.of_evaluations(config),
         saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
         faults=settings.of_faults(config, planned),
-        order=order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream),
+        order=order,
         start=start,
         team=team,
     )

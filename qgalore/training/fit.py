@@ -1,7 +1,8 @@
 """Whether a configuration fits: activation checkpointing is chosen for the memory there is, or the run refused."""
 
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,20 +12,21 @@ from ..config import bytes_of as budget_bytes
 from ..config.incompatible import problems
 from ..errors import ConfigError, DoesNotFitError
 from ..memory import machine, plan
-from ..memory.resident import resident
+from ..memory.resident import make_states, resident
+from ..memory.streamed import blocks_to_stream
+from ..memory.streamed import on_paper as records_on_paper
 from ..models.compiling import blocks_of
 from ..models.loss import Loss, chunked_loss
 from . import remarks
+from .limits import Limit
 from .model import Vocabulary, rule_of
 from .paper import on_paper, plan_for, shares_of
-from .proposals import PROPOSALS, candidates, changed, describe
+from .proposals import CHECKPOINTING, PROPOSALS, STREAM, advice, candidates, changed, describe, host_candidates
 from .say import say
 
 # Chosen, not measured. Peaks are planned within 5 % where they were measured (small shapes, on a CPU). A GPU's
 # allocator also loses what lies in gaps that it cannot use, and how much that is nobody has measured.
 MARGIN = 1.2
-CHECKPOINTING = "train.activation_checkpointing"
-STREAM = "memory.stream"
 
 
 def decide(
@@ -52,7 +54,8 @@ def decide(
     if config.memory.streams:  # a graph would hold on to the weights of its block
         found = planned(True)
         over = budget is not None and found[1].total > budget
-        return planned("offload") if over and device == "cuda" else found
+        can_offload = device == "cuda" and config.model.compile == "none"
+        return planned("offload") if over and can_offload else found
     if budget is None:
         return planned(False)
     model, optimizer = on_paper(config, vocabulary, processes)
@@ -79,16 +82,14 @@ def _least_streamed(
     """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
     found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, processes)
     for choice in ("weights", "all"):
-        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1], processes):
+        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1]):
             break
         found = decide(changed(config, {STREAM: choice}), vocabulary, device, budget, loss, processes)
     return found
 
 
-def _why_not_streamed(config: Config, found: plan.Plan, processes: int) -> str | None:
+def _why_not_streamed(config: Config, found: plan.Plan) -> str | None:
     """What keeps the blocks of a plan on the device, whatever its size; None if nothing does."""
-    if processes > 1:
-        return f"blocks are streamed in one process, and there are {processes}"
     if broken := problems(changed(config, {STREAM: "weights"})):
         return broken[0]
     return None if found.walked else "blocks are streamed in layer-major steps, and this model is not walked"
@@ -113,21 +114,57 @@ def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, block
 
 
 def proposals(
-    config: Config, vocabulary: Vocabulary, device: str, budget: int, processes: int = 1
-) -> list[tuple[dict[str, Any], int]]:
-    """Up to three changes that make ``config`` fit into ``budget``, the least harmful first, with their totals."""
-    found = []
-    for changes in candidates(config, device):
-        quick = changed(config, {**changes, "train.activation_checkpointing": True})
-        model, optimizer = on_paper(quick, vocabulary, processes)
-        if sum(resident(model, optimizer.tensors).values()) > budget:
-            continue  # without a rehearsal
-        _, planned = decide(changed(config, changes), vocabulary, device, budget, processes=processes)
-        if planned.total <= budget:
-            found.append((changes, planned.total))
+    changes: Iterable[dict[str, Any]],
+    config: Config,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    limit: Limit,
+    processes: int = 1,
+) -> list[tuple[dict[str, Any], plan.Plan]]:
+    """The first three of ``changes`` that make ``config`` fit, with the plans that they give. None of them holds
+    another one, which is enough by itself."""
+    found: list[tuple[dict[str, Any], plan.Plan]] = []
+    for some in changes:
+        wanted = changed(config, some)
+        if problems(wanted) or any(less.items() <= some.items() for less, _ in found):
+            continue
+        planned = _tried(wanted, vocabulary, device, limit, processes)
+        if planned is not None and limit.allows(planned, device):
+            found.append((some, planned))
         if len(found) == PROPOSALS:
             break
     return found
+
+
+def _tried(
+    config: Config, vocabulary: Vocabulary, device: torch.device, limit: Limit, processes: int
+) -> plan.Plan | None:
+    """The plan of ``config``; None if it is known without a rehearsal that it does not fit, or if the blocks that it
+    asks for cannot be streamed."""
+    try:
+        here, on_host = _least(config, vocabulary, processes)
+        if (limit.budget is not None and here > limit.budget) or (limit.host is not None and on_host > limit.host):
+            return None
+        return decide(config, vocabulary, device.type, limit.budget, processes=processes)[1]
+    except ConfigError:
+        if config.memory.streams:
+            return None
+        raise
+
+
+def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int, int]:
+    """Bytes that are on the device and on the host between two steps, or fewer where that depends on the budget."""
+    if config.memory.stream == "auto":
+        return 0, 0
+    model, optimizer = on_paper(changed(config, {CHECKPOINTING: True}), vocabulary, processes)
+    tensors = optimizer.tensors
+    if not config.memory.streams:
+        return sum(resident(model, tensors).values()), 0
+    make_states(tensors)
+    state = config.memory.stream == "all"
+    streamed = records_on_paper(model, blocks_to_stream(model), tensors, config.memory.slots, state)
+    kept = resident(model, tensors, streamed.storages()) | streamed.on_device()
+    return sum(kept.values()), streamed.host_bytes
 
 
 def settle(
@@ -153,8 +190,7 @@ def settle(
     print(found, flush=True)
     for line in remarks.of_plan(chosen, found):
         say("memory", line)
-    over = limit.budget is not None and found.total > limit.budget
-    if STREAM in made and over and (why := _why_not_streamed(config, found, processes)):
+    if STREAM in made and limit.over(found) and (why := _why_not_streamed(config, found)):
         say("memory", f"{STREAM}=auto cannot help: {why}")
     if rule_of(config) == "muon":
         say("muon", remarks.orthogonalisation(chosen, vocabulary))
@@ -164,67 +200,31 @@ def settle(
     return changed(chosen, {"train.grad_accumulation": whole}), found
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What a run may use of the device, in bytes or None if unknown, and who says so; and of the host, if that is
-    limited."""
-
-    budget: int | None
-    whose: str
-    host: int | None = None
-
-    @classmethod
-    def of(cls, config: Config, device: torch.device) -> "Limit":
-        """The limits that ``config`` sets, or what ``device`` has."""
-        asked, host = config.memory.budget, config.memory.host_budget
-        of_host = None if host is None else budget_bytes(host)
-        if asked is not None:
-            return cls(budget_bytes(asked), "memory.budget", of_host)
-        return cls(machine.available(device), f"free on {device.type}", of_host)
-
-    def __str__(self) -> str:
-        return f"{'?' if self.budget is None else plan.human(self.budget)} ({self.whose})"
-
-
 def _check(
     config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, processes: int
 ) -> None:
-    """Raise :class:`DoesNotFitError` if ``found`` is beyond ``limit``."""
-    if limit.budget is not None and found.total > limit.budget:
-        raise DoesNotFitError(_refusal(config, vocabulary, device, found, limit, processes))
-    if limit.host is not None and found.host_total > limit.host:
-        remedy = (
-            f"lower lowrank.rank, or set {STREAM}=none to keep the blocks on the device"
-            if found.streamed is not None
-            else f"lower train.grad_accumulation, or set {CHECKPOINTING}=true to keep the blocks' inputs on the device"
+    """Raise :class:`DoesNotFitError`, with what would help, if ``found`` is beyond ``limit``."""
+    short = limit.short_of_host(found, device)
+    if limit.over(found):
+        can_stream = device.type == "cuda" and _why_not_streamed(config, found) is None
+        changes = candidates(config, device.type, can_stream)
+        why, otherwise = (
+            f"the plan needs {plan.human(found.total)}, and there are {limit}",
+            "Take a smaller model or lowrank.rank",
         )
-        raise DoesNotFitError(
-            f"the plan needs {plan.human(found.host_total)} of host memory, and there are {plan.human(limit.host)} "
-            f"(memory.host_budget). Raise memory.host_budget, {remedy}"
+    elif short is not None:
+        streams = found.streamed is not None
+        changes, why = host_candidates(config, streams), short
+        otherwise = (
+            f"Lower lowrank.rank, take a smaller model, or set {STREAM}=none to keep the blocks on a larger device"
+            if streams
+            else f"Lower train.grad_accumulation, or set {CHECKPOINTING}=true to keep the blocks' inputs on the device"
         )
-    if found.streamed is None or (device.type == "cuda" and not torch.cuda.is_available()):
+    else:
         return
-    here = machine.available(torch.device("cpu"))
-    needed = found.host_total + (found.total if device.type == "cpu" else machine.resident_set())
-    if here is not None and needed > here:
-        raise DoesNotFitError(
-            f"the plan needs {plan.human(needed)} of this machine's memory for streamed blocks"
-            f"{' and the device they are streamed to' if device.type == 'cpu' else ''}, and {plan.human(here)} are "
-            f"free. Lower lowrank.rank, take a smaller model, or set {STREAM}=none"
-        )
-
-
-def _refusal(
-    config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, processes: int
-) -> str:
-    assert limit.budget is not None, "nothing is refused without a budget"
     print("looking for what would fit …", file=sys.stderr, flush=True)
-    options = proposals(config, vocabulary, device.type, limit.budget, processes)
-    lines = [f"  {describe(changes)}  → {plan.human(total)}" for changes, total in options]
-    advice = (
-        "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"
-    )
-    return f"the plan needs {plan.human(found.total)}, and there are {limit}. {advice}"
+    options = proposals(changes, config, vocabulary, device, limit, processes)
+    raise DoesNotFitError(f"{why}. {advice(options) if options else otherwise}")
 
 
 def recheck(

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import Config
 from ..data.order import SampleOrder
-from ..evaluation.loss import evaluate
+from ..evaluation.loss import Losses, evaluate
 from ..memory.plan import Plan
 from ..models.loss import Loss, target_tokens
 from ..parallel import ALONE, Team
@@ -18,15 +18,20 @@ from .parts import Data, Evaluating, Faults, Saving, Stepping
 
 
 def of_data(
-    config: Config, data: BuiltData, examples: classification.LabelledData | None, loss: Loss, team: Team
+    config: Config,
+    data: BuiltData,
+    examples: classification.LabelledData | None,
+    loss: Loss,
+    team: Team,
+    losses: Losses,
 ) -> Data:
-    """What is trained on and held out."""
+    """What is trained on and held out. ``losses``: how the held-out batches go through the model."""
     order_for = cache(partial(_sample_order, len(data.train), config.run.seed))
     if examples is not None:
         return classification.loop_data(config, examples, order_for)
     # A pass that gathers weights must be the same in all processes, so there each evaluates all of the data.
     team = ALONE if config.parallel == "shard" else team
-    looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team)
+    looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team, losses=losses)
     return Data(data.train, data.valid, order_for, target_tokens, looking)
 
 

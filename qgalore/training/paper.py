@@ -171,6 +171,7 @@ def plan_for(
         layer_major=train.order != "batch_major",
         slots=config.memory.slots if config.memory.streams else 0,
         state_streamed=config.memory.stream == "all",
+        clips=train.clip_grad_norm > 0,
     )
     outside = {"CUDA context (assumed)": plan.CUDA_CONTEXT}
     if device == "cpu":

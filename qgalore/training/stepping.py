@@ -21,6 +21,7 @@ from ..steps import walk
 from ..steps.activations import Activations
 from ..steps.blocks import Layout, NotWalkableError
 from ..steps.reducing import Steps
+from ..steps.streaming.stream import Stream
 from ..steps.turns import AlwaysThere, Turns
 from .parts import Batch, Stepping
 
@@ -100,6 +101,10 @@ class LayerMajor:
     turns: Turns = field(default_factory=AlwaysThere)
     may_leave_traces = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.turns, Stream):
+            self.turns.waits = self.how.clip_grad_norm > 0
+
     def take(
         self, step: int, numbers: Sequence[int], batches: Sequence[Batch], share: Share, look: Look
     ) -> tuple[float, float]:
@@ -115,7 +120,8 @@ class LayerMajor:
             return True
 
         try:
-            with Steps(self.optimizer, self.layout, keep=clips) as steps:
+            streamed = isinstance(self.turns, Stream)
+            with Steps(self.optimizer, self.layout, keep=clips, at_once=streamed) as steps:
                 walk.walk(
                     self.layout,
                     [partial(share, batch) for batch in batches],
@@ -132,10 +138,24 @@ class LayerMajor:
             ) from reason
         if clips:
             norm = self.optimizer.clip(self.model.parameters(), self.how.clip_grad_norm)
-            self.optimizer.step()
+            self._step_kept()
             return loss[0], norm
         self.optimizer.close()
         return loss[0], self.optimizer.grad_norm
+
+    def _step_kept(self) -> None:
+        """Step by the gradients that were kept for the norm of all; streamed blocks come to the device for it again."""
+        optimizer = self.optimizer
+        pending = {tensor.name: tensor for tensor in optimizer.pending()}
+
+        def step_block(number: int) -> None:
+            own = (tensor.name for tensor in optimizer.tensors_of(self.layout.blocks[number]))
+            optimizer.move([pending.pop(name) for name in own if name in pending])
+
+        if isinstance(self.turns, Stream):
+            self.turns.visit(step_block, stepped=True)
+        optimizer.move(pending.values())
+        optimizer.close()
 
     def left_traces(self) -> bool:
         """Blocks above the one with the bad gradient have stepped, or have bases that are new."""

@@ -4,14 +4,17 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..evaluation.loss import Losses, one_by_one
 from ..lowrank.optimizer import LowRankOptimizer
 from ..memory.plan import human
 from ..memory.streamed import blocks_to_stream, check_blocks
 from ..models import streaming
 from ..steps.blocks import Layout
+from ..steps.streaming.evaluating import losses
 from ..steps.streaming.records import fields_of_block, used_elsewhere
 from ..steps.streaming.stream import Stream
 from .say import say
+from .stepping import LayerMajor, Order
 
 
 class Placing:
@@ -53,3 +56,11 @@ class Placing:
         )
         if stream.device.type == "cuda":
             say("stream", stream.lock())
+
+    def losses(self, order: Order) -> Losses:
+        """How held-out batches go through the model: several for each fetch of a block, if it is streamed."""
+        stream = self.stream
+        if stream is None or not isinstance(order, LayerMajor):
+            return one_by_one
+        micro_batches = self.config.train.grad_accumulation // order.optimizer.team.size
+        return lambda runs: losses(order.layout, runs, order.kept, stream, micro_batches)

@@ -1,6 +1,7 @@
 """A walk over streamed blocks takes the steps of one whose blocks stay on the device, bit for bit."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import qgalore
 from qgalore.errors import ConfigError
 from qgalore.models.loss import summed_loss
 from qgalore.steps import api
+from qgalore.steps.activations import Activations, OnDevice
 from qgalore.steps.streaming.copies import ThreadCopies
+from qgalore.steps.streaming.evaluating import losses
 from qgalore.steps.streaming.stream import Stream
 from qgalore.steps.trial import try_walk
 
@@ -111,6 +114,39 @@ def test_streamed_steps_are_those_of_resident_blocks(steps, rule, count, slots, 
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
+
+
+KINDS = [
+    ("galore", {}),
+    ("galore", {"inner": "adamw"}),
+    ("galore", {"inner": "adamw4bit", "dtype": torch.float32}),
+    ("galore", {"compute": "int8"}),
+    ("fira", {}),
+    ("apollo", {}),
+    ("muon", {}),
+    ("muon", {"momentum": "8bit"}),
+    ("sinkgd", {}),
+    ("scale", {}),
+]
+SCHEDULES = 20  # of each kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "options"), KINDS)
+def test_the_delays_of_copies_do_not_show(rule, options):
+    wanted = {}
+    for count in (1, 4):
+        model, build = make(rule=rule, **options)
+        optimizer = build()
+        wanted[count] = train(model, optimizer, count, steps=GAP + 1), everything(model, optimizer)
+    for seed in range(SCHEDULES):
+        dice = random.Random(seed)
+        count, slots, state = dice.choice((1, 4)), dice.choice((2, 3)), dice.choice((True, False))
+        model, optimizer, stream = streamed(slots, state, seed, rule=rule, **options)
+        taken = train(model, optimizer, count, stream, GAP + 1)
+        assert taken == wanted[count][0], f"seed {seed}"
+        found = everything(model, optimizer)
+        assert all(torch.equal(found[name], value) for name, value in wanted[count][1].items()), f"seed {seed}"
 
 
 def bases_of(record) -> int:
@@ -216,6 +252,57 @@ def test_evaluation_and_generation_fetch_the_blocks():
     prompt = torch.tensor([[5, 6, 7]])
     wanted = resident.generate(prompt, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), wanted)
+
+
+class Counting(OnDevice):
+    """Notes the most bytes that it ever held."""
+
+    most = 0
+
+    def put(self, block, number, tensor):
+        super().put(block, number, tensor)
+        self.most = max(self.most, sum(value.nbytes for value in self._kept.values()))
+
+
+def held_out(model, count: int) -> list:
+    return [partial(summed_loss, model, batch(number)) for number in range(count)]
+
+
+def looked_at(where: str, count: int, change=lambda runs: None):
+    """Losses of streamed blocks, how often each was fetched for them, and what was kept; and those of resident ones."""
+    resident, _ = make()
+    model, _, stream = streamed(2, True)
+    layout = try_walk(model, batch(0), summed_loss).layout
+    kept, wanted, runs = Activations(where=where), held_out(resident.eval(), count), held_out(model.eval(), count)
+    if where == "device":
+        kept.inputs = Counting()
+    change(wanted)
+    change(runs)
+    before = stream.copied["in"]
+    found = list(losses(layout, iter(runs), kept, stream, micro_batches=2))
+    fetches = (stream.copied["in"] - before) / sum(record.size(("weights",)) for record in stream.records)
+    assert stream.copied["out"] == 0
+    with torch.no_grad():
+        assert torch.equal(torch.stack(found), torch.stack([run() for run in wanted]))
+    return fetches, kept
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_held_out_batches_share_the_fetches_of_a_block(where):
+    """Two micro-batches of a step keep six hidden states behind three blocks, and arguments. Five have that room here:
+    so seven come in two groups, and a block is fetched twice."""
+    fetches, kept = looked_at(where, 7)
+    assert fetches == 2
+    hidden = 2 * 16 * SHAPE["hidden_size"] * 2
+    if where == "device":
+        assert kept.inputs.most == 5 * hidden
+
+
+def test_a_batch_that_goes_another_way_is_taken_alone_and_a_line_says_so(capsys):
+    """Here one that calls no blocks at all."""
+    fetches, _ = looked_at("device", 7, lambda runs: runs.insert(6, lambda: torch.ones(())))
+    assert fetches == 1 + 2, "a group of five, then one by one"
+    assert "taken one by one through streamed blocks: only 0 of 3 blocks are called" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "opt", "llama tied", "llama of one block", "bert classifier"])

@@ -6,7 +6,7 @@ next block in the direction of the walk is fetched meanwhile, and what a step ha
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +24,8 @@ class Stream:
 
     It takes the blocks' parameters and buffers at once (``filled`` False: as unset memory, zeros), and the optimizer's
     state with :meth:`adopt`. It is a :class:`Turns` for a walk. Outside of a walk a block is fetched when it is called,
-    one ahead, and nothing is written back. ``copied``: bytes so far, each way.
+    one ahead, and nothing is written back. ``copied``: bytes so far, each way. ``waits``: whether a walk's blocks keep
+    their gradients and step only in a :meth:`visit` after it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Stream:
             raise ValueError(f"{slots} slots are too few: while one block computes, another one travels")
         self.blocks, self.device, self.count = list(blocks), device, slots
         self.copied = {"in": 0, "out": 0}
+        self.waits = False
         self._copies = copies or copies_for(device)
         self._made: Slots | None = None
         self._locked: Locked | None = None
@@ -98,11 +100,15 @@ class Stream:
         """A walk begins. Records may have been written since the last one, so nothing in the slots counts."""
         self._slots.clear()
         self._walking = True
-        self._fetch(0, backward=False)
+        self._fetch(0, whole=False)
 
     def enter(self, block: int, backward: bool) -> None:
         """Put ``block`` on the device, and begin to fetch the next one of the direction. Raises :class:`CopyError`."""
-        slot = self._fetch(block, backward)
+        self._enter(block, backward, block - 1 if backward else block + 1)
+
+    def _enter(self, block: int, whole: bool, ahead: int) -> None:
+        """:meth:`enter` with the ``whole`` record or its weights alone, and the block ``ahead`` alike."""
+        slot = self._fetch(block, whole)
         for moment in slot.arrivals:
             self._copies.hold(moment)
         slot.arrivals, self._current, self._versions = [], block, {}
@@ -110,21 +116,24 @@ class Stream:
             if entry.group in slot.groups:
                 tensor.data = entry.view(slot.memory)
                 self._versions[entry.name] = tensor._version
-        ahead = block - 1 if backward else block + 1
         if 0 <= ahead < len(self.blocks):
-            self._fetch(ahead, backward)
+            self._fetch(ahead, whole)
 
     def leave(self, block: int, stepped: bool) -> None:
         """Take ``block`` off the device. If it has ``stepped``, its record is written anew while others work."""
+        self._leave(block, stepped, moved=not self.waits)
+        if self._walking and not stepped and block == len(self.blocks) - 1:
+            self._fetch(block, whole=True)  # what it lacks comes while the loss is computed
+
+    def _leave(self, block: int, stepped: bool, moved: bool) -> None:
+        """:meth:`leave`, where what has ``stepped`` may not have ``moved`` yet: then only new bases are written."""
         slot = self._slot_of(block)
         changed = self._take_off(block, slot, stepped)
         slot.free = [self._copies.reached()]
         if self._walking:
             self._check_idle(block, slot)
-        if stepped:
+        if stepped and (changed or moved):
             slot.free = self._copy("out", block, GROUPS if changed else CHANGED, slot)
-        elif self._walking and block == len(self.blocks) - 1:
-            self._fetch(block, backward=True)  # what it lacks comes while the loss is computed
 
     def end(self, whole: bool) -> None:
         """Wait until all records are written. After an error (not ``whole``) the block of the broken turn keeps the
@@ -136,6 +145,20 @@ class Stream:
         self._slots.clear()
         if error is not None and whole:
             raise error
+
+    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
+        """Call ``act`` with the number of each block, from the first to the last, while it is on the device: all of it,
+        which is written back, if it ``stepped`` there; else its weights alone. Raises :class:`CopyError`."""
+        self._slots.clear()
+        self._walking, whole = True, False
+        try:
+            for block in range(len(self.blocks)):
+                self._enter(block, stepped, block + 1)
+                act(block)
+                self._leave(block, stepped, moved=True)
+            whole = True
+        finally:
+            self.end(whole)
 
     # The calls of blocks outside of a walk.
 
@@ -169,10 +192,10 @@ class Stream:
         assert slot is not None, f"block {block} has a turn without a slot"
         return slot
 
-    def _fetch(self, block: int, backward: bool) -> Slot:
-        """The slot where ``block`` is, or is coming to, with all that the direction needs."""
+    def _fetch(self, block: int, whole: bool) -> Slot:
+        """The slot where ``block`` is, or is coming to: the ``whole`` record, or its weights alone."""
         slot = self._slots.of(block) or self._slots.give(block, self._current)
-        missing = [group for group in (GROUPS if backward else ("weights",)) if group not in slot.groups]
+        missing = [group for group in (GROUPS if whole else ("weights",)) if group not in slot.groups]
         if missing:
             self._collect(block)
             slot.arrivals += self._copy("in", block, missing, slot)
