@@ -110,6 +110,11 @@ class ModelSection(Section):
         "bf16",
         "How low-rank layers multiply. With `bf16` they do so in model.dtype, and with `int8` integers by integers.",
     )
+    attention: Literal["auto", "flex", "sdpa", "eager"] = key(
+        "auto", "How tokens attend. With `auto`, every document packed into a row gets a call of PyTorch's fused "
+        "attention. Where the model does not allow that, a mask keeps documents apart, as `sdpa` and `eager` do, and a "
+        "line says so. `flex` is flex attention, for a GPU.",
+    )  # fmt: skip
     compile: Literal["none", "blocks"] = key(
         "none", "With `blocks`, torch.compile makes each transformer block faster."
     )
