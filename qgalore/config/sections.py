@@ -87,6 +87,10 @@ class RunSection(Section):
     )  # fmt: skip
     dir: str = key("runs", "The folder that holds the folders of runs.", min_length=1)
     seed: int = key(0, "Seeds fresh weights, the order of the data and every random rounding.", ge=0, lt=2**63)
+    deterministic: bool = key(
+        False, "Whether a GPU may only use kernels that give the same bits every time, which are slower. The run is "
+        "refused where one is missing. On a CPU a run gives the same bits anyway.",
+    )  # fmt: skip
 
 
 class ModelSection(Section):
