@@ -17,14 +17,13 @@ from ..models.loss import Loss, chunked_loss
 from . import remarks
 from .model import Vocabulary, rule_of
 from .paper import on_paper, plan_for, shares_of
-from .proposals import PROPOSALS, candidates, changed, describe
+from .proposals import PROPOSALS, STREAM, candidates, changed, describe
 from .say import say
 
 # Chosen, not measured. Peaks are planned within 5 % where they were measured (small shapes, on a CPU). A GPU's
 # allocator also loses what lies in gaps that it cannot use, and how much that is nobody has measured.
 MARGIN = 1.2
 CHECKPOINTING = "train.activation_checkpointing"
-STREAM = "memory.stream"
 
 
 def decide(
@@ -113,17 +112,20 @@ def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, block
 
 
 def proposals(
-    config: Config, vocabulary: Vocabulary, device: str, budget: int, processes: int = 1
+    config: Config, vocabulary: Vocabulary, device: str, limit: "Limit", processes: int = 1
 ) -> list[tuple[dict[str, Any], int]]:
-    """Up to three changes that make ``config`` fit into ``budget``, the least harmful first, with their totals."""
-    found = []
-    for changes in candidates(config, device):
+    """Up to three changes that make ``config`` fit into ``limit``, the least harmful first, with their totals."""
+    found, budget = [], limit.budget
+    assert budget is not None, "nothing is refused without a budget"
+    for changes in candidates(config, device, processes):
         quick = changed(config, {**changes, "train.activation_checkpointing": True})
         model, optimizer = on_paper(quick, vocabulary, processes)
-        if sum(resident(model, optimizer.tensors).values()) > budget:
+        if quick.memory.stream == "none" and sum(resident(model, optimizer.tensors).values()) > budget:
             continue  # without a rehearsal
-        _, planned = decide(changed(config, changes), vocabulary, device, budget, processes=processes)
-        if planned.total <= budget:
+        chosen, planned = decide(changed(config, changes), vocabulary, device, budget, processes=processes)
+        if STREAM in changes and not chosen.memory.streams:
+            changes = {key: value for key, value in changes.items() if key != STREAM}  # it does nothing here
+        if planned.total <= budget and (limit.host is None or planned.host_total <= limit.host):
             found.append((changes, planned.total))
         if len(found) == PROPOSALS:
             break
@@ -217,9 +219,8 @@ def _check(
 def _refusal(
     config: Config, vocabulary: Vocabulary, device: torch.device, found: plan.Plan, limit: Limit, processes: int
 ) -> str:
-    assert limit.budget is not None, "nothing is refused without a budget"
     print("looking for what would fit …", file=sys.stderr, flush=True)
-    options = proposals(config, vocabulary, device.type, limit.budget, processes)
+    options = proposals(config, vocabulary, device.type, limit, processes)
     lines = [f"  {describe(changes)}  → {plan.human(total)}" for changes, total in options]
     advice = (
         "These changes would make it fit:\n" + "\n".join(lines) if lines else "Take a smaller model or lowrank.rank"

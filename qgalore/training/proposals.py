@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..config import METHODS, Config
+from ..config.incompatible import problems
 from ..lowrank.subspace.ranks import STEP
 
 PROPOSALS = 3
+STREAM = "memory.stream"
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -17,7 +19,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     return config
 
 
-def candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
+def candidates(config: Config, device: str, processes: int = 1) -> Iterator[dict[str, Any]]:
     """Changes that save memory, the least harmful first; then several of them together."""
     train, low, data = config.train, config.lowrank, config.data
     free: dict[str, Any] = {}
@@ -26,6 +28,8 @@ def candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
     if train.activation_checkpointing not in (smallest, "offload", "auto"):
         free["train.activation_checkpointing"] = smallest
     singles = [free.copy()] if free else []
+    if device == "cuda" and processes == 1 and _can_be_streamed(changed(config, free)):
+        singles.append(free | {STREAM: "auto"})  # the same bits, from the host's memory
     if METHODS[config.method][0] and low.embeddings == "full" and not split:
         singles.append({"lowrank.embeddings": "int8"})
     if train.micro_batch_size > 1:
@@ -50,6 +54,11 @@ def candidates(config: Config, device: str) -> Iterator[dict[str, Any]]:
         now = {"train.micro_batch_size": train.micro_batch_size, "data.sequence_length": data.sequence_length}
         together = together | {k: v for k, v in smaller.items() if v != now.get(k, first)}
         yield together
+
+
+def _can_be_streamed(config: Config) -> bool:
+    """Whether nothing but the model may forbid blocks in host memory, which the configuration does not ask for."""
+    return config.memory.stream == "none" and not problems(changed(config, {STREAM: "weights"}))
 
 
 def _uniform_rank(config: Config) -> tuple[str, int]:
