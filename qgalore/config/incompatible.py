@@ -72,7 +72,9 @@ def _compiled_ranks(config: Config) -> Iterable[str]:
         yield "model.compile: blocks would make a graph for each rank; use a number for lowrank.rank"
 
 
-def _compiled_flex(config: Config) -> Iterable[str]:
+def _flex(config: Config) -> Iterable[str]:
+    if config.model.attention == "flex" and config.data.task == "classify":
+        yield "model.attention: flex is for documents packed into rows, and data.task: classify has none; use auto"
     if config.model.compile == "blocks" and config.model.attention == "flex":
         yield "model.attention: flex would have compiled blocks compiled anew for every row; use sdpa, or compile: none"
 
@@ -222,7 +224,9 @@ TABLE = (
         ("model.compile", "lowrank.rank"), "Compiled blocks do not go with `lowrank.rank: auto`.", _compiled_ranks
     ),
     Conflict(
-        ("model.attention", "model.compile"), "Compiled blocks do not go with `model.attention: flex`.", _compiled_flex
+        ("model.attention", "model.compile", "data.task"),
+        "Neither compiled blocks nor `data.task: classify` go with `model.attention: flex`.",
+        _flex,
     ),
     Conflict(
         ("model.compute", "lowrank.group_size"),

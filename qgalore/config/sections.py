@@ -89,7 +89,7 @@ class RunSection(Section):
     seed: int = key(0, "Seeds fresh weights, the order of the data and every random rounding.", ge=0, lt=2**63)
     deterministic: bool = key(
         False, "Whether a GPU may only use kernels that give the same bits every time, which are slower. The run is "
-        "refused where one is missing. On a CPU a run gives the same bits anyway.",
+        "refused where one is missing. On a CPU, the same number of threads gives the same bits anyway.",
     )  # fmt: skip
 
 

@@ -31,21 +31,20 @@ class Trial:
         return f"the model is walked through the {len(self.layout)} blocks of {self.layout.name}"
 
 
-def try_walk(model: nn.Module, batch: Any, loss: Loss) -> Trial:
+def try_walk(model: nn.Module, batch: Any, loss: Loss, *, stance: str = "force_eager") -> Trial:
     """Find ``model``'s blocks and walk forward through them once with ``batch``, as ``loss(model, batch)`` uses it.
 
     No gradient is left, no random number drawn and no int8 product chosen, as far as others can tell. The model is
     tried in the mode it is in: put it into training mode first. On the meta device, where a plan is made, losses cannot
-    be compared.
+    be compared. ``stance``: of the compiler; by default compiled blocks run as written, for no step would use a graph
+    of the trial.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
     def run() -> Tensor:
         return loss(model, batch)
 
-    # Compiled blocks run as written: a graph of the trial would serve no step.
-    as_written = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices=devices), none_tried(model), as_written:
+    with torch.random.fork_rng(devices=devices), none_tried(model), torch.compiler.set_stance(stance):
         layout = _find(model, run)
         if layout is None:
             return Trial(None, "it has no list of blocks that are called once each, in their order")

@@ -129,24 +129,22 @@ def checkpoint_to_resume(
     return found, saved
 
 
-def attend_as_before(config: Config, saved: dict[str, Any] | None) -> Config:
+def _attend_as_before(config: Config, saved: dict[str, Any]) -> Config:
     """``config`` with the attention of the run that goes on, if it leaves that to us: another one would round
     otherwise. Runs made before ``model.attention`` was a key kept documents apart by a mask."""
-    before = (saved or {}).get("config")
-    model = before.get("model") if isinstance(before, dict) else None
-    if config.model.attention != "auto" or not isinstance(model, dict):
-        return config
-    attention = model.get("attention", "sdpa")
-    if attention not in ("sdpa", "eager", "flex"):
+    attention = saved["config"]["model"].get("attention", "sdpa")
+    if config.model.attention != "auto" or attention not in ("sdpa", "eager", "flex"):
         return config
     say("resume", f"model.attention={attention}, as the run has it; a new run may have auto")
     return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
 
 
-def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> None:
+def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> Config:
+    """``config`` as the run of a checkpoint goes on with it. Raises :class:`ConfigError` if it is not that run's."""
     before = saved.get("config", {})
     if not all(isinstance(before.get(section), dict) for section in ("run", "model", "data", "train", "lowrank")):
         raise ConfigError(f"{source} cannot be used: its state.json does not say what configuration it was made with")
+    config = _attend_as_before(config, saved)
     different = configuration.differences(before, config)
     if different:
         listing = "\n".join(f"  {line}" for line in different)
@@ -154,6 +152,7 @@ def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> None:
             f"{source} was made with another configuration:\n{listing}\n"
             f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
         )
+    return config
 
 
 def _position(source: Path, saved: dict[str, Any]) -> Position:

@@ -33,7 +33,9 @@ def try_layer_major(
     size = min(config.train.micro_batch_size, len(samples))
     batch = {name: value.to(device) for name, value in samples.batch(range(size)).items()}
     was_training = model.training
-    trial = try_walk(model.train(), batch, loss)
+    # Flex attention that is not compiled would hold the scores of whole rows.
+    stance = "default" if config.model.attention == "flex" else "force_eager"
+    trial = try_walk(model.train(), batch, loss, stance=stance)
     model.train(was_training)
     refusing = team.lowest("the trial of a walk", trial.layout is None)
     if refusing is not None:

@@ -86,6 +86,8 @@ def test_what_cannot_be_is_refused():
         resolved("model.attention=flex", device="cpu")
     with pytest.raises(ConfigError, match=r"model\.attention: flex would have compiled blocks compiled anew"):
         resolved("model.attention=flex", "model.compile=blocks")
+    with pytest.raises(ConfigError, match=r"model\.attention: flex is for documents packed into rows"):
+        resolved("model.attention=flex", "data.task=classify", "data.valid=x", "data.tokenizer=y")
 
 
 SHORT = ("train.max_steps=4", "train.save_every=2", "export.formats=[]", "sample.max_new_tokens=0")
