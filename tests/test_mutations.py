@@ -65,6 +65,11 @@ MUTATIONS = {
         "(SECOND_MOMENTS, (left, right))):\n        for name in names:",
         (METHOD,),
     ),
+    "the documents of the first row in every row": Mutation(
+        "for row, lengths in enumerate(attention_mask.lengths):",
+        "for row, lengths in enumerate(attention_mask.lengths[:1] * rows):",
+        ("tests/models/test_attention.py::test_losses_and_gradients_are_those_of_a_mask",),
+    ),
     "the loss as a mean of the micro-batches' means": Mutation(
         "return self.loss(self.model, batch) / max(tokens, 1)",
         "return self.loss(self.model, batch) / max(self.data.targets(batch) * self.stepping.grad_accumulation, 1)",

@@ -34,9 +34,10 @@ def run(options: argparse.Namespace) -> None:
     from .. import config
     from ..parallel import job
     from ..training import assemble
+    from ..training.determinism import deterministic
 
     settings = config.load(options.config, options.overrides)
-    with job(settings.device) as team:
+    with deterministic(settings.run.deterministic), job(settings.device) as team:
         with team.together("the end of training"):
             made = assemble.build(settings, options.resume, team)
             result = made.loop.run()

@@ -72,6 +72,11 @@ def _compiled_ranks(config: Config) -> Iterable[str]:
         yield "model.compile: blocks would make a graph for each rank; use a number for lowrank.rank"
 
 
+def _compiled_flex(config: Config) -> Iterable[str]:
+    if config.model.compile == "blocks" and config.model.attention == "flex":
+        yield "model.attention: flex would have compiled blocks compiled anew for every row; use sdpa, or compile: none"
+
+
 def _fused_clipping(config: Config) -> Iterable[str]:
     if _batch_major(config) and config.train.stepping == "fused" and config.train.clip_grad_norm > 0:
         yield "train.stepping: fused cannot clip the global norm; use deferred, or clip_grad_norm: 0"
@@ -215,6 +220,9 @@ TABLE = (
     ),
     Conflict(
         ("model.compile", "lowrank.rank"), "Compiled blocks do not go with `lowrank.rank: auto`.", _compiled_ranks
+    ),
+    Conflict(
+        ("model.attention", "model.compile"), "Compiled blocks do not go with `model.attention: flex`.", _compiled_flex
     ),
     Conflict(
         ("model.compute", "lowrank.group_size"),

@@ -49,9 +49,11 @@ _NAMES = {
     "model.overrides": "config_overrides model_args",
     "model.dtype": "bf16 fp16 tf32 torch_dtype precision mixed_precision pure_bf16",
     "model.compile": "torch_compile compile_model",
+    "model.attention": "attn_implementation attn_impl flash_attention flash_attn sdp_attention",
     "run.dir": "output_dir logging_dir save_dir out_dir checkpoint_dir results_dir",
     "run.name": "run_name experiment_name wandb_run_name exp_name project_name",
     "run.seed": "random_seed data_seed manual_seed",
+    "run.deterministic": "full_determinism use_deterministic_algorithms",
     "device": "device_map no_cuda use_cpu accelerator",
     "parallel": "fsdp deepspeed fsdp_config strategy",
     "method": "adapter finetuning_type peft peft_type algorithm use_galore use_lora galore",
@@ -96,8 +98,6 @@ _NONE = {
     "dataloader_num_workers": "tokens are read from a cache, which needs no workers",
     "num_workers": "tokens are read from a cache, which needs no workers",
     "chat_template": "conversations are written with the tokenizer's own template",
-    "flash_attention": "PyTorch's fused attention is used",
-    "attn_implementation": "say it as model.overrides.attn_implementation when training from scratch",
 }
 
 

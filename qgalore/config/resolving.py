@@ -42,6 +42,10 @@ def batch_major(config: Config, why: str, processes: int = 1) -> Config:
 def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Config:
     """Fill in what ``method``, ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) and the number of
     processes decide. Raises :class:`ConfigError` for micro-batches that these cannot share."""
+    if config.model.attention == "flex" and device == "cpu":
+        raise ConfigError(
+            "model.attention is flex, which has no backward pass on a CPU; set model.attention=auto, or train on a GPU"
+        )
     _, weight_format, basis_format, optimizer = METHODS[config.method]
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank
@@ -181,6 +185,9 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     # Runs made while lowrank.similarity was a key have saved it as null, which meant nothing.
     if isinstance(low := saved.get("lowrank"), dict) and low.get("similarity", ...) is None:
         saved = {**saved, "lowrank": {key: value for key, value in low.items() if key != "similarity"}}
+    # Runs made before model.attention was a key kept documents apart by a mask.
+    if isinstance(model := saved.get("model"), dict):
+        saved = {**saved, "model": {"attention": "sdpa", **model}}
     with suppress(ValidationError):  # a key that is younger than the run has its default
         saved = Config.model_validate(saved).model_dump(mode="json")
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))

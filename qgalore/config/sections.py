@@ -87,6 +87,10 @@ class RunSection(Section):
     )  # fmt: skip
     dir: str = key("runs", "The folder that holds the folders of runs.", min_length=1)
     seed: int = key(0, "Seeds fresh weights, the order of the data and every random rounding.", ge=0, lt=2**63)
+    deterministic: bool = key(
+        False, "Whether a GPU may only use kernels that give the same bits every time, which are slower. The run is "
+        "refused where one is missing. On a CPU a run gives the same bits anyway.",
+    )  # fmt: skip
 
 
 class ModelSection(Section):
@@ -110,6 +114,11 @@ class ModelSection(Section):
         "bf16",
         "How low-rank layers multiply. With `bf16` they do so in model.dtype, and with `int8` integers by integers.",
     )
+    attention: Literal["auto", "flex", "sdpa", "eager"] = key(
+        "auto", "How tokens attend. With `auto`, every document packed into a row gets a call of PyTorch's fused "
+        "attention. Where the model does not allow that, a mask keeps documents apart, as `sdpa` and `eager` do, and a "
+        "line says so. `flex` is flex attention, for a GPU.",
+    )  # fmt: skip
     compile: Literal["none", "blocks"] = key(
         "none", "With `blocks`, torch.compile makes each transformer block faster."
     )

@@ -1,12 +1,14 @@
 """Fixed-length training rows cut from a flat stream of tokens."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from qgalore.errors import ConfigError
+
+from .documents import Documents
 
 IGNORED = -100  # the label that torch's cross entropy and transformers leave out
 
@@ -35,6 +37,7 @@ class PackedSequences:
         ``position_ids``, no ``attention_mask`` and ``use_cache=False``: a cache, the default of most configurations,
         switches this off without a word.
         ``"joined"``: positions run through the row and every token may see all before it.
+    with_documents: isolated batches also hold ``documents``, for an attention that asks for them.
 
     Raises ConfigError for data shorter than one window, a ``sequence_length`` below 1, another ``document_attention``.
     """
@@ -45,6 +48,7 @@ class PackedSequences:
         *,
         sequence_length: int,
         document_attention: Literal["isolated", "joined"] = "isolated",
+        with_documents: bool = False,
     ):
         if sequence_length < 1:
             raise ConfigError(f"sequence_length is {sequence_length}; it must be at least 1.")
@@ -66,6 +70,7 @@ class PackedSequences:
             )
         self.sequence_length = sequence_length
         self.document_attention = document_attention
+        self.with_documents = with_documents and document_attention == "isolated"
         self.dropped_tokens = total - (self._n_samples * sequence_length + seen_after)
         self._tokens = tokens.tokens
         self._offsets = np.asarray(tokens.offsets)
@@ -73,8 +78,10 @@ class PackedSequences:
     def __len__(self) -> int:
         return self._n_samples
 
-    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The samples at ``indices``: ``input_ids``, ``labels``, ``position_ids``, each int64 (len(indices), L) on CPU.
+
+        ``documents`` beside them, where they were asked for, is a :class:`Documents`.
 
         ``labels[b, t]`` is the target of ``input_ids[b, t]`` (already shifted: transformers' own ``labels`` argument
         would shift it again), or -100. In isolated mode a row of one-token documents has no other label, so a mean
@@ -96,4 +103,5 @@ class PackedSequences:
             labels[~self._answers[where[:, 1:]]] = IGNORED
             labels[:, -1] = IGNORED  # what follows a row is another conversation
         arrays = {"input_ids": window[:, :-1].copy(), "labels": labels, "position_ids": positions}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {**batch, "documents": Documents.of(positions)} if self.with_documents else batch

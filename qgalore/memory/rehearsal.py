@@ -8,10 +8,12 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..data.documents import Documents
 from ..errors import ConfigError
 from ..lowrank.hooks import HOOKS
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
+from ..models.attention import implementation, takes_documents
 from ..replacing import replaced
 from ..steps import activations
 from ..steps.activations import Activations, Key, Store
@@ -201,13 +203,23 @@ def ids(step: Step) -> Batch:
 
 
 def mask(model: nn.Module, step: Step) -> Batch:
-    """The attention mask, which is given so that transformers looks at no values."""
+    """The attention mask, or what stands in its place, which is given so that transformers looks at no values."""
+    if takes_documents(model):
+        return {"documents": documents(step)}
     if _reads_flat_mask(model):
         shape = (step.micro_batch_size, step.sequence_length)
         return {"attention_mask": torch.ones(shape, dtype=torch.int64, device="meta")}
     square = (step.micro_batch_size, 1, step.sequence_length, step.sequence_length)
-    made = torch.zeros(square if step.masked else (), dtype=torch.bool, device="meta")
+    dtype = model.dtype if implementation(model) == "eager" else torch.bool
+    made = torch.zeros(square if step.masked else (), dtype=dtype, device="meta")
     return {"attention_mask": made.expand(square)}
+
+
+def documents(step: Step) -> Any:
+    """What a row holds: one document, or two of which one is as long as can be, for a call that drops attention keeps
+    the square of its document's length."""
+    length = step.sequence_length
+    return Documents([(length - 1, 1) if step.masked else (length,)] * step.micro_batch_size)
 
 
 def _reads_flat_mask(model: nn.Module) -> bool:

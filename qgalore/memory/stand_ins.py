@@ -6,11 +6,13 @@ That is kernels which do not run there (attention, 8-bit moments), random genera
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.integrations import flex_attention
 
 from ..lowrank.subspace import moments
 from ..lowrank.subspace.schedule import Schedule
@@ -18,18 +20,21 @@ from ..replacing import replaced
 
 
 class _Attention(torch.autograd.Function):
-    """The footprint of a fused attention kernel: it keeps its inputs, its output and a row statistic in fp32."""
+    """The footprint of a fused attention kernel: it keeps its inputs, its output and a row statistic in fp32. A mask it
+    keeps in the dtype of the queries, in every layer anew."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
+    def forward(ctx, query, key, value, mask):
         output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        kept = () if mask is None else (mask.to(query.dtype),)
+        statistic = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, statistic, *kept)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class _Grouped(torch.autograd.Function):
@@ -129,6 +134,17 @@ def _generator(device: Any = "cpu") -> torch.Generator:
 _real_generator = torch.Generator
 
 
+def mask_of(mask: Tensor | None) -> Tensor | None:
+    """``mask`` if it is one. A single value that is expanded says only that no values are to be looked at."""
+    return None if mask is None or not any(mask.stride()) else mask
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, Any]:
+    """As transformers calls flex attention: the output, and the row statistic. Its mask of blocks is small."""
+    statistic = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return nn.functional.scaled_dot_product_attention(query, key, value), SimpleNamespace(lse=statistic)
+
+
 @contextmanager
 def kernels(device: str) -> Iterator[None]:
     """Inside, code on the meta device runs as if on this kind of ``device``.
@@ -139,16 +155,17 @@ def kernels(device: str) -> Iterator[None]:
     functional = nn.functional
     attention_of_torch = functional.scaled_dot_product_attention
 
-    def attention(query, key, value, *mask, dropout_p=0.0, **options):
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, **options):
         if dropout_p > 0.0 and device == "cpu":
-            return attention_of_torch(query, key, value, *mask, dropout_p=dropout_p, **options)
-        return _Attention.apply(query, key, value)
+            return attention_of_torch(query, key, value, attn_mask, dropout_p=dropout_p, **options)
+        return _Attention.apply(query, key, value, mask_of(attn_mask))
 
     def grouped(rows, weight, **_):
         return _Grouped.apply(rows, weight)
 
     instead = (
         (functional, "scaled_dot_product_attention", attention),
+        (flex_attention, "compile_friendly_flex_attention", _flex),
         (functional, "grouped_mm", grouped),
         (moments, "read", _read_moment),
         (moments, "write", _write_moment),

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.documents import Documents
 from ..errors import ConfigError
 from ..lowrank.layers import head as chunked
 from ..lowrank.layers.experts import Experts
+from .attention import BY_DOCUMENT, implementation, takes_documents
 
 IGNORED = -100
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -31,7 +33,10 @@ def balance_weight(model: nn.Module) -> float:
 
 
 def _inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-    inputs = {**{name: value for name, value in batch.items() if name != "labels"}, "use_cache": False}
+    apart = ("labels", "documents")
+    inputs = {**{name: value for name, value in batch.items() if name not in apart}, "use_cache": False}
+    if "documents" in batch and takes_documents(model):
+        inputs["attention_mask"] = batch["documents"]
     if balance_weight(model):  # in training alone; and routers on the meta device choose nothing
         inputs["output_router_logits"] = model.training and not batch["input_ids"].is_meta
     return inputs
@@ -183,12 +188,14 @@ def check_isolation(model: nn.Module, sequence_length: int) -> None:
     half = torch.arange(length, device=device)
     rows = torch.stack((torch.cat((half, half)), torch.cat((half.flip(0), half))))
 
-    def difference(positions: Tensor) -> float:
-        logits = model(input_ids=rows, position_ids=positions.repeat(2, 1), use_cache=False).logits
+    def difference(positions: Tensor, lengths: tuple[int, ...]) -> float:
+        apart = {"attention_mask": Documents([lengths] * 2)} if implementation(model) == BY_DOCUMENT else {}
+        logits = model(input_ids=rows, position_ids=positions.repeat(2, 1), use_cache=False, **apart).logits
         return float((logits[0, length:].float() - logits[1, length:].float()).abs().max())
 
     try:
-        isolated, joined = difference(torch.cat((half, half))), difference(torch.arange(2 * length, device=device))
+        isolated = difference(torch.cat((half, half)), (length, length))
+        joined = difference(torch.arange(2 * length, device=device), (2 * length,))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"{type(model).__name__} fails in a trial forward pass: {error}") from error
     model.train(was_training)

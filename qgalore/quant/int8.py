@@ -44,9 +44,9 @@ def scale_for(absmax: Tensor, headroom: float = HEADROOM) -> Tensor:
     return (absmax * (headroom / QMAX)).clamp_(MIN_SCALE, MAX_SCALE).to(torch.bfloat16)
 
 
-def row_tiles(rows: int, width: int, elements: int = TILE_ELEMENTS) -> list[tuple[int, int]]:
-    """Row ranges (a, b) of about ``elements`` values."""
-    starts = range(0, rows, max(1, elements // width))
+def row_tiles(rows: int, width: int, elements: int | None = None) -> list[tuple[int, int]]:
+    """Row ranges (a, b) of about ``elements`` values, or of ``TILE_ELEMENTS``."""
+    starts = range(0, rows, max(1, (elements or TILE_ELEMENTS) // width))
     return list(zip(starts, (*starts[1:], rows), strict=False))
 
 

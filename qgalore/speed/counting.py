@@ -141,12 +141,14 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
 
     stand_in = nn.functional.scaled_dot_product_attention
 
-    def attention(query, key, value, *mask, **options):
-        work = 2.0 * query.numel() * key.shape[-2]  # two products, of which a causal mask leaves a half
+    def attention(query, key, value, attn_mask=None, **options):
+        # Two products, of which a causal call computes a half. With a mask a kernel computes all of them.
+        masked = attn_mask is not None and any(attn_mask.stride())
+        work = (4.0 if masked else 2.0) * query.numel() * key.shape[-2]
         meter.here.attention += work
         meter.later += _BACKWARD * work
         meter.here.launches += 1
-        return stand_in(query, key, value, *mask, **options)
+        return stand_in(query, key, value, attn_mask, **options)
 
     swaps: list[tuple[Any, str, Callable]] = [
         (dispatch, "dequantize", dequantize), (dispatch, "decode", decode), (dispatch, "merge", merge),

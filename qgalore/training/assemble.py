@@ -32,7 +32,16 @@ from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .paper import has_weights
 from .parts import Samples
-from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
+from .resume import (
+    attend_as_before,
+    check_same_bytes,
+    check_same_run,
+    checkpoint_to_resume,
+    describe,
+    ending,
+    enter,
+    restore,
+)
 from .run_lock import RunLock
 from .say import say
 from .streamed import Placing
@@ -155,6 +164,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     folder, lock = enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
     if source is not None:
+        config = attend_as_before(config, saved)
         check_same_run(source, saved, config)
     _announce(config, folder, device, team, remarks)
 

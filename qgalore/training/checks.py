@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..lowrank.inner.checked import make_factory
 from ..models import classify, loading
 from . import classification
+from .attending import attend_as
 from .export import check_formats
 from .model import Vocabulary, adapt_as, architecture, convert_as
 
@@ -97,6 +98,7 @@ def check_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> No
     if config.model.path is not None and config.data.task == "classify":
         classify.check_folder(loading.local_folder(config.model.path))
     convert_as(config, model)
+    attend_as(config, model)
     adapt_as(config, model)
     if config.data.task != "classify" and set(config.export.formats) - {"hf"}:
         stand_in = tokenizer or train_tokenizer(["a text that stands in"], vocab_size=SMALLEST_VOCABULARY)

@@ -178,7 +178,12 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
         held_out = read(data.valid, split=data.valid_split, max_tokens=limit)
     else:
         tokens, held_out = _held_out(config, tokens)
-    pack = partial(PackedSequences, sequence_length=data.sequence_length, document_attention=data.document_attention)
+    pack = partial(
+        PackedSequences,
+        sequence_length=data.sequence_length,
+        document_attention=data.document_attention,
+        with_documents=config.model.attention == "auto",
+    )
     packed, valid = (_packed(pack, part, key) for part, key in ((tokens, "train"), (held_out, "valid")))
     epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
     say(

@@ -25,6 +25,7 @@ from ..models.convert import ConversionReport, convert
 from ..models.loss import Loss, balance_weight, check_isolation, choose_loss, chunked_loss, uncalled_layers
 from ..models.recompute import checkpoint_blocks
 from ..parallel import ALONE, Team
+from .attending import attend_as
 from .say import say
 
 
@@ -181,6 +182,8 @@ def build_model(
     if config.data.task != "classify" and (row := loading.untie_padding(model)) is not None:
         say("note", f"the embedding row of the padding token, {row}, trains like any other here")
     report = convert_as(config, model)
+    if (line := attend_as(config, model)) is not None:
+        say("attention", line)
     if report is None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         tensors = counted(len(parameters), "tensor")

@@ -27,6 +27,7 @@ from ..parallel.paper import PaperTeam
 from ..steps.blocks import Layout
 from ..steps.turns import AlwaysThere
 from . import loop_settings as settings
+from .attending import attend_as
 from .model import (
     Vocabulary,
     adapt_as,
@@ -55,6 +56,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
     if vocabulary.labels is None:
         loading.untie_padding(model)
     convert_as(config, model)
+    attend_as(config, model)
     if config.model.compile == "blocks":
         blocks_to_compile(model)
     adapt_as(config, model)

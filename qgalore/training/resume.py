@@ -129,6 +129,20 @@ def checkpoint_to_resume(
     return found, saved
 
 
+def attend_as_before(config: Config, saved: dict[str, Any] | None) -> Config:
+    """``config`` with the attention of the run that goes on, if it leaves that to us: another one would round
+    otherwise. Runs made before ``model.attention`` was a key kept documents apart by a mask."""
+    before = (saved or {}).get("config")
+    model = before.get("model") if isinstance(before, dict) else None
+    if config.model.attention != "auto" or not isinstance(model, dict):
+        return config
+    attention = model.get("attention", "sdpa")
+    if attention not in ("sdpa", "eager", "flex"):
+        return config
+    say("resume", f"model.attention={attention}, as the run has it; a new run may have auto")
+    return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
+
+
 def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> None:
     before = saved.get("config", {})
     if not all(isinstance(before.get(section), dict) for section in ("run", "model", "data", "train", "lowrank")):

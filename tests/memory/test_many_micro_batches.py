@@ -7,7 +7,7 @@ import pytest
 from qgalore import config
 from qgalore.memory.meter import Meter
 from qgalore.memory.rehearsal import Step
-from qgalore.training import paper
+from qgalore.training import fit, paper, proposals
 from qgalore.training.model import Vocabulary
 from qgalore.training.proposals import changed
 
@@ -15,6 +15,8 @@ SMALL = (
     "model.config=llama_quickstart", "model.overrides={num_hidden_layers: 3, vocab_size: 512}",
     "data.sequence_length=64", "train.micro_batch_size=2", "lowrank.rank=32",
 )  # fmt: skip
+
+GRAPHS = "train.activation_checkpointing=false"
 
 
 def resolved(*overrides: str, device: str = "cuda"):
@@ -69,6 +71,35 @@ def test_inputs_on_the_host_leave_the_device_as_it_is(monkeypatch):
     small = 8 * 64 * 2 * 128 * 2  # tokens' positions and the like, which are not worth a copy
     assert many.total - eight.total < 56 * small
     assert many.host_total == pytest.approx(8 * eight.host_total, rel=0.01)
+
+
+@pytest.mark.parametrize(("layers", "budget"), [(3, "3.95GiB"), pytest.param(40, "15.5GiB", marks=pytest.mark.slow)])
+def test_the_13b_has_room_for_more_micro_batches(layers, budget):
+    """Whole gradients of a block in fp32 are no longer small beside it, so its blocks leave for the host's memory."""
+    for many, stream in ((1, "none"), (2, "weights"), (8, "weights")):
+        asked = (f"model.overrides.num_hidden_layers={layers}", f"memory.budget={budget}")
+        settings = config.load("llama13b_16gb.yaml", [f"train.grad_accumulation={many}", *asked])
+        limit = config.bytes_of(budget)
+        chosen, found = fit.decide(config.resolve(settings, "cuda", True), Vocabulary(32100, None, None), "cuda", limit)
+        assert chosen.memory.stream == stream
+        assert found.total <= limit
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "offered"),
+    [
+        (1, (GRAPHS,), True),
+        (2, (GRAPHS,), False),
+        (1, (GRAPHS, "train.clip_grad_norm=1"), False),
+        (1, ("memory.stream=all",), False),
+    ],
+)
+def test_streaming_is_proposed_where_it_can_be_done(processes, more, offered):
+    tried = proposals.candidates(resolved(*more), "cuda", processes)
+    streamed = [changes for changes in tried if "memory.stream" in changes]
+    assert bool(streamed) == offered
+    if offered:  # a graph would hold on to what is streamed
+        assert streamed[0] == {"train.activation_checkpointing": "offload", "memory.stream": "auto"}
 
 
 def test_a_micro_batch_that_stands_for_others_is_counted_as_often():

@@ -120,7 +120,6 @@ def test_a_mixture_takes_the_same_steps_in_two_processes(folder, options, order)
     for size, name in ((1, "one"), (2, "two")):
         assert codes(run_in(size, live, str(folder), [*mixture, *options, f"run.name={name}"])) == {0}
     one, two = (rows(folder / "runs" / name, "lr") for name in ("one", "two"))
-    assert any("without_gradient" in row for row in one)
     for a, b in zip(one, two, strict=True):
         assert abs(a["loss"] - b["loss"]) <= (1e-6 if a["step"] < 3 else 1e-3) * a["loss"], a["step"]
         if a["step"] < 3:
@@ -134,7 +133,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, order):
     """Such as a cluster sends to one machine: all save and leave, and a resumed run ends like an unbroken one."""
     short = ["train.max_steps=6", "train.save_every=10", f"train.order={order}"]
     assert codes(run_in(2, live, str(folder), [*short, "run.name=cut"], (1, 3, "signal"))) == {143}
-    assert [path.name for path in sorted((folder / "runs/cut/checkpoints").glob("step-*"))] == ["step-00000004"]
+    saved = sorted(path.name for path in (folder / "runs/cut/checkpoints").glob("step-*"))
+    assert saved == {"batch_major": [], "layer_major": ["step-00000000"]}[order] + ["step-00000004"]
     assert codes(run_in(2, live, str(folder), [*short, "run.name=cut", "--resume", "auto"])) == {0}
     assert codes(run_in(2, live, str(folder), [*short, "run.name=whole"])) == {0}
     assert_same(state(folder / "runs/whole", 6), state(folder / "runs/cut", 6))
