@@ -7,7 +7,7 @@ import pytest
 from qgalore import config
 from qgalore.memory.meter import Meter
 from qgalore.memory.rehearsal import Step
-from qgalore.training import fit, paper, proposals
+from qgalore.training import fit, paper
 from qgalore.training.model import Vocabulary
 from qgalore.training.proposals import changed
 
@@ -15,8 +15,6 @@ SMALL = (
     "model.config=llama_quickstart", "model.overrides={num_hidden_layers: 3, vocab_size: 512}",
     "data.sequence_length=64", "train.micro_batch_size=2", "lowrank.rank=32",
 )  # fmt: skip
-
-GRAPHS = "train.activation_checkpointing=false"
 
 
 def resolved(*overrides: str, device: str = "cuda"):
@@ -83,23 +81,6 @@ def test_the_13b_has_room_for_more_micro_batches(layers, budget):
         chosen, found = fit.decide(config.resolve(settings, "cuda", True), Vocabulary(32100, None, None), "cuda", limit)
         assert chosen.memory.stream == stream
         assert found.total <= limit
-
-
-@pytest.mark.parametrize(
-    ("processes", "more", "offered"),
-    [
-        (1, (GRAPHS,), True),
-        (2, (GRAPHS,), False),
-        (1, (GRAPHS, "train.clip_grad_norm=1"), False),
-        (1, ("memory.stream=all",), False),
-    ],
-)
-def test_streaming_is_proposed_where_it_can_be_done(processes, more, offered):
-    tried = proposals.candidates(resolved(*more), "cuda", processes)
-    streamed = [changes for changes in tried if "memory.stream" in changes]
-    assert bool(streamed) == offered
-    if offered:  # a graph would hold on to what is streamed
-        assert streamed[0] == {"train.activation_checkpointing": "offload", "memory.stream": "auto"}
 
 
 def test_a_micro_batch_that_stands_for_others_is_counted_as_often():
