@@ -33,6 +33,7 @@ from .model import Vocabulary, build_model, build_optimizer, compile_as, steppin
 from .paper import has_weights
 from .parts import Samples
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
+from .roofline import line_of
 from .run_lock import RunLock
 from .say import say
 from .streamed import Placing
@@ -96,7 +97,9 @@ def plan(config: Config, processes: int = 1) -> None:
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
-    settle(config, vocabulary, device, processes)
+    chosen, found = settle(config, vocabulary, device, processes)
+    if device.type == "cuda" and processes == 1:
+        say("speed", line_of(chosen, vocabulary, found.total))
 
 
 def _announce(config: Config, folder: Path, device: torch.device, team: Team, remarks: list[str]) -> None:

@@ -4,6 +4,10 @@ A step grows by the same amount with every block. So two small models of a confi
 counts and its memory are continued in a straight line.
 """
 
+from typing import Any
+
+from torch import nn
+
 from .. import config as configuration
 from ..config import Config
 from ..memory import stand_ins
@@ -11,7 +15,7 @@ from ..memory.rehearsal import Step, ids, mask
 from ..models import loading
 from ..models.compiling import blocks_of
 from ..models.loss import can_be_chunked, chunked_loss, summed_loss
-from ..speed import Card, Counts, count, parts, seconds
+from ..speed import CARDS, Card, Counts, count, parts, seconds
 from .model import Vocabulary
 from .paper import on_paper, plan_for
 from .proposals import changed
@@ -21,16 +25,64 @@ VOCABULARY = 32_000  # of a configuration whose tokenizer is yet to be trained
 
 def counts_of(config: Config, vocabulary: Vocabulary) -> tuple[Counts, int]:
     """(counts, tokens) of a step of a resolved configuration that trains a language model, in one process."""
-    recomputed = config.train.activation_checkpointing is not False
-    whole = changed(config, {"train.activation_checkpointing": False})
-    model, optimizer = on_paper(whole, vocabulary)
-    model.train()
-    loss = chunked_loss if can_be_chunked(model) else summed_loss
-    train, length = config.train, config.data.sequence_length
+    model, optimizer = _on_paper(config, vocabulary)
+    return _count(config, model, optimizer.tensors), _tokens(config)
+
+
+def _on_paper(config: Config, vocabulary: Vocabulary) -> tuple[nn.Module, Any]:
+    """Without checkpointing: blocks that run again are counted by themselves."""
+    model, optimizer = on_paper(changed(config, {"train.activation_checkpointing": False}), vocabulary)
+    return model.train(), optimizer
+
+
+def _tokens(config: Config) -> int:
+    """Of a step."""
+    return config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation
+
+
+def _count(config: Config, model: nn.Module, tensors: list) -> Counts:
+    loss, train = chunked_loss if can_be_chunked(model) else summed_loss, config.train
+    length, recomputed = config.data.sequence_length, train.activation_checkpointing is not False
     step = Step(loss=loss, micro_batch_size=train.micro_batch_size, sequence_length=length, masked=False)
     how = {"micro_batches": train.grad_accumulation, "recomputed": recomputed, "stand_in": stand_ins.kernels("cuda")}
-    found = count(model, optimizer.tensors, list(blocks_of(model)), loss, ids(step) | mask(model, step), **how)
-    return found, train.micro_batch_size * length * train.grad_accumulation
+    return count(model, tensors, list(blocks_of(model)), loss, ids(step) | mask(model, step), **how)
+
+
+def line_of(config: Config, vocabulary: Vocabulary, total: int) -> str:
+    """What a plan of ``total`` bytes says of speed: tokens a second on the smallest cards with room for it, by
+    arithmetic. ``config`` is resolved and for one process."""
+    if config.memory.streams:
+        return "not counted for blocks that are streamed"
+    if vocabulary.labels is not None:
+        return "not counted for classifiers"
+    size = min((card.size for card in CARDS if card.size << 30 >= total), default=None)
+    if size is None:
+        return "not counted, for no card in the table has room for the plan"
+    counts, tokens = _continued(config, vocabulary), _tokens(config)
+    speeds = ((card.name, tokens / seconds(parts(counts, card))) for card in CARDS if card.size == size)
+    found = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds)
+    return f"tokens/s by arithmetic, unmeasured: {found}"
+
+
+def _continued(config: Config, vocabulary: Vocabulary) -> Counts:
+    """The counts of a step, continued from those of the first one and two blocks."""
+    model, optimizer = _on_paper(config, vocabulary)
+    depth, found = len(blocks_of(model)), []
+    for layers in (2, 1):
+        _cut(model, layers)
+        left = {id(parameter) for parameter in model.parameters()}
+        found.append(_count(config, model, [t for t in optimizer.tensors if id(t.leaves()[0]) in left]))
+    two, one = found
+    return one + (two + one * -1.0) * (depth - 1)
+
+
+def _cut(model: nn.Module, layers: int) -> None:
+    """Leave the first ``layers`` blocks of ``model``."""
+    first: nn.Module = blocks_of(model)[0]
+    for holder in [m for m in model.modules() if isinstance(m, nn.ModuleList) and first in list(m)]:
+        del holder[layers:]
+    shape: Any = model.config.get_text_config()
+    shape.num_hidden_layers = min(layers, shape.num_hidden_layers)
 
 
 def counts_for_a_card(config: Config) -> tuple[Counts, int]:

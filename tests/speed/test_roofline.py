@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qgalore import config, speed
 from qgalore.errors import ConfigError
 from qgalore.speed import Counts
-from qgalore.training import roofline
+from qgalore.training import assemble, roofline
+from qgalore.training.model import Vocabulary
 
 BUDGET = Path(__file__).with_name("budget.json")
 LAYERS = 2
@@ -83,6 +84,26 @@ def test_a_step_of_7b_launches_few_kernels(plain):
     whole = plain + (deeper + plain * -1.0) * 30
     assert whole.launches <= 20_000
     assert whole.waits <= 32 + 4
+
+
+def test_counts_are_continued_from_two_blocks():
+    """A model of four blocks has the counts that its first two foretell."""
+    changes = ["model.overrides.num_hidden_layers=4", "model.overrides.hidden_size=512"]
+    resolved = config.resolve(config.load("llama7b_16gb.yaml", changes), "cuda", True, 1)
+    vocabulary = Vocabulary(512, None, None)
+    found, wanted = roofline._continued(resolved, vocabulary), roofline.counts_of(resolved, vocabulary)[0]
+    assert asdict(found) == pytest.approx(asdict(wanted))
+
+
+def test_a_plan_says_last_how_fast_the_smallest_cards_with_room_would_be(capsys):
+    small = ["model.overrides.num_hidden_layers=2", "model.overrides.hidden_size=512"]
+    assemble.plan(config.load("llama7b_16gb.yaml", small))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("speed:     tokens/s by arithmetic, unmeasured: RTX 3060 ")
+    assemble.plan(config.load("llama7b_16gb.yaml", [*small, "memory.stream=all"]))
+    assert capsys.readouterr().out.splitlines()[-1] == "speed:     not counted for blocks that are streamed"
+    assemble.plan(config.load("llama7b_16gb.yaml", [*small, "device=cpu", "memory.budget=null"]))
+    assert "speed:" not in capsys.readouterr().out, "a CPU is not in the table"
 
 
 @given(st.floats(1, 1e3), st.floats(0.05, 1.0))

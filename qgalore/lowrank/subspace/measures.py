@@ -8,6 +8,7 @@ weights) is None. Nothing here changes training or draws from its random streams
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +29,13 @@ MIN_FREE = 16  # dimensions outside the subspace below which rounding noise cann
 
 def quantiles(values: Tensor) -> list[float]:
     """The 0, 25, 50, 75 and 100 % quantiles of ``values`` (n,), rounded to five decimals: a record stays short."""
-    points = torch.tensor(QUANTILES, dtype=torch.float32, device=values.device)
-    return [round(value, 5) for value in torch.quantile(values.float(), points).tolist()]
+    return [round(value, 5) for value in torch.quantile(values.float(), _points(values.device)).tolist()]
+
+
+@cache
+def _points(device: torch.device) -> Tensor:
+    """Copied to ``device`` once: a copy makes a GPU wait."""
+    return torch.tensor(QUANTILES, dtype=torch.float32, device=device)
 
 
 def angle_cosines(old: Tensor, new: Tensor) -> list[float] | None:
@@ -58,7 +64,7 @@ def captured(gradient: Tensor, basis: Tensor) -> tuple[float, list[float] | None
     """
     squares = squared_lengths(gradient, basis)
     length = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-    norm, kept, first = (float(x) for x in (length, squares.sum(), squares.max()))
+    norm, kept, first = torch.stack((length, squares.sum(), squares.max())).tolist()
     total = norm * norm
     share = kept / total if total > 0 else 0.0
     spectrum = quantiles((squares / first).sqrt()) if first > 0 else None
@@ -105,7 +111,7 @@ def _count(codes: Tensor, code: Tensor, absmax: Tensor) -> tuple[int, int, int]:
     values = code[codes.view(-1)[places].int()]
     saturated = (values == code.max()) | ((values == code.min()) & (values < 0))
     zero = dead | (values == 0)
-    return int(zero.sum()), int((saturated & ~dead).sum()), len(places)
+    return (*torch.stack((zero.sum(), (saturated & ~dead).sum())).tolist(), len(places))
 
 
 class Stored(Protocol):
