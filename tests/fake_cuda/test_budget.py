@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the command above
-from steps import config_of, take
+from pretended_steps import config_of, take
 
 BUDGET = Path(__file__).with_name("budget.json")
 ORDINARY = ("lowrank.update_proj_gap=100",)

@@ -2,8 +2,8 @@
 
 import pytest
 from pretended import CAPABILITY
+from pretended_steps import config_of, take
 from recorded import unknown_forms
-from steps import config_of, take
 
 SPLIT = ("train.grad_accumulation=2",)
 ROW = "lowrank.group_size=row"
