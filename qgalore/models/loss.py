@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.documents import Documents
 from ..errors import ConfigError
 from ..lowrank.layers import head as chunked
-from ..lowrank.layers.experts import Experts, rows_of_each
+from ..lowrank.layers.experts import Experts
 from .attention import BY_DOCUMENT, implementation, takes_documents
 
 IGNORED = -100
@@ -49,7 +49,7 @@ def balance(router_logits: tuple[Tensor, ...], chosen: int) -> Tensor:
     when both are even."""
     probabilities = torch.cat([layer.float().softmax(-1) for layer in router_logits])
     experts = probabilities.shape[1]
-    routed = rows_of_each(probabilities.topk(chosen).indices.flatten(), experts) / len(probabilities)
+    routed = Experts.rows_of_each(probabilities.topk(chosen).indices.flatten(), experts) / len(probabilities)
     return experts * (routed * probabilities.mean(0)).sum()
 
 

@@ -354,15 +354,15 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 
 @contextmanager
-def pretended(*, kernels: bool = True) -> Iterator[Device]:
+def pretended(*, kernels: bool = True, capability: tuple[int, int] = CAPABILITY) -> Iterator[Device]:
     """Inside, ``cuda:0`` is there, for tensors without values. ``kernels``: Triton's are launched, and recorded."""
     device = Device()
     cuda: list[tuple[Any, str, Any]] = [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "current_device", lambda: 0),
-        (torch.cuda, "is_bf16_supported", lambda *_: True),
-        (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
+        (torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0)),
+        (torch.cuda, "get_device_capability", lambda *_: capability),
         (torch.cuda, "get_rng_state", lambda *_: None),
         (torch.cuda, "set_rng_state", lambda *_: None),
         (torch.cuda, "manual_seed_all", lambda *_: None),
@@ -390,6 +390,7 @@ def pretended(*, kernels: bool = True) -> Iterator[Device]:
         "numpy": _to_numpy,
         "data_ptr": lambda self: (_storage(self) << 40) + self.storage_offset() * self.element_size(),
         "record_stream": lambda self, stream: None,
+        "owned_by": lambda self, layer: self,  # of a StoredWeight, which no tensor without values can become
     }
     with ExitStack() as stack:
         stack.enter_context(replaced([*cuda, *tensors]))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the command above
-from steps import config_of, take
+from pretended_steps import config_of, take
 
 BUDGET = Path(__file__).with_name("budget.json")
 ORDINARY = ("lowrank.update_proj_gap=100",)
@@ -40,7 +40,7 @@ SLACK = 1.03  # of launches: versions of torch and transformers take an operatio
 def counted(folder: Path, name: str, kernels: bool = True) -> dict[str, int]:
     """The figures of the second step, which finds no basis."""
     gap = () if "method=adamw8bit" in CASES[name] else ORDINARY
-    account = take(config_of(folder, *CASES[name], *gap), steps=2, kernels=kernels).steps[1]
+    account = take(config_of(folder, *CASES[name], *gap), kernels=kernels).steps[1]
     assert "_int8_product_kernel" in account.kernels or not (kernels and name == "int8 products")
     return account.figures()
 

@@ -2,8 +2,8 @@
 
 import pytest
 from pretended import CAPABILITY
+from pretended_steps import config_of, take
 from recorded import unknown_forms
-from steps import config_of, take
 
 SPLIT = ("train.grad_accumulation=2",)
 ROW = "lowrank.group_size=row"
@@ -70,13 +70,24 @@ WITHOUT_BASES = ("lora", "adamw", "full rank", "rule", "muon", "momentum", "limi
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_no_gpu_would_refuse_a_step(tmp_path, name):
-    taken = take(config_of(tmp_path, *CASES[name]), steps=2, resumed=True)
+    taken = take(config_of(tmp_path, *CASES[name]), resumed=True)
     assert taken.device.launched or "method" in name or "fp32" in name, "the test wants kernels"
     assert not unknown_forms(taken.device.launched, CAPABILITY[0] * 10 + CAPABILITY[1])
     if "int8 products" in name:
         assert all("_int8_product_kernel" in account.kernels for account in taken.steps)
     if not any(word in name for word in WITHOUT_BASES):
         assert taken.refreshes > 14, "the test wants a refresh after the first ones"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qgalore", "int8 products", "rule muon", "row groups"])
+def test_a_turing_card_is_given_what_it_knows(tmp_path, name):
+    """fp32 in the place of bf16, and PyTorch's products of integers, for which Triton has no code there."""
+    taken = take(config_of(tmp_path, *CASES[name], bf16=False), resumed=True, capability=(7, 5))
+    launched = taken.device.launched
+    assert not unknown_forms(launched, 75)
+    assert not any("int8" in launch.kernel for launch in launched)
+    assert not any(str(value) == "bf16" for launch in launched for key, value in launch.constants if key == "operand")
 
 
 REFERENCE = ("qgalore", "int8 products", "row groups", "rule muon", "rule fira", "4-bit moments", "a mixture")

@@ -83,7 +83,13 @@ class Experts(nn.Module):
         experts, rows = len(self.down_proj), len(chosen)
         if chosen.is_meta:
             return torch.empty_like(chosen), [rows * (e + 1) // experts - rows * e // experts for e in range(experts)]
-        return chosen.argsort(stable=True), rows_of_each(chosen, experts).tolist()
+        return chosen.argsort(stable=True), self.rows_of_each(chosen, experts).tolist()
+
+    @staticmethod
+    def rows_of_each(chosen: Tensor, experts: int) -> Tensor:
+        """How often each of ``experts`` is in ``chosen`` (rows) int64: int64 (experts,). ``torch.bincount`` would make
+        a GPU wait twice, for the smallest and the largest value."""
+        return chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
     def stacked(self, name: str, dtype: torch.dtype) -> Tensor:
         """``gate_up_proj`` or ``down_proj`` as one tensor (E, out, in) in ``dtype``, as transformers keeps it."""
@@ -98,12 +104,6 @@ class Experts(nn.Module):
         for number in range(first // height, (last - 1) // height + 1):
             low, high = max(first, number * height), min(last, (number + 1) * height)
             layers[number].store(low - number * height, rows[low - first : high - first])
-
-
-def rows_of_each(chosen: Tensor, experts: int) -> Tensor:
-    """How often each of ``experts`` is in ``chosen`` (rows) int64: int64 (experts,). ``torch.bincount`` would make a
-    GPU wait twice, for the smallest and the largest value."""
-    return chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def problem(module: nn.Module) -> str | None:

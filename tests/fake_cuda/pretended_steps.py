@@ -91,9 +91,9 @@ class Taken:
     refreshes: int
 
 
-def config_of(folder: Any, *overrides: str) -> configuration.Config:
+def config_of(folder: Any, *overrides: str, bf16: bool = True) -> configuration.Config:
     (folder / "fake.yaml").write_text(yaml.safe_dump(BASE | {"data": BASE["data"] | {"train": str(folder)}}))
-    return configuration.resolve(configuration.load(str(folder / "fake.yaml"), list(overrides)), "cuda", True, 1)
+    return configuration.resolve(configuration.load(str(folder / "fake.yaml"), list(overrides)), "cuda", bf16, 1)
 
 
 @contextmanager
@@ -105,14 +105,14 @@ def _accounted(device: Device) -> Iterator[Account]:
         device.account = before
 
 
-def take(config: configuration.Config, *, steps: int = 3, kernels: bool = True, resumed: bool = False) -> Taken:
+def take(config: configuration.Config, *, steps: int = 2, resumed: bool = False, **of_device: Any) -> Taken:
     """Build the run of ``config`` and take ``steps``; the first finds all bases. ``resumed``: load the optimizer's
-    state afterwards, and take one more."""
+    state afterwards, and take one more. ``of_device``: see :func:`pretended`."""
     labelled = config.data.task == "classify"
     names = None if config.data.label_type == "number" else ("no", "yes")
     vocabulary = Vocabulary(WORDS, 1, 2, Labels(names) if labelled else None, 0 if labelled else None)
     samples, place = samples_of(config), Placing(config)
-    with pretended(kernels=kernels) as device:
+    with pretended(**of_device) as device:
         entered: list[Any] = []
 
         def placed(model: torch.nn.Module, where: torch.device) -> None:
