@@ -136,10 +136,12 @@ def _checked_tokenizer(config: Config, device: torch.device, team: Team) -> PreT
     return tokenizer
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, examples: classification.LabelledData | None) -> Vocabulary:
-    """What shapes the model beside its configuration: the tokens and, in a classifier, the labels."""
+def _words(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[classification.LabelledData | None, Vocabulary]:
+    """The examples of a classifier, and what shapes the model beside its configuration: the tokens and, in a
+    classifier, the labels."""
+    examples = classification.read(config, tokenizer) if config.data.task == "classify" else None
     tokens = Vocabulary.of(tokenizer)
-    return tokens if examples is None else examples.vocabulary(tokens)
+    return examples, tokens if examples is None else examples.vocabulary(tokens)
 
 
 def _make_ready(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -163,8 +165,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
 
     # What can be known to be wrong is said before anything is tokenized or built.
     tokenizer = _checked_tokenizer(config, device, team)
-    examples = classification.read(config, tokenizer) if config.data.task == "classify" else None
-    vocabulary = _vocabulary(tokenizer, examples)
+    examples, vocabulary = _words(config, tokenizer)
     config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
 
