@@ -117,10 +117,20 @@ def _walk(
         if layout is None:
             walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
             return found[0]
-        turns = Gathered(list(layout.blocks), team) if team.size > 1 else turns
+        turns = Gathered(list(layout.blocks)) if team.size > 1 else turns
         kept = known.activations
         with Steps(optimizer, layout, keep=False) as steps:
-            walk.walk(layout, runs, reseed=reseed, decide=decide, step=steps, activations=kept, turns=turns)
+            walk.walk(
+                layout,
+                runs,
+                reseed=reseed,
+                decide=decide,
+                step=steps,
+                activations=kept,
+                turns=turns,
+                attempt=steps.attempt,
+                settle=steps.raise_failure,
+            )
     return found[0]
 
 
