@@ -119,9 +119,10 @@ class TensorSteps:
         self._apply([tensor])
 
     @torch.no_grad()
-    def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
-        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
-        self._check_finite(tensors)
+    def apply_tensors(self, tensors: list[TrainedTensor], met: bool = False) -> None:
+        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves. ``met``: see
+        :func:`squares`."""
+        self._check_finite(tensors, met)
         self.move(tensors)
 
     @torch.no_grad()
@@ -164,11 +165,11 @@ class TensorSteps:
             if (observation := tensor.observation()) is not None:
                 self.observations.append(observation)
 
-    def _check_finite(self, tensors: list[TrainedTensor]) -> None:
+    def _check_finite(self, tensors: list[TrainedTensor], met: bool = False) -> None:
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        found = squares(tensors, self.team)
+        found = squares(tensors, self.team, met)
         if not found:
             return
         # One value leaves the device for all, since each that does makes a GPU wait.
@@ -208,8 +209,9 @@ def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
     return groups
 
 
-def squares(tensors: Iterable[TrainedTensor], team: Team) -> list[Tensor]:
-    """‖gradient‖² of each, fp32 and 0-dim; those of shared ones summed over the processes that hold rows."""
+def squares(tensors: Iterable[TrainedTensor], team: Team, met: bool = False) -> list[Tensor]:
+    """‖gradient‖² of each, fp32 and 0-dim; those of shared ones summed over the processes that hold rows. With ``met``
+    all processes are sure to come here, and need not meet before."""
     found, shares = [], []
     for tensor in tensors:
         gradient = tensor.gradient()
@@ -217,6 +219,8 @@ def squares(tensors: Iterable[TrainedTensor], team: Team) -> list[Tensor]:
         found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
         if tensor.shared:
             shares.append(found[-1])
-    if shares:
+    if shares and met:
+        team.begin([(share, share.dtype) for share in shares]).wait()
+    elif shares:
         team.sum_("the norms of the gradients", shares)
     return found

@@ -20,8 +20,9 @@ def payload(tensors: Iterable[TrainedTensor], gap: int, passes: int = 1) -> dict
     one, a batch-major one has as many as a process has micro-batches.
 
     A layer's full gradient and fp32 basis travel once in ``gap`` steps, at most: a lazy schedule stretches its gap. The
-    full gradients of a first step are left out, of a mixture all experts count, as if each had tokens in every step,
-    and meetings (24 bytes a process, one for each block and some five more) are left out.
+    full gradients of a first step are left out. Of a mixture all experts count, since those without tokens send zeros.
+    Meetings (24 bytes a process, six in a layer-major step and as many for each refresh) are left out, and so are
+    the notes of blocks, of a byte for each tensor.
     """
     sizes = dict.fromkeys(COLLECTIVES, 0.0)
     for tensor in tensors:

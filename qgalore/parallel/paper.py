@@ -1,11 +1,12 @@
 """A team on paper, for a plan of memory: one process stands for all."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import Tensor
 
-from .pending import Pending, Share, Sum
+from .pending import Note, Pending, Share, Sum
 from .team import Team
 
 T = TypeVar("T")
@@ -24,6 +25,9 @@ class PaperTeam(Team):
     def meet(self, place: str, *, digest: float = 0.0, note: int = 0) -> int:
         return note
 
+    def tell(self, error: Exception) -> NoReturn:
+        raise error
+
     def any(self, place: str, flags: list[bool]) -> list[bool]:
         return flags
 
@@ -38,6 +42,12 @@ class PaperTeam(Team):
 
     def gather(self, place: str, value: Any) -> list[Any]:
         return [value] * self.size
+
+    def leave_note(self, failed: bool, flags: list[bool]) -> Note:
+        return Note(torch.tensor([failed, *flags]))
+
+    def hear(self, note: Note, own: Exception | None) -> list[bool]:
+        return note.words[1:].tolist()
 
     def begin(self, sums: Sequence[Sum], shares: Sequence[Share] = ()) -> Pending:
         return _Unsent().begin(sums, shares)

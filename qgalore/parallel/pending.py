@@ -19,6 +19,14 @@ Share = tuple[Tensor, Tensor]  # a tensor, and the memory for this process's row
 
 
 @dataclass
+class Note:
+    """Words of this process on their way, which become the largest of every process; see ``Team.leave_note``."""
+
+    words: Tensor
+    work: Any = None
+
+
+@dataclass
 class Pending:
     """What was begun together. The tensors must be left alone until :meth:`wait` returns. All processes begin the same
     things in the same order."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..errors import RankError
-from .team import Team
 from .telling import reaching
 
 if TYPE_CHECKING:
@@ -40,15 +39,14 @@ class Gathered:
     """Around the turns of ``blocks`` in a walk, which :func:`shard` has split: each is gathered once for all that is
     done in a turn, and the next one begins to come.
 
-    All processes take the same turns. Before each gathering they meet, so that one that has failed is heard of. Blocks
-    that are not shared are left alone.
+    All processes take the same turns, also one that has failed, until the others have heard of that. Blocks that are
+    not shared are left alone.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], team: Team) -> None:
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         self.blocks: dict[int, FSDPModule] = {n: b for n, b in enumerate(blocks) if isinstance(b, FSDPModule)}
-        self.team = team
         self._coming: dict[int, UnshardHandle] = {}
 
     def begin(self) -> None:
@@ -82,7 +80,6 @@ class Gathered:
 
     def _begin(self, block: int) -> None:
         if block not in self._coming:
-            self.team.meet(f"the weights of block {block}")
             with reaching():
                 handle = self.blocks[block].unshard(async_op=True)
             assert handle is not None, "a gathering is waited for"

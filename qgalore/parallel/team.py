@@ -1,8 +1,11 @@
 """The processes of one training job and what they do together, over ``torch.distributed``.
 
-Every operation begins with a *meeting*: each process says where it is, or that it failed. A process that waits for a
+Most operations begin with a *meeting*: each process says where it is, or that it failed. A process that waits for a
 gradient therefore learns of an error elsewhere instead of waiting for ever, and processes that came to different
 places, or no longer hold the same numbers, stop with both named. Meetings are 24 bytes a process, on the CPU.
+
+Where everything that comes next is known beforehand, a *note* does instead, for which nobody waits when it is left. A
+process that has failed says so in its next note, and goes on taking part until the others have heard it.
 
 In one process (:data:`ALONE`) all of it does nothing.
 """
@@ -21,7 +24,7 @@ from torch import distributed as dist
 
 from .. import errors
 from ..errors import RankError
-from .pending import Pending, Share, Sum
+from .pending import Note, Pending, Share, Sum
 from .telling import is_told, kind_of, reaching, told
 
 FAILED = 0
@@ -184,10 +187,25 @@ class Team:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.bool().tolist()
 
+    def leave_note(self, failed: bool, flags: list[bool]) -> Note:
+        """Begin to tell all whether this process has ``failed``, and its ``flags``. Nobody is waited for."""
+        words = torch.tensor([failed, *flags], dtype=torch.uint8)
+        with reaching():
+            return Note(words, dist.all_reduce(words, dist.ReduceOp.MAX, async_op=True))
+
+    def hear(self, note: Note, own: Exception | None) -> list[bool]:
+        """For each flag of a ``note``, whether a process has set it. If one has failed, raises what :meth:`tell` says;
+        ``own``: the error of this process."""
+        with reaching():
+            note.work.wait()
+        if note.words[0]:
+            self._raise_the_first(own)
+        return note.words[1:].bool().tolist()
+
     def begin(self, sums: Sequence[Sum], shares: Sequence[Share] = ()) -> Pending:
         """Begin to replace the tensors of ``sums`` by their sums over the ranks, and to fill the memory of ``shares``.
 
-        Nobody is met: all must have met since they last might have failed.
+        Nobody is met: all must be sure to come here.
         """
         return Pending() if self.size == 1 else Pending().begin(sums, shares)
 

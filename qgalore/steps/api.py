@@ -118,10 +118,20 @@ def _walk(
             walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
             return found[0]
         at_once = turns is not None
-        turns = Gathered(list(layout.blocks), team) if team.size > 1 and turns is None else turns
+        turns = Gathered(list(layout.blocks)) if team.size > 1 and turns is None else turns
         kept = known.activations
         with Steps(optimizer, layout, keep=False, at_once=at_once) as steps:
-            walk.walk(layout, runs, reseed=reseed, decide=decide, step=steps, activations=kept, turns=turns)
+            walk.walk(
+                layout,
+                runs,
+                reseed=reseed,
+                decide=decide,
+                step=steps,
+                activations=kept,
+                turns=turns,
+                attempt=steps.attempt,
+                settle=steps.raise_failure,
+            )
     return found[0]
 
 

@@ -1,7 +1,14 @@
-"""The steps of a walk's tensors: in several processes a block's gradients are summed while the next block works."""
+"""The steps of a walk's tensors: in several processes a block's gradients are summed while the next block works.
 
-from collections.abc import Iterable
+The processes do not wait for each other at a block. What they do together is the same for all and known beforehand, so
+a process that fails goes on taking part, without computing, until the others have heard of it.
+"""
+
+import traceback
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +17,20 @@ from torch import nn
 from ..errors import RankError
 from ..lowrank.optimizer import LowRankOptimizer
 from ..lowrank.tensors.base import TrainedTensor
-from ..parallel.pending import Pending
+from ..parallel.pending import Note, Pending
+from ..parallel.telling import is_told, told
 from .blocks import Layout
+
+
+@dataclass
+class _Part:
+    """A part of the model whose sums are under way. ``note`` tells which of its ``tensors`` have a gradient in a
+    process; None if that is known. Those without are ``idle`` once the note was heard."""
+
+    tensors: list[TrainedTensor]
+    sums: Pending
+    note: Note | None
+    idle: list[TrainedTensor] = field(default_factory=list)
 
 
 class Steps:
@@ -19,25 +38,43 @@ class Steps:
     stay, for the norm of all of them, and nothing steps here. With ``at_once`` the walk waits for the sums of each
     part, because its weights do not stay on the device.
 
-    In a team the processes meet once for a part, so that one that has failed is heard of, and agree on which tensors
-    have a gradient in any of them; a mixture's expert may have tokens in one alone. The sums then travel while the walk
-    goes on. The part before this one, whose sums have arrived in the meantime, takes its step: so the gradients of two
-    blocks exist at a time.
+    In a team each process leaves a note for a block: whether it has failed, and which of the block's tensors have a
+    gradient, as a mixture's expert may have tokens in one process alone. Nobody waits for it. Sums and note travel
+    while the walk goes on with the next block. Then the note is heard, and the block, whose sums have arrived in the
+    meantime, takes its step. So the gradients of two blocks exist at a time, and a failure is known one block later.
+    Only for the epilogue and the prologue, and where a basis is due, the processes meet.
     """
 
     def __init__(self, optimizer: LowRankOptimizer, layout: Layout, *, keep: bool, at_once: bool = False) -> None:
         self.optimizer, self.layout, self.keep = optimizer, layout, keep
         self.at_once = at_once or optimizer.team.size == 1
         self._begun: set[str] = set()
-        self._under_way: tuple[list[TrainedTensor], Pending] | None = None
+        self._under_way: _Part | None = None
+        self._failure: Exception | None = None  # of this process, which others have not heard of
+
+    def attempt(self, work: Callable[[], Any]) -> None:
+        """Do ``work``, which is this process's alone. In a team its error waits until all can hear of it, and later
+        work is left undone."""
+        if self._failure is None:
+            self._holding(work)
+
+    def raise_failure(self) -> None:
+        """Raise what :meth:`attempt` has kept: where the processes are about to meet, and so will hear of it."""
+        if self._failure is not None:
+            raise self._failure
 
     def __call__(self, name: str, parameters: list[nn.Parameter]) -> None:
         """``name`` and ``parameters`` as :func:`walk.walk` gives them."""
-        begun = self._begin(name, self._asked(name, parameters))
-        self.finish()
-        self._under_way = begun
+        self._hear()
+        before, part = self._under_way, self._begin(name, self._asked(name, parameters))
+        self._under_way = part
+        if before is not None:
+            self._holding(partial(self._finish, before))
         if name == "prologue" or self.at_once:
-            self.finish()
+            self._hear()
+            self._finish(part)
+            self._under_way = None
+            self.raise_failure()
 
     def _asked(self, name: str, parameters: Iterable[nn.Parameter]) -> list[TrainedTensor]:
         """The tensors of a part, the same in every process, whichever of them has gradients."""
@@ -46,46 +83,66 @@ class Steps:
             parameters = [p for p in outside if id(p) not in late]
         elif name == "prologue":
             parameters = [*outside, *self.layout.blocks.parameters()]
-        return [tensor for tensor in self.optimizer.tensors_of(parameters) if tensor.name not in self._begun]
+        asked = [tensor for tensor in self.optimizer.tensors_of(parameters) if tensor.name not in self._begun]
+        return [tensor for tensor in asked if any(leaf.requires_grad for leaf in tensor.leaves())]
 
     @torch.no_grad()
-    def _begin(self, name: str, asked: list[TrainedTensor]) -> tuple[list[TrainedTensor], Pending]:
-        """Begin to sum the gradients that some process has; the others add zeros."""
-        team, tensors, sums, shares = self.optimizer.team, [], [], []
-        held = team.any(f"the gradients of the {name}", [tensor.holds_gradient() for tensor in asked])
-        for tensor, has in zip(asked, held, strict=True):
-            if has:
+    def _begin(self, name: str, asked: list[TrainedTensor]) -> _Part:
+        """Begin to sum the gradients of a part: of a block those of all its tensors, of what is outside the blocks
+        those that some process has. Who has none adds zeros."""
+        team, note = self.optimizer.team, None
+        held = [tensor.holds_gradient() for tensor in asked]
+        meets = team.size == 1 or name in ("epilogue", "prologue")
+        if meets:
+            self.raise_failure()
+            held = team.any(f"the gradients of the {name}", held)
+            asked = [tensor for tensor, has in zip(asked, held, strict=True) if has]
+        self._begun |= {tensor.name for tensor in asked}
+        if team.size == 1:
+            return _Part(asked, Pending(), None)
+        try:
+            if not meets:
+                note = team.leave_note(self._failure is not None, held)
+            sums, shares = [], []
+            for tensor in asked:
                 _or_zeros(tensor)
                 more = tensor.to_sum(team)
                 sums, shares = sums + more[0], shares + more[1]
-                tensors.append(tensor)
-        self._begun |= {tensor.name for tensor in tensors}
-        return tensors, team.begin(sums, shares)
+            return _Part(asked, team.begin(sums, shares), note)
+        except Exception as error:
+            if is_told(error):
+                raise
+            # It cannot even take part. The others find its connections closed as soon as it has ended.
+            raise told(self._failure or error) from error
 
-    def finish(self) -> None:
-        """Wait for the sums that are under way; find the bases that are due from them, and step."""
-        if self._under_way is None:
-            return
-        (tensors, pending), self._under_way = self._under_way, None
-        pending.wait()
-        for tensor in tensors:
-            self.optimizer.prepare_summed(tensor)
+    def _finish(self, part: _Part) -> None:
+        """Wait for the sums of ``part``; find the bases that are due from them, and step."""
+        part.sums.wait()
+        for tensor in part.idle:
+            tensor.drop_gradient()
+        for tensor in part.tensors:
+            if self.optimizer.team.size > 1 and tensor.awaits_refresh():
+                self.raise_failure()
+                with self.optimizer.team.together(f"the new basis of {tensor.name}"):
+                    self.optimizer.prepare_summed(tensor)
+            else:
+                self.optimizer.prepare_summed(tensor)
         if not self.keep:
-            self.optimizer.apply_tensors(tensors)
+            self.optimizer.apply_tensors(part.tensors, met=True)
 
     def __enter__(self) -> "Steps":
         return self
 
     def __exit__(self, *_: Any) -> None:
         """After a failure, wait for the sums that are under way: all processes have begun them."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
+        part, self._under_way = self._under_way, None
+        if part is not None:
             with suppress(RankError):
-                under_way[1].wait()
+                part.sums.wait()
 
 
 def _or_zeros(tensor: TrainedTensor) -> None:
-    """Give ``tensor`` a gradient of zeros, if this process has none, in the leaf that would have received one."""
-    if not tensor.holds_gradient():
-        leaf = next(leaf for leaf in tensor.leaves() if leaf.requires_grad)
-        leaf.grad = torch.zeros(leaf.shape, dtype=leaf.grad_dtype, device=leaf.device)
+    """Give every leaf of ``tensor`` that waits for a gradient one of zeros, if this process has none for it."""
+    for leaf in tensor.leaves():
+        if leaf.requires_grad and leaf.grad is None:
+            leaf.grad = torch.zeros(leaf.shape, dtype=leaf.grad_dtype, device=leaf.device)

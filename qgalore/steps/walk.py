@@ -8,6 +8,8 @@ moves.
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from .turns import AlwaysThere, Turns
 Reseed = Callable[[int, int], None]  # of a micro-batch, by its place in the sequence of runs, and a part of the model
 Decide = Callable[[Tensor], bool]
 Step = Callable[[str, list[nn.Parameter]], None]
+Attempt = Callable[[Callable[[], Any]], None]
 
 
 def reseed(seed: int, step: int, number: int, part: int) -> None:
@@ -39,6 +42,8 @@ def walk(
     step: Step,
     activations: Activations,
     turns: Turns | None = None,
+    attempt: Attempt = lambda work: work(),
+    settle: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """One step over the micro-batches of ``runs``; returns their losses, fp32 (K,), as ``decide`` got them.
 
@@ -50,23 +55,29 @@ def walk(
     also those of several parts, and those that ``step`` chose to keep. ``turns`` hears of every block's turn, for
     weights that are not always there.
 
+    ``attempt`` does all work that hangs on this process's micro-batches, and may keep its error for later: parts and
+    turns then go on in their order. ``settle``, which is called before ``decide``, raises what was kept.
+
     Raises :class:`NotWalkableError` if a micro-batch takes another way through the model than the trial's did.
     """
     turns, whole = turns or AlwaysThere(), False
-    going = _Pass(layout, list(runs), reseed, activations, turns)
+    going = _Pass(layout, list(runs), reseed, activations, turns, attempt)
     with blocks.without_checkpointing(layout.blocks):
         try:
             turns.begin()
             going.forward()
-            losses = torch.stack([going.epilogue(number) for number in range(len(runs))])
+            found: list[Tensor] = []
+            attempt(lambda: found.extend(map(going.epilogue, range(len(runs)))))
+            settle()
+            losses = torch.stack(found)
             if decide(losses):
                 step("epilogue", _complete(layout.outside, layout.late))
                 for number in reversed(range(going.first, len(layout))):
                     turns.enter(number, backward=True)
-                    going.backward(number)
+                    attempt(partial(going.backward, number))
                     step(f"block {number}", [p for p in layout.blocks[number].parameters() if id(p) not in layout.late])
                     turns.leave(number, stepped=True)
-                going.backward_of_prologue()
+                attempt(going.backward_of_prologue)
                 step("prologue", _complete(going.parameters()))
             else:
                 _drop(going.parameters())
@@ -118,6 +129,7 @@ class _Pass:
     reseed: Reseed
     kept: Activations
     turns: Turns
+    attempt: Attempt
     first: int = 0
     starts: list[Start] = field(default_factory=list)
     sides: list[list[list[blocks.Side]]] = field(default_factory=list)
@@ -125,6 +137,13 @@ class _Pass:
 
     def forward(self) -> None:
         """All prologues, then all micro-batches through each block. What the way back needs is kept."""
+        self.attempt(self._prologues)
+        for block in range(len(self.layout)):
+            self.turns.enter(block, backward=False)
+            self.attempt(partial(self._forward_all, block))
+            self.turns.leave(block, stepped=False)
+
+    def _prologues(self) -> None:
         for number, run in enumerate(self.runs):
             self.reseed(number, 0)
             start = prologue(self.layout, run)
@@ -136,17 +155,16 @@ class _Pass:
             self.sides.append([[] for _ in self.layout.blocks])
         self.side_gradients = [[] for _ in self.runs]
         self.first = self._lowest()
-        for block in range(len(self.layout)):
-            self.turns.enter(block, backward=False)
-            for number in range(len(self.runs)):
-                self._forward(block, number)
-            self.turns.leave(block, stepped=False)
 
     def _lowest(self) -> int:
         if any(start.trains for start in self.starts):
             return 0
         trains = (any(p.requires_grad for p in block.parameters()) for block in self.layout.blocks)
         return next((number for number, yes in enumerate(trains) if yes), len(self.layout))
+
+    def _forward_all(self, block: int) -> None:
+        for number in range(len(self.runs)):
+            self._forward(block, number)
 
     def _forward(self, block: int, number: int) -> None:
         last = number == len(self.runs) - 1

@@ -130,6 +130,8 @@ class LayerMajor:
                     step=steps,
                     activations=self.kept,
                     turns=self.turns,
+                    attempt=steps.attempt,
+                    settle=steps.raise_failure,
                 )
         except NotWalkableError as reason:
             raise ConfigError(

@@ -95,16 +95,17 @@ class ChainBlock(nn.Module):
 
 
 class Chain(nn.Module):
-    """A model that can be walked: three blocks, the last of which all micro-batches of the first step skip, and all but
-    one of later steps; a vector before them, one behind, and one in both places."""
+    """A model that can be walked: three blocks, or several ``times`` as many. The last one all micro-batches of the
+    first step skip, and all but one of later steps. There are a vector before them, one behind, and one in both
+    places."""
 
-    def __init__(self, proj_type="std", rank=RANK):
+    def __init__(self, proj_type="std", rank=RANK, times=1):
         super().__init__()
         make = torch.Generator().manual_seed(3)
         shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
         if proj_type == "right":
             shapes = ((LONG, WIDTH), (SMALL, WIDTH), (LONG, WIDTH))
-        weights = [torch.randn(*shape, generator=make) for shape in shapes]
+        weights = [torch.randn(*shape, generator=make) for shape in shapes * times]
         self.blocks = nn.ModuleList(ChainBlock(weight, proj_type, rank) for weight in weights)
         self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
         self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
@@ -124,10 +125,10 @@ class Chain(nn.Module):
         return hidden.sum() + ((self.behind + self.both) * wobble).sum()
 
 
-def chain_of(team, how, options, steps=1, clip=0.0):
+def chain_of(team, how, options, steps=1, clip=0.0, times=1):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
     bases = RULES[options.get("rule", "galore")].uses_basis
-    model = Chain("right" if how == "shard" else "std", RANK if bases else None)
+    model = Chain("right" if how == "shard" else "std", RANK if bases else None, times)
     split = how == "shard" and team.size > 1
     if split:
         share_rows(model.blocks, torch.device("cpu"))
@@ -136,7 +137,7 @@ def chain_of(team, how, options, steps=1, clip=0.0):
     trial = try_walk(model, (0, 3), Chain.loss)
     assert trial.layout is not None, trial.why
     stepping = Stepping(lambda step: 0.02, 0, steps, 1, MICRO_BATCHES, clip)
-    turns = Gathered(model.blocks, team) if split else AlwaysThere()
+    turns = Gathered(model.blocks) if split else AlwaysThere()
     return model, optimizer, LayerMajor(model, optimizer, stepping, trial.layout, turns=turns)
 
 
