@@ -18,7 +18,7 @@ TILE = 127 * BLOCK
 _CELLS = 1 << 16  # sign, 8 exponent and 7 mantissa bits: finer than a dynamic map's narrowest step, 0.9/128 below 1
 _TINY = torch.finfo(torch.float32).tiny
 # As tensors of the right type: a Python number would be converted in every call, for as long as a shift takes.
-_HALF, _SIGN, _LOW_HALF = (torch.tensor(value, dtype=torch.int32) for value in (16, 31, 0xFFFF))
+_HALF, _SIGN, _LOW_HALF = (torch.tensor(v, dtype=torch.int32, device="cpu") for v in (16, 31, 0xFFFF))
 
 
 def dynamic_map(signed: bool, decades: int = 7) -> Tensor:
@@ -27,9 +27,9 @@ def dynamic_map(signed: bool, decades: int = 7) -> Tensor:
     They are 0, 1, and in each of (7) decades from 10⁻⁷ to 1 the midpoints of 2, 4, … 128 equal intervals (signed:
     of 1, 2, … 64, with both signs).
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], device="cpu")]  # whatever a program's default device is
     for decade in range(decades):
-        edges = torch.linspace(0.1, 1.0, (1 if signed else 2) * 2**decade + 1)
+        edges = torch.linspace(0.1, 1.0, (1 if signed else 2) * 2**decade + 1, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0 * 10 ** (decade + 1 - decades)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
@@ -54,8 +54,8 @@ def _cell_table(values: tuple[float, ...]) -> Tensor:
     Adding a float's bits leaves its code in bits 16 to 23: the cell's bits cancel, and the lower half carries over from
     the place where the next code begins. In negative cells codes fall as the bits rise; they hold 255 − code.
     """
-    code = torch.tensor(values)
-    key = torch.arange(_CELLS, dtype=torch.int64)
+    code = torch.tensor(values, device="cpu")
+    key = torch.arange(_CELLS, dtype=torch.int64, device="cpu")
     flip = torch.where(key < _CELLS // 2, 0, 255)
 
     def at(low: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def quantize(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     ``code`` is an ascending map of 256 values. Where it has no negative ones, negative values take its lowest.
     """
     table = cell_table(code)
-    codes, absmax = torch.empty(x.shape, dtype=torch.uint8), torch.empty(-(-x.numel() // BLOCK))
+    codes, absmax = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(-(-x.numel() // BLOCK))
     sizes = block_counts(x.numel())
     for part in zip(block_parts(x.reshape(-1)), block_parts(codes.view(-1)), absmax.split(sizes), strict=True):
         for values, code_tile, absmax_tile in tiles(*part):
@@ -155,7 +155,7 @@ def quantize(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
     """Values fp32 of the shape of ``codes`` (uint8): ``code[codes] · absmax`` of each block of 256."""
-    values = torch.empty(codes.shape)
+    values = absmax.new_empty(codes.shape)
     sizes = block_counts(codes.numel())
     for part in zip(block_parts(codes.reshape(-1)), absmax.split(sizes), block_parts(values.view(-1)), strict=True):
         for code_tile, absmax_tile, tile in tiles(*part):

@@ -7,17 +7,17 @@ xor-shift-multiply "lowbias32" finaliser), keyed by 64 bits of BLAKE2b; it needs
 
 import hashlib
 import struct
+from functools import partial
 
 import torch
 from torch import Tensor
 
 MAX_ELEMENTS = 1 << 32
 # Numbers as tensors of the right type: Python's would be converted in every call.
-_MULTIPLIERS = [torch.tensor(value, dtype=torch.int32) for value in (0x7FEB352D, 0x846CA68B - (1 << 32))]
-_SHIFTS = [
-    (torch.tensor(by, dtype=torch.int32), torch.tensor((1 << 32 - by) - 1, dtype=torch.int32)) for by in (16, 15)
-]
-_NINE, _MANTISSA, _ONE = (torch.tensor(value, dtype=torch.int32) for value in (9, 0x7FFFFF, 0x3F800000))
+_as_number = partial(torch.tensor, dtype=torch.int32, device="cpu")  # whatever a program's default device is
+_MULTIPLIERS = [_as_number(value) for value in (0x7FEB352D, 0x846CA68B - (1 << 32))]
+_SHIFTS = [(_as_number(by), _as_number((1 << 32 - by) - 1)) for by in (16, 15)]
+_NINE, _MANTISSA, _ONE = (_as_number(value) for value in (9, 0x7FFFFF, 0x3F800000))
 
 
 def derive_key(*parts: int) -> tuple[int, int]:

@@ -109,7 +109,8 @@ def check(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(8)
     problem = None
     for tokens, length, width in ((5, 24, 40), (33, 136, 8), (64, 256, 128)):
-        a, b = (torch.randint(-QMAX, QMAX + 1, s, generator=generator) for s in ((tokens, length), (length, width)))
+        shapes = ((tokens, length), (length, width))
+        a, b = (torch.randint(-QMAX, QMAX + 1, shape, generator=generator, device="cpu") for shape in shapes)
         here, there = (value.to(device, torch.int8) for value in (a, b))
         try:
             found = [_integer_product(here, layout).cpu() for layout in (there, there.T.contiguous().T)]

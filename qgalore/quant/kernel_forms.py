@@ -56,7 +56,7 @@ def _split(tile: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
 
 def _formats() -> Iterator[Form]:
     for kind in ("bf16", "fp32"):
-        for group in (128, 4096):
+        for group in (128, 64, 4096):
             constants = {"group": group, "block": kernels.FLAT}
             name, out = f"dequantize {kind}, group {group}", {"out": f"*{kind}"}
             yield Form(name, kernels._dequantize_kernel, constants, types=out)

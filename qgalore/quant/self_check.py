@@ -172,7 +172,8 @@ def first_failure(module: ModuleType, device: torch.device) -> str | None:
 def failure_of(module: ModuleType, device: torch.device, name: str) -> str | None:
     """What is wrong with the kernel ``name`` of ``module`` on ``device``, or None."""
     try:
-        pairs = list(zip(*CHECKS[name](module, device), strict=True))
+        with torch.device("cpu"):  # whatever a program has made the default
+            pairs = list(zip(*CHECKS[name](module, device), strict=True))
         wrong = [pair for pair in pairs if not torch.equal(pair[0].cpu(), pair[1])]
     except Exception as error:  # whatever a compiler or driver raises
         reason = (str(error).splitlines() or [""])[0][:200]

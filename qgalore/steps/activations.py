@@ -31,7 +31,7 @@ def host_buffer(tensor: Tensor) -> Tensor:
     values."""
     if tensor.is_meta:
         return torch.empty_like(tensor)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
 class OnDevice:

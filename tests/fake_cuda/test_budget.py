@@ -62,7 +62,7 @@ def test_a_step_stays_within_its_budget(tmp_path, key, name, kernels):
     for what, value in found.items():
         slack = SLACK if what == "launches" else 1.0
         assert value <= budget[what] * slack, f"{what}: {value:,} are more than {budget[what]:,}; {anew}"
-        assert value >= budget[what] * 0.75, f"{what}: {value:,}, so the budget can come down; {anew}"
+        assert value >= budget[what] * 0.5, f"{what}: {value:,}, so the budget can come down; {anew}"
 
 
 def test_the_host_waits_for_what_is_known():

@@ -1,4 +1,5 @@
-"""A program's own model, already on the device, converted and stepped by the library."""
+"""A program's own model, already on the device, converted and stepped by the library. The program has made the device
+its default, which nothing that is the host's may follow."""
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 def model():
     """In bf16, on the device, converted there."""
     with pretended() as device, device.mode, device, torch.device(DEVICE):
-        made = LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS)).to(torch.bfloat16)
+        made = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE, **HEADS), dtype=torch.bfloat16)
         qgalore.convert(made, rank=32)
         yield made.train()
 

@@ -120,7 +120,7 @@ def _run(factory: Factory, start: Tensor, gradients: list[Tensor]) -> Tensor:
 
 def _probe_gradients(device: torch.device, steps: int, shape: tuple[int, ...] = (64, _ELEMENTS // 64)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(device) for _ in range(steps)]
+    return [torch.randn(shape, generator=generator, device="cpu").to(device) for _ in range(steps)]
 
 
 def check_ignores_value(factory: Factory, device: torch.device) -> None:

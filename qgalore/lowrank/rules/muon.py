@@ -43,7 +43,7 @@ class Muon(Rule):
         super().__init__(module, index, options)
         rows, columns = module.weight.shape
         self.momentum = StoredMomentum(rows, columns, options.momentum, module.weight.device)
-        self.written = torch.zeros((), dtype=torch.int64)  # the step, on the CPU: its value makes the key
+        self.written = torch.zeros((), dtype=torch.int64, device="cpu")  # the step: its value makes the key
 
     def _key(self, step: int) -> tuple[int, int]:
         return derive_key(self.options.seed, step, self.index, _STREAM)

@@ -20,6 +20,7 @@ from ...parallel.pending import Share, Sum
 from ..inner.checked import Factory
 from ..rules.observed import Observation
 
+SHARED_STATE = "qmap"  # what bitsandbytes keeps once for all tensors
 STEPS_ON = "steps_on"  # an attribute of a leaf that waits in host memory for its turn: the device where it steps
 
 
@@ -60,13 +61,16 @@ class Part:
         """Give the inner optimizer what :meth:`state` told of another leaf of this shape; nothing, if it is empty."""
         self.inner.state.pop(self.leaf, None)
         if state:
-            self.inner.state[self.leaf] = {
-                # torch keeps Adam's step count on the CPU on purpose. Other tensors belong beside the leaf.
-                name: value.to(self.rests_on or self.leaf.device)
-                if torch.is_tensor(value) and name != "step"
-                else value
-                for name, value in state.items()
-            }
+            self.inner.state[self.leaf] = {name: self._at_home(name, value) for name, value in state.items()}
+
+    def _at_home(self, name: str, value: Any) -> Any:
+        """``value`` of the inner optimizer's state where it is between two steps."""
+        # torch keeps Adam's step count on the CPU on purpose. Other tensors belong beside the leaf.
+        if not torch.is_tensor(value) or name == "step":
+            return value
+        # What is shared does not travel: it waits where the step is taken.
+        travels = not name.startswith(SHARED_STATE)
+        return value.to(self.rests_on if travels and self.rests_on is not None else self.leaf.device)
 
     def step(self, gradient: Tensor, lr: float) -> Tensor:
         """The inner optimizer's step from zero: Δ, fp32, valid until another part steps or the scratch is released."""

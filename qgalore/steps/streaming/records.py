@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from ...lowrank.layers.bases import Basis
 from ...lowrank.layers.linear import LowRankLinear
-from ...lowrank.tensors.base import STEPS_ON, Part, TrainedTensor
+from ...lowrank.tensors.base import SHARED_STATE, STEPS_ON, Part, TrainedTensor
 from ...lowrank.tensors.states import made_by_a_step
 
 GROUPS = ("bases", "weights", "state")
 CHANGED = GROUPS[1:]  # by every step
 ALIGNMENT = 256  # bytes; what CUDA's allocator gives, and more than any kernel asks for
-SHARED_STATE = "qmap"  # what bitsandbytes keeps once for all tensors
 
 
 @dataclass
