@@ -76,6 +76,24 @@ class Steps:
             self._under_way = None
             self.raise_failure()
 
+    def _holding(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if self.optimizer.team.size == 1 or is_told(error) or error is self._failure:
+                raise
+            traceback.clear_frames(error.__traceback__)  # which would hold on to activations
+            self._failure = self._failure or error
+
+    def _hear(self) -> None:
+        """The note of the part under way, which all have left."""
+        part = self._under_way
+        if part is not None and part.note is not None:
+            note, part.note = part.note, None
+            held = self.optimizer.team.hear(note, self._failure)
+            part.idle = [tensor for tensor, has in zip(part.tensors, held, strict=True) if not has]
+            part.tensors = [tensor for tensor, has in zip(part.tensors, held, strict=True) if has]
+
     def _asked(self, name: str, parameters: Iterable[nn.Parameter]) -> list[TrainedTensor]:
         """The tensors of a part, the same in every process, whichever of them has gradients."""
         outside, late = self.layout.outside, self.layout.late
