@@ -6,7 +6,7 @@ a process that fails goes on taking part, without computing, until the others ha
 
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -138,12 +138,12 @@ class Steps:
         part.sums.wait()
         for tensor in part.idle:
             tensor.drop_gradient()
+        team = self.optimizer.team
         for tensor in part.tensors:
-            if self.optimizer.team.size > 1 and tensor.awaits_refresh():
+            meets = team.size > 1 and tensor.awaits_refresh()
+            if meets:
                 self.raise_failure()
-                with self.optimizer.team.together(f"the new basis of {tensor.name}"):
-                    self.optimizer.prepare_summed(tensor)
-            else:
+            with team.together(f"the new basis of {tensor.name}") if meets else nullcontext():
                 self.optimizer.prepare_summed(tensor)
         if not self.keep:
             self.optimizer.apply_tensors(part.tensors, met=True)
