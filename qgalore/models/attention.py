@@ -88,8 +88,10 @@ def use(model: nn.Module, name: str) -> str | None:
 
 
 def _other_layers(model: nn.Module, sequence_length: int) -> str | None:
-    """What layers look at beside the tokens before them in their document; None if nothing."""
+    """What layers, or a loss of theirs, look at beside the tokens before them in their document; None if nothing."""
     config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        return "the routers' load-balancing loss reads the mask (output_router_logits)"
     kinds = set(getattr(config, "layer_types", None) or ())
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         return f"it has layers of kind {other[0]}"

@@ -18,6 +18,7 @@ from qgalore.models import attention
 from qgalore.models.compiling import blocks_of
 from qgalore.models.loss import chunked_loss
 from qgalore.speed import count
+from qgalore.training.attending import attend_as
 from qgalore.training.determinism import deterministic
 from qgalore.training.model import Vocabulary
 from qgalore.training.paper import on_paper, plan_for
@@ -88,6 +89,21 @@ def test_what_cannot_be_is_refused():
         resolved("model.attention=flex", "model.compile=blocks")
     with pytest.raises(ConfigError, match=r"model\.attention: flex is for documents packed into rows"):
         resolved("model.attention=flex", "data.task=classify", "data.valid=x", "data.tokenizer=y")
+
+
+def test_compiled_blocks_and_mixtures():
+    """Compiled blocks keep a mask and say so, and so does a mixture whose own loss reads it. Any other mixture has
+    calls for its documents, whatever dtypes its experts' kernels know."""
+    settings = resolved("model.compile=blocks")
+    model, _ = on_paper(settings, WORDS)
+    assert attention.implementation(model) == "sdpa"
+    assert "because a compiled block would be compiled anew" in attend_as(settings, model)
+    for balanced, dtype in (("true", "float32"), ("false", "float32"), ("false", "bfloat16")):
+        shape = f"model.overrides={{num_hidden_layers: 2, vocab_size: 512, output_router_logits: {balanced}}}"
+        mixture = ("model.config=mixtral_quickstart", shape, "data.sequence_length=64", f"model.dtype={dtype}")
+        model, _ = on_paper(resolved(*mixture), WORDS)
+        expected = "sdpa" if balanced == "true" else attention.BY_DOCUMENT
+        assert attention.implementation(model) == expected
 
 
 SHORT = ("train.max_steps=4", "train.save_every=2", "export.formats=[]", "sample.max_new_tokens=0")
