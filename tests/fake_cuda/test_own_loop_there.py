@@ -39,7 +39,7 @@ def test_a_step_in_one_call(model):
     assert taken.blocks == 2
 
 
-@pytest.mark.parametrize("stepping", ["deferred", "fused"])
+@pytest.mark.parametrize("stepping", ["deferred", pytest.param("fused", marks=pytest.mark.slow)])
 def test_an_ordinary_loop(model, stepping):
     made = qgalore.optimizer(model, lr=1e-3, stepping=stepping, update_proj_gap=2)
     for _ in range(2):

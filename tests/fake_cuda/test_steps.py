@@ -64,7 +64,7 @@ CASES |= {
     "numbers": (*CLASSIFY, "data.label_type=number"),
 }
 CASES |= {f"policy {p}": (f"lowrank.policy={p}",) for p in ("first_vector", "signed_cosine", "energy", "fixed")}
-QUICK = ("qgalore, streamed", "int8 products, two micro-batches", "classes, lora")
+QUICK = ("qgalore, streamed", "classes, lora")
 WITHOUT_BASES = ("lora", "adamw", "full rank", "rule", "muon", "momentum", "limited", "energy")
 
 
