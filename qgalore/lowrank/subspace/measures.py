@@ -111,7 +111,8 @@ def _count(codes: Tensor, code: Tensor, absmax: Tensor) -> tuple[int, int, int]:
     values = code[codes.view(-1)[places].int()]
     saturated = (values == code.max()) | ((values == code.min()) & (values < 0))
     zero = dead | (values == 0)
-    return (*torch.stack((zero.sum(), (saturated & ~dead).sum())).tolist(), len(places))
+    zeros, ends = torch.stack((zero.sum(), (saturated & ~dead).sum())).tolist()
+    return zeros, ends, len(places)
 
 
 class Stored(Protocol):
