@@ -376,6 +376,7 @@ def pretended(*, kernels: bool = True, capability: tuple[int, int] = CAPABILITY)
         (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
         (nn.functional, "scaled_dot_product_attention", _attention),
         (import_utils, "is_fake_tensor", lambda _: False),  # else transformers would ask less than it does
+        (dispatch, "_choice", "auto"),  # whatever this process chose before
         (dispatch, "_obstacle_on", lambda _: None if kernels else "kernels are left out here"),
     ]
     methods = {
