@@ -1,6 +1,7 @@
 """What keeps the code easy to enter: small modules, short functions, imports without a circle."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def name_of(path: Path) -> str:
 
 def long_modules(limit: int) -> set[str]:
     return {name_of(path) for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > limit}
+
+
+@pytest.mark.parametrize("folder", ["qgalore", "tests", "tools", "configs", "docs", "."])
+def test_no_merge_was_left_half_done(folder):
+    root = PACKAGE.parent
+    kinds = {".py", ".md", ".yaml", ".json", ".toml", ".txt", ".csv"}
+    paths = (root / folder).glob("*" if folder == "." else "**/*")
+    for path in (path for path in paths if path.suffix in kinds):
+        assert not re.search(r"^(<{7}|>{7}) ", path.read_text(encoding="utf-8"), flags=re.M), path
 
 
 def test_modules_fit_on_a_few_screens():

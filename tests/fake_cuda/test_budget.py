@@ -66,13 +66,13 @@ def test_a_step_stays_within_its_budget(tmp_path, key, name, kernels):
 
 
 def test_the_host_waits_for_what_is_known():
-    """Once for each block, the prologue and the epilogue, for the losses and for the norm that is logged; twice for the
-    mask of a micro-batch; and for the last copies of streamed blocks."""
+    """Once for each block, the prologue and the epilogue, for the losses and for the norm that is logged; and for the
+    last copies of streamed blocks."""
     blocks = 2
     for key, figures in json.loads(BUDGET.read_text(encoding="utf-8")).items():
-        masks, copies = 2 * (2 if "two" in key else 1), 2 if "streamed" in key else 0
+        copies = 2 if "streamed" in key else 0
         if key != "batch-major":  # which looks at each tensor when its gradient arrives
-            assert figures["waits"] <= blocks + 4 + masks + copies, key
+            assert figures["waits"] <= blocks + 4 + copies, key
 
 
 if __name__ == "__main__":
