@@ -32,7 +32,8 @@ def planned(settings, choice) -> int:
     return plan_for(changed(settings, {KEY: choice}), WORDS, "cuda").total
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 5])
 def test_as_many_keep_their_graphs_as_there_is_room_for(micro_batches, capsys):
     """One more would leave less than the margin."""
     settings = resolved(f"train.grad_accumulation={micro_batches}")

@@ -39,7 +39,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_those_that_are_not_rehearsed_count_as_if_they_were(name, device, monkeypatch):
     """Exactly, in every category of the plan, and on the host; but for their losses, which are 4 bytes each."""
