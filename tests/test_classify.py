@@ -144,6 +144,7 @@ def test_a_decoder_and_other_methods(classify_run, method):
     assert rows()[-1]["eval_loss"] > 0
 
 
+@pytest.mark.slow
 def test_regression(classify_run, tmp_path):
     write_table(tmp_path / "train.tsv", 200, 1, number=True)
     write_table(tmp_path / "dev.tsv", 40, 2, number=True)

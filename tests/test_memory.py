@@ -115,7 +115,6 @@ QUICK = (
     "bf16",
     "scale, accumulating",
     "LoRA",
-    "8",
     "4, fira",
     "8, muon, graphs of two",
 )

@@ -150,6 +150,7 @@ def sized(settings, **limits: int):
     return changed(settings, {f"memory.{key}": f"{value / 2**20:.3f}MiB" for key, value in limits.items()})
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_on_the_device_may_wait_on_the_host():
     """Both choices, with the bytes that each then takes."""
     settings = deep()

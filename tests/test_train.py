@@ -425,7 +425,7 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (signal.SIGHUP, 129),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
     ],

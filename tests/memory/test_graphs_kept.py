@@ -80,6 +80,7 @@ def test_a_convex_line_is_climbed_to_the_last_number_that_fits():
         assert found == (max(n for n in range(32) if peak(n) <= room) if room > 1000 else 0)
 
 
+@pytest.mark.slow
 def test_the_host_total_is_the_last_line_and_has_a_budget_of_its_own():
     settings = resolved("train.grad_accumulation=8", f"{KEY}=offload", "memory.budget=64GiB")
     found = plan_for(settings, WORDS, "cuda")

@@ -71,7 +71,8 @@ def test_inputs_on_the_host_leave_the_device_as_it_is(monkeypatch):
     assert many.host_total == pytest.approx(8 * eight.host_total, rel=0.01)
 
 
-@pytest.mark.parametrize(("layers", "budget"), [(3, "3.95GiB"), pytest.param(40, "15.5GiB", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "budget"), [(3, "3.95GiB"), (40, "15.5GiB")])
 def test_the_13b_has_room_for_more_micro_batches(layers, budget):
     """Whole gradients of a block in fp32 are no longer small beside it, so its blocks leave for the host's memory."""
     for many, stream in ((1, "none"), (2, "weights"), (8, "weights")):

@@ -126,6 +126,7 @@ def needs() -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_auto_streams_no_more_than_the_budget_asks_for(tiny_run, monkeypatch):
     from qgalore.memory import machine
 
