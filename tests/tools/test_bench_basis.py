@@ -25,7 +25,8 @@ def test_the_randomized_basis_keeps_the_exact_ones_energy(tiny_run, capfd):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--layer", "nothing"], "ends no low-rank layer"), (["data.train=nowhere.jsonl"], "nowhere.jsonl")]
+    ("arguments", "message"),
+    [(["--layer", "nothing"], "ends no low-rank layer"), (["data.train=nowhere.jsonl"], "nowhere.jsonl")],
 )
 def test_what_cannot_be_compared_is_refused(tiny_run, capfd, arguments, message):
     assert bench_basis.main(["--config", "tiny.yaml", *arguments]) == 2
