@@ -128,7 +128,7 @@ KINDS = [
     ("sinkgd", {}),
     ("scale", {}),
 ]
-SCHEDULES = 20  # of each kind
+SCHEDULES = 10  # of each kind, beside the 240 of the engine alone
 
 
 @pytest.mark.slow
