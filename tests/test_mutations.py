@@ -131,6 +131,11 @@ MUTATIONS = {
         "self._leave(block, stepped, moved=True)",
         ("tests/test_stream_plan.py::test_planned_bytes_are_those_of_a_clipped_step",),
     ),
+    "streamed blocks that leave before they have stepped": Mutation(
+        "self.at_once = at_once or optimizer.team.size == 1",
+        "self.at_once = optimizer.team.size == 1",
+        ("tests/parallel/test_streamed_in_processes.py::test_a_block_that_does_not_stay_has_stepped_when_it_leaves",),
+    ),
     "the loss of a step in one process": Mutation(
         'self.optimizer.team.total("the loss of a step", mine)', "mine", (f"{PROCESSES}[replicate]",)
     ),

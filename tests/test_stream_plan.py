@@ -79,7 +79,7 @@ def test_planned_bytes_are_those_of_a_clipped_step(slots):
     """Blocks without a new basis go back once, when the norm of all gradients is known, and come twice with all."""
     model = llama("cpu", "galore")
     optimizer = qgalore.optimizer(model, lr=0.01, stepping="manual", update_proj_gap=100)
-    stream = Stream(model, list(model.model.layers), torch.device("cpu"), slots=slots)
+    stream = Stream(model, list(model.model.layers), torch.device("cpu"), slots=slots, waits=True)
     stream.adopt(optimizer, state=True)
     ids = torch.arange(32).view(2, 16)
     batch = {"input_ids": ids, "labels": ids}

@@ -137,9 +137,9 @@ class LabelledTexts:
         whole = tokenizer(*map(list, columns), add_special_tokens=True, verbose=False)
         self.truncated = sum(len(ids) > max_length for ids in whole["input_ids"])
         cut = tokenizer(*map(list, columns), truncation=True, max_length=max_length) if self.truncated else whole
-        self._ids = [torch.tensor(ids, dtype=torch.int64) for ids in cut["input_ids"]]
+        self._ids = [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in cut["input_ids"]]
         kinds = cut.get("token_type_ids")  # which of two texts a token belongs to, for models that are told
-        self._kinds = None if kinds is None else [torch.tensor(row, dtype=torch.int64) for row in kinds]
+        self._kinds = None if kinds is None else [torch.tensor(row, dtype=torch.int64, device="cpu") for row in kinds]
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -125,7 +125,7 @@ def save(
         shape = (layer.out_features, -(-layer.in_features // 4))
         entries[f"{name}.weight_packed"] = Deferred(torch.int32, shape, lambda m=layer: pack(m.weight.detach()))
         entries[f"{name}.weight_scale"] = layer.weight_scale
-        entries[f"{name}.weight_shape"] = torch.tensor([layer.out_features, layer.in_features])
+        entries[f"{name}.weight_shape"] = torch.tensor([layer.out_features, layer.in_features], device="cpu")
     for name, layer in embeddings.items():
         make = partial(layer.dense_weight, torch.bfloat16)
         entries[f"{name}.weight"] = Deferred(torch.bfloat16, tuple(layer.weight.shape), make)

@@ -61,7 +61,7 @@ class Keys:
 def rope_order(heads: int, rows: int) -> Tensor:
     """Row order that llama.cpp's llama graph wants of query and key weights: it rotates adjacent pairs where
     transformers rotates the first half of a head against the second."""
-    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+    return torch.arange(rows, device="cpu").view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
 def describe(config: PretrainedConfig) -> Keys:
@@ -175,7 +175,8 @@ def _llama3(config: PretrainedConfig, rope: dict[str, Any], keys: Keys) -> None:
     """Llama 3.1's scaling as llama.cpp takes it: what each frequency is divided by, as a tensor."""
     width, old = head_width(config), rope["original_max_position_embeddings"]
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    turns = old * rope["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width) / (2 * math.pi)
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
+    turns = old * rope["rope_theta"] ** -exponents / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: a wave longer than the old context; 1: a short one
     keys.extra["rope_freqs.weight"] = (1 / ((1 - smooth) / factor + smooth)).to(torch.float32)
 
@@ -189,7 +190,8 @@ def _longrope(config: PretrainedConfig, rope: dict[str, Any], keys: Keys) -> Non
         attention = math.sqrt(1 + math.log(factor) / math.log(old)) if factor > 1 else 1.0
     keys.calls += [("add_rope_scaling_orig_ctx_len", old), ("add_rope_scaling_attn_factors", attention)]
     for name in ("long", "short"):
-        keys.extra[f"rope_factors_{name}.weight"] = torch.tensor(rope[f"{name}_factor"], dtype=torch.float32)
+        factors = torch.tensor(rope[f"{name}_factor"], dtype=torch.float32, device="cpu")
+        keys.extra[f"rope_factors_{name}.weight"] = factors
 
 
 _SCALINGS: dict[str, Callable[[PretrainedConfig, dict[str, Any], Keys], None]] = {

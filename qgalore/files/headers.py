@@ -58,7 +58,7 @@ class Entry:
             raw = bytearray(file.read(count))
         if len(raw) < count:
             raise ConfigError(f"{self.path} ends inside a tensor: it is damaged or was not copied whole")
-        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype, device="cpu")
         return values.view((b - a, *shape[1:]) if self.shape else ())
 
     def tiles(self) -> Iterator[tuple[int, int]]:

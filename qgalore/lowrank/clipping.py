@@ -1,12 +1,13 @@
 """Clipping to a norm of the gradients of all tensors, some of which several processes may share by rows."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..parallel import Team
-from .tensor_steps import squares
+from .tensor_steps import NORMS, squares
 from .tensors.base import TrainedTensor
 
 
@@ -19,7 +20,7 @@ def clip(parameters: Iterable[Tensor], tensors: Iterable[TrainedTensor], limit: 
     here = [parameter for parameter in parameters if parameter.grad is not None]
     # The norm is that of the whole gradient, of which other processes hold the remaining rows.
     gradients = [parameter.grad for parameter in here if parameter.grad is not None]
-    parts = [torch.nn.utils.get_total_norm(gradients).square(), *squares(shares, team)]
+    parts = [torch.nn.utils.get_total_norm(gradients).square(), *squares(shares, partial(team.sum_, NORMS))]
     norm = torch.stack([part.to(torch.float32) for part in parts]).sum().sqrt()
     torch.nn.utils.clip_grads_with_norm_(here, limit, norm)
     for tensor in shares:

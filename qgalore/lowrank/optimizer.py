@@ -120,7 +120,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
         is not finite leaves no weight changed: it raises :class:`NumericalError`."""
         self.refresh()
         found = [tensor for tensor in self.tensors if tensor.gradient() is not None]
-        self._check_finite(found)
+        self.look_at(found)
         return found
 
     @torch.no_grad()

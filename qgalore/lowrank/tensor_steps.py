@@ -4,7 +4,8 @@
 *Look* whether it is finite. *Apply* it: one inner step from zero, written back, and the gradient is dropped.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,8 @@ from .layers.experts import Experts
 from .rules.observed import Observation
 from .tensors.base import TrainedTensor
 
+Add = Callable[[list[Tensor]], None]  # replaces tensors by their sums over the processes
+NORMS = "the norms of the gradients"  # where processes meet that add them
 GROUPS = ("lowrank", "dense", "vector")  # of parameters, in the optimizer's order
 JOINED = 1 << 22  # weights that step together at most: a few small matrices, which would leave a GPU idle one by one
 
@@ -115,14 +118,13 @@ class TensorSteps:
 
         Raises :class:`NumericalError`, with nothing done, if the gradient is not finite.
         """
-        self._check_finite([tensor])
+        self.look_at([tensor])
         self._apply([tensor])
 
     @torch.no_grad()
-    def apply_tensors(self, tensors: list[TrainedTensor], met: bool = False) -> None:
-        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves. ``met``: see
-        :func:`squares`."""
-        self._check_finite(tensors, met)
+    def apply_tensors(self, tensors: list[TrainedTensor]) -> None:
+        """:meth:`apply_tensor` for each of ``tensors``, all of which are looked at before the first moves."""
+        self.look_at(tensors)
         self.move(tensors)
 
     @torch.no_grad()
@@ -165,11 +167,13 @@ class TensorSteps:
             if (observation := tensor.observation()) is not None:
                 self.observations.append(observation)
 
-    def _check_finite(self, tensors: list[TrainedTensor], met: bool = False) -> None:
+    def look_at(self, tensors: list[TrainedTensor], add: Add | None = None) -> None:
+        """Raise :class:`NumericalError` if a gradient of ``tensors`` is not finite. ``add``: as for :func:`squares`; by
+        default the processes meet before they add."""
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        found = squares(tensors, self.team, met)
+        found = squares(tensors, add or partial(self.team.sum_, NORMS))
         if not found:
             return
         # One value leaves the device for all, since each that does makes a GPU wait.
@@ -209,9 +213,9 @@ def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
     return groups
 
 
-def squares(tensors: Iterable[TrainedTensor], team: Team, met: bool = False) -> list[Tensor]:
-    """‖gradient‖² of each, fp32 and 0-dim; those of shared ones summed over the processes that hold rows. With ``met``
-    all processes are sure to come here, and need not meet before."""
+def squares(tensors: Iterable[TrainedTensor], add: Add) -> list[Tensor]:
+    """‖gradient‖² of each, fp32 and 0-dim. ``add`` replaces those of shared ones by their sums over the processes that
+    hold rows."""
     found, shares = [], []
     for tensor in tensors:
         gradient = tensor.gradient()
@@ -219,8 +223,6 @@ def squares(tensors: Iterable[TrainedTensor], team: Team, met: bool = False) -> 
         found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
         if tensor.shared:
             shares.append(found[-1])
-    if shares and met:
-        team.begin([(share, share.dtype) for share in shares]).wait()
-    elif shares:
-        team.sum_("the norms of the gradients", shares)
+    if shares:
+        add(shares)
     return found

@@ -54,7 +54,7 @@ class _Recipe:
 
     def rows(self, a: int, b: int) -> Tensor:
         """Rows a … b−1 in fp32. Consumes PyTorch's generator: tiles must be asked for once and in order."""
-        tile = torch.empty((b - a, *self.shape[1:]) if len(self.shape) else ())
+        tile = torch.empty((b - a, *self.shape[1:]) if len(self.shape) else (), device="cpu")
         for operation, args, kwargs, first, count in self.steps:
             low, high = max(a, first), min(b, first + count)
             if low < high:
@@ -148,7 +148,8 @@ def _initialise(model: nn.Module, recipes: dict[int, _Recipe] | None) -> None:
         module.__dict__.pop("_is_hf_initialized", None)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[key] = torch.full(buffer.shape, _unset(buffer.dtype), dtype=buffer.dtype)
+                unset_value = _unset(buffer.dtype)
+                module._buffers[key] = torch.full(buffer.shape, unset_value, dtype=buffer.dtype, device="cpu")
                 unset.append((f"{name}.{key}", module, key))
     with _Recorder(recipes):
         model.initialize_weights()

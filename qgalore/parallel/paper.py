@@ -44,7 +44,7 @@ class PaperTeam(Team):
         return [value] * self.size
 
     def leave_note(self, failed: bool, flags: list[bool]) -> Note:
-        return Note(torch.tensor([failed, *flags]))
+        return Note(torch.tensor([failed, *flags], device="cpu"))
 
     def hear(self, note: Note, own: Exception | None) -> list[bool]:
         return note.words[1:].tolist()

@@ -4,7 +4,7 @@ FSDP2 gathers a module's parameters before its forward and its backward pass and
 business here: sharded weights are stored, not trained.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -43,6 +43,8 @@ class Gathered:
     not shared are left alone.
     """
 
+    stays = True  # what is trained is this process's rows
+
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         from torch.distributed.fsdp import FSDPModule
 
@@ -77,6 +79,9 @@ class Gathered:
         self._coming.clear()
         for block in self.blocks.values():
             block.reshard()
+
+    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
+        """Nothing: the rows here have not left."""
 
     def _begin(self, block: int) -> None:
         if block not in self._coming:

@@ -92,7 +92,7 @@ class Team:
         return rows
 
     def _rows(self, mine: list[int]) -> list[list[int]]:
-        row = torch.tensor(mine, dtype=torch.int64)
+        row = torch.tensor(mine, dtype=torch.int64, device="cpu")
         rows = [torch.empty_like(row) for _ in range(self.size)]
         with reaching():
             dist.all_gather(rows, row)
@@ -164,7 +164,8 @@ class Team:
         if self.size == 1:
             return value
         self.meet(place)
-        mine = torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
+        kind = torch.int64 if isinstance(value, int) else torch.float64
+        mine = torch.tensor([value], dtype=kind, device="cpu")
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         with reaching():
             dist.all_gather(parts, mine)
@@ -182,14 +183,14 @@ class Team:
         rows = self._meeting(place, _number(bytes(flags)), len(flags))
         if all(row[1:] == rows[0][1:] for row in rows):
             return flags
-        found = torch.tensor(flags, dtype=torch.uint8)
+        found = torch.tensor(flags, dtype=torch.uint8, device="cpu")
         with reaching():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.bool().tolist()
 
     def leave_note(self, failed: bool, flags: list[bool]) -> Note:
         """Begin to tell all whether this process has ``failed``, and its ``flags``. Nobody is waited for."""
-        words = torch.tensor([failed, *flags], dtype=torch.uint8)
+        words = torch.tensor([failed, *flags], dtype=torch.uint8, device="cpu")
         with reaching():
             return Note(words, dist.all_reduce(words, dist.ReduceOp.MAX, async_op=True))
 
@@ -213,7 +214,11 @@ class Team:
         """Replace each tensor by its sum over the ranks, in its own dtype; small ones of a dtype travel in one."""
         if self.size > 1:
             self.meet(place)
-            self.begin([(tensor, tensor.dtype) for tensor in tensors]).wait()
+            self.add_(tensors)
+
+    def add_(self, tensors: list[Tensor]) -> None:
+        """:meth:`sum_` where nobody is met, as in :meth:`begin`."""
+        self.begin([(tensor, tensor.dtype) for tensor in tensors]).wait()
 
     def scatter(self, place: str, tensor: Tensor) -> Tensor:
         """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory."""

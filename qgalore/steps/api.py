@@ -18,7 +18,7 @@ from .activations import Activations
 from .blocks import Run
 from .reducing import Steps
 from .trial import Loss, Trial, try_walk
-from .turns import Turns
+from .turns import AlwaysThere, Turns
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,9 @@ def _walk(
         if layout is None:
             walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
             return found[0]
-        at_once = turns is not None
-        turns = Gathered(list(layout.blocks)) if team.size > 1 and turns is None else turns
+        turns = turns or (Gathered(list(layout.blocks)) if team.size > 1 else AlwaysThere())
         kept = known.activations
-        with Steps(optimizer, layout, keep=False, at_once=at_once) as steps:
+        with Steps(optimizer, layout, keep=False, at_once=not turns.stays) as steps:
             walk.walk(
                 layout,
                 runs,

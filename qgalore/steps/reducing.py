@@ -146,7 +146,8 @@ class Steps:
             with team.together(f"the new basis of {tensor.name}") if meets else nullcontext():
                 self.optimizer.prepare_summed(tensor)
         if not self.keep:
-            self.optimizer.apply_tensors(part.tensors, met=True)
+            self.optimizer.look_at(part.tensors, team.add_)  # all are sure to come here
+            self.optimizer.move(part.tensors)
 
     def __enter__(self) -> "Steps":
         return self

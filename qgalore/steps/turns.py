@@ -1,5 +1,6 @@
 """What happens around a block's turn in a walk: its weights may have to come from elsewhere, and to go back."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -10,7 +11,13 @@ class Turns(Protocol):
     ``leave`` when the last one has; ``stepped`` says that this was the backward direction, and that the block's
     tensors have had their step in between. ``end`` when the step is over; ``whole`` is False if an error broke it off,
     maybe in the middle of a turn.
+
+    ``stays``: whether a block's trained tensors can step after its turn too. ``visit``, after a walk, calls ``act`` with
+    the number of each block that has left, from the first to the last, while it is on the device; it goes back changed
+    if it ``stepped`` there.
     """
+
+    stays: bool
 
     def begin(self) -> None: ...
 
@@ -20,9 +27,13 @@ class Turns(Protocol):
 
     def end(self, whole: bool) -> None: ...
 
+    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None: ...
+
 
 class AlwaysThere:
     """Nothing has to be done: all blocks stay on the device."""
+
+    stays = True
 
     def begin(self) -> None:
         """Nothing."""
@@ -35,3 +46,6 @@ class AlwaysThere:
 
     def end(self, whole: bool) -> None:
         """Nothing."""
+
+    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
+        """Nothing: no block has left."""

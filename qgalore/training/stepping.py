@@ -21,7 +21,6 @@ from ..steps import walk
 from ..steps.activations import Activations
 from ..steps.blocks import Layout, NotWalkableError
 from ..steps.reducing import Steps
-from ..steps.streaming.stream import Stream
 from ..steps.turns import AlwaysThere, Turns
 from .parts import Batch, Stepping
 
@@ -101,10 +100,6 @@ class LayerMajor:
     turns: Turns = field(default_factory=AlwaysThere)
     may_leave_traces = True
 
-    def __post_init__(self) -> None:
-        if isinstance(self.turns, Stream):
-            self.turns.waits = self.how.clip_grad_norm > 0
-
     def take(
         self, step: int, numbers: Sequence[int], batches: Sequence[Batch], share: Share, look: Look
     ) -> tuple[float, float]:
@@ -120,8 +115,7 @@ class LayerMajor:
             return True
 
         try:
-            streamed = isinstance(self.turns, Stream)
-            with Steps(self.optimizer, self.layout, keep=clips, at_once=streamed) as steps:
+            with Steps(self.optimizer, self.layout, keep=clips, at_once=not self.turns.stays) as steps:
                 walk.walk(
                     self.layout,
                     [partial(share, batch) for batch in batches],
@@ -146,7 +140,7 @@ class LayerMajor:
         return loss[0], self.optimizer.grad_norm
 
     def _step_kept(self) -> None:
-        """Step by the gradients that were kept for the norm of all; streamed blocks come to the device for it again."""
+        """Step by the gradients that were kept for the norm of all. Blocks that have left the device come back for it."""
         optimizer = self.optimizer
         pending = {tensor.name: tensor for tensor in optimizer.pending()}
 
@@ -154,8 +148,7 @@ class LayerMajor:
             own = (tensor.name for tensor in optimizer.tensors_of(self.layout.blocks[number]))
             optimizer.move([pending.pop(name) for name in own if name in pending])
 
-        if isinstance(self.turns, Stream):
-            self.turns.visit(step_block, stepped=True)
+        self.turns.visit(step_block, stepped=True)
         optimizer.move(pending.values())
         optimizer.close()
 

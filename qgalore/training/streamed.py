@@ -34,7 +34,8 @@ class Placing:
         elsewhere = used_elsewhere(model, blocks)
         waiting = {id(entry.find()) for block in blocks for entry in fields_of_block(block, elsewhere)}
         streaming.allocate(model, device, in_host_memory=waiting)
-        self.stream = Stream(model, blocks, device, slots=self.config.memory.slots, filled=False)
+        waits = self.config.train.clip_grad_norm > 0
+        self.stream = Stream(model, blocks, device, slots=self.config.memory.slots, filled=False, waits=waits)
 
     def collect(self) -> None:
         """Bring what a checkpoint has replaced into the records."""

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from pretended import DEVICE, Account, Device, pretended
+from pretended import pretended
+from pretended_device import DEVICE, Account, Device
 
 from qgalore import config as configuration
 from qgalore.data.labelled import Labels

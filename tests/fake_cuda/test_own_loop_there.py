@@ -3,7 +3,8 @@ its default, which nothing that is the host's may follow."""
 
 import pytest
 import torch
-from pretended import DEVICE, pretended
+from pretended import pretended
+from pretended_device import DEVICE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qgalore

@@ -4,7 +4,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from pretended import DEVICE, Generator, RefusedByCudaError, pretended
+from pretended import pretended
+from pretended_device import DEVICE, Generator, RefusedByCudaError
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 

@@ -1,7 +1,7 @@
 """Whole steps on a CUDA device that is not there: whatever a configuration asks for, no GPU would refuse it."""
 
 import pytest
-from pretended import CAPABILITY
+from pretended_device import CAPABILITY
 from pretended_steps import config_of, take
 from recorded import unknown_forms
 

@@ -20,6 +20,7 @@ from qgalore.models.loss import chunked_loss
 from qgalore.speed import count
 from qgalore.training.attending import attend_as
 from qgalore.training.determinism import deterministic
+from qgalore.training.loop import Loop
 from qgalore.training.model import Vocabulary
 from qgalore.training.paper import on_paper, plan_for
 
@@ -137,10 +138,18 @@ def test_a_run_from_before_the_key_goes_on_as_it_began(tiny_run, tmp_path):
     assert code == 0, err
 
 
-def test_a_deterministic_run_on_a_cpu_has_the_same_bits(tiny_run):
+def test_a_deterministic_run_on_a_cpu_has_the_same_bits(tiny_run, monkeypatch):
+    step, asked = Loop._step, []
+
+    def watched(self):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return step(self)
+
+    monkeypatch.setattr(Loop, "_step", watched)
     assert tiny_run("run.name=plain", *SHORT)[0] == 0
     code, _, err = tiny_run("run.name=fixed", "run.deterministic=true", *SHORT)
     assert code == 0, err
+    assert asked == [False] * 4 + [True] * 4
     assert_same(final_state("runs/plain", 4), final_state("runs/fixed", 4))
     assert not torch.are_deterministic_algorithms_enabled()
 

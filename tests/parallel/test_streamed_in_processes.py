@@ -2,8 +2,11 @@
 
 import pytest
 from helpers import assert_same
-from jobs import codes, live, rows, state
+from jobs import chain_of, codes, live, rows, state, take
 from processes import run_in
+
+from qgalore.parallel import job
+from qgalore.steps.turns import AlwaysThere
 
 STEPS = 4
 SHORT = [f"train.max_steps={STEPS}", "train.grad_accumulation=4", "train.eval_every=2", "train.eval_batches=5"]
@@ -35,6 +38,33 @@ def test_streamed_processes_take_the_steps_of_resident_ones(folder, options):
         pairs = zip(*(rows(folder / f"runs/{name}", key) for name in ("streamed", "resident")), strict=True)
         for one, other in pairs:
             assert (one.get("loss"), one.get("eval_loss")) == (other.get("loss"), other.get("eval_loss"))
+
+
+class Leaving(AlwaysThere):
+    """Notes which tensors of a block still hold the gradient of a step when it leaves."""
+
+    def __init__(self, order, stays):
+        self.order, self.stays, self.late = order, stays, []
+
+    def leave(self, block, stepped):
+        own = self.order.optimizer.tensors_of(self.order.layout.blocks[block]) if stepped else []
+        self.late += [tensor.name for tensor in own if tensor.holds_gradient()]
+
+
+def late(stays):
+    with job("cpu") as team:
+        *_, order = chain_of(team, "replicate", {"policy": "fixed"})
+        order.turns = Leaving(order, stays)
+        for step in range(2):
+            take(order, step)
+        return len(order.turns.late)
+
+
+def test_a_block_that_does_not_stay_has_stepped_when_it_leaves():
+    """On a CPU a later step could go unseen, as its slot and its record are both host memory. Other blocks step late,
+    while the next one works."""
+    assert run_in(2, late, False) == [0, 0]
+    assert min(run_in(2, late, True)) > 0
 
 
 @pytest.mark.slow

@@ -26,6 +26,15 @@ def operations():
         }
 
 
+def operations_elsewhere():
+    """With a default device that no process can send from."""
+    with job("cpu") as team, torch.device("meta"):
+        note = team.leave_note(False, [team.rank == 0, False])
+        team.meet("a", note=team.rank)
+        found = team.total("b", 1.5), team.any("c", [team.rank == 1, False]), team.hear(note, None)
+        return (*found, team.lowest("d", team.rank == 1))
+
+
 def fail(how):
     """The error's class and words in each process, and that all can go on together after it."""
     with job("cpu") as team:
@@ -55,6 +64,10 @@ def test_operations_give_every_process_the_same():
     wanted = {"sum": [6.0, 6.0, 3.0], "received": [0.0, 0.0], "total": 0.1 + 0.2 + 0.1 * 3, "count": 6}
     wanted |= {"any": [True, False], "first": ("from", 0), "note": 2}
     assert found[0] == wanted
+
+
+def test_a_programs_default_device_is_not_that_of_meetings():
+    assert run_in(2, operations_elsewhere) == [(3.0, [True, False], [True, False], 1)] * 2
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ class Stream:
     their gradients and step only in a :meth:`visit` after it.
     """
 
+    stays = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -37,12 +39,13 @@ class Stream:
         slots: int = 2,
         copies: Copies | None = None,
         filled: bool = True,
+        waits: bool = False,
     ) -> None:
         if slots < 2:
             raise ValueError(f"{slots} slots are too few: while one block computes, another one travels")
         self.blocks, self.device, self.count = list(blocks), device, slots
         self.copied = {"in": 0, "out": 0}
-        self.waits = False
+        self.waits = waits
         self._copies = copies or copies_for(device)
         self._made: Slots | None = None
         self._locked: Locked | None = None
