@@ -12,9 +12,9 @@ class Turns(Protocol):
     tensors have had their step in between. ``end`` when the step is over; ``whole`` is False if an error broke it off,
     maybe in the middle of a turn.
 
-    ``stays``: whether a block's trained tensors can step after its turn too. ``visit``, after a walk, calls ``act`` with
-    the number of each block that has left, from the first to the last, while it is on the device; it goes back changed
-    if it ``stepped`` there.
+    ``stays``: whether a block's trained tensors can step after its turn too. ``visit``, after a walk, calls ``act``
+    with the number of each block that has left, from the first to the last, while it is on the device. It goes back
+    changed if it ``stepped`` there.
     """
 
     stays: bool

@@ -140,7 +140,7 @@ class LayerMajor:
         return loss[0], self.optimizer.grad_norm
 
     def _step_kept(self) -> None:
-        """Step by the gradients that were kept for the norm of all. Blocks that have left the device come back for it."""
+        """Step by the gradients that were kept for the norm of all. Blocks that have left the device come back."""
         optimizer = self.optimizer
         pending = {tensor.name: tensor for tensor in optimizer.pending()}
 
