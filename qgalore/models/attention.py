@@ -1,10 +1,11 @@
-"""How a model attends: each document of a packed row by a causal call of its own, or in one of transformers' ways.
+"""How a model attends: to each document of a packed row causally and apart, or in one of transformers' ways.
 
 A packed row holds several documents, and a token sees only those before it in its own. transformers' way is a mask of
 tokens × tokens: kernels then compute the whole square, half of which a causal call never touches, and each layer keeps
 the mask in the dtype of its queries. A causal call for each document computes the documents' own squares alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def by_document(
 ) -> tuple[Tensor, None]:
     """Attention for transformers' registry: (rows, heads, tokens, size) each → (rows, tokens, heads, size).
 
-    With :class:`Documents` in the place of the mask it is a causal call for each, or one call if every row is a single
-    document. Anything else is transformers' own ``sdpa``.
+    With :class:`Documents` in the place of the mask it is a causal call for all documents of a length, or one call if
+    every row is a single document. Anything else is transformers' own ``sdpa``.
     """
     if not isinstance(attention_mask, Documents):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -35,15 +36,27 @@ def by_document(
     if attention_mask.whole:
         return sdpa_attention_forward(module, query, key, value, None, **options)
     rows, heads, tokens, _ = query.shape
-    made = []
-    for row, lengths in enumerate(attention_mask.lengths):
-        start = 0
-        for length in lengths:
-            part = (slice(row, row + 1), slice(None), slice(start, start + length))
-            output, _ = sdpa_attention_forward(module, query[part], key[part], value[part], None, **options)
-            made.append(output[0])
-            start += length
-    return torch.cat(made).view(rows, tokens, heads, -1), None
+    parts = list(zip(*(_apart(values, attention_mask) for values in (query, key, value)), strict=True))
+    alike: dict[int, list[int]] = {}
+    for number, part in enumerate(parts):
+        alike.setdefault(part[0].shape[1], []).append(number)
+    made: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        together = (_stacked(values) for values in zip(*(parts[number] for number in numbers), strict=True))
+        output, _ = sdpa_attention_forward(module, *together, None, **options)
+        made |= zip(numbers, output.unbind(), strict=True)
+    return torch.cat([made[number] for number in range(len(parts))]).view(rows, tokens, heads, -1), None
+
+
+def _apart(values: Tensor, documents: Documents) -> list[Tensor]:
+    """Those of each document, (heads, tokens, size). Slices would each hand back a gradient as large as all rows; these
+    parts hand back one together."""
+    rows = zip(values.unbind(), documents.lengths, strict=True)
+    return [part for row, lengths in rows for part in row.split(lengths, dim=1)]
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
 
 
 AttentionInterface.register(BY_DOCUMENT, by_document)

@@ -5,6 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -112,6 +114,42 @@ def test_in_fp32_the_two_ways_differ_by_rounding_alone():
     largest = max(float(gradient.abs().max()) for gradient in masked.values())
     for name, gradient in masked.items():
         torch.testing.assert_close(separate[name], gradient, rtol=0, atol=1e-5 * largest)
+
+
+class Slices(TorchDispatchMode):
+    """Counts the gradients of slices, each of which is as large as what was sliced."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("slice_backward", "select_backward")
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_short_documents_take_few_calls_and_their_gradients_one_tensor(monkeypatch):
+    """Otherwise a row of many documents takes longer than with a mask."""
+    forward, calls = attention.sdpa_attention_forward, []
+
+    def counted(module, query, *rest, **options):
+        calls.append(tuple(query.shape[::2]))
+        return forward(module, query, *rest, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", counted)
+    documents, layer = Documents([[2] * 8, [2, 2, 10, 2]]), nn.Module()
+    layer.is_causal, layer.num_key_value_groups = True, 1
+    inputs = [torch.randn(2, 3, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    with Slices() as slices:
+        together, _ = attention.by_document(layer, *inputs, documents)
+        together.square().sum().backward()
+    assert calls == [(11, 2), (1, 10)]
+    assert slices.count == 0
+    alone = [forward(layer, *(x[row : row + 1, :, a:b] for x in inputs), None)[0] for row, a, b in PLACES]
+    found = [together[row : row + 1, a:b] for row, a, b in PLACES]
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)  # sums of ten products at most, in fp64
+
+
+PLACES = [(0, a, a + 2) for a in range(0, 16, 2)] + [(1, 0, 2), (1, 2, 4), (1, 4, 14), (1, 14, 16)]
 
 
 def test_rows_of_one_document_have_the_bits_they_always_had():
