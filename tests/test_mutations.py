@@ -66,8 +66,8 @@ MUTATIONS = {
         (METHOD,),
     ),
     "the documents of the first row in every row": Mutation(
-        "for row, lengths in enumerate(attention_mask.lengths):",
-        "for row, lengths in enumerate(attention_mask.lengths[:1] * rows):",
+        "rows = zip(values.unbind(), documents.lengths, strict=True)",
+        "rows = ((row, documents.lengths[0]) for row in values.unbind())",
         ("tests/models/test_attention.py::test_losses_and_gradients_are_those_of_a_mask",),
     ),
     "the loss as a mean of the micro-batches' means": Mutation(
