@@ -1,5 +1,8 @@
 """Rows of a Hugging Face dataset, streamed."""
 
+import atexit
+import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,8 @@ def dataset_rows(source: str, split: str, endings: tuple[str, ...]) -> Iterator[
     # datasets takes about a second to import and only this reader needs it.
     import datasets
 
+    atexit.unregister(_let_go)
+    atexit.register(_let_go)
     dataset_id, _, config = source.partition(":")
     # The Hub, its clients and the file formats behind them raise dozens of types, and all mean the same to the user.
     try:
@@ -31,6 +36,16 @@ def dataset_rows(source: str, split: str, endings: tuple[str, ...]) -> Iterator[
             raise _failure(dataset_id, config, split, endings, error) from error
         number += 1
         yield row, f"dataset {dataset_id!r} row {number}"
+
+
+def _let_go() -> None:
+    """Wait until Arrow's threads have let go of the files of streams that were left early.
+
+    A thread that still wants the interpreter when it ends aborts the whole program (Arrow's issue 45214), after
+    everything was done and said. Registered anew by each stream, so that it runs before what ``datasets`` registers.
+    """
+    gc.collect()
+    time.sleep(0.1)  # they need the interpreter for a few microseconds each
 
 
 def _failure(dataset_id: str, config: str, split: str, endings: tuple[str, ...], error: Exception) -> ConfigError:
