@@ -13,10 +13,10 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from bench_steps import in_pairs, ratio_line, run_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qgalore import config
@@ -26,18 +26,8 @@ from qgalore.data.packing import PackedSequences
 from qgalore.data.sources import documents
 from qgalore.errors import ConfigError
 from qgalore.models import attention
-from qgalore.training import assemble
-from qgalore.training.loop import Loop
 
 WAYS = ("sdpa", "auto")
-
-
-def step_seconds(loop: Loop) -> float:
-    started = time.perf_counter()
-    loop._step()
-    if loop.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def documents_in_a_row(rows: PackedSequences) -> float:
@@ -60,27 +50,18 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "pieces.jsonl"
         cut(config.load(options.config, options.overrides), options.characters, text)
-        common = [f"run.dir={folder}", f"data.cache_dir={folder}/cache", f"train.max_steps={options.pairs + 1}"]
-        common += [*options.overrides, f"data.train={text}", f"data.valid={text}", "data.text_key=text"]
-        loops: dict[str, Loop] = {}
-        for way in WAYS:
-            overrides = [*common, f"run.name={way}", f"model.attention={way}"]
-            loops[way] = assemble.build(config.load(options.config, overrides), None).loop
-        if attention.implementation(loops["auto"].model) != attention.BY_DOCUMENT:
+        common = [*options.overrides, f"data.train={text}", f"data.valid={text}", "data.text_key=text"]
+        masked, separate = (
+            run_in(folder, way, options.config, [*common, f"model.attention={way}"], options.pairs) for way in WAYS
+        )
+        if attention.implementation(separate.model) != attention.BY_DOCUMENT:
             raise ConfigError("this model does not attend document by document; a line above says why")
-        for loop in loops.values():
-            loop.model.train()
-            step_seconds(loop)
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for pair in range(options.pairs):
-            for way in WAYS if pair % 2 else reversed(WAYS):
-                seconds[way].append(step_seconds(loops[way]))
-        held = documents_in_a_row(loops["auto"].data.train)
-    ratios = sorted(masked / separate for masked, separate in zip(*seconds.values(), strict=True))
+        fast, slow, _ = in_pairs(separate, masked, options.pairs)
+        held = documents_in_a_row(separate.data.train)
     print(f"{held:.1f} documents in a row; {torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    print(f"with a mask {statistics.median(seconds['sdpa']):.3f} s a step, "
-          f"a call for each document {statistics.median(seconds['auto']):.3f} s")  # fmt: skip
-    print(f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs)")
+    print(f"with a mask {statistics.median(slow):.3f} s a step, "
+          f"a call for each document {statistics.median(fast):.3f} s")  # fmt: skip
+    print(ratio_line(fast, slow))
 
 
 def main(arguments: list[str] | None = None) -> int:
