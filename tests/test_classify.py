@@ -114,6 +114,21 @@ def test_an_encoder_learns_and_its_export_predicts_the_same(classify_run):
     assert sum(right) / len(right) == pytest.approx(evaluation["eval_accuracy"], abs=1.5 / 40)
 
 
+def test_a_preview_shows_texts_beside_their_labels(classify_run):
+    code, out, _ = classify_run("--preview", "20")
+    assert code == 0
+    blocks = out.split("\nrow ")[1:]
+    assert len(blocks) == 20
+    expected = {True: [], False: []}
+    for line in Path("train.tsv").read_text().splitlines()[1:]:
+        _, one, two, label = line.split("\t")
+        expected[label == "yes"].append(f"{one}{two}".replace(" ", ""))
+    for block in blocks:
+        head, text = block.split("\n", 1)
+        read = "".join(char for char in text.split("read | ")[1] if char.isalpha())
+        assert read.replace("endoftext", "") in expected["label 'yes'" in head]
+
+
 def test_resuming_gives_the_same_bits(classify_run):
     """Dropout is on (0.1, BERT's default), and a refresh falls between the two halves."""
     assert classify_run()[0] == 0

@@ -19,10 +19,15 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
     plan.add_configuration(parser)
     parser.add_argument("--plan", action="store_true", help="print what the run will need in memory, and stop")
     plan.add_world_size(parser)
+    parser.add_argument(
+        "--preview", type=kinds.whole(1), metavar="N", help="print N training rows, what is learned of them, and stop"
+    )
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest checkpoint, or from PATH")
     options = parser.parse_intermixed_args(arguments)
     if options.world_size > 1 and not options.plan:
         parser.error("--world-size goes with --plan only; torchrun --nproc_per_node N trains in N processes")
+    if options.preview and (options.plan or options.resume):
+        parser.error("--preview prints rows and stops; leave out --plan and --resume")
     return options
 
 
@@ -37,6 +42,9 @@ def run(options: argparse.Namespace) -> None:
     from ..training.determinism import deterministic
 
     settings = config.load(options.config, options.overrides)
+    if options.preview:
+        assemble.preview(settings, options.preview)
+        return
     with deterministic(settings.run.deterministic), job(settings.device) as team:
         with team.together("the end of training"):
             made = assemble.build(settings, options.resume, team)

@@ -23,6 +23,7 @@ from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
 from . import classification
 from . import loop_settings as settings
+from . import preview as previews
 from .checks import check_data, check_model
 from .data import Data as BuiltData
 from .data import build_data, build_tokenizer, given_tokenizer
@@ -39,7 +40,7 @@ from .say import say
 from .streamed import Placing
 from .trial import order_of, try_layer_major
 
-__all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "restore_model"]
+__all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "preview", "restore_model"]
 
 
 @dataclass
@@ -100,6 +101,21 @@ def plan(config: Config, processes: int = 1) -> None:
     chosen, found = settle(config, vocabulary, device, processes)
     if device.type == "cuda" and processes == 1:
         say("speed", line_of(chosen, vocabulary, found.total))
+
+
+def preview(config: Config, count: int) -> None:
+    """Print the first ``count`` rows that a run of ``config`` trains on. The data are prepared as the run's are."""
+    device = choose_device(config)
+    for remark in configuration.remarks(config):
+        say("note", remark)
+    config = _resolved(config, device, 1)
+    tokenizer = _checked_tokenizer(config, device, ALONE)
+    examples, _ = _words(config, tokenizer)
+    data = _data(config, tokenizer, examples, date.today(), ALONE).train
+    order = settings.sample_order(len(data), config.run.seed)
+    shown = previews.of_text(tokenizer) if examples is None else previews.of_examples(tokenizer, examples.labels)
+    for line in previews.rows(data, order, count, shown):
+        print(line)
 
 
 def _announce(config: Config, folder: Path, device: torch.device, team: Team, remarks: list[str]) -> None:

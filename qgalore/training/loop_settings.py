@@ -26,7 +26,7 @@ def of_data(
     losses: Losses,
 ) -> Data:
     """What is trained on and held out. ``losses``: how the held-out batches go through the model."""
-    order_for = cache(partial(_sample_order, len(data.train), config.run.seed))
+    order_for = cache(partial(sample_order, len(data.train), config.run.seed))
     if examples is not None:
         return classification.loop_data(config, examples, order_for)
     # A pass that gathers weights must be the same in all processes, so there each evaluates all of the data.
@@ -35,7 +35,8 @@ def of_data(
     return Data(data.train, data.valid, order_for, target_tokens, looking)
 
 
-def _sample_order(samples: int, seed: int, rollbacks: int) -> SampleOrder:
+def sample_order(samples: int, seed: int, rollbacks: int = 0) -> SampleOrder:
+    """The order of so many training samples in a run, after as many ``rollbacks``."""
     return SampleOrder(samples, derive_key(seed, rollbacks)[0] & 0xFFFFFFFF)
 
 

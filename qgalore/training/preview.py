@@ -1,0 +1,88 @@
+"""The first rows that a run trains on, as text, with what of them the loss learns."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.labelled import Labels
+from ..data.order import SampleOrder
+from ..data.packing import IGNORED
+from ..errors import counted, printable
+from .parts import Batch, Samples
+
+_MARGIN = {True: "learned", False: "masked"}
+Lines = Callable[[Batch], Iterator[str]]  # of a batch that holds one row
+
+
+def pieces(batch: Batch) -> list[tuple[bool, list[int]]]:
+    """Tokens of the one row of ``batch`` that follow each other, and whether the loss learns them.
+
+    ``batch`` has input_ids, labels and position_ids, int64 (1, L). A token is learned where it is the target of the one
+    before it. The target of the last one stands behind the row and is shown with it. A piece also ends where its
+    document does.
+    """
+    ids, targets, positions = (batch[key][0].tolist() for key in ("input_ids", "labels", "position_ids"))
+    tokens = [*ids, *(target for target in targets[-1:] if target != IGNORED)]
+    learned = [False, *(target != IGNORED for target in targets)]
+    starts = [*(position == 0 for position in positions), False]
+    found: list[tuple[bool, list[int]]] = []
+    for token, learns, begins in zip(tokens, learned, starts, strict=False):
+        if begins or learns != found[-1][0]:
+            found.append((learns, []))
+        found[-1][1].append(token)
+    return found
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """``ids`` as text. A special token that comes again and again, as padding does, is written once and counted."""
+    parts: list[str] = []
+    for padding, run in groupby(_runs(ids), key=lambda run: len(run) > 3 and run[0] in tokenizer.all_special_ids):
+        for part in run if padding else [chain.from_iterable(run)]:
+            same = list(part)
+            text = tokenizer.decode(same[:1] if padding else same, clean_up_tokenization_spaces=False)
+            parts.append(f"{text} × {len(same)}" if padding else text)
+    return printable("".join(parts))
+
+
+def _runs(ids: list[int]) -> Iterator[list[int]]:
+    """``ids`` cut where another token follows."""
+    return (list(run) for _, run in groupby(ids))
+
+
+def of_text(tokenizer: PreTrainedTokenizerBase) -> Lines:
+    """How a row of packed text or conversations is shown: every line of it as learned or masked."""
+
+    def lines(batch: Batch) -> Iterator[str]:
+        found = pieces(batch)
+        tokens, targets = (sum(len(ids) for learns, ids in found if learns >= least) for least in (False, True))
+        documents = int((batch["position_ids"] == 0).sum())
+        yield f"{counted(tokens, 'token')}, {targets:,} of them learned, in {counted(documents, 'document')}"
+        for learns, ids in found:
+            for line in _text(tokenizer, ids).split("\n"):
+                yield f"{_MARGIN[learns]:>8} | {line}"
+
+    return lines
+
+
+def of_examples(tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Lines:
+    """How a labelled example is shown."""
+
+    def lines(batch: Batch) -> Iterator[str]:
+        value = batch["labels"][0].item()
+        label = f"{value:g}" if labels.names is None else labels.names[int(value)]
+        ids = batch["input_ids"][0].tolist()
+        yield f"{counted(len(ids), 'token')}, label {printable(label)!r}"
+        for line in _text(tokenizer, ids).split("\n"):
+            yield f"{'read':>8} | {line}"
+
+    return lines
+
+
+def rows(data: Samples, order: SampleOrder, count: int, shown: Lines) -> Iterator[str]:
+    """The lines of the first ``count`` rows in the ``order`` of training, or of all, if there are fewer."""
+    numbers, _ = order.take((0, 0), min(count, len(data)))
+    for place, number in enumerate(numbers, start=1):
+        first, *more = shown(data.batch([number]))
+        yield f"row {place} (sample {number:,} of {len(data):,}): {first}"
+        yield from more
