@@ -43,7 +43,9 @@ def run(options: argparse.Namespace) -> None:
 
     settings = config.load(options.config, options.overrides)
     if options.preview:
-        assemble.preview(settings, options.preview)
+        with job(settings.device) as team:
+            if team.leads:
+                assemble.preview(settings, options.preview)
         return
     with deterministic(settings.run.deterministic), job(settings.device) as team:
         with team.together("the end of training"):
