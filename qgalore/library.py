@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .files import checkpoint, export_hf
 from .files import export_folder as folders
 from .files.safetensors import write_safetensors
+from .lowrank.layers.guard import Guard
 from .lowrank.layers.linear import CODES, LowRankLinear
 from .models import convert as conversion
 from .replacing import replaced
@@ -45,9 +46,11 @@ class _Stored(QuantizationConfigMixin):
 @wraps(conversion.convert)
 def convert(model: nn.Module, **options: Any) -> conversion.ConversionReport:
     report = conversion.convert(model, **options)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             module.code_key = CODES
+            if module.guard is None:
+                module.set_guard(Guard(name))
         if isinstance(module, PreTrainedModel):
             module.save_pretrained = _Saving(module)
     for module in [m for m in model.modules() if isinstance(m, PreTrainedModel)]:

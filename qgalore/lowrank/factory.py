@@ -266,6 +266,9 @@ def optimizer(
         part_elements=part_elements(inner),
         team=team,
     )
+    for guard in (module.guard for module in modules.values()):
+        if guard is not None:
+            guard.held_by(made)
     if team.size > 1:
         made.watch(module for module in model.modules() if isinstance(module, Experts))
     return made

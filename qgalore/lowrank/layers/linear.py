@@ -18,6 +18,7 @@ from ...quant.int8 import quantize
 from ..subspace import sides
 from .bases import Basis
 from .delta_linear import delta_linear, stored_weight
+from .guard import Guard
 from .product_choice import Products
 from .stored import StoredWeight
 
@@ -51,6 +52,7 @@ class LowRankLinear(nn.Module):
     # Stated here too, for kinds with a constructor of their own.
     max_rank: int | None = None
     mean_rank: int | None = None
+    guard: Guard | None = None
 
     def __init__(
         self,
@@ -156,6 +158,14 @@ class LowRankLinear(nn.Module):
         """The zero leaves by name: memoryless, neither stored nor counted as weights."""
         return {"delta": self.delta, "probe": self.probe}
 
+    def set_guard(self, guard: Guard) -> None:
+        """Let ``guard`` hear of every gradient that comes to a leaf."""
+        self.guard = guard
+        for leaf in self.leaves().values():
+            listens = leaf.requires_grad
+            leaf.requires_grad_(True).register_post_accumulate_grad_hook(guard)  # which needs it, as in an optimizer
+            leaf.requires_grad_(listens)
+
     def _apply(self, fn, recurse: bool = True):
         """Move or cast everything but the leaves, which are made anew: moving an expanded tensor would fill it in."""
         leaves = self.leaves()
@@ -181,6 +191,8 @@ class LowRankLinear(nn.Module):
         super().__setstate__(state)
         if isinstance(self.weight, StoredWeight):
             self.weight.owned_by(self)
+        if self.guard is not None:  # the leaves are new ones, without hooks
+            self.set_guard(self.guard)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
