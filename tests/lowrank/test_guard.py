@@ -49,7 +49,7 @@ def freeze(module):
 def test_another_optimizer_is_refused_before_its_first_step(model, tokens):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.optim.AdamW(model.parameters())
-    assert re.match(r"model\.layers\.1\.mlp\.down_proj " + REFUSED, complaint(model, tokens))
+    assert re.match(r"layer model\.layers\.1\.mlp\.down_proj " + REFUSED, complaint(model, tokens))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -95,7 +95,7 @@ def test_a_frozen_layer_needs_nobody_and_one_freed_later_does(model, tokens):
     backward(model, tokens)
     opt.step()
     first.mlp.up_proj.delta.requires_grad_(True)
-    assert re.match(r"model\.layers\.0\.mlp\.up_proj " + REFUSED, complaint(model, tokens))
+    assert re.match(r"layer model\.layers\.0\.mlp\.up_proj " + REFUSED, complaint(model, tokens))
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
