@@ -136,6 +136,16 @@ MUTATIONS = {
         "self.at_once = optimizer.team.size == 1",
         ("tests/parallel/test_streamed_in_processes.py::test_a_block_that_does_not_stay_has_stepped_when_it_leaves",),
     ),
+    "an optimizer that was dropped and still counts": Mutation(
+        "if self._holder is None or self._holder() is None:",
+        "if self._holder is None:",
+        ("tests/lowrank/test_guard.py::test_an_optimizer_made_late_counts_and_one_that_was_dropped_does_not",),
+    ),
+    "a copy of a model that belongs to the optimizer of the first": Mutation(
+        "return Guard(self.name)",
+        "return self",
+        ("tests/lowrank/test_guard.py::test_a_copy_belongs_to_no_optimizer_yet[deepcopy]",),
+    ),
     "the loss of a step in one process": Mutation(
         'self.optimizer.team.total("the loss of a step", mine)', "mine", (f"{PROCESSES}[replicate]",)
     ),

@@ -154,6 +154,15 @@ def _tell_of_moments(moments: str, modules: dict[str, LowRankLinear]) -> None:
         print("note: moments 'keep' cannot be kept where a rank changes: that layer's begin again there", flush=True)
 
 
+def _bind(made: LowRankOptimizer, model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+    """Tell the layers that ``made`` steps them, and let it hear of experts without tokens."""
+    for guard in (module.guard for module in modules.values()):
+        if guard is not None:
+            guard.held_by(made)
+    if made.team.size > 1:
+        made.watch(module for module in model.modules() if isinstance(module, Experts))
+
+
 def optimizer(
     model: nn.Module,
     *,
@@ -266,9 +275,5 @@ def optimizer(
         part_elements=part_elements(inner),
         team=team,
     )
-    for guard in (module.guard for module in modules.values()):
-        if guard is not None:
-            guard.held_by(made)
-    if team.size > 1:
-        made.watch(module for module in model.modules() if isinstance(module, Experts))
+    _bind(made, model, modules)
     return made

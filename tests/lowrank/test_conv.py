@@ -9,6 +9,7 @@ from torch import nn
 import qgalore
 from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.conv import LowRankConv
+from qgalore.models.convert import convert  # without a guard: gradients are read, nothing is stepped
 
 SHAPES = {
     "2d": (nn.Conv2d(5, 12, (3, 2), stride=2, padding=1), (4, 5, 9, 8)),
@@ -24,7 +25,7 @@ def pair(name, rank, basis_format="fp32"):
     conv, shape = SHAPES[name]
     model = nn.Sequential(copy.deepcopy(conv))
     twin = copy.deepcopy(model)
-    qgalore.convert(twin, rank=rank, convolutions="tucker", basis_format=basis_format)
+    convert(twin, rank=rank, convolutions="tucker", basis_format=basis_format)
     assert isinstance(twin[0], LowRankConv)
     return model, twin, torch.randn(shape, requires_grad=True)
 

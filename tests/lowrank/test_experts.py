@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 import qgalore
 from qgalore.lowrank.layers.experts import Experts
 from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.models.convert import convert  # without a guard: gradients are read, nothing is stepped
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -54,7 +55,7 @@ def test_experts_compute_and_differentiate_as_transformers_own(name, token_batch
     another order: a few roundings of 2⁻²⁴ relative to the largest terms."""
     model = mixture(name)
     twin = copy.deepcopy(model)
-    qgalore.convert(twin, rank=None, weight_format="none")
+    convert(twin, rank=None, weight_format="none")
     tokens = token_batches()[0]
     one, other = loss_of(model, tokens), loss_of(twin, tokens)
     assert float((one - other).detach().abs()) < 1e-6

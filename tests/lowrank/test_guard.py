@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def backward(model, tokens):
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
+def complaint(model, tokens):
+    """What a backward pass is refused with, or nothing."""
+    try:
+        backward(model, tokens)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def freeze(module):
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -39,8 +49,7 @@ def freeze(module):
 def test_another_optimizer_is_refused_before_its_first_step(model, tokens):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.optim.AdamW(model.parameters())
-    with pytest.raises(ConfigError, match=r"^model\.layers\.1\.mlp\.down_proj " + REFUSED):
-        backward(model, tokens)
+    assert re.match(r"layer model\.layers\.1\.mlp\.down_proj " + REFUSED, complaint(model, tokens))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -48,8 +57,7 @@ def test_the_optimizer_of_another_model_does_not_count(model, tokens, tiny_llama
     other = tiny_llama()
     qgalore.convert(other, rank=8)
     opt = qgalore.optimizer(other, lr=1e-3)
-    with pytest.raises(ConfigError, match=REFUSED):
-        backward(model, tokens)
+    assert re.search(REFUSED, complaint(model, tokens))
     backward(other, tokens)
     opt.step()
 
@@ -62,8 +70,7 @@ def test_an_optimizer_made_late_counts_and_one_that_was_dropped_does_not(model, 
     backward(model, tokens)
     del loss, opt
     gc.collect()
-    with pytest.raises(ConfigError, match=REFUSED):
-        backward(model, tokens)
+    assert re.search(REFUSED, complaint(model, tokens))
     opt = qgalore.optimizer(model, lr=1e-3)
     backward(model, tokens)
     assert opt.pending()
@@ -88,16 +95,14 @@ def test_a_frozen_layer_needs_nobody_and_one_freed_later_does(model, tokens):
     backward(model, tokens)
     opt.step()
     first.mlp.up_proj.delta.requires_grad_(True)
-    with pytest.raises(ConfigError, match=r"^model\.layers\.0\.mlp\.up_proj " + REFUSED):
-        backward(model, tokens)
+    assert re.match(r"layer model\.layers\.0\.mlp\.up_proj " + REFUSED, complaint(model, tokens))
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_belongs_to_no_optimizer_yet(model, tokens, twin_of):
     opt = qgalore.optimizer(model, lr=1e-3)
     twin = twin_of(model)
-    with pytest.raises(ConfigError, match=REFUSED):
-        backward(twin, tokens)
+    assert re.search(REFUSED, complaint(twin, tokens))
     backward(model, tokens)
     assert opt.pending()
     own = qgalore.optimizer(twin, lr=1e-3)
@@ -106,14 +111,12 @@ def test_a_copy_belongs_to_no_optimizer_yet(model, tokens, twin_of):
 
 
 def test_a_moved_or_cast_model_keeps_its_guards(model, tokens):
-    with pytest.raises(ConfigError, match=REFUSED):
-        backward(model.to(torch.float64).to(torch.float32), tokens)
+    assert re.search(REFUSED, complaint(model.to(torch.float64).to(torch.float32), tokens))
 
 
 def test_it_holds_in_compiled_blocks(model, tokens):
     model.model.layers[1].mlp.compile(backend="eager")
-    with pytest.raises(ConfigError, match=REFUSED):
-        backward(model, tokens)
+    assert re.search(REFUSED, complaint(model, tokens))
     opt = qgalore.optimizer(model, lr=1e-3, stepping="manual")
     backward(model, tokens)
     assert opt.pending()

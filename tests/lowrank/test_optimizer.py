@@ -185,8 +185,9 @@ def test_fused_mode_holds_one_tensors_gradient_at_a_time(tiny_llama, token_batch
 def test_fused_refuses_a_second_backward(tiny_llama, token_batches):
     model = tiny_llama()
     convert(model, **QUICK)
-    optimizer(model, lr=1e-3, stepping="fused")
+    opt = optimizer(model, lr=1e-3, stepping="fused")
     loss_of(model, token_batches()[0]).backward()
+    assert opt.stepped
     with pytest.raises(RuntimeError, match="stepping='deferred'"):
         loss_of(model, token_batches()[0]).backward()
 

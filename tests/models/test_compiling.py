@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from qgalore import convert, optimizer
+from qgalore import optimizer
 from qgalore.errors import ConfigError
 from qgalore.models import compiling
+from qgalore.models.convert import convert
 from qgalore.models.recompute import checkpoint_blocks
 
 

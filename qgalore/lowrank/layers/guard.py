@@ -33,7 +33,7 @@ class Guard:
     def __call__(self, leaf: torch.Tensor) -> None:
         if self._holder is None or self._holder() is None:
             raise ConfigError(
-                f"{self.name} received a gradient, but no qgalore.optimizer that steps it is alive; a converted "
+                f"layer {self.name} received a gradient, but no qgalore.optimizer that steps it is alive; a converted "
                 "layer's weight is no parameter that another optimizer could move, so it would never change. Make "
                 "optimizer = qgalore.optimizer(model, lr=...) for this model before the backward pass and keep it, or "
                 "freeze the layer with requires_grad_(False)"
