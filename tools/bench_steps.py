@@ -6,6 +6,15 @@
 The runs differ in what ``--one`` and ``--other`` say, and share the other overrides. Each takes a first step, which is
 not counted. Then they take turns, and which of them begins changes from pair to pair. Printed are each run's median
 seconds of a step, whether the two saw the same losses, and the median of the pairs' ratios with its range.
+
+docs/results.md compares the orders of a step with (for one micro-batch: 9 pairs of train.micro_batch_size=4
+train.grad_accumulation=1)
+
+    T=configs/quickstart_data
+    OMP_NUM_THREADS=1 python tools/bench_steps.py --config llama60m.yaml --one train.order=batch_major
+        --other train.order=layer_major device=cpu data.train=$T/train.jsonl.gz data.valid=$T/valid.jsonl.gz
+        data.tokenizer=null data.vocab_size=4096 data.sequence_length=256 train.activation_checkpointing=true
+        train.micro_batch_size=2 train.grad_accumulation=8
 """
 
 import argparse
