@@ -1,4 +1,5 @@
-"""What people call our keys elsewhere: names of transformers, TRL, Axolotl, LLaMA-Factory, nanoGPT and torchtune."""
+"""What people call our keys elsewhere: names of transformers, TRL, Axolotl, LLaMA-Factory, unsloth, litgpt, nanoGPT and
+torchtune."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -34,29 +35,30 @@ _NAMES = {
     "data.sequence_length": "max_length max_seq_length max_seq_len seq_length seq_len sequence_len block_size "
     "cutoff_len context_length model_max_length max_sequence_length ctx_len",
     "data.train": "dataset datasets dataset_name train_file train_data data_path dataset_path train_dataset data_dir "
-    "dataset_dir data_files training_data",
+    "dataset_dir data_files training_data json_path",
     "data.valid": "validation_file eval_dataset eval_file val_data valid_data validation test_datasets eval_data val",
-    "data.valid_fraction": "val_set_size val_size eval_split validation_split_percentage val_fraction",
+    "data.valid_fraction": "val_set_size val_size eval_split validation_split_percentage val_fraction "
+    "val_split_fraction",
     "data.text_key": "dataset_text_field text_column text_field text_column_name",
     "data.tokenizer": "tokenizer_name tokenizer_path tokenizer_name_or_path tokenizer_config",
-    "data.max_tokens": "max_train_samples num_tokens token_budget",
+    "data.max_tokens": "max_samples max_train_samples num_tokens token_budget",
     "data.task": "task_type type_of_task stage",
     "data.document_attention": "packing sample_packing pack_sequences",
     "data.cache_dir": "dataset_prepared_path",
     "model.path": "model_name_or_path model_name base_model pretrained_model_name_or_path model_path pretrained "
-    "hub_id checkpoint_path",
+    "hub_id checkpoint_path checkpoint_dir",
     "model.config": "config_name model_config architecture model_type",
     "model.overrides": "config_overrides model_args",
     "model.dtype": "bf16 fp16 tf32 torch_dtype precision mixed_precision pure_bf16",
     "model.compile": "torch_compile compile_model",
     "model.attention": "attn_implementation attn_impl flash_attention flash_attn sdp_attention",
-    "run.dir": "output_dir logging_dir save_dir out_dir checkpoint_dir results_dir",
+    "run.dir": "output_dir logging_dir save_dir out_dir results_dir",
     "run.name": "run_name experiment_name wandb_run_name exp_name project_name",
-    "run.seed": "random_seed data_seed manual_seed",
+    "run.seed": "random_state random_seed data_seed manual_seed",
     "run.deterministic": "full_determinism use_deterministic_algorithms",
     "device": "device_map no_cuda use_cpu accelerator",
     "parallel": "fsdp deepspeed fsdp_config strategy",
-    "method": "adapter finetuning_type peft peft_type algorithm use_galore use_lora galore",
+    "method": "full_finetuning adapter finetuning_type peft peft_type algorithm use_galore use_lora galore",
     "lowrank.rank": "lora_r r lora_rank galore_rank low_rank",
     "lowrank.alpha": "lora_alpha",
     "lowrank.scale": "galore_scale scaling",
@@ -80,9 +82,14 @@ _NOTES = {
     "fp16": "It is float32 or bfloat16; float16 is not used here.",
     "global_batch_size": "It counts the micro-batches of a step.",
 }
+_NOTES["max_samples"] = _NOTES["max_train_samples"] = "It counts tokens, not samples."
+_NOTES["checkpoint_dir"] = "The folder that a run writes to is run.dir."
+_NOTES["lr_warmup_steps"] = "It counts optimizer steps, not iterations."
+_NOTES["full_finetuning"] = "Every method but lora trains all weights."
 for _name in ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs"):
     _NOTES[_name] = _NOTES["epochs"]
 
+_ANSWERS = "data.task=instruct learns answers alone, and data.task=text learns all of a text"
 # What has no key here, and why.
 _NONE = {
     "logging_steps": "every step is logged",
@@ -98,6 +105,23 @@ _NONE = {
     "dataloader_num_workers": "tokens are read from a cache, which needs no workers",
     "num_workers": "tokens are read from a cache, which needs no workers",
     "chat_template": "conversations are written with the tokenizer's own template",
+    "template": "conversations are written with the tokenizer's own template",
+    "train_on_inputs": _ANSWERS,
+    "train_on_prompt": _ANSWERS,
+    "mask_prompt": _ANSWERS,
+    "completion_only_loss": _ANSWERS,
+    "assistant_only_loss": _ANSWERS,
+    "mask_history": "every answer is learned but those with a weight of 0",
+    "devices": "torchrun --nproc_per_node N starts a process for each card",
+    "num_processes": "torchrun --nproc_per_node N starts a process for each card",
+    "group_by_length": "rows are filled with several documents",
+    "pad_to_sequence_len": "rows are filled with several documents",
+    "dataset_num_proc": "the tokenizer's own threads are used",
+    "preprocessing_num_workers": "the tokenizer's own threads are used",
+    "neftune_noise_alpha": "no noise is added to embeddings",
+    "special_tokens": "the tokens are those of the tokenizer",
+    "logger_name": "qgalore convergence sends a run's records to TensorBoard, trackio or wandb",
+    "overwrite_cache": "the cache knows by the data's content when to tokenize anew",
 }
 
 

@@ -19,7 +19,7 @@ from qgalore.data.sources import ENDINGS, fingerprint
 from qgalore.data.tokenizing import Totals, id_bound, id_dtype, leading_ids
 from qgalore.errors import ConfigError, counted
 
-_VERSION = 3  # of the layout below and of how texts are read; a change makes every old cache a miss
+_VERSION = 4  # of the layout below and of how texts are read; a change makes every old cache a miss
 _TOKENS, _OFFSETS, _META, _ANSWERS = "tokens.bin", "offsets.npy", "meta.json", "answers.bin"
 
 Report = Callable[[str], None]

@@ -21,6 +21,14 @@ _REFUSED = (
 )  # fmt: skip
 _LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 _SYSTEM = ("system", "system_prompt")
+# What a row holds that is none of these layouts, and what to do with it.
+_REMEDIES = {
+    "text": "For plain text, which is learned whole, set data.task=text.",
+    "segments": "Put what is masked into 'prompt' and what is learned into 'completion'; the chat template is added.",
+    "input_ids": "Tokens made elsewhere are not read; give the texts that they were made of.",
+}
+# Our key, and what other layouts call it.
+_CALLED = (("instruction", ("question", "query")), ("input", ("context",)), ("output", ("response", "answer")))
 
 
 def conversations(source: str, *, split: str = "train", notes: Notes | None = None) -> Iterator[tuple[Messages, str]]:
@@ -89,10 +97,23 @@ def _layout(row: dict[str, Any], where: str, notes: Notes) -> tuple[tuple[str, .
     if row.get("instruction") is not None and row.get("output") is not None:
         question = text_of(row["instruction"], where, "instruction")
         if row.get("input") not in (None, ""):
-            question += "\n\n" + text_of(row["input"], where, "input")
+            given = text_of(row["input"], where, "input")
+            question = f"{question}\n\n{given}" if question else given
         exchange = _exchange(question, text_of(row["output"], where, "output"))
         return ("instruction", "input", "output", "history"), _history(row, where) + exchange
-    raise ConfigError(f"{where} has the keys {listed(row)}; {_EXPECTED}.")
+    raise ConfigError(f"{where} has the keys {listed(row)}; {_EXPECTED}. {_remedy(row)}".rstrip())
+
+
+def _remedy(row: dict[str, Any]) -> str:
+    """What to do with a row that has no layout which is read; "" if that is not known."""
+    if known := next((remedy for key, remedy in _REMEDIES.items() if row.get(key) is not None), None):
+        return known
+    if row.get("prompt") is not None:
+        return "Rename 'response' to 'completion'." if row.get("response") is not None else ""
+    given = {ours: next((key for key in (ours, *other) if row.get(key) is not None), None) for ours, other in _CALLED}
+    if given["instruction"] is None or given["output"] is None:
+        return ""
+    return f"Rename {' and '.join(f'{key!r} to {ours!r}' for ours, key in given.items() if key not in (None, ours))}."
 
 
 def _completed(row: dict[str, Any], where: str, notes: Notes) -> Messages:

@@ -226,6 +226,9 @@ def _row_text(row: dict, text_key: str, where: str) -> str | None:
 
 
 def _no_text_key(text_key: str, present: list[str], where: str) -> ConfigError:
+    talk = any(key in present for key in ("messages", "conversations", "instruction", "completion"))
+    task = " For conversations, whose answers are learned, set data.task=instruct." if talk else ""
     return ConfigError(
         f"{where} has no {text_key!r}; the keys present are {listed(present)}: set text_key to the one with the text."
+        f"{task}"
     )

@@ -23,6 +23,7 @@ _ROLES = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant",
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
+_TOOLS = ["tool", "function", "function_call", "observation", "ipython"]  # a list, as a role may be unhashable
 _PAIRS = (("role", "content"), ("from", "value"))
 _READ = (
     "role",
@@ -146,7 +147,8 @@ def _turn(turn: Any, where: str, notes: Notes) -> Turn:
         raise ConfigError(f"{where} has the keys {listed(turn)}; it needs role and content, or from and value.")
     name = turn[keys[0]]
     if not isinstance(name, str) or name.lower() not in _ROLES:
-        raise ConfigError(f"{where} has the {keys[0]} {short(name)}; it must be one of {', '.join(_ROLES)}.")
+        tools = " Tools are not supported; leave such conversations out." if name in _TOOLS else ""
+        raise ConfigError(f"{where} has the {keys[0]} {short(name)}; it must be one of {', '.join(_ROLES)}.{tools}")
     role = _ROLES[name.lower()]
     for own, other in zip(keys, _PAIRS[1 - _PAIRS.index(keys)], strict=True):
         if turn.get(other) not in (None, turn[own]):
