@@ -9,20 +9,12 @@ mixture's expert are found in the first micro-batch that has tokens for it.
 import weakref
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 from .tensor_steps import TensorSteps
 from .tensors.base import TrainedTensor
-
-
-def _tell(listener: "weakref.ref[Fused]", tensor: TrainedTensor, leaf: Any) -> None:
-    """Autograd hook. A model does not keep its optimizer alive: what was dropped no longer steps anything."""
-    hooks = listener()
-    if hooks is not None:
-        hooks.arrived(tensor, leaf)
 
 
 class Fused:
@@ -34,7 +26,8 @@ class Fused:
         self._summed = False  # whether the gradients here are those of the whole team already
         for tensor in optimizer.tensors:
             for leaf in tensor.leaves():
-                leaf.register_post_accumulate_grad_hook(partial(_tell, weakref.ref(self), tensor))
+                handle = leaf.register_post_accumulate_grad_hook(partial(self.arrived, tensor))
+                weakref.finalize(optimizer, handle.remove).atexit = False
 
     def arrived(self, tensor: TrainedTensor, leaf: nn.Parameter) -> None:
         """Autograd hook: ``leaf.grad`` now holds a micro-batch's contribution, or an expert's has none."""

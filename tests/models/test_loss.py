@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import qgalore
 from qgalore.lowrank.layers import head as chunked
+from qgalore.models import convert as conversion
 from qgalore.models.loss import balance, choose_loss, chunked_loss, head_is_plain, summed_loss, target_tokens
 from qgalore.models.recompute import checkpoint_blocks
 from qgalore.training.model import balance_line
@@ -68,7 +68,7 @@ def batch_for(rows=2, length=12):
 def test_chunked_and_whole_logits_agree(name, converted, monkeypatch):
     model = build(PLAIN[name]()).eval()
     if converted:
-        qgalore.convert(model, rank=4)
+        conversion.convert(model, rank=4)
     assert choose_loss(model) is chunked_loss
     assert not model.training
     monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 24 * 20)
