@@ -231,7 +231,9 @@ def test_pages_end_before_readers_do(name, most):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
 
 
-@pytest.mark.parametrize("name", [*PAGES, "docs/formats.md", "docs/scaling.md", "docs/configuration.md"])
+@pytest.mark.parametrize(
+    "name", [*PAGES, *(f"docs/{n}.md" for n in ("formats", "scaling", "configuration", "coming-from"))]
+)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
