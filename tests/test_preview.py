@@ -19,8 +19,12 @@ def test_rows_are_those_of_the_first_step(tiny_run, tmp_path):
     assert not (tmp_path / "runs").exists()
     made = assemble.build(config.load("tiny.yaml", ["run.seed=3"]), None)
     numbers, _ = made.loop.data.order_for(0).take(made.loop.position.sample, 4)
-    assert [f"(sample {number:,} of" in out for number in numbers] == [True] * 4
-    for row in made.loop.data.train.batch(numbers)["input_ids"].tolist():
+    batch = made.loop.data.train.batch(numbers)
+    for number, labels in zip(numbers, batch["labels"], strict=True):
+        assert (
+            f"(sample {number:,} of {len(made.loop.data.train):,}): 32 tokens, {(labels != -100).sum()} targets" in out
+        )
+    for row in batch["input_ids"].tolist():
         for line in made.tokenizer.decode(row[1:]).split("\n"):
             assert line.strip() in out
 

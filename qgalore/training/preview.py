@@ -54,11 +54,10 @@ def of_text(tokenizer: PreTrainedTokenizerBase) -> Lines:
     """How a row of packed text or conversations is shown: every line of it as learned or masked."""
 
     def lines(batch: Batch) -> Iterator[str]:
-        found = pieces(batch)
-        tokens, targets = (sum(len(ids) for learns, ids in found if learns >= least) for least in (False, True))
-        documents = int((batch["position_ids"] == 0).sum())
-        yield f"{counted(tokens, 'token')}, {targets:,} of them learned, in {counted(documents, 'document')}"
-        for learns, ids in found:
+        targets, documents = (int(found.sum()) for found in (batch["labels"] != IGNORED, batch["position_ids"] == 0))
+        tokens = counted(batch["input_ids"].numel(), "token")
+        yield f"{tokens}, {counted(targets, 'target')}, in {counted(documents, 'document')}"
+        for learns, ids in pieces(batch):
             for line in _text(tokenizer, ids).split("\n"):
                 yield f"{_MARGIN[learns]:>8} | {line}"
 
