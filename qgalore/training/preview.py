@@ -1,7 +1,7 @@
 """The first rows that a run trains on, as text, with what of them the loss learns."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain, groupby
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,17 +37,19 @@ def pieces(batch: Batch) -> list[tuple[bool, list[int]]]:
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """``ids`` as text. A special token that comes again and again, as padding does, is written once and counted."""
     parts: list[str] = []
-    for padding, run in groupby(_runs(ids), key=lambda run: len(run) > 3 and run[0] in tokenizer.all_special_ids):
-        for part in run if padding else [chain.from_iterable(run)]:
-            same = list(part)
-            text = tokenizer.decode(same[:1] if padding else same, clean_up_tokenization_spaces=False)
-            parts.append(f"{text} × {len(same)}" if padding else text)
-    return printable("".join(parts))
+    plain: list[int] = []
+    for _, group in groupby(ids):
+        run = list(group)
+        if len(run) > 3 and run[0] in tokenizer.all_special_ids:
+            parts += [_decoded(tokenizer, plain), f"{_decoded(tokenizer, run[:1])} × {len(run)}"]
+            plain = []
+        else:
+            plain += run
+    return printable("".join([*parts, _decoded(tokenizer, plain)]))
 
 
-def _runs(ids: list[int]) -> Iterator[list[int]]:
-    """``ids`` cut where another token follows."""
-    return (list(run) for _, run in groupby(ids))
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def of_text(tokenizer: PreTrainedTokenizerBase) -> Lines:
