@@ -11,8 +11,8 @@ from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import qgalore
 from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.models.convert import convert
 from qgalore.models.loss import chunked_loss
 from qgalore.parallel import job
 
@@ -34,7 +34,7 @@ def batch_of(rank):
 
 def converted():
     model = model_of(torch.float32)
-    qgalore.convert(model, rank=RANK, proj_type="right", grad_dtype=torch.bfloat16)
+    convert(model, rank=RANK, proj_type="right", grad_dtype=torch.bfloat16)
     for layer in (module for module in model.modules() if isinstance(module, LowRankLinear)):
         make = torch.Generator().manual_seed(layer.in_features)
         layer.right.assign(torch.linalg.qr(torch.randn(layer.in_features, RANK, generator=make)).Q)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import zoo
 
-import qgalore
 from qgalore.lowrank.layers.linear import Basis, LowRankLinear
+from qgalore.models.convert import convert
 from qgalore.steps import walk as walking
 from qgalore.steps.activations import Activations
 from qgalore.steps.blocks import NotWalkableError
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_accumulation(name):
 def converted(name, **options):
     """A model with bases that are not zero, in which every second layer asks for its whole gradient."""
     model, loss = zoo.build(name)
-    qgalore.convert(model, rank=4, **options)
+    convert(model, rank=4, **options)
     for number, module in enumerate(m for m in model.modules() if isinstance(m, Basis | LowRankLinear)):
         if isinstance(module, Basis):
             module.assign(torch.linalg.qr(torch.randn(module.dim, module.rank))[0])
