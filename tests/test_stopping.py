@@ -20,6 +20,14 @@ class Gone:
     flush = write
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """What these tests send is not ignored, also where they were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def send(number):
     os.kill(os.getpid(), number)
 
