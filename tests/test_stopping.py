@@ -22,10 +22,12 @@ class Gone:
 
 @pytest.fixture(autouse=True)
 def heard():
-    """What these tests send is not ignored, also where they were started by nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """What these tests send is not ignored, also where nohup started them, or a shell in the background."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(number):
