@@ -24,6 +24,7 @@ def test_rows_are_those_of_the_first_step(tiny_run, tmp_path):
         assert (
             f"(sample {number:,} of {len(made.loop.data.train):,}): 32 tokens, {(labels != -100).sum()} targets" in out
         )
+    assert "in 1 part that sees only itself" in tiny_run("--preview", "9", "data.document_attention=joined")[1]
     for row in batch["input_ids"].tolist():
         for line in made.tokenizer.decode(row[1:]).split("\n"):
             assert line.strip() in out

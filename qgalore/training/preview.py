@@ -58,7 +58,8 @@ def of_text(tokenizer: PreTrainedTokenizerBase) -> Lines:
     def lines(batch: Batch) -> Iterator[str]:
         targets, documents = (int(found.sum()) for found in (batch["labels"] != IGNORED, batch["position_ids"] == 0))
         tokens = counted(batch["input_ids"].numel(), "token")
-        yield f"{tokens}, {counted(targets, 'target')}, in {counted(documents, 'document')}"
+        parts = counted(documents, "part that sees only itself", "parts that see only themselves")
+        yield f"{tokens}, {counted(targets, 'target')}, in {parts}"
         for learns, ids in pieces(batch):
             for line in _text(tokenizer, ids).split("\n"):
                 yield f"{_MARGIN[learns]:>8} | {line}"

@@ -225,8 +225,13 @@ def test_stream_left_early_ends_cleanly(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     write_parquet(folder / "train.parquet", {"text": ["x"] * 5000})
-    program = f"from qgalore.data import sources\nprint(next(sources._dataset_texts({str(folder)!r}, 'train', 'text')))"
-    assert run_offline(program, tmp_path) == "x\n"
+    program = (
+        "from qgalore.data import hub, sources\n"
+        "wait = hub._let_go\n"
+        "hub._let_go = lambda: print('waits', wait())\n"
+        f"print(next(sources._dataset_texts({str(folder)!r}, 'train', 'text')))\n"
+    )
+    assert run_offline(program, tmp_path) == "x\nwaits None\n"
 
 
 def test_threads_of_arrow_have_let_go_before_the_program_ends(tmp_path):
