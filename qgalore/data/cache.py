@@ -114,6 +114,8 @@ def cached(
         found = here.open()
         if found is None:
             return here.build(id_dtype(tokenizer), write)
+    except BrokenPipeError:  # of a line that was printed, as with ``| head``; the cache is not what is wrong
+        raise
     except OSError as error:
         raise ConfigError(
             f"the token cache {str(folder.parent)!r} cannot be used ({error.strerror or error}); free some space or "

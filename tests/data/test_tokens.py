@@ -371,3 +371,11 @@ def test_tokens_that_are_only_marked_as_special_are_counted_too(tmp_path):
     (line,) = [line for line in lines if "strings of special tokens" in line]
     assert "'<|im_start|>' 1 times;" in line
     assert "think" not in line
+
+
+def test_a_reader_of_the_output_that_goes_is_no_fault_of_the_cache(source, tokenizer, cache):
+    def nobody_reads(line):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        tokenize_to_disk(source, tokenizer, cache_dir=cache, report=nobody_reads)
