@@ -1,7 +1,7 @@
 """Whether a configuration fits: activation checkpointing is chosen for the memory there is, or the run refused."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from .say import say
 # allocator also loses what lies in gaps that it cannot use, and how much that is nobody has measured.
 MARGIN = 1.2
 
+Planned = tuple[Config, plan.Plan]
+
 
 def decide(
     config: Config,
@@ -47,7 +49,7 @@ def decide(
     if config.train.activation_checkpointing != "auto":
         return config, plan_for(config, vocabulary, device, loss, processes)
 
-    def planned(choice: bool | int | str) -> tuple[Config, plan.Plan]:
+    def planned(choice: bool | int | str) -> Planned:
         chosen = changed(config, {CHECKPOINTING: choice})
         return chosen, plan_for(chosen, vocabulary, device, loss, processes)
 
@@ -72,8 +74,9 @@ def decide(
         return planned("offload") if can_offload else none
     if none[1].total * MARGIN > budget:
         return none
-    whole = whole or planned(False)
-    return _with_some_graphs(planned, none, whole[1].total, len(blocks_of(model)), int(budget / MARGIN))
+    blocks = len(blocks_of(model))
+    most = blocks if whole is None else blocks - 1
+    return _with_some_graphs(lambda n: planned(n if n < blocks else False), none, most, int(budget / MARGIN))
 
 
 def _least_streamed(
@@ -95,21 +98,24 @@ def _why_not_streamed(config: Config, found: plan.Plan) -> str | None:
     return None if found.walked else "blocks are streamed in layer-major steps, and this model is not walked"
 
 
-def _with_some_graphs(planned, none: tuple[Config, plan.Plan], whole: int, blocks: int, room: int):
-    """The most of ``blocks`` that may keep their graphs in ``room``: between those of ``none`` and the ``whole``.
+def _with_some_graphs(planned: Callable[[int], Planned], none: Planned, most: int, room: int) -> Planned:
+    """``planned(n)`` for the largest n that needs no more than ``room``, from 0, which ``none`` is, to ``most``.
 
     A peak is the largest of many moments, each of which grows by as much with every graph. So the peaks of all numbers
-    lie on a convex line, below any chord. Where a chord meets the room, there is a number that fits, and the next one
-    may fit too.
+    lie on a convex line. Beyond two known points it rises no slower than between them, which limits how many may fit.
+    Between the two it stays below their chord, which tells how many certainly do.
     """
-    number, best = 0, none
-    while number < blocks - 1 and best[1].total < room < whole:
-        slope = (whole - best[1].total) / (blocks - number)
-        further = min(blocks - 1, number + max(1, int((room - best[1].total) / slope)))
-        found = planned(further)
+    number, best, following = 0, none, 1
+    while number < most:
+        found = planned(following)
+        rise = (found[1].total - best[1].total) / (following - number)
         if found[1].total > room:
-            break
-        number, best = further, found
+            most = following - 1
+            following = min(most, number + max(1, int((room - best[1].total) / rise)))
+        else:
+            number, best = following, found
+            most = min(most, number + int((room - best[1].total) / rise)) if rise > 0 else most
+            following = most
     return best
 
 

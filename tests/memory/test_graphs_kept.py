@@ -66,18 +66,43 @@ def test_the_ends_are_all_graphs_no_graphs_and_inputs_on_the_host(capsys):
         settled(settings, away - (1 << 20))
 
 
-def test_a_convex_line_is_climbed_to_the_last_number_that_fits():
-    """Peaks that are flat at first and rise later, which one chord alone would underrate."""
+LINES = {
+    "flat at first": lambda number: max(1000, 400 + 90 * number),
+    "straight": lambda number: 1000 + 90 * number,
+    "ever steeper": lambda number: 1000 + 7 * number**2,
+    "flat": lambda number: 1000,
+}
 
-    def peak(number: int) -> int:
-        return max(1000, 400 + 90 * number)
 
-    def made(number: int):
-        return number, Plan({"": peak(number)}, {}, {})
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("most", [0, 1, 31, 32])
+def test_a_convex_line_is_climbed_to_the_last_number_that_fits(line, most):
+    """Peaks that are flat at first and rise later, which one chord alone would underrate, and others."""
+    peak = LINES[line]
+    for room in (1000, 1035, 1089, 1090, 1300, 1900, 3200, 3880, 9000):
+        asked = []
 
-    for room in (1000, 1035, 1300, 1900, 3200):
-        found, _ = fit._with_some_graphs(made, made(0), peak(32), 32, room)
-        assert found == (max(n for n in range(32) if peak(n) <= room) if room > 1000 else 0)
+        def made(number: int):
+            asked.append(number)  # noqa: B023
+            return number, Plan({"": peak(number)}, {}, {})
+
+        found, _ = fit._with_some_graphs(made, (0, Plan({"": peak(0)}, {}, {})), most, room)
+        assert found == max(n for n in range(most + 1) if peak(n) <= room)
+        assert len(asked) == len(set(asked))
+        if line == "straight":
+            assert len(asked) <= 2  # each is a rehearsal of seconds
+
+
+def test_all_blocks_keep_their_graphs_where_a_large_model_has_room_for_them():
+    """A model that fills more than half of the budget by itself is not tried with all graphs first."""
+    large = "model.overrides={num_hidden_layers: 2, vocab_size: 524288, tie_word_embeddings: false}"
+    few = ("data.sequence_length=2", "train.micro_batch_size=1", "train.optimizer=adamw")
+    settings = resolved(large, *few)
+    whole = planned(settings, False)
+    choice, found = settled(settings, budget := int(whole * fit.MARGIN) + (1 << 12))
+    assert choice is False
+    assert found.total == whole
+    assert sum(found.resident.values()) > budget // 2
 
 
 @pytest.mark.slow
