@@ -69,10 +69,8 @@ def test_the_same_run_in_one_two_and_four_processes(folder, order):
 
 
 @pytest.mark.slow
-@both_orders
-def test_saved_by_one_four_and_two_exported_by_one(folder, order):
+def test_saved_by_one_four_and_two_exported_by_one(folder):
     first = [*SHARD, "run.name=r", "train.lr_schedule=constant", "train.activation_checkpointing=true"]
-    first.append(f"train.order={order}")
     assert codes(run_in(1, live, str(folder), [*first, "train.max_steps=4"])) == {0}
     assert codes(run_in(4, live, str(folder), [*first, "train.max_steps=20", "--resume", "auto"])) == {0}
     whole = [*first, "train.max_steps=30", "--resume", "auto", "export.formats=[hf]"]
@@ -89,14 +87,13 @@ def test_saved_by_one_four_and_two_exported_by_one(folder, order):
 
 
 @pytest.mark.slow
-@both_orders
-def test_what_four_saved_is_what_they_held(folder, order):
-    """Four go on from their checkpoint of step 20 to the same bits as without a stop; so what is read is what was."""
-    run = [*SHARD, "train.max_steps=30", "train.clip_grad_norm=0", f"train.order={order}"]
+def test_what_four_saved_is_what_they_held(folder):
+    """Four go on from their checkpoint of step 10 to the same bits as without a stop; so what is read is what was."""
+    run = [*SHARD, "train.max_steps=18", "train.clip_grad_norm=0"]
     assert codes(run_in(4, live, str(folder), [*run, "run.name=whole"])) == {0}
-    assert codes(run_in(4, live, str(folder), [*run, "run.name=cut"], (1, 19, "signal"))) == {143}
+    assert codes(run_in(4, live, str(folder), [*run, "run.name=cut"], (1, 9, "signal"))) == {143}
     assert codes(run_in(4, live, str(folder), [*run, "run.name=cut", "--resume", "auto"])) == {0}
-    assert_same(state(folder / "runs/whole", 30), state(folder / "runs/cut", 30))
+    assert_same(state(folder / "runs/whole", 18), state(folder / "runs/cut", 18))
 
 
 def planned_and_real(where, arguments):
