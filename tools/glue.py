@@ -4,9 +4,10 @@
         --rates 5e-5 1e-4 --seeds 0 1 --epochs 3
 
 GLUE holds a folder for each task with train.tsv and dev.tsv. A run that the file already has is not repeated, so the
-command goes on where it was stopped; ``--table`` only prints. A method's rate is, among those with the most seeds, the
-best by its mean over them on the very set that is reported, for all methods alike. Weights and optimizer state are
-counted in bytes; ``--compute bf16`` is autocast's mixed precision, for all methods alike too.
+command goes on where it was stopped; ``--table`` only prints. ``fira`` and ``muon`` are rules on int8 weights, and
+``muon`` has a scale of 1. A method's rate is, among those with the most seeds, the best by its mean over them on the
+very set that is reported, for all methods alike. Weights and optimizer state are counted in bytes; ``--compute bf16``
+is autocast's mixed precision, for all methods alike too.
 """
 
 import argparse
@@ -33,9 +34,10 @@ from qgalore.data.labelled import LabelledTexts, Labels, read_examples
 from qgalore.data.order import SampleOrder
 from qgalore.data.tokenizer import load_tokenizer
 from qgalore.errors import ConfigError
+from qgalore.lowrank.optimizer import LowRankOptimizer
 from qgalore.models import classify, loading, streaming
 
-METHODS = ("adamw", "lora", "galore", "qgalore")
+METHODS = ("adamw", "lora", "galore", "qgalore", "fira", "muon")
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,13 @@ def optimizer_for(method: str, model: nn.Module, rate: float, options: argparse.
     if method in ("adamw", "lora"):
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-    formats = {} if method == "qgalore" else {"weight_format": "none", "basis_format": "fp32"}
-    qgalore.convert(model, rank=options.rank, **formats)
-    inner = "adamw8bit" if method == "qgalore" else "adamw"
-    return qgalore.optimizer(model, lr=rate, scale=options.scale, inner=inner, update_proj_gap=options.gap)
+    formats = {"weight_format": "none", "basis_format": "fp32"} if method == "galore" else {}
+    qgalore.convert(model, rank=None if method == "muon" else options.rank, **formats)
+    settings = {"inner": "adamw" if method == "galore" else "adamw8bit", "update_proj_gap": options.gap}
+    if method in ("fira", "muon"):  # clipping waits for all gradients, which these need whole
+        settings |= {"rule": method, "full_gradients": "keep"}
+    scale = 1.0 if method == "muon" else options.scale
+    return qgalore.optimizer(model, lr=rate, scale=scale, **settings)
 
 
 def model_for(options: argparse.Namespace, labels: Labels, pad_id: int, seed: int) -> nn.Module:
@@ -139,7 +144,7 @@ def train(name: str, method: str, rate: float, seed: int, options: argparse.Name
         with computing:
             loss = classify.classification_loss(model, batch) / len(indices)
         loss.backward()
-        if method in ("galore", "qgalore"):
+        if isinstance(optimizer, LowRankOptimizer):
             optimizer.refresh()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
@@ -208,8 +213,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=kinds.whole(1), help="instead of epochs")
     parser.add_argument("--batch", type=kinds.whole(1), default=16)
     parser.add_argument("--length", type=kinds.whole(1), default=128, help="tokens; longer examples are cut")
-    parser.add_argument("--rank", type=kinds.whole(1), default=32, help="of lora, galore and qgalore")
-    parser.add_argument("--scale", type=kinds.real(1e-6, 1e6), default=4.0, help="of galore and qgalore")
+    parser.add_argument("--rank", type=kinds.whole(1), default=32, help="of lora, galore, qgalore and fira")
+    parser.add_argument("--scale", type=kinds.real(1e-6, 1e6), default=4.0, help="of galore, qgalore and fira")
     parser.add_argument("--gap", type=kinds.whole(1), default=25, help="steps between refreshes of a subspace")
     parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32", help="of the products")
     parser.add_argument("--device", default="cpu")
