@@ -248,7 +248,7 @@ def test_proposals_for_automatic_ranks_lower_what_they_share():
 
 
 def test_a_run_that_cannot_fit_does_not_start(tiny_run):
-    code, out, err = tiny_run("memory.budget=100MiB")
+    code, out, err = tiny_run("memory.budget=1MiB")
     assert code == 3
     assert "planned peak" in out
     assert "the plan needs" in err
