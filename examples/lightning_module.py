@@ -1,6 +1,6 @@
 """Q-GaLore in a LightningModule: automatic optimization with accumulation, clipping, a schedule and checkpoints.
 
-pip install 'qgalore[integrations]'
+pip install -e '.[integrations]'
 python examples/lightning_module.py OUTPUT
 """
 

@@ -1,6 +1,6 @@
 """Q-GaLore under TRL's DPOTrainer: answers that are preferred to others, beside a reference model that stays as it is.
 
-pip install 'qgalore[integrations]'
+pip install -e '.[integrations]'
 python examples/trl_dpo.py OUTPUT
 """
 

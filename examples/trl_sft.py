@@ -1,6 +1,6 @@
 """Q-GaLore under TRL's SFTTrainer: conversations, of which only the assistant's answers are learned.
 
-pip install 'qgalore[integrations]'
+pip install -e '.[integrations]'
 python examples/trl_sft.py OUTPUT
 """
 
