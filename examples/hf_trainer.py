@@ -1,4 +1,4 @@
-"""Q-GaLore under Hugging Face's Trainer: accumulation, clipping, checkpoints, and resuming to the same bits.
+"""Q-GaLore under Hugging Face's Trainer: accumulation, clipping (at 1.0), checkpoints, and resuming to the same bits.
 
 pip install accelerate
 python examples/hf_trainer.py OUTPUT [--resume]
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
-from transformers import get_linear_schedule_with_warmup as linear_schedule
 
 import qgalore
 
@@ -18,8 +17,7 @@ STEPS = 20
 
 def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """Token rows labelled by whether their first token is in the upper half of the vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, 64, (count, 12), generator=generator)
+    tokens = torch.randint(1, 64, (count, 12), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row, "labels": (row[0] >= 32).long()} for row in tokens]
 
 
@@ -32,27 +30,22 @@ def build() -> torch.nn.Module:
     return model
 
 
-def main(output: Path, resume: bool = False, steps: int = STEPS) -> torch.nn.Module:
+def main(output: Path, resume: bool = False) -> torch.nn.Module:
     """Train, or go on from the newest checkpoint in ``output``; returns the trained model."""
     model = build()
     optimizer = qgalore.optimizer(model, lr=5e-3, scale=1.0, update_proj_gap=4)
     arguments = TrainingArguments(
         str(output / "trainer"),
-        max_steps=steps,
+        max_steps=STEPS,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        max_grad_norm=1.0,
         save_steps=STEPS // 4,
+        warmup_steps=2,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=rows(256, seed=1),
-        optimizers=(optimizer, linear_schedule(optimizer, 2, STEPS)),
-        callbacks=[qgalore.TrainerGuard()],
-    )
+    pair, guard = (optimizer, None), qgalore.TrainerGuard()
+    trainer = Trainer(model, arguments, train_dataset=rows(256, seed=1), optimizers=pair, callbacks=[guard])
     trainer.train(resume_from_checkpoint=resume)
     qgalore.save(model, output / "final")  # an ordinary folder: from_pretrained loads it
     return model
@@ -62,5 +55,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-    main(options.output, options.resume)
+    main(**vars(parser.parse_args()))

@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .files import checkpoint, export_hf
 from .files import export_folder as folders
 from .files.safetensors import write_safetensors
+from .hugging_face import fused_heads
 from .lowrank.layers.guard import Guard
 from .lowrank.layers.linear import CODES, LowRankLinear
 from .models import convert as conversion
@@ -53,6 +54,7 @@ def convert(model: nn.Module, **options: Any) -> conversion.ConversionReport:
                 module.set_guard(Guard(name))
         if isinstance(module, PreTrainedModel):
             module.save_pretrained = _Saving(module)
+            fused_heads.watch(module)
     for module in [m for m in model.modules() if isinstance(m, PreTrainedModel)]:
         if not folders.marked(module.config):
             _mark(model, module.config)

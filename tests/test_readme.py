@@ -232,7 +232,11 @@ def test_pages_end_before_readers_do(name, most):
 
 
 @pytest.mark.parametrize(
-    "name", [*PAGES, *(f"docs/{n}.md" for n in ("formats", "scaling", "configuration", "coming-from"))]
+    "name",
+    [
+        *PAGES,
+        *(f"docs/{n}.md" for n in ("formats", "scaling", "configuration", "coming-from", "gpu", "docker", "windows")),
+    ],
 )
 def test_links_lead_somewhere(name):
     page = ROOT / name

@@ -1,9 +1,7 @@
-"""``qgalore evaluate``: multiple choice and held-out loss of a run, a checkpoint or an exported model."""
+"""``qgalore evaluate``: multiple choice, held-out loss and lm-eval's tasks, of one model or of two side by side."""
 
 import argparse
 import json
-import math
-import tempfile
 from pathlib import Path
 
 from . import arguments as kinds
@@ -11,14 +9,22 @@ from . import door
 
 EXAMPLES = """
   %(prog)s runs/quickstart --text held_out.jsonl
-  %(prog)s runs/quickstart/export/hf --choices questions.jsonl --shots 5 --json figures.json
+  %(prog)s base runs/tuned/export/hf --choices questions.jsonl --shots 5 --tasks arc_easy,hellaswag
 """
+
+
+def names(text: str) -> list[str]:
+    """A kind for argparse: names between commas."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def parse(arguments: list[str], program: str) -> argparse.Namespace:
     parser = kinds.parser(program, "Score a model on questions and on text that it was not trained on.", EXAMPLES)
     parser.add_argument(
         "model", type=Path, help="a run (its newest checkpoint), RUN/checkpoints/step-…, or an hf folder"
+    )
+    parser.add_argument(
+        "after", type=Path, nargs="?", help="a second model: both are measured, and a table shows what changed"
     )
     parser.add_argument("--choices", nargs="+", default=[], metavar="FILE", help=".jsonl: question, choices, answer")
     parser.add_argument(
@@ -29,10 +35,21 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
         "--instruct", nargs="+", default=[], metavar="FILE", help="loss over the answers of conversations"
     )
     parser.add_argument(
-        "--limit", type=kinds.whole(1), metavar="N", help="ask the first N questions only, read N rows of text only"
+        "--tasks", type=names, default=[], metavar="A,B", help="tasks of lm-eval, such as arc_easy,hellaswag"
+    )
+    own = "a folder with task files of your own for lm-eval"
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help=own)
+    parser.add_argument(
+        "--limit",
+        type=kinds.whole(1),
+        metavar="N",
+        help="the first N questions, rows of text or documents of a task only",
     )
     parser.add_argument(
-        "--shots", type=kinds.whole(0), default=0, metavar="K", help="show the first K questions with their answers"
+        "--shots",
+        type=kinds.whole(0),
+        metavar="K",
+        help="show K questions with their answers first (a task: its own K)",
     )
     parser.add_argument("--batch", type=kinds.whole(1, 2**20), default=16, metavar="N", help="rows at a time (16)")
     parser.add_argument("--sequence", type=kinds.whole(2, 2**20), default=256, metavar="N", help="tokens a row (256)")
@@ -59,83 +76,14 @@ def load(source: Path):
     return pretrained(str(source)), load_tokenizer(str(source)), str(source)
 
 
-def ask(model, tokenizer, path: str, options: argparse.Namespace) -> dict:
-    from ..evaluation import multiple_choice
-
-    questions = multiple_choice.with_examples(multiple_choice.read_questions(path), options.shots)[: options.limit]
-    made = multiple_choice.score(model, tokenizer, questions, batch_size=options.batch)
-    if made.cut:
-        print(f"note: {path}: {made.cut} prompts lost their beginning to fit the model's positions")
-    raw, per_byte = made.accuracy, made.accuracy_per_byte
-    return {
-        "kind": "choices", "file": path, "questions": len(questions), "shots": options.shots, "chance": made.chance,
-        "accuracy": raw, "accuracy_error": made.standard_error(raw),
-        "accuracy_per_byte": per_byte, "accuracy_per_byte_error": made.standard_error(per_byte),
-    }  # fmt: skip
-
-
-def held_out(model, tokenizer, path: str, options: argparse.Namespace, kind: str) -> dict:
-    from functools import partial
-
-    import torch
-
-    from ..data.chat import PLAIN_TEMPLATE, has_template
-    from ..data.instruct import conversations_to_disk
-    from ..data.packing import PackedSequences
-    from ..data.tokens import tokenize_to_disk
-    from ..errors import ConfigError
-    from ..evaluation.loss import evaluate
-    from ..models.loss import summed_loss, target_tokens
-
-    length = min(options.sequence, getattr(model.config, "max_position_embeddings", None) or options.sequence)
-    if length < options.sequence:
-        print(f"note: --sequence {options.sequence} is more than the model's {length} positions, which are used")
-    read = partial(tokenize_to_disk, text_key=options.text_key)
-    if kind == "instruct":
-        read = partial(conversations_to_disk, sequence_length=length)
-        if not has_template(tokenizer):
-            tokenizer.chat_template = PLAIN_TEMPLATE
-            print("note: the tokenizer has no chat template; conversations are written in a plain one")
-    with tempfile.TemporaryDirectory() as cache:
-        tokens = read(path, tokenizer, cache_dir=cache, report=lambda line: None)
-        if tokens.row_length is None and len(tokens.tokens) <= length:
-            raise ConfigError(
-                f"{path} has {len(tokens.tokens)} tokens, and a row of --sequence {length} needs one more than that; "
-                "give more text or a shorter --sequence"
-            )
-        packed = PackedSequences(tokens, sequence_length=length)
-        count = min(len(packed), options.limit or len(packed))
-        starts = range(0, count, options.batch)
-        batches = [partial(packed.batch, range(s, min(s + options.batch, count))) for s in starts]
-        made = evaluate(model, batches, summed_loss, target_tokens, torch.device(options.device))
-    if not made.tokens or not math.isfinite(made.loss):
-        found = "no token whose loss counts" if not made.tokens else f"a loss of {made.loss}"
-        remedy = "give more text" if not made.tokens else "the model's weights or products are not finite"
-        raise ConfigError(f"{path}: {found}; {remedy}")
-    return {"kind": kind, "file": path, "tokens": made.tokens, "loss": made.loss, "perplexity": made.perplexity}
-
-
-def show(results: list[dict]) -> None:
-    for one in results:
-        name = Path(one["file"]).name
-        if one["kind"] == "choices":
-            print(
-                f"{name:<32} accuracy {one['accuracy']:.3f} ± {one['accuracy_error']:.3f} | by byte "
-                f"{one['accuracy_per_byte']:.3f} ± {one['accuracy_per_byte_error']:.3f} | chance {one['chance']:.3f} | "
-                f"{one['questions']} questions, {one['shots']} shots"
-            )
-        else:
-            what = "answers of conversations" if one["kind"] == "instruct" else "text"
-            figures = f"loss {one['loss']:.4f} | perplexity {one['perplexity']:.2f}"
-            print(f"{name:<32} {figures} | {one['tokens']:,} tokens of {what}")
-
-
 def check_arguments(options: argparse.Namespace) -> None:
     """Raise :class:`ConfigError` for what can be known to be wrong before a model is loaded."""
     from ..errors import ConfigError
 
-    if not (options.choices or options.text or options.instruct):
-        raise ConfigError("nothing to evaluate; give --choices, --text or --instruct")
+    if not (options.choices or options.text or options.instruct or options.tasks):
+        raise ConfigError("nothing to evaluate; give --choices, --text, --instruct or --tasks")
+    if options.include_path is not None and not options.tasks:
+        raise ConfigError("--include-path holds tasks, and none is asked for; give --tasks")
     if not options.json.parent.is_dir() or options.json.is_dir():
         raise ConfigError(f"--json {options.json} cannot be written: name a file in a folder that exists")
     kinds.check_device(options.device)
@@ -164,21 +112,55 @@ def stored_classes(source: Path) -> list[str]:
     return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
 
 
-def run(options: argparse.Namespace) -> None:
-    check_arguments(options)
-    from ..files.atomic import write_report
+def measured(source: Path, manager, options: argparse.Namespace):
+    """(the name of what was loaded from ``source``, what was measured of it)."""
+    from .measures import measure
 
-    source = kinds.saved_folder(options.model)
-    check_kind(stored_classes(source), source)
     model, tokenizer, name = load(source)
     check_kind([type(model).__name__], source)
-    model.to(options.device)
-    results = [ask(model, tokenizer, path, options) for path in options.choices]
-    for kind, paths in (("text", options.text), ("instruct", options.instruct)):
-        results += [held_out(model, tokenizer, path, options, kind) for path in paths]
-    print(f"{name}:")
-    show(results)
-    write_report(options.json, json.dumps({"model": name, "results": results}, indent=1) + "\n")
+    return name, measure(model.to(options.device), tokenizer, manager, options)
+
+
+def compare(before: Path, after: Path, manager, options: argparse.Namespace) -> dict:
+    """Measure both, one in memory at a time, print the table, and return what goes into the JSON file."""
+    from ..evaluation.figures import difference, table
+
+    made = [measured(source, manager, options) for source in (before, after)]
+    first, second = ([figure for one in found for figure in one.figures] for _, found in made)
+    changes = [difference(one, other) for one, other in zip(first, second, strict=True)]
+    for column, (name, _) in zip(("before", "after"), made, strict=True):
+        print(f"{column + ':':<8}{name}")
+    print("\n".join(table(changes)))
+    rows = [
+        {
+            "figure": one.before.name, "before": one.before.value, "after": one.after.value,
+            "difference": one.value, "error": one.error,
+        }
+        for one in changes
+    ]  # fmt: skip
+    models = [{"model": name, "results": [one.row for one in found]} for name, found in made]
+    return {"models": models, "comparison": rows}
+
+
+def run(options: argparse.Namespace) -> None:
+    check_arguments(options)
+    sources = [kinds.saved_folder(path) for path in (options.model, options.after) if path is not None]
+    for source in sources:
+        check_kind(stored_classes(source), source)
+    from ..files.atomic import write_report
+
+    manager = None
+    if options.tasks:
+        from ..evaluation import harness
+
+        manager = harness.find(options.tasks, options.include_path)
+    if len(sources) == 2:
+        written = compare(*sources, manager, options)
+    else:
+        name, found = measured(sources[0], manager, options)
+        print("\n".join([f"{name}:", *(one.line for one in found)]))
+        written = {"model": name, "results": [one.row for one in found]}
+    write_report(options.json, json.dumps(written, indent=1) + "\n")
     print(f"written to {options.json}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from . import arguments as kinds
 from . import door
@@ -20,10 +21,32 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the beginning to continue")
     tokens = kinds.whole(1, 2**20)
     parser.add_argument("--max-new-tokens", type=tokens, default=100, metavar="N", help="how many at most (100)")
+    add_drawing(parser)
+    return parser.parse_args(arguments)
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """Options that say how the next token is drawn; see :func:`drawing`."""
     likeliest = "0 takes the likeliest token every time (0.8)"
     parser.add_argument("--temperature", type=kinds.real(0, 100), default=0.8, metavar="T", help=likeliest)
+    nucleus = "draw among the likeliest tokens with this probability together (as generation_config.json says)"
+    parser.add_argument("--top-p", type=kinds.real(1e-6, 1), metavar="P", help=nucleus)
     parser.add_argument("--seed", type=kinds.whole(0, 2**63 - 1), default=0, metavar="N", help="of the draws (0)")
-    return parser.parse_args(arguments)
+
+
+def drawing(options: argparse.Namespace) -> dict[str, Any]:
+    """What transformers' ``generate`` calls these options. Raises :class:`ConfigError` for a temperature too low."""
+    from ..errors import ConfigError
+
+    if 0 < options.temperature < COLDEST:
+        raise ConfigError(
+            f"--temperature is {options.temperature:g}, by which the scores of the tokens can no longer be divided; "
+            f"give 0 for the likeliest token, or at least {COLDEST}"
+        )
+    if options.temperature == 0:
+        return {"do_sample": False}
+    nucleus = {} if options.top_p is None else {"top_p": options.top_p}
+    return {"do_sample": True, "temperature": options.temperature, **nucleus}
 
 
 def check_folder(folder: Path) -> None:
@@ -49,16 +72,12 @@ def load(folder: Path):
 
 
 def generate(options: argparse.Namespace) -> None:
+    sampling = drawing(options)
     check_folder(options.folder)
     import torch
 
     from ..errors import ConfigError, printable
 
-    if 0 < options.temperature < COLDEST:
-        raise ConfigError(
-            f"--temperature is {options.temperature:g}, by which the scores of the tokens can no longer be divided; "
-            f"give 0 for the likeliest token, or at least {COLDEST}"
-        )
     model, tokenizer = load(options.folder)
     # What the shell passed on and is no UTF-8 arrives as lone surrogates, which no tokenizer reads.
     ids = tokenizer(options.prompt.encode("utf-8", "replace").decode(), return_tensors="pt")
@@ -72,9 +91,6 @@ def generate(options: argparse.Namespace) -> None:
             f"than the model's {room} positions; lower it"
         )
     torch.manual_seed(options.seed)
-    sampling = {"do_sample": False}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature}
     output = model.generate(**ids, max_new_tokens=options.max_new_tokens, **sampling)
     print(printable(tokenizer.decode(output[0], skip_special_tokens=True)))
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "print what a run will need in memory",
     "evaluate": "score a model on questions and on held-out text",
     "generate": "continue a prompt with an exported model",
+    "chat": "talk with an exported model",
     "export": "write a checkpoint's model for transformers, vLLM or llama.cpp",
     "convergence": "show how training and its subspaces converge",
     "doctor": "check this machine: versions, kernels, speed, and what fits",

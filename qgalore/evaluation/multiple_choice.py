@@ -36,23 +36,25 @@ class Scores:
     log_likelihoods: tuple[tuple[float, ...], ...]
     cut: int
 
-    def _accuracy(self, per_byte: bool) -> float:
-        right = 0
+    def right(self, per_byte: bool = False) -> tuple[bool, ...]:
+        """Of each question, whether its right choice has the highest log-likelihood (of equals the first is taken).
+        ``per_byte``: divided by the choice's length in UTF-8 bytes, which no tokenizer changes."""
+        found = []
         for question, values in zip(self.questions, self.log_likelihoods, strict=True):
             sizes = [len(choice.encode()) if per_byte else 1 for choice in question.choices]
             scaled = [value / size for value, size in zip(values, sizes, strict=True)]
-            right += scaled.index(max(scaled)) == question.answer
-        return right / len(self.questions)
+            found.append(scaled.index(max(scaled)) == question.answer)
+        return tuple(found)
 
     @property
     def accuracy(self) -> float:
-        """The share of questions whose right choice has the highest log-likelihood (of equals the first is taken)."""
-        return self._accuracy(per_byte=False)
+        """The share of questions that are answered right."""
+        return sum(self.right()) / len(self.questions)
 
     @property
     def accuracy_per_byte(self) -> float:
-        """The same by log-likelihood over the choice's length in UTF-8 bytes, which no tokenizer changes."""
-        return self._accuracy(per_byte=True)
+        """The same by log-likelihood per byte."""
+        return sum(self.right(per_byte=True)) / len(self.questions)
 
     @property
     def chance(self) -> float:
