@@ -7,7 +7,7 @@ from . import plot
 from .plot import Series
 from .records import Row, Run, held_out, number, numbers
 from .summary import by_layer, kind_of, step_times
-from .updates import relative
+from .updates import momentum_error, relative
 
 BINS = 120  # points on a line: more cannot be told apart
 LAYER_BINS = 40  # where each gathers the layers that happened to be refreshed: fewer, so that they are alike
@@ -100,7 +100,8 @@ def train_losses_of(runs: list[Run]) -> str:
 def _in_force(run: Run, key: str) -> list[Series]:
     """What ``key`` was at last, mean over the layers of each kind, read off at the same steps for all."""
     layers = by_layer(run.refreshes)
-    steps = sorted({round(1 + i * (run.step - 1) / BINS) for i in range(BINS + 1)})
+    last = run.step
+    steps = sorted({round(1 + i * (last - 1) / BINS) for i in range(BINS + 1)})
     series = []
     for colour, kind in enumerate(dict.fromkeys(map(kind_of, layers))):
         tracks = [points_of(rows, key) for layer, rows in layers.items() if kind_of(layer) == kind]
@@ -217,16 +218,17 @@ def _of_kinds(run: Run, value: Callable[[Row], float | None]) -> list[Series]:
     return [Series(kind, thinned(points), colour) for colour, (kind, points) in enumerate(found.items()) if points]
 
 
+def _logarithmic(run: Run, title: str, label: str, series: list[Series]) -> str:
+    values = [value for one in series for _, value in one.points]
+    limits = (min(values) / 2, max(values) * 2) if values else None
+    return plot.lines(title, series, STEP, label, steps_of(run), limits, base=10)
+
+
 def update_sizes(run: Run) -> str:
     series = _of_kinds(run, lambda row: relative(row) or None)
-    sizes = [size for one in series for _, size in one.points]
-    limits = (min(sizes) / 2, max(sizes) * 2) if sizes else None
-    title = "Size of an update: ‖ΔW‖ / ‖W‖, mean over layers of a kind (logarithmic)"
-    return plot.lines(title, series, STEP, "‖ΔW‖ / ‖W‖", steps_of(run), limits, base=10)
+    return _logarithmic(run, "Size of an update, mean over layers of a kind (logarithmic)", "‖ΔW‖ / ‖W‖", series)
 
 
 def stored_momentum(run: Run) -> str:
-    series = _of_kinds(run, lambda row: number(row, "momentum_cosine"))
-    lowest = min((cosine for one in series for _, cosine in one.points), default=0.0)
-    title = "Cosine between the update and that of the momentum as it is stored, mean over layers of a kind"
-    return plot.lines(title, series, STEP, "cosine (1: nothing is lost)", steps_of(run), (min(0.0, lowest), 1.0))
+    title = "Error of the stored momentum, mean over layers of a kind (logarithmic)"
+    return _logarithmic(run, title, "1 − cosine (0: nothing is lost)", _of_kinds(run, momentum_error))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 
-from .plot import BOTTOM, RIGHT, TOP, WIDTH, Axis, axis_data, figure, number, text, x_axis
+from .plot import BOTTOM, RIGHT, TOP, WIDTH, Axis, axis_data, figure, text, x_axis
 
 LEFT = 190  # room for the names of the groups
 TALLEST, LOWEST, ALL_ROWS = 14.0, 2.0, 620  # pixels of a row, at most and at least, and of all rows where they fit
@@ -83,7 +83,7 @@ def heat_map(drawn: Map, x_label: str, x_limits: tuple[float, float]) -> str:
     frame = f'x="{LEFT}" y="{TOP}" width="{WIDTH - RIGHT - LEFT}" height="{bottom - TOP:.1f}"'
     parts.append(f'<rect class="frame" {frame}/>')
     patches = "".join(
-        f'<span class="shade"><i style="background:{scale.shade(value)}"></i>{number(value)}</span>'
+        f'<span class="shade"><i style="background:{scale.shade(value)}"></i>{value:.2g}</span>'
         for value in scale.legend()
     )
     cells = [[name, [[start, end, float(f"{value:.4g}")] for start, end, value in found]] for name, found in rows]

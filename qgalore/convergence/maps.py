@@ -1,5 +1,6 @@
 """The heat maps of a page: one value of every layer over the steps."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from math import ceil
 from statistics import fmean
@@ -8,11 +9,10 @@ from .charts import STEP, Points, steps_of
 from .heat import Cell, Map, Scale, heat_map
 from .records import Row, Run, number
 from .summary import by_layer, kind_of
-from .updates import relative
+from .updates import momentum_error, relative
 
 MAX_CELLS = 9000  # of one map, so that a long run of a large model stays a file that a browser opens
 MAX_ROWS = 600  # beyond it, as in mixtures with thousands of experts, layers of a kind share a row
-SMALLEST_ERROR = 1e-6  # of a momentum, for a logarithmic scale; fp32 cosines are no finer
 WIDEST = 1e-9  # the darkest colour of a logarithmic scale, relative to the lightest
 
 Value = Callable[[Row], float | None]
@@ -39,19 +39,19 @@ def _cells(points: Points, last: int, room: int) -> list[Cell]:
     steps = sorted({step for step, _ in points})
     size = max(1, -(-len(steps) // room))
     starts = steps[::size]
+    values: list[list[float]] = [[] for _ in starts]
+    for step, value in points:
+        values[bisect_right(starts, step) - 1].append(value)
     ends = [*starts[1:], max(2, last, *steps[-1:])]
-    cells = []
-    for start, end in zip(starts, ends, strict=False):  # without a start there is one end
-        inside = [value for step, value in points if start <= step < end or step == start]
-        cells.append((start, end, fmean(inside)))
-    return cells
+    return [(start, end, fmean(held)) for start, end, held in zip(starts, ends, values, strict=False)]
 
 
 def _by_layer(run: Run, rows: list[Row], value: Value, title: str, what: str, note: str, scale: Scale | None) -> str:
     """The map of ``value`` for every layer. Without a ``scale`` the colours span the values, in powers of ten."""
     found = _rows(by_layer(rows), value)
     room = max(5, MAX_CELLS // max(1, len(found)))
-    cells = [(name, _cells(points, run.step, room)) for _, name, points in found]
+    last = run.step  # which counts the rows of every step
+    cells = [(name, _cells(points, last, room)) for _, name, points in found]
     values = [shown for _, row in cells for _, _, shown in row]
     if scale is None and values:
         highest = max(values)
@@ -79,15 +79,10 @@ def update_size_by_layer(run: Run) -> str:
     return _by_layer(run, run.updates, lambda row: relative(row) or None, title, "‖ΔW‖ / ‖W‖", note, None)
 
 
-def _momentum_error(row: Row) -> float | None:
-    cosine = number(row, "momentum_cosine")
-    return None if cosine is None else max(SMALLEST_ERROR, 1 - cosine)
-
-
 def momentum_error_by_layer(run: Run) -> str:
     title = "Error of the stored momentum, by layer and step"
     note = (
         "The colour shows 1 minus the cosine between the update and the one that the momentum as it is stored would "
         "give, on a logarithmic scale. At 0 the code loses nothing."
     )
-    return _by_layer(run, run.updates, _momentum_error, title, "error", note, None)
+    return _by_layer(run, run.updates, momentum_error, title, "error", note, None)

@@ -32,6 +32,7 @@ STYLE = (
     f"{_palette(_DARK)}}}}}"
     "svg{max-width:100%;height:auto}svg text{font:12px sans-serif;fill:var(--ink)}"
     ".grid{stroke:var(--rule)}.frame{stroke:var(--faint);fill:none}.mark{stroke:var(--faint);stroke-width:1}"
+    "g rect{shape-rendering:crispEdges}"
     ".line{fill:none;stroke-width:1.6}.dashed{stroke-dasharray:5 4}.band{stroke:none;opacity:.18}.faint{opacity:.35}"
     ".again{stroke-dasharray:9 3}.cursor{stroke:var(--ink);stroke-width:1;pointer-events:none}.off{display:none}"
     + "".join(
