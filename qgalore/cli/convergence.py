@@ -104,7 +104,7 @@ def _write_index(options: argparse.Namespace, summaries: list["RunSummary"], rel
         print(f"{options.html} is not a file, so it gets the table of the runs and no page for each run is written")
         write_report(options.html, index.page(summaries, title, training, None, reload))
         return
-    pages.mkdir(parents=True, exist_ok=True)
+    pages.mkdir(exist_ok=True)
     for summary, name in zip(summaries, names, strict=True):
         running = reload if not summary.run.finished else None
         write_report(pages / name, report.page([summary], running, f"../{options.html.name}"))

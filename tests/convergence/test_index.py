@@ -56,6 +56,9 @@ def test_runs_are_found_and_not_looked_into(runs):
 
 def test_the_table_and_its_links(runs, tmp_path, capfd):
     page = tmp_path / "out" / "index of runs.html"
+    assert convergence.main([str(runs), "--html", str(page)]) == 2, "no folder is made for a path that may be mistyped"
+    page.parent.mkdir()
+    capfd.readouterr()
     assert convergence.main([str(runs), "--html", str(page), "--csv", str(tmp_path / "rows.csv")]) == 0
     printed = capfd.readouterr().out
     assert f"{page} links to 4 pages in {page.parent / 'index of runs_runs'}" in printed
