@@ -7,5 +7,5 @@ CONFIGS = ["qgalore.configs", *(f"qgalore.configs.{folder}" for folder in find_n
 setup(
     packages=[*find_packages(include=["qgalore", "qgalore.*"]), *CONFIGS],
     package_dir={"qgalore.configs": "configs"},
-    package_data={"qgalore": ["py.typed"], **{name: ["*"] for name in CONFIGS}},
+    package_data={"qgalore": ["py.typed"], "qgalore.convergence": ["page.js"], **{name: ["*"] for name in CONFIGS}},
 )

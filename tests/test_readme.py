@@ -149,6 +149,18 @@ def peaks() -> dict[str, tuple[int, str, str]]:
     return {name: (int(rank), peak, host) for name, rank, peak, host in rows}
 
 
+def test_every_row_of_the_comparison_has_a_source():
+    """A link, or a command that shows it; and each project is named by the commit that was read."""
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| project")]
+    assert len(rows) > 40
+    for row in rows:
+        assert re.search(r"\]\((?:https://)?\S+\)|`python ", row.rsplit("|", 2)[1]), row
+    commits = set(re.findall(r"https://github.com/([\w.-]+/[\w.-]+)/(?:blob|tree)/([^/)]+)", page))
+    assert len(commits) == len({name for name, _ in commits}) == 7
+    assert all(re.fullmatch(r"[0-9a-f]{40}", commit) for _, commit in commits)
+
+
 def to_tenths(words: str) -> str:
     """``"12.40 GiB"`` → ``"12.4 GiB"``."""
     return f"{float(words.split()[0]):.1f} GiB"
@@ -231,12 +243,12 @@ def test_pages_end_before_readers_do(name, most):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
 
 
+LINKED = ("formats", "scaling", "configuration", "coming-from", "comparison", "gpu", "docker", "windows")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        *PAGES,
-        *(f"docs/{n}.md" for n in ("formats", "scaling", "configuration", "coming-from", "gpu", "docker", "windows")),
-    ],
+    [*PAGES, *(f"docs/{page}.md" for page in LINKED)],
 )
 def test_links_lead_somewhere(name):
     page = ROOT / name

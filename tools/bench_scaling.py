@@ -57,7 +57,7 @@ def seconds(name: str, shape: dict[str, int], tokens: int, vocabulary: int, roun
 
 def page(found: dict[str, dict[str, list[tuple[float, float]]]], note: str) -> str:
     """The plots as a page of its own: a figure for each method, seconds against doublings of each quantity."""
-    parts = [f"<h1>Cost of a training step</h1><p>{note}</p>"]
+    parts = [f"<p>{note}</p>"]
     for name, sweeps in found.items():
         series = []
         for colour, (quantity, points) in enumerate(sweeps.items()):
@@ -68,8 +68,7 @@ def page(found: dict[str, dict[str, list[tuple[float, float]]]], note: str) -> s
         limits = (min(every) / 1.1, max(every) * 1.1)
         title = f"{name}: seconds of a step (logarithmic)"
         parts.append(plot.lines(title, series, "doublings of the quantity", "seconds", y_limits=limits, base=2))
-    head = f'<meta charset="utf-8"/><title>Cost of a training step</title><style>{plot.STYLE}{report.STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return report.document("Cost of a training step", "".join(parts))
 
 
 def main(arguments: list[str] | None = None) -> int:

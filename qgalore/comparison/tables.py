@@ -116,8 +116,4 @@ def page(summaries: list[Summary], failures: list[Failure], title: str) -> str:
         _figure(summaries, "Held-out loss against weights and optimizer", lambda s: s.kept),
         _figure(summaries, "Held-out loss against the planned peak", lambda s: s.peak),
     ]
-    head = (
-        f'<head><meta charset="utf-8"/><title>{escape(title)}</title><style>{plot.STYLE}{report.STYLE}</style></head>'
-    )
-    body = f"<h1>{escape(title)}</h1><pre>{escape(text(summaries, failures))}</pre>{''.join(drawn)}"
-    return f'<!DOCTYPE html>\n<html lang="en">{head}<body>{body}</body></html>\n'
+    return report.document(title, f"<pre>{escape(text(summaries, failures))}</pre>{''.join(drawn)}")

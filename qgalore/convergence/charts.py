@@ -1,24 +1,25 @@
-"""The figures of a report: which records go into which plot."""
+"""The line plots of a page: which records go into which of them."""
 
 from collections.abc import Callable
 from statistics import fmean, median, quantiles
 
 from . import plot
 from .plot import Series
-from .records import Row, Run, number, numbers
-from .summary import by_kind, by_layer, kind_of, step_times, summarise_layer
-from .updates import relative
+from .records import Row, Run, held_out, number, numbers
+from .summary import by_layer, kind_of, step_times
+from .updates import momentum_error, relative
 
 BINS = 120  # points on a line: more cannot be told apart
 LAYER_BINS = 40  # where each gathers the layers that happened to be refreshed: fewer, so that they are alike
-MAX_CELLS = 12000  # of a heat map, so that a long run of a large model stays a file that a browser opens
-STEP = "optimizer step"
+STEP = "step"  # figures whose x axis bears one label show one cursor
 
 Points = list[tuple[float, float]]
 
 
-def _limits(run: Run) -> tuple[float, float]:
-    return 1, max(2, run.step)
+def steps_of(run: Run) -> tuple[float, float]:
+    """The steps of a plot; from 0 where the model was evaluated before its first step."""
+    first = 0 if any(row["step"] == 0 for row in run.evaluations) else 1
+    return first, max(2, run.step)
 
 
 def binned(points: Points, bins: int = BINS) -> list[tuple[float, list[float]]]:
@@ -37,7 +38,7 @@ def thinned(points: Points, gather: Callable[[list[float]], float] = fmean, bins
     return [(a, gather(values)) for a, values in binned(points, bins)]
 
 
-def _points(rows: list[Row], key: str, scale: float = 1.0) -> Points:
+def points_of(rows: list[Row], key: str, scale: float = 1.0) -> Points:
     return [(row["step"], value * scale) for row in rows if (value := number(row, key)) is not None]
 
 
@@ -59,57 +60,51 @@ def refresh_marks(run: Run) -> list[tuple[float, float, str]]:
     return [(a, count / layers, f"{count:.0f} of {layers} layers near step {a:.0f}") for a, count in parts]
 
 
+def _held_out_series(run: Run, label: str, colour: int) -> list[Series]:
+    """A line for the held-out loss, and one for each held-out set with a name."""
+    sets = held_out(run).items()
+    return [
+        Series(f"{label}, {name}" if name else label, list(points), colour + i) for i, (name, points) in enumerate(sets)
+    ]
+
+
 def loss(run: Run) -> str:
-    train, held = _points(run.train, "loss"), _points(run.evaluations, "eval_loss")
+    train = points_of(run.train, "loss")
     series = [
         Series("train, each step", train if len(train) < 2000 else [], 0, "faint"),
         Series("train, mean", thinned(train), 0),
-        Series("held out", held, 1),
+        *_held_out_series(run, "held out", 1),
     ]
-    title = "Loss; ticks at the top: refreshes, as long as the share of layers"
-    return plot.lines(title, series, STEP, "loss, nats per token", _limits(run), marks=refresh_marks(run))
+    title = "Loss. Ticks at the top mark steps with refreshes, and a longer tick means more layers"
+    return plot.lines(title, series, STEP, "loss, nats per token", steps_of(run), marks=refresh_marks(run))
+
+
+def _steps_of_all(runs: list[Run]) -> tuple[float, float]:
+    found = [steps_of(run) for run in runs]
+    return min(first for first, _ in found), max(last for _, last in found)
 
 
 def losses_of(runs: list[Run]) -> str:
-    """Held-out loss (solid) and train loss (dashed) of several runs."""
-    series = []
-    for colour, run in enumerate(runs):
-        series.append(Series(f"{run.name}, train", thinned(_points(run.train, "loss")), colour, "dashed"))
-        series.append(Series(f"{run.name}, held out", _points(run.evaluations, "eval_loss"), colour))
-    return plot.lines("Loss of all runs (dashed: train)", series, STEP, "loss, nats per token")
+    """Held-out losses of several runs: a line for each run, and for each of its named held-out sets."""
+    series = [one for colour, run in enumerate(runs) for one in _held_out_series(run, run.name, colour)]
+    several = [Series(one.label, one.points, colour) for colour, one in enumerate(series)]
+    return plot.lines("Held-out loss of all runs", several, STEP, "loss, nats per token", _steps_of_all(runs))
 
 
-def similarity(run: Run) -> str:
-    layers = by_layer(run.refreshes)
-    room = max(10, MAX_CELLS // max(1, len(layers)))
-    rows = [(layer, _cells(run, found, room)) for layer, found in layers.items()]
-    groups = by_kind(summarise_layer(run, layer, found) for layer, found in layers.items())
-    note = (
-        "Colour: the similarity found at a refresh, shown until the next one. 1: the subspace stands still; 0: chance."
-    )
-    sizes = [(kind, len(group)) for kind, group in groups.items()]
-    return plot.heat_map("Similarity to the old basis, by layer and step", rows, sizes, STEP, _limits(run), note)
-
-
-def _cells(run: Run, rows: list[Row], room: int) -> list[tuple[float, float, float, str]]:
-    found = _points(rows, "similarity")
-    ends = [step for step, _ in found[1:]] + [max(2, run.step)]
-    size = -(-len(found) // room)
-    cells = []
-    for i in range(0, len(found), max(1, size)):
-        value = fmean(similar for _, similar in found[i : i + size])
-        start, end = found[i][0], ends[min(i + size, len(found)) - 1]
-        cells.append((start, end, value, f"similarity {value:.3f}, steps {start:.0f} to {end:.0f}"))
-    return cells
+def train_losses_of(runs: list[Run]) -> str:
+    series = [Series(run.name, thinned(points_of(run.train, "loss")), colour) for colour, run in enumerate(runs)]
+    title = "Train loss of all runs, means of a few steps"
+    return plot.lines(title, series, STEP, "loss, nats per token", _steps_of_all(runs))
 
 
 def _in_force(run: Run, key: str) -> list[Series]:
     """What ``key`` was at last, mean over the layers of each kind, read off at the same steps for all."""
     layers = by_layer(run.refreshes)
-    steps = sorted({round(1 + i * (run.step - 1) / BINS) for i in range(BINS + 1)})
+    last = run.step
+    steps = sorted({round(1 + i * (last - 1) / BINS) for i in range(BINS + 1)})
     series = []
     for colour, kind in enumerate(dict.fromkeys(map(kind_of, layers))):
-        tracks = [_points(rows, key) for layer, rows in layers.items() if kind_of(layer) == kind]
+        tracks = [points_of(rows, key) for layer, rows in layers.items() if kind_of(layer) == kind]
         held = [(step, [value for track in tracks if (value := _value_at(track, step))]) for step in steps]
         series.append(Series(kind, [(step, fmean(values)) for step, values in held if values], colour, "steps"))
     return series
@@ -121,13 +116,13 @@ def gaps(run: Run) -> str:
     lowest = min((gap for one in series for _, gap in one.points), default=1.0)
     limits = (lowest / 2**0.25, max(highest, 2 * lowest) * 2**0.25)
     title = "Steps between refreshes, mean over layers of a kind (logarithmic)"
-    return plot.lines(title, series, STEP, "gap, steps", _limits(run), limits, base=2)
+    return plot.lines(title, series, STEP, "gap, steps", steps_of(run), limits, base=2)
 
 
 def ranks(run: Run) -> str:
     series = _in_force(run, "rank")
     limits = (0, max((rank for one in series for _, rank in one.points), default=1.0) * 1.1)
-    return plot.lines("Rank, mean over layers of a kind", series, STEP, "rank", _limits(run), limits)
+    return plot.lines("Rank, mean over layers of a kind", series, STEP, "rank", steps_of(run), limits)
 
 
 def _value_at(track: Points, step: float) -> float | None:
@@ -135,10 +130,10 @@ def _value_at(track: Points, step: float) -> float | None:
 
 
 def energy(run: Run) -> str:
-    after, before = _points(run.refreshes, "energy", 100), _points(run.refreshes, "energy_before", 100)
+    after, before = points_of(run.refreshes, "energy", 100), points_of(run.refreshes, "energy_before", 100)
     series = [*_band("new basis", after, 0), *_band("old basis, just before", before, 1)]
-    title = "Gradient energy captured at a refresh: median over layers, and the middle 80 %"
-    return plot.lines(title, series, STEP, "energy, % of ‖G‖²", _limits(run))
+    title = "Gradient energy captured at a refresh, median over layers and the middle 80 %"
+    return plot.lines(title, series, STEP, "energy, % of ‖G‖²", steps_of(run))
 
 
 QUANTILES = ("smallest", "25 %", "median", "75 %", "largest")
@@ -153,7 +148,7 @@ def _quantile_series(run: Run, key: str) -> list[Series]:
 def angles(run: Run) -> str:
     title = "Principal angles between old and new basis: quantiles within a layer, median over layers"
     series = _quantile_series(run, "angle_cosines")
-    return plot.lines(title, series, STEP, "cosine (1: unchanged)", _limits(run), (0, 1))
+    return plot.lines(title, series, STEP, "cosine (1: unchanged)", steps_of(run), (0, 1))
 
 
 def spectrum(run: Run) -> str:
@@ -161,7 +156,7 @@ def spectrum(run: Run) -> str:
     smallest = min((value for one in series for _, value in one.points if value > 0), default=0.1)
     limits = (max(1e-5, smallest), 1.0)
     title = "Singular values of the projected gradient: quantiles within a layer, median over layers (logarithmic)"
-    return plot.lines(title, series, STEP, "σ relative to the largest", _limits(run), limits, base=10)
+    return plot.lines(title, series, STEP, "σ relative to the largest", steps_of(run), limits, base=10)
 
 
 def int8(run: Run) -> str:
@@ -170,10 +165,10 @@ def int8(run: Run) -> str:
         "int8_rescaled": "groups given a new scale",
         "int8_noise_share": "rounding noise in the change (energy)",
     }
-    points = [(label, _points(run.refreshes, key, 100)) for key, label in labels.items()]
+    points = [(label, points_of(run.refreshes, key, 100)) for key, label in labels.items()]
     series = [one for i, (label, found) in enumerate(points) for one in _band(label, found, i)]
-    title = "int8 weights in the step of a refresh: median over layers, and the middle 80 %"
-    return plot.lines(title, series, STEP, "share, %", _limits(run))
+    title = "int8 weights in the step of a refresh, median over layers and the middle 80 %"
+    return plot.lines(title, series, STEP, "share, %", steps_of(run))
 
 
 def moments(run: Run) -> str:
@@ -181,20 +176,20 @@ def moments(run: Run) -> str:
     which = [(moment, what) for moment in ("first", "second") for what in ("zero", "saturated")]
     for colour, (moment, what) in enumerate(which):
         key = f"moment{1 if moment == 'first' else 2}_{what}"
-        series += _band(f"{moment} moment, {what}", _points(run.refreshes, key, 100), colour)
-    title = "8-bit moments before a refresh: share of zero and of saturated codes (0.39 % saturate by construction)"
-    return plot.lines(title, series, STEP, "share of codes, %", _limits(run))
+        series += _band(f"{moment} moment, {what}", points_of(run.refreshes, key, 100), colour)
+    title = "Zero and saturated codes of 8-bit moments before a refresh (0.39 % saturate by construction)"
+    return plot.lines(title, series, STEP, "share of codes, %", steps_of(run))
 
 
 def throughput(run: Run) -> str:
-    rates = [(step, rate) for step, rate in _points(run.train, "tokens_per_second") if rate]
+    rates = [(step, rate) for step, rate in points_of(run.train, "tokens_per_second") if rate]
     series = [
         Series("each step", rates if len(rates) < 2000 else [], 0, "faint"),
         Series("tokens per second, median", thinned(rates, median), 0),
     ]
     limits = (0, plot.padded([rate for _, rate in rates])[1]) if rates else None
-    return plot.lines("Throughput; ticks at the top: refreshes", series, STEP, "tokens/s", _limits(run), limits,
-                      marks=refresh_marks(run))  # fmt: skip
+    title = "Throughput. Ticks at the top mark steps with refreshes"
+    return plot.lines(title, series, STEP, "tokens/s", steps_of(run), limits, marks=refresh_marks(run))
 
 
 def refresh_share(run: Run) -> str:
@@ -211,10 +206,7 @@ def refresh_share(run: Run) -> str:
     series = [Series("refreshes so far", thinned(share), 2)]
     top = plot.padded([value for _, value in share])[1] if share else 1.0
     return plot.lines("Share of step time spent in refreshes, up to each step", series, STEP, "% of step time",
-                      _limits(run), (0, top))  # fmt: skip
-
-
-ALL = (loss, similarity, gaps, ranks, energy, angles, spectrum, int8, moments, throughput, refresh_share)
+                      steps_of(run), (0, top))  # fmt: skip
 
 
 def _of_kinds(run: Run, value: Callable[[Row], float | None]) -> list[Series]:
@@ -226,19 +218,17 @@ def _of_kinds(run: Run, value: Callable[[Row], float | None]) -> list[Series]:
     return [Series(kind, thinned(points), colour) for colour, (kind, points) in enumerate(found.items()) if points]
 
 
+def _logarithmic(run: Run, title: str, label: str, series: list[Series]) -> str:
+    values = [value for one in series for _, value in one.points]
+    limits = (min(values) / 2, max(values) * 2) if values else None
+    return plot.lines(title, series, STEP, label, steps_of(run), limits, base=10)
+
+
 def update_sizes(run: Run) -> str:
     series = _of_kinds(run, lambda row: relative(row) or None)
-    sizes = [size for one in series for _, size in one.points]
-    limits = (min(sizes) / 2, max(sizes) * 2) if sizes else None
-    title = "Size of an update: ‖ΔW‖ / ‖W‖, mean over layers of a kind (logarithmic)"
-    return plot.lines(title, series, STEP, "‖ΔW‖ / ‖W‖", _limits(run), limits, base=10)
+    return _logarithmic(run, "Size of an update, mean over layers of a kind (logarithmic)", "‖ΔW‖ / ‖W‖", series)
 
 
 def stored_momentum(run: Run) -> str:
-    series = _of_kinds(run, lambda row: number(row, "momentum_cosine"))
-    lowest = min((cosine for one in series for _, cosine in one.points), default=0.0)
-    title = "Cosine between the update and that of the momentum as it is stored, mean over layers of a kind"
-    return plot.lines(title, series, STEP, "cosine (1: nothing is lost)", _limits(run), (min(0.0, lowest), 1.0))
-
-
-OF_UPDATES = (update_sizes, stored_momentum)
+    title = "Error of the stored momentum, mean over layers of a kind (logarithmic)"
+    return _logarithmic(run, title, "1 − cosine (0: nothing is lost)", _of_kinds(run, momentum_error))

@@ -1,9 +1,12 @@
-"""Line plots and heat maps as SVG text, with no library: a report must open anywhere, years later, without a network.
+"""Line plots as SVG text, with no library: a page must open anywhere, years later, without a network.
 
-Colours are CSS classes (``s0`` … ``s7``, ``STYLE`` defines them for light and dark pages); every mark has a ``<title>``
-that a browser shows under the pointer. All coordinates lie inside the view box by construction: values are clamped.
+Colours are CSS classes (``s0`` … ``s7``, ``STYLE`` defines them for light and dark pages). Their order and values were
+searched so that any two stay apart under the three kinds of colour blindness, which a test holds them to. Each figure
+carries its values as JSON, which ``page.js`` shows under the pointer; without scripts the drawing stays as it is.
+All coordinates lie inside the view box by construction: values are clamped.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +16,10 @@ from itertools import pairwise
 WIDTH, HEIGHT = 860, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 16, 14, 46  # of the plot's area inside the drawing
 COLOURS = 8
-MAX_DOTS = 60  # marks with a tooltip on one line
+MAX_DOTS = 60  # marks on one line
 
-_LIGHT = ("#0b62a8", "#c75000", "#11815a", "#a8488a", "#7a6a00", "#1f8fa8", "#8a2be2", "#555555")
-_DARK = ("#6cb6ff", "#ff9d57", "#4fd1a0", "#ff9bd8", "#e0cc4a", "#67dcf0", "#c6a0ff", "#c0c0c0")
+_LIGHT = ("#4095ff", "#9a2b1c", "#007361", "#ac7b00", "#7b17df", "#f15db6", "#3c368e", "#141325")
+_DARK = ("#99cffa", "#d9864d", "#15fa9d", "#e9e345", "#a070ff", "#c896a7", "#6984c4", "#e7ffff")
 
 
 def _palette(colours: Sequence[str]) -> str:
@@ -29,8 +32,13 @@ STYLE = (
     f"{_palette(_DARK)}}}}}"
     "svg{max-width:100%;height:auto}svg text{font:12px sans-serif;fill:var(--ink)}"
     ".grid{stroke:var(--rule)}.frame{stroke:var(--faint);fill:none}.mark{stroke:var(--faint);stroke-width:1}"
+    "g rect{shape-rendering:crispEdges}"
     ".line{fill:none;stroke-width:1.6}.dashed{stroke-dasharray:5 4}.band{stroke:none;opacity:.18}.faint{opacity:.35}"
-    + "".join(f".s{i}{{stroke:var(--s{i})}}.f{i}{{fill:var(--s{i})}}" for i in range(COLOURS))
+    ".again{stroke-dasharray:9 3}.cursor{stroke:var(--ink);stroke-width:1;pointer-events:none}.off{display:none}"
+    + "".join(
+        f".s{i}{{stroke:var(--s{i})}}.f{i}{{fill:var(--s{i})}}.b{i}{{background-color:var(--s{i})}}"
+        for i in range(COLOURS)
+    )
 )
 
 
@@ -70,7 +78,8 @@ class Axis:
 @dataclass(frozen=True)
 class Series:
     """Points (x, y), or a band where ``upper`` gives a second y for each point. ``style``: ``line``, ``dashed``,
-    ``faint`` (without tooltips), ``dots`` or ``steps`` (a value holds until the next point)."""
+    ``faint`` (without dots), ``dots`` or ``steps`` (a value holds until the next point). Series of one label are
+    switched together. Colours from ``COLOURS`` on repeat the first ones with a broken line."""
 
     label: str
     points: list[tuple[float, float]]
@@ -93,8 +102,8 @@ def padded(values: Sequence[float], share: float = 0.05) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", extra: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(text)}</text>'
+def text(x: float, y: float, words: str, anchor: str = "start", extra: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
 
 
 def _grid(x: Axis, y: Axis, x_label: str, y_label: str, height: float) -> list[str]:
@@ -102,59 +111,87 @@ def _grid(x: Axis, y: Axis, x_label: str, y_label: str, height: float) -> list[s
     for value in y.ticks():
         at = y(value)
         parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_text(x.start - 6, at + 4, number(value), "end"))
-    parts += _x_axis(x, y.start, x_label, height)
+        parts.append(text(x.start - 6, at + 4, number(value), "end"))
+    parts += x_axis(x, y.start, x_label, height)
     middle = (y.start + y.end) / 2
-    parts.append(_text(14, middle, y_label, "middle", f' transform="rotate(-90 14 {middle:.1f})"'))
+    parts.append(text(14, middle, y_label, "middle", f' transform="rotate(-90 14 {middle:.1f})"'))
     parts.append(
         f'<rect class="frame" x="{x.start}" y="{y.end}" width="{x.end - x.start}" height="{y.start - y.end}"/>'
     )
     return parts
 
 
-def _x_axis(x: Axis, bottom: float, label: str, height: float) -> list[str]:
-    parts = [_text((x.start + x.end) / 2, height - 8, label, "middle")]
+def x_axis(x: Axis, bottom: float, label: str, height: float) -> list[str]:
+    parts = [text((x.start + x.end) / 2, height - 8, label, "middle")]
     for value in x.ticks():
         at = x(value)
         parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom:.1f}" y2="{bottom + 4:.1f}"/>')
-        parts.append(_text(at, bottom + 17, number(value), "middle"))
+        parts.append(text(at, bottom + 17, number(value), "middle"))
     return parts
 
 
-def _draw(series: Series, x: Axis, y: Axis) -> list[str]:
-    colour, name = series.colour % COLOURS, escape(series.label)
+def _corners(series: Series, places: list[tuple[float, float]]) -> str:
+    """The points of a line for SVG; those of ``steps`` with the corners between them."""
+    if series.style == "steps":
+        places = [p for (a, b), (c, _) in pairwise(places) for p in ((a, b), (c, b))] + places[-1:]
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+
+
+def _draw(series: Series, key: int, x: Axis, y: Axis) -> list[str]:
+    colour, name = series.colour % COLOURS, f"<title>{escape(series.label)}</title>"
     places = [(x(a), y(b)) for a, b in series.points]
     if series.upper:
-        corners = places + [(x(a), y(top)) for (a, _), top in zip(series.points, series.upper, strict=True)][::-1]
-        outline = " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
-        return [f'<polygon class="band f{colour}" points="{outline}"><title>{name}</title></polygon>']
+        places += [(x(a), y(top)) for (a, _), top in zip(series.points, series.upper, strict=True)][::-1]
+        outline = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        return [f'<polygon class="band f{colour}" data-key="{key}" points="{outline}">{name}</polygon>']
     parts = []
     if series.style != "dots":
-        if series.style == "steps":
-            places_drawn = [p for (a, b), (c, _) in pairwise(places) for p in ((a, b), (c, b))]
-            places_drawn += places[-1:]
-        else:
-            places_drawn = places
-        extra = f" {series.style}" if series.style in ("dashed", "faint") else ""
-        outline = " ".join(f"{a:.1f},{b:.1f}" for a, b in places_drawn)
-        parts.append(f'<polyline class="line s{colour}{extra}" points="{outline}"><title>{name}</title></polyline>')
+        style = series.style if series.style in ("dashed", "faint") else "again" if series.colour >= COLOURS else ""
+        kind = f"line s{colour} {style}".rstrip()
+        outline = _corners(series, places)
+        parts.append(f'<polyline class="{kind}" data-key="{key}" points="{outline}">{name}</polyline>')
     if series.style == "faint":
         return parts
     every = math.ceil(len(places) / MAX_DOTS)
-    for (a, b), (at, height) in list(zip(series.points, places, strict=True))[::every]:
-        words = f"{name}: {number(b)} at {number(a)}"
-        parts.append(
-            f'<circle class="f{colour}" cx="{at:.1f}" cy="{height:.1f}" r="2.4"><title>{words}</title></circle>'
-        )
+    parts += [
+        f'<circle class="f{colour}" data-key="{key}" cx="{at:.1f}" cy="{height:.1f}" r="2.4">{name}</circle>'
+        for at, height in places[::every]
+    ]
     return parts
 
 
-def _legend(entries: list[tuple[str, str]]) -> str:
-    """Colour patches and names, as HTML beside the drawing: text that wraps."""
+def _switches(series: list[Series], labels: list[str]) -> str:
+    """A button for each label, as HTML beside the drawing: text that wraps."""
+    colours = {one.label: one.colour for one in reversed(series)}
     cells = "".join(
-        f'<span class="key"><i style="background:{fill}"></i>{escape(name)}</span>' for name, fill in entries
+        f'<button type="button" class="key" aria-pressed="true" data-key="{key}"><i class="b{colours[label] % COLOURS}'
+        f'{" broken" if colours[label] >= COLOURS else ""}"></i>{escape(label)} <em></em></button>'
+        for key, label in enumerate(labels)
     )
     return f'<p class="legend">{cells}</p>'
+
+
+def _short(value: float) -> float:
+    """Six digits, which is more than a plot shows; whole numbers stay whole."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def axis_data(axis: Axis, label: str) -> dict:
+    """What the script needs to turn a place into a value."""
+    ends = {"low": _short(axis.low), "high": _short(axis.high), "start": axis.start, "end": axis.end}
+    return {"label": label, **ends, "base": axis.base}
+
+
+def _data(series: list[Series], labels: list[str], x: Axis, y: Axis, names: tuple[str, str]) -> dict:
+    found = []
+    for one in series:
+        entry: dict = {"key": labels.index(one.label), "points": [[_short(a), _short(b)] for a, b in one.points]}
+        if one.upper:
+            entry["upper"] = [_short(top) for top in one.upper]
+        if one.style == "steps":
+            entry["holds"] = True
+        found.append(entry)
+    return {"x": axis_data(x, names[0]), "y": axis_data(y, names[1]), "names": labels, "series": found}
 
 
 def lines(
@@ -183,62 +220,22 @@ def lines(
             f'<line class="mark" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{TOP}" y2="{TOP + length:.1f}">'
             f"<title>{escape(words)}</title></line>"
         )
+    labels = list(dict.fromkeys(one.label for one in series))
     for one in series:
-        parts += _draw(one, x, y)
-    shown = [(one.label, f"var(--s{one.colour % COLOURS})") for one in series if one.style != "faint"]
-    return figure(title, WIDTH, HEIGHT, parts, _legend(list(dict.fromkeys(shown))))
+        parts += _draw(one, labels.index(one.label), x, y)
+    data = _data(series, labels, x, y, (x_label, y_label))
+    return figure(title, WIDTH, HEIGHT, parts, _switches(series, labels), data)
 
 
-def shade(value: float) -> str:
-    """A colour for 0 (dark blue) … 1 (yellow), of rising lightness, so that it also reads without colour vision."""
-    stops = ((0.0, (49, 30, 104)), (0.35, (42, 105, 142)), (0.7, (69, 180, 120)), (1.0, (250, 226, 70)))
-    value = min(1.0, max(0.0, value))
-    for (low, dark), (high, light) in pairwise(stops):
-        if value <= high:
-            part = (value - low) / (high - low)
-            return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in zip(dark, light, strict=True))
-    raise AssertionError("unreachable: the last stop is 1")
-
-
-def heat_map(
-    title: str,
-    rows: list[tuple[str, list[tuple[float, float, float, str]]]],
-    groups: list[tuple[str, int]],
-    x_label: str,
-    x_limits: tuple[float, float],
-    scale_label: str,
-) -> str:
-    """A figure with a line of cells (from, to, value in 0 … 1, words) for each of ``rows`` (name, cells). ``groups``
-    (name, number of rows) label consecutive rows at the left."""
-    if not any(cells for _, cells in rows):
-        return ""
-    row = min(14.0, max(2.0, 620 / len(rows)))
-    left = 190
-    bottom = TOP + row * len(rows)
-    height = math.ceil(bottom) + BOTTOM
-    x = Axis(*x_limits, left, WIDTH - RIGHT)
-    parts = _x_axis(x, bottom, x_label, height)
-    for index, (name, cells) in enumerate(rows):
-        top = TOP + index * row
-        for start, end, value, words in cells:
-            a, b = x(start), x(end)
-            parts.append(
-                f'<rect x="{a:.1f}" y="{top:.1f}" width="{max(0.0, b - a):.1f}" height="{row:.1f}" '
-                f'fill="{shade(value)}"><title>{escape(name)}: {escape(words)}</title></rect>'
-            )
-    top = TOP
-    for name, count in groups:
-        parts.append(f'<line class="mark" x1="{left - 4}" x2="{WIDTH - RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
-        parts.append(_text(left - 8, top + row * count / 2 + 4, name, "end"))
-        top += row * count
-    parts.append(
-        f'<rect class="frame" x="{left}" y="{TOP}" width="{WIDTH - RIGHT - left}" height="{bottom - TOP:.1f}"/>'
-    )
-    keys = [(number(value), shade(value)) for value in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-    return figure(title, WIDTH, height, parts, _legend(keys), scale_label)
-
-
-def figure(title: str, width: float, height: float, parts: list[str], legend: str, note: str = "") -> str:
+def figure(title: str, width: float, height: float, parts: list[str], legend: str, data: dict, note: str = "") -> str:
+    """A drawing with its title and legend, an empty line for what the pointer is on, and ``data`` for the script."""
     note = f"<p>{escape(note)}</p>" if note else ""
     drawing = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
-    return f"<figure><h3>{escape(title)}</h3>{note}{legend}{drawing}{''.join(parts)}</svg></figure>"
+    # Without these three characters no text in it can end the element, and HTML and XML read it alike.
+    values = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    for sign in "<>&":
+        values = values.replace(sign, f"\\u{ord(sign):04x}")
+    return (
+        f"<figure><h3>{escape(title)}</h3>{note}{legend}<output></output>{drawing}{''.join(parts)}</svg>"
+        f'<script type="application/json">{values}</script></figure>'
+    )

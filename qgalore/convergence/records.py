@@ -9,6 +9,7 @@ from .. import plain_yaml
 from ..errors import ConfigError, printable
 
 Row = dict[str, Any]
+DEPTH = 3  # how far below a folder its runs may lie
 LARGEST = 1e300  # beyond it a record is damaged: sums of such numbers are no longer finite
 
 
@@ -67,6 +68,34 @@ def numbers(row: Row, key: str) -> list[float] | None:
     return None if None in found else found
 
 
+def _held_out_keys(row: Row) -> list[str]:
+    """``eval_loss`` and the keys of held-out sets with names, ``eval_loss/NAME``."""
+    return [key for key in row if key == "eval_loss" or key.startswith("eval_loss/")]
+
+
+def held_out(run: Run) -> dict[str, list[tuple[int, float]]]:
+    """The (step, loss) of each held-out set by its name, which is "" for the loss over all of them."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in run.evaluations:
+        for key in _held_out_keys(row):
+            if (value := number(row, key)) is not None:
+                found.setdefault(key.removeprefix("eval_loss").removeprefix("/"), []).append((row["step"], value))
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists()
+
+
+def find_runs(folder: Path, depth: int = DEPTH) -> list[Path]:
+    """The run folders below ``folder``, which is none itself, in the order of their names; runs are not looked into."""
+    found: list[Path] = []
+    for part in sorted(folder.iterdir()):
+        if part.is_dir() and not part.is_symlink() and not part.name.startswith("."):
+            found += [part] if is_run(part) else find_runs(part, depth - 1) if depth > 1 else []
+    return found
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder; files that are not there yet count as empty.
 
@@ -75,10 +104,10 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"{folder} {what}; give a run's folder, such as runs/quickstart")
-    if not (folder / "metrics.jsonl").exists() and not (folder / "config.yaml").exists():
+    if not is_run(folder):
         raise ConfigError(
-            f"{folder} is not a run's folder: it has neither metrics.jsonl nor config.yaml; give one such as "
-            "runs/quickstart"
+            f"{folder} is not a run's folder: it has neither metrics.jsonl nor config.yaml, and no folder below it "
+            "has; give one such as runs/quickstart, or a folder of runs"
         )
     metrics, damaged = _read_rows(folder / "metrics.jsonl")
     refreshes, damaged_too = _read_rows(folder / "subspace.jsonl")
@@ -88,7 +117,7 @@ def read_run(folder: Path) -> Run:
         name=printable(folder.resolve().name),
         config=_read_config(folder / "config.yaml"),
         train=[row for row in metrics if "lr" in row],
-        evaluations=[row for row in metrics if number(row, "eval_loss") is not None],
+        evaluations=[row for row in metrics if any(number(row, key) is not None for key in _held_out_keys(row))],
         refreshes=[row for row in refreshes if isinstance(row.get("layer"), str)],
         unreadable=damaged + damaged_too + damaged_three,
         updates=[row for row in updates if isinstance(row.get("layer"), str)],

@@ -7,6 +7,7 @@ from .records import Row, Run, number
 from .summary import by_layer, kind_of
 from .table import figure, heading, line
 
+SMALLEST_ERROR = 1e-6  # of a momentum, for a logarithmic scale; cosines in fp32 are no finer
 COLUMNS = (("layer", -34), ("shape", 14), ("looks", 8), ("update", 12), ("cosine", 10), ("lowest", 10))
 LEGEND = """\
 looks: steps that were looked at | update: ‖ΔW‖ / ‖W‖ in the last of them
@@ -34,6 +35,12 @@ def relative(row: Row) -> float | None:
     if update is None or weight is None or update < 0 or weight <= 0:
         return None
     return number({"value": update / weight}, "value")
+
+
+def momentum_error(row: Row) -> float | None:
+    """1 minus the cosine that a momentum's code leaves, at least ``SMALLEST_ERROR``; None if it was not recorded."""
+    cosine = number(row, "momentum_cosine")
+    return None if cosine is None else max(SMALLEST_ERROR, 1 - cosine)
 
 
 def _of_layer(name: str, rows: list[Row]) -> Updates:

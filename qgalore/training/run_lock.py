@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import socket
+import struct
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -101,3 +103,23 @@ def _release(key: tuple[int, str]) -> None:
         _held[key][1] -= 1
         if not _held[key][1]:
             os.close(_held.pop(key)[0])
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process trains the run in ``folder``, asked without taking the lock; None where a system cannot say."""
+    if (os.getpid(), str(folder.resolve() / NAME)) in _held:
+        return True
+    if sys.platform != "linux" or struct.calcsize("P") != 8:  # elsewhere the question has another layout
+        return None
+    import fcntl
+
+    layout = "@hhqqi4x"  # struct flock: kind, whence, start, length, process
+    try:
+        with open(folder / NAME, "rb") as file:
+            question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, question))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return answer[0] != fcntl.F_UNLCK

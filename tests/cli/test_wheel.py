@@ -56,6 +56,8 @@ def test_the_quickstart_runs_from_an_empty_folder_and_says_how_to_go_on(installe
     assert "--resume auto" in again.stderr
     more = installed("train", "--config", "quickstart", "--resume", "auto", *SHORT, "train.max_steps=4")
     assert more.returncode == 0, more.stderr
+    shown = installed("convergence", "runs", "--html", "page.html")  # whose script is a file of the package
+    assert shown.returncode == 0, shown.stderr
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
-"""The page is parsed as XML; every coordinate must lie in its plot, and data where the records say."""
+"""The page is parsed as XML; every coordinate must lie in its plot, and data and its values where the records say."""
 
 import csv
 import io
 import json
+import math
 import xml.etree.ElementTree as ET
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
 
-from qgalore.convergence import charts, csv_rows, plot, records, report, summary, tensorboard, trackers
+from qgalore.convergence import charts, csv_rows, heat, maps, plot, records, report, summary, tensorboard, trackers
 from qgalore.files.atomic import write_report
 
 
@@ -43,14 +44,16 @@ def check_drawing(svg: ET.Element) -> int:
     frame = next(part for part in svg if part.get("class") == "frame")
     (left, top), (right, bottom) = places(frame)
     data = 0
-    for part in svg:
+    pieces = [*svg, *(rect for group in svg.iter("g") for rect in group.iter("rect"))]
+    for part in (piece for piece in pieces if piece.tag != "g"):
         drawn = places(part)
         assert all(0 <= x <= width and 0 <= y <= height for x, y in drawn), ET.tostring(part)
         if part.tag in ("polyline", "polygon", "circle") or part.get("fill"):
             data += 1
             # coordinates are written with one decimal
             assert all(left - 0.1 <= x <= right + 0.1 and top - 0.1 <= y <= bottom + 0.1 for x, y in drawn)
-            assert part.find("title").text
+            assert part.tag == "rect" or part.find("title").text
+    assert all(group.find("title").text for group in svg.iter("g"))
     labels = [part.text for part in svg if part.tag == "text"]
     assert len(labels) >= 4
     return data
@@ -60,10 +63,10 @@ def test_the_page_of_a_real_run(recorded):
     run = records.read_run(recorded[0])
     page = parsed(report.page([summary.summarise(run)]))
     figures = list(page.iter("figure"))
-    assert len(figures) == len(charts.ALL)
+    assert len(figures) == len(report.FIGURES)
     for figure in figures:
         assert check_drawing(figure.find("svg")) > 0
-        assert list(figure.iter("span")), "a legend"
+        assert list(figure.iter("span")) or list(figure.iter("button")), "a legend"
     assert page.find("head/style").text.count("prefers-color-scheme:dark") == 1
     assert not list(page.iter("meta"))[1:]
 
@@ -71,7 +74,7 @@ def test_the_page_of_a_real_run(recorded):
 def test_it_refers_to_nothing_outside(recorded):
     found = [summary.summarise(records.read_run(recorded[0]))] * 2
     text = report.page(found, reload_seconds=5)
-    for sign in ("http://", "https://", "src=", "href=", "url(", "@import", "<script", "<link"):
+    for sign in ("http:", "https:", "src=", "href=", "url(", "@import", "<link", "fetch(", "import("):
         assert sign not in text
     assert parsed(text).find("head/meta[@http-equiv]").get("content") == "5"
 
@@ -118,24 +121,77 @@ def test_names_are_escaped(recorded):
     assert not list(page.iter("b"))
 
 
+def values(figure: ET.Element) -> dict:
+    """What the script reads."""
+    return json.loads(figure.find("script").text)
+
+
 def test_the_heat_map_shows_each_similarity_from_its_refresh_to_the_next(recorded):
     run = records.read_run(recorded[0])
-    svg = ET.fromstring(charts.similarity(run)).find("svg")
+    figure = ET.fromstring(maps.similarity(run))
+    svg = figure.find("svg")
     (left, _), (right, _) = places(next(part for part in svg if part.get("class") == "frame"))
-    cells = {}
-    for part in svg:
-        if part.get("fill"):
-            name, words = part.find("title").text.split(": ")
-            cells.setdefault(name, []).append((part, words))
-    for name, found in cells.items():
+    rows = {group.find("title").text: list(group.iter("rect")) for group in svg.iter("g")}
+    told = dict(values(figure)["rows"])
+    assert set(rows) == set(told) == {row["layer"] for row in run.refreshes}
+    for name, cells in rows.items():
         own = [row for row in run.refreshes if row["layer"] == name and row["similarity"] is not None]
-        assert len(found) == len(own)
-        for (cell, words), row, following in zip(found, own, [*own[1:], {"step": run.step}], strict=True):
-            (start, _), (end, _) = places(cell)
-            for place, step in ((start, row["step"]), (end, following["step"])):
+        following = [*(row["step"] for row in own[1:]), run.step]
+        wanted = [[row["step"], end, row["similarity"]] for row, end in zip(own, following, strict=True)]
+        assert [cell[:2] for cell in told[name]] == [cell[:2] for cell in wanted]
+        assert [cell[2] for cell in told[name]] == pytest.approx([cell[2] for cell in wanted], rel=5e-4)
+        for cell, (start, end, value) in zip(cells, wanted, strict=True):
+            assert cell.get("fill") == heat.shade(value)
+            for (place, _), step in zip(places(cell), (start, end), strict=True):
                 assert place == pytest.approx(left + (step - 1) / (run.step - 1) * (right - left), abs=0.11)
-            assert words.startswith(f"similarity {row['similarity']:.3f}")
-            assert cell.get("fill") == plot.shade(row["similarity"])
+
+
+def test_the_values_under_the_pointer_are_those_of_the_records(recorded):
+    run = records.read_run(recorded[0])
+    told = values(ET.fromstring(charts.loss(run)))
+    named = {told["names"][one["key"]]: one["points"] for one in told["series"]}
+    for name, rows, key in (("train, each step", run.train, "loss"), ("held out", run.evaluations, "eval_loss")):
+        assert [step for step, _ in named[name]] == [row["step"] for row in rows]
+        assert [value for _, value in named[name]] == pytest.approx([row[key] for row in rows], rel=1e-5)
+    assert told["x"] == {
+        "label": "step",
+        "low": 1,
+        "high": 14,
+        "start": plot.LEFT,
+        "end": plot.WIDTH - plot.RIGHT,
+        "base": 1,
+    }
+    ranks = values(ET.fromstring(charts.ranks(run)))
+    assert all(one["holds"] for one in ranks["series"])
+    assert {value for one in ranks["series"] for _, value in one["points"]} == {40}
+    band = next(one for one in values(ET.fromstring(charts.energy(run)))["series"] if "upper" in one)
+    assert all(low <= high for (_, low), high in zip(band["points"], band["upper"], strict=True))
+
+
+def test_each_held_out_set_with_a_name_is_a_line(recorded):
+    folder, _ = recorded
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    named = [{"step": step, "eval_loss/code": 3.0 - step / 10, "eval_loss/<prose>": 2.0} for step in (0, 7, 14)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*named, *rows]))
+    told = values(ET.fromstring(charts.loss(records.read_run(folder))))
+    lines = {told["names"][one["key"]]: one["points"] for one in told["series"]}
+    assert lines["held out, code"] == [[0, 3.0], [7, 2.3], [14, 1.6]]
+    assert lines["held out, <prose>"] == [[0, 2.0], [7, 2.0], [14, 2.0]]
+    assert [step for step, _ in lines["held out"]] == [7, 14]
+    assert told["x"]["low"] == 0, "a loss before the first step has its place"
+
+
+def test_a_mixture_of_thousands_of_experts_stays_small():
+    layers = [f"model.layers.{i}.mlp.experts.{kind}.{e}" for i in range(8) for kind in "abc" for e in range(100)]
+    rows = [{"step": step, "layer": layer, "similarity": (n % 4) / 4, "gap": 4} for step in range(1, 60, 4)
+            for n, layer in enumerate(layers)]  # fmt: skip
+    train = [{"step": step, "lr": 1.0, "loss": 3.0} for step in range(1, 61)]
+    drawn = maps.similarity(records.Run(None, "many", {}, train, [], rows, 0))
+    assert len(drawn) < 1.5e6
+    found = values(ET.fromstring(drawn))["rows"]
+    assert len(found) == maps.MAX_ROWS
+    assert found[0][0].endswith("mean of 4 layers")
+    assert found[0][1][0] == [1, 5, 0.375]  # of 0, 0.25, 0.5 and 0.75
 
 
 def test_points_lie_where_the_axes_say():
@@ -174,12 +230,49 @@ def test_ticks_are_round_few_and_inside(limits):
 
 def test_shades_grow_lighter():
     def lightness(value):
-        return sum(w * int(plot.shade(value)[i : i + 2], 16) for w, i in ((0.21, 1), (0.72, 3), (0.07, 5)))
+        return sum(w * int(heat.shade(value)[i : i + 2], 16) for w, i in ((0.21, 1), (0.72, 3), (0.07, 5)))
 
     levels = [lightness(i / 20) for i in range(21)]
     assert levels == sorted(levels)
-    assert plot.shade(-1) == plot.shade(0)
-    assert plot.shade(2) == plot.shade(1)
+    assert heat.shade(-1) == heat.shade(0)
+    assert heat.shade(2) == heat.shade(1)
+
+
+# How cones that lack one pigment see linear sRGB: Machado, Oliveira and Fernandes (2009), at full severity.
+SEEN = {
+    "as it is": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": ((0.1523, 1.0526, -0.2049), (0.1145, 0.7863, 0.0992), (-0.0039, -0.0481, 1.0520)),
+    "deuteranopia": ((0.3673, 0.8606, -0.2280), (0.2801, 0.6725, 0.0474), (-0.0118, 0.0429, 0.9689)),
+    "tritanopia": ((1.2555, -0.0767, -0.1788), (-0.0784, 0.9308, 0.1476), (0.0047, 0.6914, 0.3039)),
+}
+TO_XYZ = ((0.4339, 0.3762, 0.1899), (0.2127, 0.7152, 0.0721), (0.0178, 0.1095, 0.8730))  # relative to white
+
+
+def linear(colour):
+    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def times(matrix, vector):
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+def lab(colour, kind):
+    rgb = [min(1.0, max(0.0, part)) for part in times(SEEN[kind], linear(colour))]
+    x, y, z = (part ** (1 / 3) if part > 0.008856 else 7.787 * part + 16 / 116 for part in times(TO_XYZ, rgb))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize(("palette", "page", "contrast"), [(plot._LIGHT, "#ffffff", 3), (plot._DARK, "#161616", 4.5)])
+def test_colours_stay_apart_for_every_eye_and_from_the_page(palette, page, contrast):
+    for kind in SEEN:
+        assert min(math.dist(lab(a, kind), lab(b, kind)) for a, b in combinations(palette, 2)) > 24, kind
+    light = [sorted((linear_light(colour), linear_light(page))) for colour in palette]
+    assert all((more + 0.05) / (less + 0.05) >= contrast for less, more in light)
+
+
+def linear_light(colour):
+    return times(TO_XYZ, linear(colour))[1]
 
 
 def test_csv_holds_every_value(recorded):
