@@ -99,6 +99,27 @@ def test_lightning_trains_and_its_checkpoint_is_loaded(tmp_path, untrained):
     assert not [name for name, value in again.state_dict().items() if not torch.equal(value, state[name])]
 
 
+@pytest.mark.slow
+def test_lightning_resumes_to_the_same_bits(tmp_path):
+    """Two epochs of four batches, against one epoch and one more from its checkpoint; a basis is found anew in each."""
+    lightning = pytest.importorskip("lightning", reason="tests Lightning")
+    import lightning_module
+
+    def fit(epochs, folder, resume=None):
+        module = lightning_module.ChatModule()
+        settings = {"limit_train_batches": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "logger": False}
+        trainer = lightning.Trainer(max_epochs=epochs, default_root_dir=folder, accelerator="cpu", **settings)
+        rows = tiny_chat.blocks(module.tokenizer, length=32)[:16]
+        trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=4), ckpt_path=resume)
+        return module
+
+    whole = fit(2, tmp_path / "whole")
+    fit(1, tmp_path / "half")
+    (path,) = (tmp_path / "half" / "checkpoints").glob("*.ckpt")
+    resumed = fit(2, tmp_path / "rest", resume=path).state_dict()
+    assert not [name for name, value in whole.state_dict().items() if not torch.equal(value, resumed[name])]
+
+
 def trl_trainer(folder, *, optimizer=True, embeddings="full", guard=True, **settings):
     """(trainer, model) of two steps on the example conversations."""
     pytest.importorskip("trl", reason="tests TRL")
@@ -160,3 +181,11 @@ def test_a_reference_that_follows_is_refused(tmp_path):
     trainer.args.sync_ref_model = True  # DPOConfig has it
     with pytest.raises(ConfigError, match="sync_ref_model"):
         trainer.train()
+
+
+def test_liger_would_read_a_converted_head_itself(tmp_path):
+    """It replaces the model's forward pass by one that hands lm_head.weight to its loss."""
+    trainer, model = trl_trainer(tmp_path, embeddings="int8")
+    trainer.args.use_liger_kernel = True
+    with pytest.raises(ConfigError, match="use_liger_kernel=True reads the weight"):
+        qgalore.TrainerGuard().on_train_begin(trainer.args, None, None, model=model, optimizer=trainer.optimizer)
