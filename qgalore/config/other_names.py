@@ -92,6 +92,7 @@ for _name in ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs"):
     _NOTES[_name] = _NOTES["epochs"]
 
 _ANSWERS = "data.task=instruct learns answers alone, and data.task=text learns all of a text"
+_PUSH = "a run uploads nothing, and qgalore export RUN --format hf --out DIR --push REPO uploads an export"
 # What has no key here, and why.
 _NONE = {
     "logging_steps": "every step is logged",
@@ -99,7 +100,12 @@ _NONE = {
     "logging_strategy": "every step is logged",
     "resume_from_checkpoint": "say --resume auto or --resume PATH on the command line",
     "lora_dropout": "LoRA's factors have no dropout here",
-    "push_to_hub": "nothing is uploaded; the folder RUN/export/hf can be",
+    "push_to_hub": _PUSH,
+    "hub_model_id": _PUSH,
+    "hub_private_repo": _PUSH,
+    "hub_strategy": _PUSH,
+    "hub_token": "tokens belong into the environment, as HF_TOKEN, or to hf auth login",
+    "wandb_api_key": "tokens belong into the environment, as WANDB_API_KEY, or to wandb login",
     "trust_remote_code": "code from a model's folder is never run",
     "dataloader_num_workers": "tokens are read from a cache, which needs no workers",
     "num_workers": "tokens are read from a cache, which needs no workers",
