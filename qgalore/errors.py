@@ -4,6 +4,8 @@ Every message names the value, the rule it broke and the remedy. Anything that o
 ``assert`` or an ordinary exception instead, and shows its traceback.
 """
 
+import os
+import re
 import unicodedata
 
 
@@ -53,6 +55,25 @@ def printable(text: str) -> str:
         letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs") else ascii(letter)[1:-1]
         for letter in text
     )
+
+
+KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN")  # of the environment
+_SECRETS = (
+    re.compile(r"(?<=://)[^\s/@'\"]+(?=@)"),  # the user and password of an address
+    re.compile(r"(?i)(?<=[?&;])[\w.-]*(?:token|key|secret|password|passwd|signature|credential)=[^\s&'\"]+"),
+    re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v1_\w{20,}"),
+)
+HIDDEN = "[secret]"
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with ``[secret]`` in place of passwords and tokens in addresses, Hugging Face's and wandb's tokens, and
+    the values of the environment's ``KEYS``. Messages of other programs are shown, and logs of runs are sent around."""
+    for value in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in KEYS)):
+        text = text.replace(value, HIDDEN)
+    for kind in _SECRETS:
+        text = kind.sub(HIDDEN, text)
+    return text
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

@@ -152,6 +152,16 @@ def recorded(tiny_run, tmp_path):
     return folder, _RECORDS["output"]
 
 
+@pytest.fixture(scope="session")
+def trackers_offline(tmp_path_factory):
+    """Where trackio writes. The packages of trackers read the environment once, when they are first used."""
+    place = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("TRACKIO_DIR", str(place))):
+            patch.setenv(name, value)
+        yield place
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Holds ``tiny.yaml`` for several processes: 50 steps of four micro-batches, refreshes at every seventh."""

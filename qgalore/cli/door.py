@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..errors import ConfigError, QGaloreError, printable
+from ..errors import ConfigError, QGaloreError, printable, without_secrets
 from ..training.stopping import silence_output
 
 
@@ -48,7 +48,7 @@ def _told(error: QGaloreError) -> int:
 
 def _say(text: str) -> None:
     with suppress(OSError):
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(without_secrets(text)), file=sys.stderr, flush=True)
 
 
 def _of_the_system(error: OSError) -> str:

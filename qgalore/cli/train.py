@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
     with deterministic(settings.run.deterministic), job(settings.device) as team:
         with team.together("the end of training"):
             made = assemble.build(settings, options.resume, team)
-            result = made.loop.run()
+            with made.loop.course.tracking:
+                result = made.loop.run()
         if team.leads:
             assemble.finish(made, made.loop.position.best_step)
     print(f"done: {assemble.ending(settings, result, made.loop.position)}; everything is in {made.folder}")

@@ -56,6 +56,7 @@ _NAMES = {
     "run.name": "run_name experiment_name wandb_run_name exp_name project_name",
     "run.seed": "random_state random_seed data_seed manual_seed",
     "run.deterministic": "full_determinism use_deterministic_algorithms",
+    "tracking": "report_to logger_name use_wandb use_tensorboard loggers log_with wandb_project",
     "device": "device_map no_cuda use_cpu accelerator",
     "parallel": "fsdp deepspeed fsdp_config strategy",
     "method": "full_finetuning adapter finetuning_type peft peft_type algorithm use_galore use_lora galore",
@@ -85,22 +86,26 @@ _NOTES = {
 _NOTES["max_samples"] = _NOTES["max_train_samples"] = "It counts tokens, not samples."
 _NOTES["checkpoint_dir"] = "The folder that a run writes to is run.dir."
 _NOTES["lr_warmup_steps"] = "It counts optimizer steps, not iterations."
+_NOTES["wandb_project"] = "It names packages, and the environment's WANDB_PROJECT names the project."
 _NOTES["full_finetuning"] = "Every method but lora trains all weights."
 for _name in ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs"):
     _NOTES[_name] = _NOTES["epochs"]
 
 _ANSWERS = "data.task=instruct learns answers alone, and data.task=text learns all of a text"
+_PUSH = "a run uploads nothing, and qgalore export RUN --format hf --out DIR --push REPO uploads an export"
 # What has no key here, and why.
 _NONE = {
     "logging_steps": "every step is logged",
     "log_interval": "every step is logged",
     "logging_strategy": "every step is logged",
-    "report_to": "qgalore convergence sends a run's records to TensorBoard, trackio or wandb",
-    "wandb_project": "qgalore convergence RUN --wandb PROJECT sends a run's records",
-    "use_wandb": "qgalore convergence RUN --wandb PROJECT sends a run's records",
     "resume_from_checkpoint": "say --resume auto or --resume PATH on the command line",
     "lora_dropout": "LoRA's factors have no dropout here",
-    "push_to_hub": "nothing is uploaded; the folder RUN/export/hf can be",
+    "push_to_hub": _PUSH,
+    "hub_model_id": _PUSH,
+    "hub_private_repo": _PUSH,
+    "hub_strategy": _PUSH,
+    "hub_token": "tokens belong into the environment, as HF_TOKEN, or to hf auth login",
+    "wandb_api_key": "tokens belong into the environment, as WANDB_API_KEY, or to wandb login",
     "trust_remote_code": "code from a model's folder is never run",
     "dataloader_num_workers": "tokens are read from a cache, which needs no workers",
     "num_workers": "tokens are read from a cache, which needs no workers",
@@ -120,7 +125,6 @@ _NONE = {
     "preprocessing_num_workers": "the tokenizer's own threads are used",
     "neftune_noise_alpha": "no noise is added to embeddings",
     "special_tokens": "the tokens are those of the tokenizer",
-    "logger_name": "qgalore convergence sends a run's records to TensorBoard, trackio or wandb",
     "overwrite_cache": "the cache knows by the data's content when to tokenize anew",
 }
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from .. import plain_yaml
 from ..errors import ConfigError, counted
-from . import incompatible
+from . import incompatible, secrets
 from .messages import field_at, is_section, problems_of, short, shown
 from .sections import Config, is_textual
 
@@ -138,6 +138,7 @@ def load(name: str, overrides: list[str] | None = None) -> Config:
     for assignment in overrides or []:
         _override(data, assignment)
     config = parse(data, str(path))
+    secrets.refuse(config, str(path))
     anchored = {k: _anchor(getattr(config.data, k), path.parent) for k in ("train", "valid", "tokenizer")}
     model = {k: _anchor(getattr(config.model, k), path.parent) for k in ("config", "path")}
     anchored["cache_dir"] = _expanded(config.data.cache_dir)

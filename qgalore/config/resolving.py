@@ -168,7 +168,7 @@ RESUMABLE = (
     "memory.stream", "memory.slots",
     "data.cache_dir",
     "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt",
-    "sample.max_new_tokens", "parallel", "train.stepping", "train.order",
+    "sample.max_new_tokens", "tracking", "parallel", "train.stepping", "train.order",
 )  # fmt: skip
 
 

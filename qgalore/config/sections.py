@@ -453,6 +453,10 @@ class Config(Section):
         "replicate",
         "How the processes that torchrun starts hold the model. Each has all of it, or some of its rows (`shard`).",
     )
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = key(
+        [], "Where the run's figures are shown while it trains. An empty list stands for its own files alone.",
+        example=["tensorboard"],
+    )  # fmt: skip
     run: RunSection = Field(RunSection(), description="The run's name, place and seed.")
     model: ModelSection = Field(..., description="The model, from scratch or pretrained.")
     data: DataSection = Field(..., description="What is trained on, and how it is read.")
@@ -461,6 +465,11 @@ class Config(Section):
     memory: MemorySection = Field(MemorySection(), description="Limits of memory.")
     export: ExportSection = Field(ExportSection(), description="What is written after training.")
     sample: SampleSection = Field(SampleSection(), description="The text printed after training.")
+
+    @field_validator("tracking")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        return once(value)
 
 
 ADAMS = ("adamw8bit", "adamw4bit", "adamw")  # the inner optimizers with names of their own

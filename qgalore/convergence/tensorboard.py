@@ -1,29 +1,39 @@
 """The records as TensorBoard scalars; the package ``tensorboard`` is only needed here."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from ..errors import ConfigError
-from .records import Run, number
+from . import live
+from .records import Row, Run, number
 
 UPDATES = ("update_rms", "weight_rms", "momentum_cosine")
 PER_LAYER = ("similarity", "energy", "energy_before", "gap")
 TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
-EVALUATION = ("eval_loss", "eval_perplexity")
+EVALUATION = "eval_"  # how the keys of held-out figures begin
 HEALTH = tuple(f"moment{n}_{what}" for n in (1, 2) for what in ("zero", "saturated"))
 HEALTH += ("int8_changed", "int8_rescaled", "int8_noise_share")
 
 
 def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
+    """(tag, value, step) of all rows of ``run``; see :func:`of_rows`."""
+    return of_rows([*run.train, *run.evaluations], run.refreshes, run.updates)
+
+
+def of_rows(
+    metrics: Sequence[Row], refreshes: Sequence[Row], updates: Sequence[Row]
+) -> Iterator[tuple[str, float, int]]:
     """(tag, value, step): ``train/…``, ``held_out/…``, ``KEY/LAYER`` for the figures of a layer's refresh or update,
-    and ``health/…``, the mean over the layers refreshed in a step."""
-    for section, rows, keys in (("train", run.train, TRAIN), ("held_out", run.evaluations, EVALUATION)):
-        for row in rows:
-            yield from ((f"{section}/{k}", value, row["step"]) for k in keys if (value := number(row, k)) is not None)
+    and ``health/…``, the mean over the layers refreshed in a step. The rows are those of metrics.jsonl, subspace.jsonl
+    and updates.jsonl; all refreshes of a step come together."""
+    for row in metrics:
+        known = {f"train/{key}": key for key in TRAIN}
+        known |= {f"held_out/{key}": key for key in row if key.startswith(EVALUATION)}
+        yield from ((tag, value, row["step"]) for tag, key in known.items() if (value := number(row, key)) is not None)
     means: dict[tuple[str, int], list[float]] = {}
-    for row in run.refreshes:
+    for row in refreshes:
         for key in (*PER_LAYER, *HEALTH):
             value = number(row, key)
             if value is None:
@@ -32,7 +42,7 @@ def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
                 yield f"{key}/{row['layer']}", value, row["step"]
             else:
                 means.setdefault((key, row["step"]), []).append(value)
-    for row in run.updates:
+    for row in updates:
         known = ((key, number(row, key)) for key in UPDATES)
         yield from ((f"{key}/{row['layer']}", value, row["step"]) for key, value in known if value is not None)
     for (key, step), values in means.items():
@@ -49,16 +59,10 @@ def write(run: Run, folder: Path) -> int:
 
     Raises :class:`ConfigError` if ``tensorboard`` is not installed or the folder cannot be written.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "--tensorboard needs the package tensorboard, which cannot be imported "
-            f"({error}); install it with pip install 'qgalore[tracking]' or leave the option out"
-        ) from error
+    package = live.imported("torch.utils.tensorboard", live.TENSORBOARD, "--tensorboard")
     count = 0
     try:
-        with SummaryWriter(str(folder / inside(run.name))) as writer:
+        with package.SummaryWriter(str(folder / inside(run.name))) as writer:
             for tag, value, step in scalars(run):
                 writer.add_scalar(tag, value, step)
                 count += 1

@@ -1,13 +1,13 @@
-"""The records sent to a tracker; its package, ``trackio`` or ``wandb``, is only needed here."""
+"""The records of a run sent to a tracker after they were made."""
 
-import importlib
 from collections import defaultdict
 
-from ..errors import ConfigError
+from ..errors import ConfigError, without_secrets
+from . import live
 from .records import Run
 from .tensorboard import scalars
 
-PACKAGES = ("trackio", "wandb")  # of one interface: init, log by step, finish
+PACKAGES = ("trackio", "wandb")  # those that take a project's name
 
 
 def send(run: Run, package: str, project: str) -> int:
@@ -16,23 +16,17 @@ def send(run: Run, package: str, project: str) -> int:
     Where they go (a local store, a server, offline files) is the package's own setting. Raises :class:`ConfigError` if
     the package is not installed or refuses.
     """
-    try:
-        tracker = importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"--{package} needs the package {package}, which cannot be imported ({error}); install it with "
-            f"pip install {package} or leave the option out"
-        ) from error
+    tracker = live.make([package], "--{}")[package]
     steps: dict[int, dict[str, float]] = defaultdict(dict)
     for tag, value, step in scalars(run):
         steps[step][tag] = value
     try:
-        tracker.init(project=project, name=run.name)
-        for step in sorted(steps):  # trackers drop steps that go back
-            tracker.log(steps[step], step=step)
-        tracker.finish()
+        tracker.begin(live.Description(run.name, project=project, settings=run.config))
+        for step in sorted(steps):
+            tracker.send(step, steps[step])
+        tracker.end(0)
     except Exception as error:  # whatever a service says: the records themselves are safe
         raise ConfigError(
-            f"{package} did not take the records of {run.name}: {error}; see its documentation"
+            f"{package} did not take the records of {run.name}: {without_secrets(str(error))}; see its documentation"
         ) from error
     return sum(map(len, steps.values()))

@@ -106,7 +106,7 @@ def local_folder(source: str) -> Path:
     if check_folder(source):
         return Path(source).expanduser()
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin.index.json"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin.index.json", "README.md"]
         found = snapshot_download(source, allow_patterns=patterns)
     except (OSError, ValueError) as error:  # the hub's errors are kinds of these
         raise ConfigError(f"model.path {source!r} cannot be loaded: {first_line(error)}") from error

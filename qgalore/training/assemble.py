@@ -21,7 +21,7 @@ from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..parallel import ALONE, Team
 from ..quant import dispatch, int8_products
-from . import classification
+from . import classification, tracking
 from . import loop_settings as settings
 from . import preview as previews
 from .checks import check_data, check_model
@@ -167,13 +167,21 @@ def _make_ready(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizer
     compile_as(config, model)
 
 
+def _enter(config: Config, resume: str | None, team: Team) -> tuple[Path, RunLock | None, tracking.Wanted]:
+    """The run's folder, its lock, and the trackers asked for, whose packages are imported first."""
+    wanted = tracking.Wanted(config.tracking if team.leads else [])
+    folder, lock = enter(config, resume, team)
+    wanted.look_into(folder)
+    return folder, lock, wanted
+
+
 def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
     ``team``."""
     device = choose_device(config)
     remarks = configuration.remarks(config)
     config = _resolved(config, device, team.size)
-    folder, lock = enter(config, resume, team)
+    folder, lock, tracked = _enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
     if source is not None:
         config = check_same_run(source, saved, config)
@@ -218,7 +226,12 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     )
     if team.leads:
         describe(folder, config, planned.numbers(), model, tokenizer)
+    loop.course.tracking = _tracking(tracked, config, planned, start.step)
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
+
+
+def _tracking(wanted: tracking.Wanted, config: Config, planned: memory_plan.Plan, step: int) -> tracking.Tracking:
+    return wanted.of(config.run.name, step, {**config.model_dump(mode="json"), "plan": planned.numbers()})
 
 
 def _data(

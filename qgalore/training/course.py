@@ -1,5 +1,6 @@
 """The course of a run: what it trains, where it is, what it has written, and what it could return to."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from .keeping import Keeper
 from .parts import Saving
 from .position import Position
 from .records import Records, Silence
+from .tracking import NOWHERE, Tracking
+
+Row = dict[str, Any]
 
 
 class Course:
@@ -28,6 +32,7 @@ class Course:
         self.metrics = kind(saving.folder / "metrics.jsonl")
         self.subspace = kind(saving.folder / "subspace.jsonl")
         self.updates = kind(saving.folder / "updates.jsonl")
+        self.tracking: Tracking = NOWHERE
         self.keeper = Keeper(
             saving.folder / "checkpoints",
             save_every=saving.save_every,
@@ -52,6 +57,18 @@ class Course:
             for_rollback=self.saving.for_rollback,
         )
 
+    def record(self, row: Row, refreshes: Sequence[Row] = (), updates: Sequence[Row] = ()) -> None:
+        """Write the rows of a step, and send them to the trackers."""
+        self.metrics.append([row])
+        self.subspace.append(list(refreshes))
+        self.updates.append(list(updates))
+        self.tracking.send([row], refreshes, updates)
+
+    def record_evaluation(self, row: Row) -> None:
+        """The same for the row of an evaluation."""
+        self.metrics.append_evaluation(row)
+        self.tracking.send([row])
+
     def return_to(self, path: Path, state: dict[str, Any], **changes: Any) -> None:
         """Take the state of a checkpoint, with some fields of its position changed. What was written after it goes."""
         self.optimizer.skip()
@@ -62,6 +79,7 @@ class Course:
         self.keeper.leave(self.position.step)
         for records in (self.metrics, self.subspace, self.updates):
             records.cut_back(self.position.step)
+        self.tracking.go_back(self.position.step)
 
     def look_for_best(self) -> None:
         """A resumed run whose best checkpoint is gone, pruned on another course or never kept, cannot export it."""
@@ -75,13 +93,13 @@ class Course:
             )
             self.position = replace(self.position, best_loss=None, best_step=None)
 
-    def drain_events(self) -> list[dict[str, Any]]:
+    def drain_events(self) -> list[Row]:
         """Refresh records of this step, with the step numbered as in metrics.jsonl (from 1)."""
         rows = [{**event, "step": event["step"] + 1} for event in self.optimizer.events]
         self.optimizer.events.clear()
         return rows
 
-    def drain_observations(self) -> list[dict[str, Any]]:
+    def drain_observations(self) -> list[Row]:
         """The same of the updates that were looked at in this step."""
         rows = [observation.row() for observation in self.optimizer.observations]
         self.optimizer.observations.clear()

@@ -13,13 +13,15 @@ from ..data.chat import answer_ends
 from ..data.packing import IGNORED
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
-from ..files import checkpoint, export_gguf, export_hf, export_int8
+from ..files import checkpoint, export_gguf, export_hf, export_int8, model_card
 from ..files import export_folder as folders
 from ..lowrank.layers.lora import LoraLinear
 from ..models import classify, loading, streaming
 from ..models.sample import continue_text, prompt_ids
 from ..parallel import shards
+from . import card
 from .model import adapt_as, convert_as
+from .position import Position
 from .say import say
 
 EXPORTS = {"hf": export_hf, "int8": export_int8, "gguf": export_gguf}
@@ -58,9 +60,10 @@ def check_formats(model: nn.Module, tokenizer: PreTrainedTokenizerBase, formats:
         raise ConfigError(f"export.formats is {formats}: {error}") from error
 
 
-def export(model: nn.Module, fmt: str, target: Path, run: Path) -> None:
-    """Write ``model`` to ``target`` in one of ``EXPORTS``, whole or not at all, with what the folder ``run`` keeps for
-    it (see :func:`keep_beside`). Raises :class:`ConfigError` if it cannot be."""
+def export(model: nn.Module, fmt: str, target: Path, run: Path, config: Config, position: Position) -> None:
+    """Write ``model``, as it is after ``position``, to ``target`` in one of ``EXPORTS``, whole or not at all, with what
+    the folder ``run`` keeps for it (see :func:`keep_beside`) and a model card. Raises :class:`ConfigError` if it cannot
+    be."""
     if fmt != "hf" and any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ConfigError(
             f"LoRA's merged weights are not int8, as the format {fmt} needs them; export with --format hf"
@@ -69,11 +72,18 @@ def export(model: nn.Module, fmt: str, target: Path, run: Path) -> None:
     tokenizer = load_tokenizer(str(kept))
     if (kept / folders.GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(kept)
+    described = card.of(fmt, config, position, run) if fmt in card.FORMATS else None
+    if described is not None and model_card.of_another(target):
+        mine = f"{target / model_card.CARD} was not written by qgalore, or was changed since"
+        say("note", f"{mine}, so it stays; delete it to get a new one with the next export")
+        described = None
     try:
         with folders.whole(target) as building:
             EXPORTS[fmt].save(model, tokenizer, building)
             if fmt != "gguf":
                 folders.take_along(kept, building)
+            if described is not None:
+                described.write(building)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"the export {target} could not be written: {error}. The checkpoints are intact; free space or choose "
@@ -85,7 +95,7 @@ def export(model: nn.Module, fmt: str, target: Path, run: Path) -> None:
 def finish(run, best_step: int | None) -> None:
     """What happens after the last step of a ``build.Run``: the exports and a sample, of the weights after
     ``best_step``, the best evaluation's, if ``export.which`` says so."""
-    model = run.model
+    model, position = run.model, run.loop.position
     if any(shards.is_shared(parameter) for parameter in model.parameters()):  # every process has some rows of it
         model, _ = restore_model(checkpoint.steps_in(run.folder / "checkpoints")[-1])
         say("export", "of the last checkpoint, on the CPU")
@@ -93,11 +103,11 @@ def finish(run, best_step: int | None) -> None:
         say("note", "no evaluation is known to be the best, so the last weights are exported")
     elif run.config.export.which == "best":
         source = run.folder / "checkpoints" / checkpoint.name_for(best_step)
-        checkpoint.read_state(source)  # raises for a damaged one
+        position = Position.read(checkpoint.read_state(source)["position"])  # raises for a damaged one
         checkpoint.load_model(source, model)
         say("export", f"the best held-out loss's weights, {source}")
     for fmt in run.config.export.formats:
-        export(model, fmt, run.folder / "export" / fmt, run.folder)
+        export(model, fmt, run.folder / "export" / fmt, run.folder, run.config, position)
     section = run.config.sample
     if section.max_new_tokens and run.config.data.task != "classify":
         data = run.config.data
@@ -114,8 +124,14 @@ def finish(run, best_step: int | None) -> None:
 def export_checkpoint(source: Path, fmt: str, target: Path) -> None:
     """Write the model of a checkpoint as its own run would. Raises :class:`ConfigError` as :func:`restore_model` and
     :func:`export` do."""
+    state = checkpoint.read_state(source)
+    try:
+        position = Position.read(state.get("position", {}))
+    except ValueError as error:
+        raise ConfigError(f"{source} cannot be used: its state.json says that {error}") from error
     model, _ = restore_model(source)
-    export(model, fmt, target, source.resolve().parent.parent)
+    config = configuration.parse(state["config"], str(source))
+    export(model, fmt, target, source.resolve().parent.parent, config, position)
 
 
 def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -116,9 +116,7 @@ class Loop:
     def _record(self, row: dict[str, Any], progress: ProgressLine) -> None:
         events = self.course.drain_events()
         row["refresh_seconds"] = sum(event["seconds"] for event in events)
-        self.course.metrics.append([row])
-        self.course.subspace.append(events)
-        self.course.updates.append(self.course.drain_observations())
+        self.course.record(row, events, self.course.drain_observations())
         if row["loss"] is not None:  # a skipped step has printed its own line
             remark = ""
             if self._work is not None:
@@ -191,7 +189,7 @@ class Loop:
         batches = [partial(valid.batch, range(s, min(s + size, len(valid)))) for s in starts]
         result = self.data.evaluate(self.model, batches, device=self.device)
         result = self.team.of_first("an evaluation", lambda: result)
-        self.course.metrics.append_evaluation({"step": self.position.step, **result.row()})
+        self.course.record_evaluation({"step": self.position.step, **result.row()})
         print(f"step {self.position.step}/{self.stepping.max_steps} | {result}", flush=True)
         return result
 

@@ -78,7 +78,7 @@ class Recovery:
         row |= {"tokens": where.tokens, "tokens_per_second": 0.0, **memory_row(self.device)}
         row |= {"step_seconds": 0.0, "refresh_seconds": 0.0, "skipped": str(error)}
         if in_a_row >= self.faults.max_skipped_in_a_row:
-            course.metrics.append([row])
+            course.record(row)
             saved = course.save()
             raise NumericalError(
                 f"{error}. {in_a_row} step{'s' if in_a_row > 1 else ''} in a row failed (train.max_skipped_in_a_row). "

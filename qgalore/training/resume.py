@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..files import atomic, checkpoint
 from ..lowrank.optimizer import LowRankOptimizer
 from ..parallel import ALONE, Team
+from . import origins
 from .export import KEPT, keep_beside
 from .position import Position
 from .records import Records
@@ -228,6 +229,7 @@ def describe(
     with atomic.explained(f"the run folder {folder}", "free space or set run.dir, then go on with --resume auto"):
         atomic.write_text(folder / "config.yaml", configuration.dump(config))
         atomic.write_text(folder / "plan.json", json.dumps(plan, indent=1))
+        atomic.write_text(folder / origins.NAME, json.dumps(origins.of(config), indent=1))
         with atomic.replacing_folder(folder / KEPT) as fresh:
             keep_beside(config, model, tokenizer, fresh)
 

@@ -105,7 +105,7 @@ def test_a_run_trains_resumes_and_exports_what_it_trained(tiny_run):
     model, _ = assemble.restore_model(Path("runs/whole/checkpoints/step-00000006"))
     assert torch.equal(model.get_submodule(name).dense_weight(torch.bfloat16), exported[f"{name}.weight"])
     with pytest.raises(ConfigError, match="export with --format hf"):
-        assemble.export(model, "int8", Path("x"), Path("runs/whole"))
+        assemble.export_checkpoint(Path("runs/whole/checkpoints/step-00000006"), "int8", Path("x"))
 
 
 def test_the_plain_weight_can_be_kept_in_floats():

@@ -1,0 +1,115 @@
+"""What a run's model and data are called elsewhere, and the licence of its base, for a model card.
+
+They are written down when the run begins: later a folder may be gone, and its name would pass for a hub's id.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..config import Config
+from ..data.paths import looks_like_path
+from ..data.sources import ENDINGS
+from ..errors import ConfigError, without_secrets
+from ..models.loading import local_folder
+
+NAME = "origins.json"  # in a run's folder
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+
+
+def of(config: Config) -> dict[str, Any]:
+    """``base`` or ``architecture``, the other null; ``licence``, fields of a card; the names of ``train`` and
+    ``held_out``; and ``datasets``, those of them that are ids of the hub. Of a path on this machine the last part is
+    named alone."""
+    section, data = config.model, config.data.model_dump(mode="json")
+    train, held_out = _sources(data["train"]), _sources(data["valid"])
+    tables = (*ENDINGS, ".tsv", ".csv")
+    hub = [source.partition(":")[0] for source in (*train, *held_out) if not looks_like_path(source, tables)]
+    return {
+        "base": None if section.path is None else _base(section.path),
+        "architecture": None if section.config is None else _last(section.config.removesuffix("config.json")),
+        "licence": {} if section.path is None else _licence(section.path),
+        "train": [_shown(source, tables) for source in train],
+        "held_out": [_shown(source, tables) for source in held_out],
+        "datasets": list(dict.fromkeys(filter(is_id, hub))),
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The origins noted in a run's ``folder``; empty if there are none, as in older runs."""
+    try:
+        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_id(name: str) -> bool:
+    """Whether the hub could have a repository of that name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _sources(value: Any) -> list[str]:
+    """The sources in a value of data.train or data.valid: one, several, or several by name."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return _sources(value["path"]) if "path" in value else _sources(list(value.values()))
+    return [source for one in value or [] for source in _sources(one)]
+
+
+def _shown(source: str, endings: tuple[str, ...]) -> str:
+    return _last(source) if looks_like_path(source, endings) else source
+
+
+def _last(path: str) -> str:
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
+
+
+def _base(path: str) -> str:
+    if not Path(path).expanduser().is_dir():
+        return path
+    found = _SNAPSHOT.search(Path(path).expanduser().resolve().as_posix() + "/")
+    return f"{found[1]}/{found[2]}" if found else _last(path)
+
+
+def _licence(path: str) -> dict[str, str]:
+    """What the base model's own card says of its licence, or else its config.json."""
+    try:
+        folder = local_folder(path)
+    except ConfigError:  # the hub cannot be reached any more: that is no reason to stop a run
+        return {}
+    stated = _stated(metadata_load, folder / "README.md") or _stated(_fields, folder / "config.json")
+    base, link = _base(path), stated.get("license_link", "")
+    if link and "://" not in link:  # a file beside the base model
+        stated.pop("license_link")
+        if "/" in base and is_id(base):
+            stated["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+    return stated
+
+
+def _fields(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _stated(read: Callable[[Path], Any], path: Path) -> dict[str, str]:
+    """The fields about a licence in a file, which somebody else wrote; none if it is missing, or is not what it should
+    be."""
+    try:
+        found = read(path)
+        fields = {key: found.get(key) for key in ("license", "license_name", "license_link")}
+    except Exception:  # of YAML, JSON, the disk or the encoding
+        return {}
+    stated = {key: value for key, value in fields.items() if isinstance(value, str) and 0 < len(value) < 300}
+    clean = all(without_secrets(value) == value for value in stated.values())
+    return stated if "license" in stated and clean else {}
