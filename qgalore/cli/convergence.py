@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from ..convergence.summary import RunSummary
 
 EXAMPLES = """
-  %(prog)s runs/quickstart --html report.html
-  %(prog)s runs/quickstart runs/adamw --kinds --follow
+  %(prog)s runs/quickstart --html report.html --kinds --follow
   %(prog)s runs --html index.html
 """
 
