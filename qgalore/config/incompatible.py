@@ -179,6 +179,8 @@ def _classifier(config: Config) -> list[str]:
     found = []
     if config.data.valid is None:
         found.append("data.valid: data.task: classify needs held-out data")
+    if isinstance(config.data.valid, dict):
+        found.append("data.valid: data.task: classify has one held-out set; give its file alone, not a mapping")
     if config.model.path is None and config.data.tokenizer is None:
         found.append("data.tokenizer: data.task: classify needs one, or a model.path that has one")
     if set(config.export.formats) - {"hf"}:

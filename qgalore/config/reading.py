@@ -48,7 +48,7 @@ def _is(path: Path, what: Any) -> bool:
 
 
 def _is_text(path: tuple[str, ...]) -> bool:
-    field = field_at(path)
+    field = field_at(path) or field_at(path[:-1])  # a key, or a name in a mapping that is the value of one
     return field is not None and not is_section(field.annotation) and is_textual(field.annotation)
 
 
@@ -118,10 +118,13 @@ def _expanded(path: str) -> str:
         raise ConfigError(f"{short(path)!r} cannot be a path: {error} Write the folder out.") from error
 
 
-def _anchor(path: str | None, folder: Path) -> str | None:
-    """A data path that does not exist as given but does beside the configuration file means the latter."""
+def _anchor(path: Any, folder: Path) -> Any:
+    """A data path that does not exist as given but does beside the configuration file means the latter. Of a mapping
+    each value is a path."""
     if path is None:
         return None
+    if isinstance(path, dict):
+        return {name: _anchor(one, folder) for name, one in path.items()}
     path = _expanded(path)
     try:
         beside = not Path(path).exists() and (folder / path).exists()

@@ -40,11 +40,13 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_textual(annotation: Any) -> bool:
-    """Whether every value of ``annotation`` is text, or a list of texts."""
+    """Whether every value of ``annotation`` is text, or a list or mapping of texts."""
 
     def textual(one: Any) -> bool:
         if typing.get_origin(one) is list:
             return is_textual(typing.get_args(one)[0])
+        if typing.get_origin(one) is dict:
+            return is_textual(typing.get_args(one)[1])
         if typing.get_origin(one) is Literal:
             return all(isinstance(word, str) for word in typing.get_args(one))
         return one is str
@@ -124,6 +126,9 @@ class ModelSection(Section):
     )
 
 
+SetName = Annotated[str, Field(pattern=r"^[\w.+-]{1,100}$")]
+
+
 class DataSection(Section):
     task: Literal["text", "instruct", "classify"] = key(
         "text", "What the data are: plain text, conversations whose answers are learned, or labelled texts to classify."
@@ -132,9 +137,12 @@ class DataSection(Section):
         ..., "A file, a folder of files, or a Hugging Face dataset's id.", min_length=1,
         example="my_text.jsonl",
     )  # fmt: skip
-    valid: str | None = key(
-        None, "The held-out data, given in the same ways.", min_length=1, example="held_out.jsonl",
+    valid: str | dict[SetName, str] | None = key(
+        None, "The held-out data, given in the same ways, or several sets by name, whose losses are told one by one. "
+        "`eval_loss` is that of all their tokens together.", min_length=1, example="held_out.jsonl",
         unset="the last data.valid_fraction of data.train is held out",
+        rule="a file, a folder or an id, or a mapping of names to them, such as {stories: a.txt, code: b.jsonl}, with "
+        "names of at most 100 letters, digits and . + - _",
     )  # fmt: skip
     valid_fraction: float = key(0.01, "The share of data.train to hold out if there is no data.valid.", gt=0, lt=0.5)
     tokenizer: str | None = key(
@@ -179,6 +187,13 @@ class DataSection(Section):
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
         return once(value)
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """The sources of ``valid`` by name, "" for one that has none; empty if none is given."""
+        if self.valid is None:
+            return {}
+        return {"": self.valid} if isinstance(self.valid, str) else self.valid
 
 
 class TrainSection(Section):
@@ -234,10 +249,13 @@ class TrainSection(Section):
         "their inputs wait in host memory until then (`offload`). A number says how many of the last blocks keep their "
         "activations; the others run again. With `auto` the plan takes the fastest way that it has room for.",
     )  # fmt: skip
-    eval_every: int = key(100, "How often the held-out loss is measured.", unit="optimizer steps", ge=1, le=STEPS)
+    eval_every: int = key(
+        100, "How often the held-out loss is measured. It also is before the first step and after the last.",
+        unit="optimizer steps", ge=1, le=STEPS,
+    )  # fmt: skip
     eval_batches: int | None = key(
-        None, "The held-out loss is measured on this many micro-batches.", unit="micro-batches", ge=1, le=STEPS,
-        example=50, unset="on all of the held-out data",
+        None, "The held-out loss is measured on this many micro-batches of each held-out set.", unit="micro-batches",
+        ge=1, le=STEPS, example=50, unset="on all of the held-out data",
     )  # fmt: skip
     save_every: int | None = key(
         None, "How often a checkpoint is saved.", unit="optimizer steps", ge=1, le=STEPS, example=500,

@@ -5,7 +5,7 @@ from statistics import fmean, median, quantiles
 
 from . import plot
 from .plot import Series
-from .records import Row, Run, number, numbers
+from .records import OF_SET, Row, Run, number, numbers
 from .summary import by_kind, by_layer, kind_of, step_times, summarise_layer
 from .updates import relative
 
@@ -65,9 +65,12 @@ def loss(run: Run) -> str:
         Series("train, each step", train if len(train) < 2000 else [], 0, "faint"),
         Series("train, mean", thinned(train), 0),
         Series("held out", held, 1),
-    ]
+        *(Series(f"held out, {name}", _points(run.evaluations, OF_SET + name), 2 + place, "dashed")
+          for place, name in enumerate(run.held_out_sets)),
+    ]  # fmt: skip
     title = "Loss; ticks at the top: refreshes, as long as the share of layers"
-    return plot.lines(title, series, STEP, "loss, nats per token", _limits(run), marks=refresh_marks(run))
+    limits = (min([1, *(step for step, _ in held)]), _limits(run)[1])  # an evaluation before the first step is at 0
+    return plot.lines(title, series, STEP, "loss, nats per token", limits, marks=refresh_marks(run))
 
 
 def losses_of(runs: list[Run]) -> str:

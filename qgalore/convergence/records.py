@@ -9,6 +9,7 @@ from .. import plain_yaml
 from ..errors import ConfigError, printable
 
 Row = dict[str, Any]
+OF_SET = "eval_loss/"  # the key of a set's loss in the row of an evaluation begins with it
 LARGEST = 1e300  # beyond it a record is damaged: sums of such numbers are no longer finite
 
 
@@ -37,6 +38,12 @@ class Run:
     def max_steps(self) -> int | None:
         value = self.setting("train", "max_steps")
         return value if isinstance(value, int) else None
+
+    @property
+    def held_out_sets(self) -> list[str]:
+        """The names of the held-out sets, if they have names."""
+        names = (key.removeprefix(OF_SET) for row in self.evaluations for key in row if key.startswith(OF_SET))
+        return list(dict.fromkeys(names))
 
     @property
     def finished(self) -> bool:

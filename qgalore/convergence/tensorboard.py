@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..errors import ConfigError
-from .records import Run, number
+from .records import OF_SET, Run, number
 
 UPDATES = ("update_rms", "weight_rms", "momentum_cosine")
 PER_LAYER = ("similarity", "energy", "energy_before", "gap")
@@ -19,7 +19,8 @@ HEALTH += ("int8_changed", "int8_rescaled", "int8_noise_share")
 def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
     """(tag, value, step): ``train/…``, ``held_out/…``, ``KEY/LAYER`` for the figures of a layer's refresh or update,
     and ``health/…``, the mean over the layers refreshed in a step."""
-    for section, rows, keys in (("train", run.train, TRAIN), ("held_out", run.evaluations, EVALUATION)):
+    evaluation = (*EVALUATION, *(f"{OF_SET}{name}" for name in run.held_out_sets))
+    for section, rows, keys in (("train", run.train, TRAIN), ("held_out", run.evaluations, evaluation)):
         for row in rows:
             yield from ((f"{section}/{k}", value, row["step"]) for k in keys if (value := number(row, k)) is not None)
     means: dict[tuple[str, int], list[float]] = {}

@@ -218,7 +218,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     )
     if team.leads:
         describe(folder, config, planned.numbers(), model, tokenizer)
-    return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
+    return Run(config, folder, model, tokenizer, next(iter(data.valid.values())), planned, loop, lock)
 
 
 def _data(

@@ -30,8 +30,8 @@ def check_data(config: Config) -> None:
     is not of the kind that ``data.task`` needs; hub datasets are opened. And for a cache that cannot be made."""
     data = config.data
     given = {"data.train": (data.train, "train")}
-    if data.valid is not None:
-        given["data.valid"] = (data.valid, data.valid_split)
+    for name, source in data.held_out.items():
+        given[f"data.valid.{name}".rstrip(".")] = (source, data.valid_split)
     endings = ROW_ENDINGS if data.task == "instruct" else ENDINGS
     for key, (source, _) in given.items():
         if data.task != "classify" and looks_like_path(source, ENDINGS):

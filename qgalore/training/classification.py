@@ -1,9 +1,11 @@
 """Labelled data of a run with ``data.task: classify``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
@@ -11,6 +13,7 @@ from ..data.labelled import LabelledTexts, Labels, read_examples
 from ..data.notes import Notes
 from ..data.order import SampleOrder
 from ..errors import counted
+from ..evaluation.loss import Batches
 from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
 from . import parts
@@ -31,7 +34,7 @@ class LabelledData:
 
     def data(self) -> Data:
         described = f"{len(self.train)} examples {self.train.digest()}"
-        return Data(self.train, self.valid, self.train.highest_id, described)
+        return Data(self.train, {"": self.valid}, self.train.highest_id, described)
 
     def vocabulary(self, before: Vocabulary) -> Vocabulary:
         return replace(before, labels=self.labels, padding=self.train.pad_id)
@@ -72,5 +75,11 @@ def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int],
     labels = examples.labels
     known = OF_NUMBERS if labels.names is None else OF_CLASSES
     names = config.data.metric or list(known)
-    looking = partial(classify.evaluate, names=names)
-    return parts.Data(examples.train, examples.valid, order_for, classify.rows_in, looking, unit="rows")
+    looking = partial(_evaluate, names=names)
+    return parts.Data(examples.train, {"": examples.valid}, order_for, classify.rows_in, looking, unit="rows")
+
+
+def _evaluate(model: nn.Module, sets: Mapping[str, Batches], **how: Any) -> parts.Evaluation:
+    """Of the only held-out set: metrics of several could not be put together from those of each."""
+    (batches,) = sets.values()
+    return classify.evaluate(model, batches, **how)

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -151,11 +151,12 @@ def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Training and held-out samples, the highest token id among them, and what a resumed run knows its data by:
-    ``description`` by a look at some of them, ``checksum`` by every byte ("" for labelled examples)."""
+    """Training samples and held-out ones by the name of their set ("" for a single one), the highest token id among the
+    former, and what a resumed run knows its data by: ``description`` by a look at some of them, ``checksum`` by every
+    byte ("" for labelled examples)."""
 
     train: PackedSequences | LabelledTexts
-    valid: PackedSequences | LabelledTexts
+    valid: Mapping[str, PackedSequences | LabelledTexts]
     highest_id: int
     description: str
     checksum: str = ""
@@ -173,26 +174,34 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
     needed = train.max_steps * train.micro_batch_size * train.grad_accumulation * data.sequence_length + 1
     limit = data.max_tokens or (None if looks_like_path(data.train, ENDINGS) else needed)
     tokens = read(data.train, max_tokens=limit)
-    if data.valid is not None:
-        limit = None if looks_like_path(data.valid, ENDINGS) else HUB_VALIDATION_TOKENS
-        held_out = read(data.valid, split=data.valid_split, max_tokens=limit)
-    else:
-        tokens, held_out = _held_out(config, tokens)
+    held_out: dict[str, TokenFile] = {}
+    for name, source in data.held_out.items():
+        limit = None if looks_like_path(source, ENDINGS) else HUB_VALIDATION_TOKENS
+        held_out[name] = read(source, split=data.valid_split, max_tokens=limit)
+    if not held_out:
+        tokens, held_out[""] = _held_out(config, tokens)
     pack = partial(
         PackedSequences,
         sequence_length=data.sequence_length,
         document_attention=data.document_attention,
         with_documents=config.model.attention == "auto",
     )
-    packed, valid = (_packed(pack, part, key) for part, key in ((tokens, "train"), (held_out, "valid")))
+    packed = _packed(pack, tokens, "train")
+    valid = {name: _packed(pack, part, f"valid.{name}".rstrip(".")) for name, part in held_out.items()}
     epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
     say(
         "data",
         f"{counted(len(tokens.tokens), 'token')} in {counted(tokens.n_documents, 'document')}, "
         f"{counted(len(packed), 'sample')} of "
-        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {counted(len(valid), 'sample')}",
+        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {_sizes(valid)}",
     )
     return Data(packed, valid, tokens.vocab_high, f"{len(packed)} samples of {tokens.digest()}", tokens.checksum)
+
+
+def _sizes(held_out: Mapping[str, PackedSequences]) -> str:
+    """How many samples are held out in all, and in each set that has a name."""
+    parts = ", ".join(f"{len(samples):,} of {name}" for name, samples in held_out.items() if name)
+    return counted(sum(map(len, held_out.values())), "sample") + (f" ({parts})" if parts else "")
 
 
 def _held_out(config: Config, tokens: TokenFile) -> tuple[TokenFile, TokenFile]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import Config
 from ..data.order import SampleOrder
-from ..evaluation.loss import Losses, evaluate
+from ..evaluation.loss import Losses, evaluate_sets
 from ..memory.plan import Plan
 from ..models.loss import Loss, target_tokens
 from ..parallel import ALONE, Team
@@ -31,7 +31,7 @@ def of_data(
         return classification.loop_data(config, examples, order_for)
     # A pass that gathers weights must be the same in all processes, so there each evaluates all of the data.
     team = ALONE if config.parallel == "shard" else team
-    looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team, losses=losses)
+    looking = partial(evaluate_sets, summed_loss=loss, target_tokens=target_tokens, team=team, losses=losses)
     return Data(data.train, data.valid, order_for, target_tokens, looking)
 
 
