@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 # Our key, and the names that others give it.
 _NAMES = {
     "train.lr": "learning_rate lr peak_lr max_lr base_lr",
-    "train.max_steps": "epochs num_train_epochs num_epochs max_epochs n_epochs steps num_steps total_steps train_steps "
-    "max_train_steps max_iters iterations num_iterations",
+    "train.max_steps": "steps num_steps total_steps train_steps max_train_steps max_iters iterations num_iterations",
+    "train.epochs": "num_train_epochs num_epochs max_epochs n_epochs epoch",
     "train.micro_batch_size": "batch_size per_device_train_batch_size per_device_batch_size train_batch_size "
     "per_gpu_train_batch_size per_device_eval_batch_size eval_batch_size device_batch_size mbs micro_batch",
     "train.grad_accumulation": "gradient_accumulation_steps gradient_accumulation grad_accum accumulate_grad_batches "
     "grad_accumulation_steps accumulation_steps global_batch_size total_batch_size",
     "train.weight_decay": "wd decay l2",
-    "train.warmup_steps": "warmup_ratio warmup warmup_iters num_warmup_steps lr_warmup_steps warmup_fraction",
+    "train.warmup_steps": "warmup warmup_iters num_warmup_steps lr_warmup_steps",
+    "train.warmup_ratio": "warmup_fraction warmup_proportion",
     "train.lr_schedule": "lr_scheduler_type lr_scheduler scheduler schedule lr_decay",
     "train.min_lr_ratio": "min_lr lr_min cosine_min_lr_ratio min_learning_rate",
     "train.clip_grad_norm": "max_grad_norm grad_clip gradient_clip_val clip_norm gradient_clipping max_norm",
@@ -75,8 +76,6 @@ _OTHERS = {name.lower(): ours for ours, names in _NAMES.items() for name in name
 
 # Where a value must be said in other words too.
 _NOTES = {
-    "epochs": "It counts optimizer steps, not epochs.",
-    "warmup_ratio": "It counts optimizer steps, and is no share.",
     "per_device_eval_batch_size": "Evaluation takes micro-batches of the same size.",
     "min_lr": "It is a share of train.lr.",
     "fp16": "It is float32 or bfloat16; float16 is not used here.",
@@ -86,8 +85,6 @@ _NOTES["max_samples"] = _NOTES["max_train_samples"] = "It counts tokens, not sam
 _NOTES["checkpoint_dir"] = "The folder that a run writes to is run.dir."
 _NOTES["lr_warmup_steps"] = "It counts optimizer steps, not iterations."
 _NOTES["full_finetuning"] = "Every method but lora trains all weights."
-for _name in ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs"):
-    _NOTES[_name] = _NOTES["epochs"]
 
 _ANSWERS = "data.task=instruct learns answers alone, and data.task=text learns all of a text"
 # What has no key here, and why.

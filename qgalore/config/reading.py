@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from .. import plain_yaml
 from ..errors import ConfigError, counted
 from . import incompatible
+from .duration import asked
 from .messages import field_at, is_section, problems_of, short, shown
 from .sections import Config, is_textual
 
@@ -154,5 +155,5 @@ def load(name: str, overrides: list[str] | None = None) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML that :func:`load` reads back."""
-    return plain_yaml.write(config.model_dump(mode="json"))
+    """The configuration as it was asked for, as YAML that :func:`load` reads back."""
+    return plain_yaml.write(asked(config).model_dump(mode="json"))

@@ -197,7 +197,15 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    max_steps: int = key(..., "The length of training.", unit="optimizer steps", ge=1, le=STEPS, example=1000)
+    max_steps: int | None = key(
+        None, "The length of training.", unit="optimizer steps", ge=1, le=STEPS, example=1000,
+        unset="train.epochs is given instead",
+    )  # fmt: skip
+    epochs: float | None = key(
+        None, "The length of training, as often as all of data.train is seen. A part of a step becomes a whole one. "
+        "A hub dataset needs data.max_tokens too.", unit="passes over data.train", gt=0, le=SIDE, example=3,
+        unset="train.max_steps is given instead",
+    )  # fmt: skip
     micro_batch_size: int = key(8, "Rows that go through the model at once.", unit="rows", ge=1, lt=SIDE)
     grad_accumulation: int = key(
         1, "Micro-batches of a step, those of all processes together.", unit="micro-batches", ge=1, lt=SIDE
@@ -209,6 +217,10 @@ class TrainSection(Section):
     warmup_steps: int = key(
         0, "The learning rate rises linearly for this long at the start.", unit="optimizer steps", ge=0, le=STEPS
     )
+    warmup_ratio: float | None = key(
+        None, "The length of the warm-up as a share of all steps, rounded up to whole ones.", ge=0, le=1, example=0.03,
+        unset="train.warmup_steps says it",
+    )  # fmt: skip
     lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "How the learning rate falls after warm-up.")
     min_lr_ratio: float = key(0.1, "The learning rate of the last step, as a share of train.lr.", ge=0, le=1)
     clip_grad_norm: float = key(
@@ -282,6 +294,13 @@ class TrainSection(Section):
     spike_threshold: float = key(
         8.0, "How far above the mean of the last 100 losses a spike begins.", unit="standard deviations", gt=0, le=1e6
     )
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps of the run. Where ``epochs`` are given, they are only known once the data are, and then
+        :func:`duration.with_steps` sets ``max_steps``."""
+        assert self.max_steps is not None, "the steps of a run given in epochs are asked for before its data are known"
+        return self.max_steps
 
 
 Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "muon", "sinkgd"]

@@ -28,6 +28,7 @@ class Run:
     refreshes: list[Row]
     unreadable: int
     updates: list[Row] = field(default_factory=list)  # updates that were looked at, of rules on whole gradients
+    planned_steps: int | None = None  # what epochs came to, for a run whose configuration has no steps
 
     @property
     def step(self) -> int:
@@ -37,7 +38,7 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         value = self.setting("train", "max_steps")
-        return value if isinstance(value, int) else None
+        return value if isinstance(value, int) else self.planned_steps
 
     @property
     def held_out_sets(self) -> list[str]:
@@ -99,6 +100,7 @@ def read_run(folder: Path) -> Run:
         refreshes=[row for row in refreshes if isinstance(row.get("layer"), str)],
         unreadable=damaged + damaged_too + damaged_three,
         updates=[row for row in updates if isinstance(row.get("layer"), str)],
+        planned_steps=_planned_steps(folder / "plan.json"),
     )
 
 
@@ -145,6 +147,14 @@ def _read_rows(path: Path) -> tuple[list[Row], int]:
         if isinstance(row, dict) and isinstance(number(row, "step"), int):
             rows.append(_clean(row))
     return rows, damaged
+
+
+def _planned_steps(path: Path) -> int | None:
+    try:
+        steps = json.loads(path.read_bytes()).get("max_steps")
+    except (OSError, ValueError, AttributeError, RecursionError):  # missing, as in old runs, or damaged
+        return None
+    return steps if type(steps) is int and 0 < steps < LARGEST else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

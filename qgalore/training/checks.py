@@ -21,6 +21,7 @@ from ..lowrank.inner.checked import make_factory
 from ..models import classify, loading
 from . import classification
 from .attending import attend_as
+from .data import needed_tokens
 from .export import check_formats
 from .model import Vocabulary, adapt_as, architecture, convert_as
 
@@ -32,6 +33,8 @@ def check_data(config: Config) -> None:
     given = {"data.train": (data.train, "train")}
     for name, source in data.held_out.items():
         given[f"data.valid.{name}".rstrip(".")] = (source, data.valid_split)
+    if data.max_tokens is None:
+        needed_tokens(config)
     endings = ROW_ENDINGS if data.task == "instruct" else ENDINGS
     for key, (source, _) in given.items():
         if data.task != "classify" and looks_like_path(source, ENDINGS):

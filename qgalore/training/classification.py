@@ -17,7 +17,7 @@ from ..evaluation.loss import Batches
 from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
 from . import parts
-from .data import Data
+from .data import Data, epochs_of
 from .model import Vocabulary
 from .say import say
 
@@ -60,7 +60,7 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
             many = counted(texts[key].truncated, f"example of data.{key} is", f"examples of data.{key} are")
             say("note", f"{many} cut to {data.sequence_length} tokens")
     train = texts["train"]
-    epochs = config.train.max_steps * config.train.micro_batch_size * config.train.grad_accumulation / len(train)
+    epochs = epochs_of(config, len(train))
     kind = "numbers" if labels.names is None else f"{len(labels.names)} classes ({', '.join(labels.names[:8])})"
     say(
         "data",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config import Config
+from ..config import Config, steps_of
 from ..data.chat import PLAIN_TEMPLATE, has_template
 from ..data.checksums import file_digest, sync
 from ..data.conversations import conversations
@@ -164,16 +164,14 @@ class Data:
 
 def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> Data:
     """Text or conversations, tokenized and packed. ``day``: the date for a chat template that writes one."""
-    data, train = config.data, config.train
+    data = config.data
     read = partial(tokenize_to_disk, text_key=data.text_key)
     if data.task == "instruct":
         read = partial(conversations_to_disk, sequence_length=data.sequence_length, day=day)
         if writes_date(tokenizer):
             say("note", f"the chat template writes the date; in this run it is {day.isoformat()}, also when resumed")
     read = partial(read, tokenizer=tokenizer, cache_dir=data.cache_dir)
-    needed = train.max_steps * train.micro_batch_size * train.grad_accumulation * data.sequence_length + 1
-    limit = data.max_tokens or (None if looks_like_path(data.train, ENDINGS) else needed)
-    tokens = read(data.train, max_tokens=limit)
+    tokens = read(data.train, max_tokens=data.max_tokens or needed_tokens(config))
     held_out: dict[str, TokenFile] = {}
     for name, source in data.held_out.items():
         limit = None if looks_like_path(source, ENDINGS) else HUB_VALIDATION_TOKENS
@@ -188,14 +186,33 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
     )
     packed = _packed(pack, tokens, "train")
     valid = {name: _packed(pack, part, f"valid.{name}".rstrip(".")) for name, part in held_out.items()}
-    epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
     say(
         "data",
         f"{counted(len(tokens.tokens), 'token')} in {counted(tokens.n_documents, 'document')}, "
         f"{counted(len(packed), 'sample')} of "
-        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {_sizes(valid)}",
+        f"{data.sequence_length} ({epochs_of(config, len(packed)):.2f} epochs); held out: {_sizes(valid)}",
     )
     return Data(packed, valid, tokens.vocab_high, f"{len(packed)} samples of {tokens.digest()}", tokens.checksum)
+
+
+def needed_tokens(config: Config) -> int | None:
+    """How many tokens of a hub dataset the run reads, which is what it trains on; None for local files, which are read
+    whole. Raises ConfigError where that many are not known."""
+    data, train = config.data, config.train
+    if looks_like_path(data.train, ENDINGS):
+        return None
+    if train.epochs is not None:
+        raise ConfigError(
+            f"train.epochs is {train.epochs:g}, and data.train {data.train!r} is a hub dataset, of which only as much "
+            "is read as the run needs; say how much an epoch is with data.max_tokens, or give train.max_steps instead"
+        )
+    return train.steps * train.micro_batch_size * train.grad_accumulation * data.sequence_length + 1
+
+
+def epochs_of(config: Config, samples: int) -> float:
+    """How often a run sees each of so many training ``samples``."""
+    train = config.train
+    return steps_of(train, samples) * train.micro_batch_size * train.grad_accumulation / samples
 
 
 def _sizes(held_out: Mapping[str, PackedSequences]) -> str:

@@ -42,11 +42,11 @@ def sample_order(samples: int, seed: int, rollbacks: int = 0) -> SampleOrder:
 
 def of_steps(config: Config) -> Stepping:
     train = config.train
-    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
+    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.steps}
     return Stepping(
         lr_at=partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
         seed=config.run.seed,
-        max_steps=train.max_steps,
+        max_steps=train.steps,
         micro_batch_size=train.micro_batch_size,
         grad_accumulation=train.grad_accumulation,
         clip_grad_norm=train.clip_grad_norm,
