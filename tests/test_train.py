@@ -168,7 +168,7 @@ def test_adamw_is_torchs_adamw(tiny_run):
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     opt = torch.optim.AdamW(groups)
-    position = (0, 0)
+    position = ()
     for step in range(6):
         indices, position = options.data.order_for(0).take(position, 4)
         batch = options.data.train.batch(indices)

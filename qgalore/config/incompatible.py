@@ -249,6 +249,12 @@ TABLE = (
         "labels, and `hf` exports.",
         sources.classified,
     ),
+    Conflict(
+        ("data.train", "data.task"),
+        "A list of sources does not go with `data.task: classify`. A source with `task: instruct` needs it as "
+        "`data.task` too.",
+        sources.mixed,
+    ),
     Conflict(("export.which", "train.keep_best"), "`best` needs `train.keep_best: true`.", _best_export),
     Conflict(
         ("train.weight_decay", "train.lr"),

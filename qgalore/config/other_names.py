@@ -36,7 +36,7 @@ _NAMES = {
     "data.sequence_length": "max_length max_seq_length max_seq_len seq_length seq_len sequence_len block_size "
     "cutoff_len context_length model_max_length max_sequence_length ctx_len",
     "data.train": "dataset datasets dataset_name train_file train_data data_path dataset_path train_dataset data_dir "
-    "dataset_dir data_files training_data json_path",
+    "dataset_dir data_files training_data json_path interleave_probs mix_strategy data_mix data_mixture",
     "data.valid": "validation_file eval_dataset eval_file val_data valid_data validation test_datasets eval_data val",
     "data.valid_fraction": "val_set_size val_size eval_split validation_split_percentage val_fraction "
     "val_split_fraction",
@@ -82,6 +82,9 @@ _NOTES = {
     "global_batch_size": "It counts the micro-batches of a step.",
 }
 _NOTES["max_samples"] = _NOTES["max_train_samples"] = "It counts tokens, not samples."
+_NOTES["datasets"] = "Several are a list such as [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."
+_NOTES["interleave_probs"] = _NOTES["mix_strategy"] = "Sources in its list are mixed by their weight."
+_NOTES["test_datasets"] = "Several are a mapping of names to files, such as {stories: a.jsonl, code: b.jsonl}."
 _NOTES["checkpoint_dir"] = "The folder that a run writes to is run.dir."
 _NOTES["lr_warmup_steps"] = "It counts optimizer steps, not iterations."
 _NOTES["full_finetuning"] = "Every method but lora trains all weights."

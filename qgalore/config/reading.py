@@ -121,9 +121,11 @@ def _expanded(path: str) -> str:
 
 def _anchor(path: Any, folder: Path) -> Any:
     """A data path that does not exist as given but does beside the configuration file means the latter. Of a mapping
-    each value is a path."""
+    each value is a path, and of a list each source has one."""
     if path is None:
         return None
+    if isinstance(path, list):
+        return [one.model_copy(update={"path": _anchor(one.path, folder)}) for one in path]
     if isinstance(path, dict):
         return {name: _anchor(one, folder) for name, one in path.items()}
     path = _expanded(path)

@@ -25,3 +25,19 @@ def classified(config: Config) -> list[str]:
             f"use {', '.join(sorted(suits))}"
         )
     return found
+
+
+def mixed(config: Config) -> list[str]:
+    """What a list of sources does not go with."""
+    data = config.data
+    if isinstance(data.train, str):
+        return []
+    if data.task == "classify":
+        return ["data.train: data.task: classify reads one file; put the examples into one, and name it as data.train"]
+    found = []
+    if data.task == "text" and any(source.task == "instruct" for source in data.train):
+        found.append(
+            "data.train: a source has task: instruct, and data.task is text, by which the exports have no end of an "
+            "answer; set data.task: instruct, and task: text for the sources of text"
+        )
+    return found

@@ -23,6 +23,12 @@ def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
     for section, rows, keys in (("train", run.train, TRAIN), ("held_out", run.evaluations, evaluation)):
         for row in rows:
             yield from ((f"{section}/{k}", value, row["step"]) for k in keys if (value := number(row, k)) is not None)
+    for row in run.evaluations:  # the samples that each of several sources has given
+        yield from (
+            (key, value, row["step"])
+            for key in row
+            if key.startswith("drawn/") and (value := number(row, key)) is not None
+        )
     means: dict[tuple[str, int], list[float]] = {}
     for row in run.refreshes:
         for key in (*PER_LAYER, *HEALTH):

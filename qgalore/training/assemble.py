@@ -112,7 +112,7 @@ def preview(config: Config, count: int) -> None:
     tokenizer = _checked_tokenizer(config, device, ALONE)
     examples, _ = _words(config, tokenizer)
     data = _data(config, tokenizer, examples, date.today(), ALONE).train
-    order = settings.sample_order(len(data), config.run.seed)
+    order = settings.sample_order(data, config.run.seed)
     shown = previews.of_text(tokenizer) if examples is None else previews.of_examples(tokenizer, examples.labels)
     for line in previews.rows(data, order, count, shown):
         print(line)

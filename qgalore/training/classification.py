@@ -10,16 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
 from ..data.labelled import LabelledTexts, Labels, read_examples
+from ..data.mixing import MixedOrder
 from ..data.notes import Notes
-from ..data.order import SampleOrder
 from ..errors import counted
 from ..evaluation.loss import Batches
 from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
 from . import parts
-from .data import Data, epochs_of
+from .data import Data
 from .model import Vocabulary
 from .say import say
+from .sources import epochs_of
 
 PLANNED = Labels(("0", "1"))  # before the data are read; a few labels more weigh nothing
 
@@ -70,7 +71,7 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
     return LabelledData(train, texts["valid"], labels)
 
 
-def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int], SampleOrder]) -> parts.Data:
+def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int], MixedOrder]) -> parts.Data:
     """Labelled data as the loop takes them: with how to count and to evaluate."""
     labels = examples.labels
     known = OF_NUMBERS if labels.names is None else OF_CLASSES

@@ -195,8 +195,11 @@ class Loop:
         sets = {name: self._batches(samples) for name, samples in self.data.valid.items()}
         result = self.data.evaluate(self.model, sets, device=self.device)
         result = self.team.of_first("an evaluation", lambda: result)
-        self.course.metrics.append_evaluation({"step": self.position.step, **result.row()})
-        print(f"step {self.position.step}/{self.stepping.max_steps} | {result}", flush=True)
+        where = self.position
+        drawn = self.data.order_for(where.order).drawn(where.sample)
+        row = {"step": where.step, **result.row(), **{f"drawn/{name}": count for name, count in drawn.items()}}
+        self.course.metrics.append_evaluation(row)
+        print(f"step {where.step}/{self.stepping.max_steps} | {result}", flush=True)
         return result
 
     def _batches(self, samples: Samples) -> list[Callable[[], Batch]]:

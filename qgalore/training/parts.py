@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.order import SampleOrder
+from ..data.mixing import MixedOrder
 
 Batch = dict[str, Tensor]
 
@@ -47,7 +47,7 @@ class Data:
 
     train: Samples
     valid: Mapping[str, Samples]
-    order_for: Callable[[int], SampleOrder]
+    order_for: Callable[[int], MixedOrder]
     targets: Callable[[Batch], int]
     evaluate: Evaluate
     unit: str = "tok"
