@@ -217,7 +217,7 @@ class DataSection(Section):
     @classmethod
     def _paths_alone(cls, value: Any) -> Any:
         """A path in a list is a source of weight 1, and one source needs no list."""
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "path" in value:
             return [value]
         if not isinstance(value, list):
             return value

@@ -214,3 +214,19 @@ def test_saved_by_four_continued_by_two_exported_by_one(folder, order):
     layer = model.model.layers[0].mlp.up_proj
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(exported[name], layer.dense_weight().to(exported[name].dtype))
+
+
+@pytest.mark.slow
+def test_several_processes_draw_from_a_mixture_what_one_draws(folder):
+    (folder / "tales.txt").write_text("A hen met a fox, and the fox met a dog. " * 60)
+    (folder / "sums.txt").write_text(" ".join(f"{n} and {n} is {2 * n}." for n in range(200)))
+    mixed = ["data.train=[{path: tales.txt, weight: 3}, sums.txt]", "data.vocab_size=300", "data.valid_fraction=0.2"]
+    mixed += ["train.max_steps=4", "train.eval_every=2", "train.save_every=2", "train.order=layer_major"]
+    for count in (1, 2):
+        assert codes(run_in(count, live, str(folder), [*mixed, f"run.name=p{count}"])) == {0}
+    for key in ("loss", "eval_loss/sums"):
+        alone, shared = ([row[key] for row in rows(folder / run, key)] for run in ("runs/p1", "runs/p2"))
+        assert len(alone) > 2
+        assert shared == pytest.approx(alone, rel=1e-3)
+    last = rows(folder / "runs/p2", "drawn/tales")[-1]
+    assert (last["drawn/tales"], last["drawn/sums"]) == (12, 4)
