@@ -24,7 +24,7 @@ def texts(tiny_run):
 
 def evaluations(run):
     rows = [json.loads(line) for line in Path(f"runs/{run}/metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"]}
 
 
 def position(run, step):

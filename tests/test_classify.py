@@ -248,3 +248,12 @@ def test_the_plan_needs_no_data(classify_run):
     code, out, err = classify_run("--plan", "data.train=absent.tsv")
     assert code == 0, err
     assert "planned peak" in out
+
+
+def test_an_epoch_is_all_examples_once(classify_run):
+    code, out, err = classify_run("train.max_steps=null", "train.epochs=0.2")
+    assert code == 0, err
+    examples = len(Path("train.tsv").read_text().splitlines()) - 1
+    steps = -(-examples // 5 // 16)
+    assert f"0.2 epochs are {steps} steps of 16 samples" in out
+    assert [row["step"] for row in rows() if "lr" in row] == list(range(1, steps + 1))

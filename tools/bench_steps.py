@@ -37,7 +37,7 @@ from qgalore.training.loop import Loop
 def run_in(folder: str, name: str, configuration: str, overrides: list[str], pairs: int) -> Loop:
     """A run that is ready for its first step."""
     places = [f"run.dir={folder}", f"data.cache_dir={folder}/cache", f"run.name={name}"]
-    settings = config.load(configuration, [*places, f"train.max_steps={pairs + 1}", *overrides])
+    settings = config.load(configuration, [*places, f"train.max_steps={pairs + 1}", "train.epochs=null", *overrides])
     loop = assemble.build(settings, None).loop
     loop.model.train()
     return loop

@@ -5,11 +5,12 @@ the method and the device decide. Nothing mutates a configuration afterwards, an
 """
 
 from ..combinations import RULES
+from .duration import asked, steps_of, with_steps
 from .reading import PACKAGED, dump, find, load, parse
 from .resolving import RESUMABLE, batch_major, differences, remarks, resolve
-from .sections import METHODS, Config, bytes_of
+from .sections import METHODS, Config, Source, bytes_of
 
 __all__ = [
-    "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "batch_major", "bytes_of", "differences", "dump", "find",
-    "load", "parse", "remarks", "resolve",
+    "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "Source", "asked", "batch_major", "bytes_of", "differences",
+    "dump", "find", "load", "parse", "remarks", "resolve", "steps_of", "with_steps",
 ]  # fmt: skip

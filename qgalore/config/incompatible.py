@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import combinations
-from . import sharded, streamed
-from .sections import ADAMS, METHODS, Config, DataSection, TrainSection
+from . import duration, sharded, sources, streamed
+from .sections import ADAMS, METHODS, Config, TrainSection
 
 # The keys behind the arguments of convert() and optimizer() for which conflicts are stated in ``combinations``.
 KEYS = combinations.Door(
@@ -170,32 +170,20 @@ def _limited_updates(config: Config) -> list[str]:
     return _lines(combinations.limited_updates(KEYS, rule, config.train.clip_update_rms))
 
 
-def _classifier(config: Config) -> list[str]:
-    """Rules for ``data.task: classify``, and keys that mean nothing without it."""
-    if config.data.task != "classify":
-        own = {name: DataSection.model_fields[name].default for name in ("label_key", "label_type", "header", "metric")}
-        given = sorted(name for name, default in own.items() if getattr(config.data, name) != default)
-        return [f"data.{name}: goes with data.task: classify only" for name in given]
-    found = []
-    if config.data.valid is None:
-        found.append("data.valid: data.task: classify needs held-out data")
-    if config.model.path is None and config.data.tokenizer is None:
-        found.append("data.tokenizer: data.task: classify needs one, or a model.path that has one")
-    if set(config.export.formats) - {"hf"}:
-        found.append("export.formats: a classifier is exported as hf only")
-    suits = {"pearson", "spearman"} if config.data.label_type == "number" else {"accuracy", "f1", "matthews"}
-    if wrong := sorted(set(config.data.metric) - suits):
-        found.append(
-            f"data.metric: {wrong[0]} does not suit data.label_type: {config.data.label_type}; "
-            f"use {', '.join(sorted(suits))}"
-        )
-    return found
-
-
 TABLE = (
     Conflict(("model.config", "model.path"), "Give exactly one of `model.config` and `model.path`.", _one_model),
     Conflict(
         ("model.overrides", "model.path"), "`model.overrides` goes with `model.config` only.", _shape_of_pretrained
+    ),
+    Conflict(
+        ("train.max_steps", "train.epochs"),
+        "Give exactly one of `train.max_steps` and `train.epochs`.",
+        duration.one_length,
+    ),
+    Conflict(
+        ("train.warmup_steps", "train.warmup_ratio"),
+        "Give at most one of `train.warmup_steps` and `train.warmup_ratio`.",
+        duration.one_warmup,
     ),
     Conflict(
         ("model.compile", "train.activation_checkpointing"),
@@ -259,7 +247,13 @@ TABLE = (
         ("data.label_key", "data.label_type", "data.header", "data.metric", "data.valid", "data.tokenizer"),
         "Labels go with `data.task: classify` only. This task needs `data.valid`, a tokenizer, metrics that suit the "
         "labels, and `hf` exports.",
-        _classifier,
+        sources.classified,
+    ),
+    Conflict(
+        ("data.train", "data.task"),
+        "A list of sources does not go with `data.task: classify`. A source with `task: instruct` needs it as "
+        "`data.task` too.",
+        sources.mixed,
     ),
     Conflict(("export.which", "train.keep_best"), "`best` needs `train.keep_best: true`.", _best_export),
     Conflict(

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from .. import plain_yaml
 from .other_names import hint
-from .sections import Config, Section, members
+from .sections import Config, Section, members, section_in
 
 MOST = 20  # problems told at once: a broken file has hundreds, and all from one cause
 
@@ -37,18 +37,23 @@ def field_at(path: tuple[Any, ...]) -> FieldInfo | None:
     section: type[Section] | None = Config
     field: FieldInfo | None = None
     for name in path:
+        if isinstance(name, int):  # the place in a list of sections
+            continue
         field = section.model_fields.get(name) if section is not None else None
         if field is None:
             return None
-        section = field.annotation if is_section(field.annotation) else None
+        section = field.annotation if is_section(field.annotation) else section_in(field.annotation)
     return field
 
 
 def problems_of(error: ValidationError, data: Any) -> list[str]:
     """One line for each key with which pydantic found fault in ``data``."""
     by_key: dict[tuple[Any, ...], ErrorDetails] = {}
-    for one in error.errors(include_url=False, include_context=False):
-        location = tuple(one["loc"])
+    found_at = [(_of_items(tuple(one["loc"])), one) for one in error.errors(include_url=False, include_context=False)]
+    in_lists = {location[:2] for location, _ in found_at if len(location) > 3}
+    for location, one in found_at:
+        if location[:2] in in_lists and len(location) < 4:  # it is no text either, and is not meant to be
+            continue
         unknown = one["type"] == "extra_forbidden"
         # Past a key, pydantic names members of unions and places in lists, which are no keys of ours.
         by_key.setdefault(location if unknown else _known_part(location), one)
@@ -58,21 +63,30 @@ def problems_of(error: ValidationError, data: Any) -> list[str]:
     return found
 
 
+def _of_items(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``location`` without the type that pydantic names between a key and the place in its list of sections."""
+    holder = field_at(location[:2]) if len(location) > 4 else None
+    return location[:2] + location[3:] if holder is not None and section_in(holder.annotation) else location
+
+
 def _known_part(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(location) > 3 and isinstance(location[2], int):
+        return location[:4]
     if len(location) > 1 and field_at(location[:2]) is not None:
         return location[:2]
     return location[:1]
 
 
 def _problem(location: tuple[Any, ...], error: ErrorDetails, data: Any) -> str:
-    name = ".".join(short(str(part)) for part in location)
+    name = ".".join(map(short, _spelled(location)))
     if not location:
         return f"a configuration is {shown(data)}; it must be a mapping of sections, such as train and data"
     if error["type"] == "extra_forbidden":
         holder = field_at(location[:-1]) if location[:-1] else None
         section = holder.annotation if holder is not None else Config
-        siblings = section.model_fields if is_section(section) else ()
-        return f"{name}: unknown key; {hint(tuple(map(str, location)), siblings, lambda: [k for k, _ in keys()])}"
+        section = section if is_section(section) else section_in(section)
+        siblings = section.model_fields if section is not None else ()
+        return f"{name}: unknown key; {hint(_spelled(location), siblings, lambda: [k for k, _ in keys()])}"
     field = field_at(location)
     assert field is not None, f"the schema has no {name}"  # of all else pydantic says that it is forbidden
     if error["type"] == "missing" and not _given(location, data):
@@ -84,6 +98,17 @@ def _problem(location: tuple[Any, ...], error: ErrorDetails, data: Any) -> str:
         example = _section_example(name, field.annotation)
         return f"{name} is {shown(value)}; it must be a section, that is, keys with values. {example}"
     return f"{name} is {shown(value)}; it must be {rule_of(field)}. {_remedy(name, field, value)}"
+
+
+def _spelled(location: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names of ``location``, with the place in a list behind that of the list: data, train[0], weight."""
+    names: list[str] = []
+    for part in location:
+        if isinstance(part, int) and names:
+            names[-1] += f"[{part}]"
+        else:
+            names.append(str(part))
+    return tuple(names)
 
 
 def _section_example(name: str, section: type[Section]) -> str:
@@ -127,8 +152,8 @@ def shown(value: Any) -> str:
 
 
 def _assigned(name: str, value: Any) -> str:
-    """``key=value`` as it may be given on the command line."""
-    return f"{name}={as_yaml(value)}"
+    """``key=value`` as it may be given on the command line; of a section in a list, as it stands there."""
+    return f"{name.rsplit('.', 1)[-1]}: {as_yaml(value)}" if "]" in name else f"{name}={as_yaml(value)}"
 
 
 def as_yaml(value: Any) -> str:

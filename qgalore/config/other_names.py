@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 # Our key, and the names that others give it.
 _NAMES = {
     "train.lr": "learning_rate lr peak_lr max_lr base_lr",
-    "train.max_steps": "epochs num_train_epochs num_epochs max_epochs n_epochs steps num_steps total_steps train_steps "
-    "max_train_steps max_iters iterations num_iterations",
+    "train.max_steps": "steps num_steps total_steps train_steps max_train_steps max_iters iterations num_iterations",
+    "train.epochs": "num_train_epochs num_epochs max_epochs n_epochs epoch",
     "train.micro_batch_size": "batch_size per_device_train_batch_size per_device_batch_size train_batch_size "
     "per_gpu_train_batch_size per_device_eval_batch_size eval_batch_size device_batch_size mbs micro_batch",
     "train.grad_accumulation": "gradient_accumulation_steps gradient_accumulation grad_accum accumulate_grad_batches "
     "grad_accumulation_steps accumulation_steps global_batch_size total_batch_size",
     "train.weight_decay": "wd decay l2",
-    "train.warmup_steps": "warmup_ratio warmup warmup_iters num_warmup_steps lr_warmup_steps warmup_fraction",
+    "train.warmup_steps": "warmup warmup_iters num_warmup_steps lr_warmup_steps",
+    "train.warmup_ratio": "warmup_fraction warmup_proportion",
     "train.lr_schedule": "lr_scheduler_type lr_scheduler scheduler schedule lr_decay",
     "train.min_lr_ratio": "min_lr lr_min cosine_min_lr_ratio min_learning_rate",
     "train.clip_grad_norm": "max_grad_norm grad_clip gradient_clip_val clip_norm gradient_clipping max_norm",
@@ -35,7 +36,7 @@ _NAMES = {
     "data.sequence_length": "max_length max_seq_length max_seq_len seq_length seq_len sequence_len block_size "
     "cutoff_len context_length model_max_length max_sequence_length ctx_len",
     "data.train": "dataset datasets dataset_name train_file train_data data_path dataset_path train_dataset data_dir "
-    "dataset_dir data_files training_data json_path",
+    "dataset_dir data_files training_data json_path interleave_probs mix_strategy data_mix data_mixture",
     "data.valid": "validation_file eval_dataset eval_file val_data valid_data validation test_datasets eval_data val",
     "data.valid_fraction": "val_set_size val_size eval_split validation_split_percentage val_fraction "
     "val_split_fraction",
@@ -76,20 +77,19 @@ _OTHERS = {name.lower(): ours for ours, names in _NAMES.items() for name in name
 
 # Where a value must be said in other words too.
 _NOTES = {
-    "epochs": "It counts optimizer steps, not epochs.",
-    "warmup_ratio": "It counts optimizer steps, and is no share.",
     "per_device_eval_batch_size": "Evaluation takes micro-batches of the same size.",
     "min_lr": "It is a share of train.lr.",
     "fp16": "It is float32 or bfloat16; float16 is not used here.",
     "global_batch_size": "It counts the micro-batches of a step.",
 }
 _NOTES["max_samples"] = _NOTES["max_train_samples"] = "It counts tokens, not samples."
+_NOTES["datasets"] = "Several are a list such as [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."
+_NOTES["interleave_probs"] = _NOTES["mix_strategy"] = "Sources in its list are mixed by their weight."
+_NOTES["test_datasets"] = "Several are a mapping of names to files, such as {stories: a.jsonl, code: b.jsonl}."
 _NOTES["checkpoint_dir"] = "The folder that a run writes to is run.dir."
 _NOTES["lr_warmup_steps"] = "It counts optimizer steps, not iterations."
 _NOTES["wandb_project"] = "It names packages, and the environment's WANDB_PROJECT names the project."
 _NOTES["full_finetuning"] = "Every method but lora trains all weights."
-for _name in ("num_train_epochs", "num_epochs", "max_epochs", "n_epochs"):
-    _NOTES[_name] = _NOTES["epochs"]
 
 _ANSWERS = "data.task=instruct learns answers alone, and data.task=text learns all of a text"
 _PUSH = "a run uploads nothing, and qgalore export RUN --format hf --out DIR --push REPO uploads an export"

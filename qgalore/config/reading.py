@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from .. import plain_yaml
 from ..errors import ConfigError, counted
 from . import incompatible, secrets
+from .duration import asked
 from .messages import field_at, is_section, problems_of, short, shown
 from .sections import Config, is_textual
 
@@ -48,7 +49,7 @@ def _is(path: Path, what: Any) -> bool:
 
 
 def _is_text(path: tuple[str, ...]) -> bool:
-    field = field_at(path)
+    field = field_at(path) or field_at(path[:-1])  # a key, or a name in a mapping that is the value of one
     return field is not None and not is_section(field.annotation) and is_textual(field.annotation)
 
 
@@ -118,10 +119,15 @@ def _expanded(path: str) -> str:
         raise ConfigError(f"{short(path)!r} cannot be a path: {error} Write the folder out.") from error
 
 
-def _anchor(path: str | None, folder: Path) -> str | None:
-    """A data path that does not exist as given but does beside the configuration file means the latter."""
+def _anchor(path: Any, folder: Path) -> Any:
+    """A data path that does not exist as given but does beside the configuration file means the latter. Of a mapping
+    each value is a path, and of a list each source has one."""
     if path is None:
         return None
+    if isinstance(path, list):
+        return [one.model_copy(update={"path": _anchor(one.path, folder)}) for one in path]
+    if isinstance(path, dict):
+        return {name: _anchor(one, folder) for name, one in path.items()}
     path = _expanded(path)
     try:
         beside = not Path(path).exists() and (folder / path).exists()
@@ -152,5 +158,5 @@ def load(name: str, overrides: list[str] | None = None) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML that :func:`load` reads back."""
-    return plain_yaml.write(config.model_dump(mode="json"))
+    """The configuration as it was asked for, as YAML that :func:`load` reads back."""
+    return plain_yaml.write(asked(config).model_dump(mode="json"))

@@ -36,7 +36,8 @@ A configuration is a YAML file with the sections below. This is a whole one.
 
 {example}
 Any key can be given on the command line as well, for example `train.lr=0.001`.
-The keys `data.train`, `train.max_steps` and `train.lr` must be given, and one of `model.config` and `model.path`.
+The keys `data.train` and `train.lr` must be given. So must one of `train.max_steps` and `train.epochs`, and one of
+`model.config` and `model.path`.
 All other keys have a default. Numbers may be written as `1e-5`.
 A key that is not listed here is refused, and the message names the key that is probably meant.
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from ..combinations import RULES
 from ..errors import ConfigError
 from ..schedule_defaults import THRESHOLDS, longest_gap
+from .duration import asked
 from .incompatible import problems
 from .sections import METHODS, Config
 
@@ -156,15 +157,16 @@ def remarks(config: Config) -> list[str]:
     for key, given, why in _without_effect(config):
         if given:
             found.append(f"{key} has no effect {why}")
-    if train.warmup_steps >= train.max_steps:
+    if train.max_steps is not None and train.warmup_steps >= train.max_steps:
         found.append(f"train.warmup_steps ({train.warmup_steps}) ≥ train.max_steps: the full train.lr is never reached")
     return found
 
 
 # Keys that a resumed run may change; everything else decides what the weights become.
 RESUMABLE = (
-    "run.name", "run.dir", "train.max_steps", "train.eval_every", "train.eval_batches", "train.save_every",
-    "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget", "memory.host_budget",
+    "run.name", "run.dir", "train.max_steps", "train.epochs", "train.eval_every", "train.eval_batches",
+    "train.save_every", "train.keep_last", "train.keep_every", "train.activation_checkpointing", "memory.budget",
+    "memory.host_budget",
     "memory.stream", "memory.slots",
     "data.cache_dir",
     "train.keep_best", "train.early_stopping", "export.formats", "export.which", "sample.prompt",
@@ -190,6 +192,6 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
         saved = {**saved, "model": {"attention": "sdpa", **model}}
     with suppress(ValidationError):  # a key that is younger than the run has its default
         saved = Config.model_validate(saved).model_dump(mode="json")
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    old, new = _flat(saved), _flat(asked(config).model_dump(mode="json"))
     changed = [key for key in sorted({*old, *new} - set(RESUMABLE)) if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]

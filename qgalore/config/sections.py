@@ -40,16 +40,28 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_textual(annotation: Any) -> bool:
-    """Whether every value of ``annotation`` is text, or a list of texts."""
+    """Whether every value of ``annotation`` is text, or a list or mapping of texts; sections in a list may stand for
+    texts there."""
 
     def textual(one: Any) -> bool:
         if typing.get_origin(one) is list:
-            return is_textual(typing.get_args(one)[0])
+            return is_textual(typing.get_args(one)[0]) or section_in(one) is not None
+        if typing.get_origin(one) is dict:
+            return is_textual(typing.get_args(one)[1])
         if typing.get_origin(one) is Literal:
             return all(isinstance(word, str) for word in typing.get_args(one))
         return one is str
 
     return all(map(textual, members(annotation)))
+
+
+def section_in(annotation: Any) -> "type[Section] | None":
+    """The section of which a value of ``annotation`` may be a list, if there is one."""
+    for one in members(annotation):
+        item = typing.get_args(one)[0] if typing.get_origin(one) is list else None
+        if isinstance(item, type) and issubclass(item, Section):
+            return item
+    return None
 
 
 class Section(BaseModel):
@@ -124,17 +136,37 @@ class ModelSection(Section):
     )
 
 
+class Source(Section):
+    path: str = key(
+        ..., "A file, a folder of files, or a Hugging Face dataset's id.", min_length=1, example="my_text.jsonl"
+    )
+    weight: float = key(1.0, "The source's share of all tokens, beside the weights of the others.", gt=0, le=1e9)
+    text_key: str | None = key(
+        None, "The key of a row that holds its text.", min_length=1, example="story", unset="data.text_key"
+    )
+    task: Literal["text", "instruct"] | None = key(None, "What the source is.", example="text", unset="data.task")
+
+
+SetName = Annotated[str, Field(pattern=r"^[\w.+-]{1,100}$")]
+
+
 class DataSection(Section):
     task: Literal["text", "instruct", "classify"] = key(
         "text", "What the data are: plain text, conversations whose answers are learned, or labelled texts to classify."
     )
-    train: str = key(
-        ..., "A file, a folder of files, or a Hugging Face dataset's id.", min_length=1,
-        example="my_text.jsonl",
+    train: str | Annotated[list[Source], Field(max_length=1000)] = key(
+        ..., "A file, a folder of files, or a Hugging Face dataset's id. Or a list of such sources, from which samples "
+        "are drawn by `weight`, which counts tokens. A source of a list may have a `text_key` and a `task` of its own, "
+        "for example `{path: wiki.jsonl, weight: 2, text_key: body, task: text}`. Only `path` must be given.",
+        min_length=1, example="my_text.jsonl",
+        rule="a file, a folder or an id, or a list of sources such as [{path: a.txt, weight: 2}, {path: b.jsonl}]",
     )  # fmt: skip
-    valid: str | None = key(
-        None, "The held-out data, given in the same ways.", min_length=1, example="held_out.jsonl",
+    valid: str | dict[SetName, str] | None = key(
+        None, "The held-out data, given in the same ways, or several sets by name, whose losses are told one by one. "
+        "`eval_loss` is that of all their tokens together.", min_length=1, example="held_out.jsonl",
         unset="the last data.valid_fraction of data.train is held out",
+        rule="a file, a folder or an id, or a mapping of names to them, such as {stories: a.txt, code: b.jsonl}, with "
+        "names of at most 100 letters, digits and . + - _",
     )  # fmt: skip
     valid_fraction: float = key(0.01, "The share of data.train to hold out if there is no data.valid.", gt=0, lt=0.5)
     tokenizer: str | None = key(
@@ -156,7 +188,8 @@ class DataSection(Section):
         "isolated", "Whether documents packed into one row see each other (`joined`) or only themselves (`isolated`)."
     )
     max_tokens: int | None = key(
-        None, "Reading of data.train stops after this many tokens.", unit="tokens", ge=1, le=2**50, example=100_000_000,
+        None, "Reading of data.train, or of each source in it, stops after this many tokens.", unit="tokens", ge=1,
+        le=2**50, example=100_000_000,
         unset="all of a file, or as much of a hub dataset as the run needs",
     )  # fmt: skip
     cache_dir: str = key("cache", "The folder for tokens and tokenizers, which later runs use again.", min_length=1)
@@ -180,9 +213,51 @@ class DataSection(Section):
     def _each_once(cls, value: list[str]) -> list[str]:
         return once(value)
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _paths_alone(cls, value: Any) -> Any:
+        """A path in a list is a source of weight 1, and one source needs no list."""
+        if isinstance(value, dict) and "path" in value:
+            return [value]
+        if not isinstance(value, list):
+            return value
+        return [{"path": one} if isinstance(one, str) else one for one in value]
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What is trained on, with everything filled in, by the key to name it with."""
+        if isinstance(self.train, str):
+            return {"data.train": self.of_path(self.train)}
+        found = [self._filled(source) for source in self.train]
+        return {"data.train": found[0]} if len(found) == 1 else {f"data.train[{i}]": one for i, one in enumerate(found)}
+
+    def of_path(self, path: str) -> Source:
+        """A source that says nothing of its own."""
+        return self._filled(Source(path=path))
+
+    def _filled(self, source: Source) -> Source:
+        filled = {"text_key": source.text_key or self.text_key, "task": source.task or self.task}
+        return source.model_copy(update=filled)
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """The sources of ``valid`` by name, "" for one that has none; empty if none is given."""
+        if self.valid is None:
+            return {}
+        return {"": self.valid} if isinstance(self.valid, str) else self.valid
+
 
 class TrainSection(Section):
-    max_steps: int = key(..., "The length of training.", unit="optimizer steps", ge=1, le=STEPS, example=1000)
+    max_steps: int | None = key(
+        None, "The length of training.", unit="optimizer steps", ge=1, le=STEPS, example=1000,
+        unset="train.epochs is given instead",
+    )  # fmt: skip
+    epochs: float | None = key(
+        None, "The length of training, as often as all of data.train is seen. A part of a step becomes a whole one. "
+        "Of a list of sources an epoch is as many samples as all of them have. "
+        "A hub dataset needs data.max_tokens too.", unit="passes over data.train", gt=0, le=SIDE, example=3,
+        unset="train.max_steps is given instead",
+    )  # fmt: skip
     micro_batch_size: int = key(8, "Rows that go through the model at once.", unit="rows", ge=1, lt=SIDE)
     grad_accumulation: int = key(
         1, "Micro-batches of a step, those of all processes together.", unit="micro-batches", ge=1, lt=SIDE
@@ -194,6 +269,10 @@ class TrainSection(Section):
     warmup_steps: int = key(
         0, "The learning rate rises linearly for this long at the start.", unit="optimizer steps", ge=0, le=STEPS
     )
+    warmup_ratio: float | None = key(
+        None, "The length of the warm-up as a share of all steps, rounded up to whole ones.", ge=0, le=1, example=0.03,
+        unset="train.warmup_steps says it",
+    )  # fmt: skip
     lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "How the learning rate falls after warm-up.")
     min_lr_ratio: float = key(0.1, "The learning rate of the last step, as a share of train.lr.", ge=0, le=1)
     clip_grad_norm: float = key(
@@ -234,10 +313,13 @@ class TrainSection(Section):
         "their inputs wait in host memory until then (`offload`). A number says how many of the last blocks keep their "
         "activations; the others run again. With `auto` the plan takes the fastest way that it has room for.",
     )  # fmt: skip
-    eval_every: int = key(100, "How often the held-out loss is measured.", unit="optimizer steps", ge=1, le=STEPS)
+    eval_every: int = key(
+        100, "How often the held-out loss is measured. It also is before the first step and after the last.",
+        unit="optimizer steps", ge=1, le=STEPS,
+    )  # fmt: skip
     eval_batches: int | None = key(
-        None, "The held-out loss is measured on this many micro-batches.", unit="micro-batches", ge=1, le=STEPS,
-        example=50, unset="on all of the held-out data",
+        None, "The held-out loss is measured on this many micro-batches of each held-out set.", unit="micro-batches",
+        ge=1, le=STEPS, example=50, unset="on all of the held-out data",
     )  # fmt: skip
     save_every: int | None = key(
         None, "How often a checkpoint is saved.", unit="optimizer steps", ge=1, le=STEPS, example=500,
@@ -264,6 +346,13 @@ class TrainSection(Section):
     spike_threshold: float = key(
         8.0, "How far above the mean of the last 100 losses a spike begins.", unit="standard deviations", gt=0, le=1e6
     )
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps of the run. Where ``epochs`` are given, they are only known once the data are, and then
+        :func:`duration.with_steps` sets ``max_steps``."""
+        assert self.max_steps is not None, "the steps of a run given in epochs are asked for before its data are known"
+        return self.max_steps
 
 
 Rule = Literal["galore", "apollo", "apollo_mini", "scale", "fira", "muon", "sinkgd"]

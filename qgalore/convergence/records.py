@@ -10,6 +10,7 @@ from ..errors import ConfigError, printable
 
 Row = dict[str, Any]
 DEPTH = 3  # how far below a folder its runs may lie
+OF_SET = "eval_loss/"  # the key of a set's loss in the row of an evaluation begins with it
 LARGEST = 1e300  # beyond it a record is damaged: sums of such numbers are no longer finite
 
 
@@ -28,6 +29,7 @@ class Run:
     refreshes: list[Row]
     unreadable: int
     updates: list[Row] = field(default_factory=list)  # updates that were looked at, of rules on whole gradients
+    planned_steps: int | None = None  # what epochs came to, for a run whose configuration has no steps
 
     @property
     def step(self) -> int:
@@ -37,7 +39,13 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         value = self.setting("train", "max_steps")
-        return value if isinstance(value, int) else None
+        return value if isinstance(value, int) else self.planned_steps
+
+    @property
+    def held_out_sets(self) -> list[str]:
+        """The names of the held-out sets, if they have names."""
+        names = (key.removeprefix(OF_SET) for row in self.evaluations for key in row if key.startswith(OF_SET))
+        return list(dict.fromkeys(names))
 
     @property
     def finished(self) -> bool:
@@ -70,7 +78,7 @@ def numbers(row: Row, key: str) -> list[float] | None:
 
 def _held_out_keys(row: Row) -> list[str]:
     """``eval_loss`` and the keys of held-out sets with names, ``eval_loss/NAME``."""
-    return [key for key in row if key == "eval_loss" or key.startswith("eval_loss/")]
+    return [key for key in row if key == "eval_loss" or key.startswith(OF_SET)]
 
 
 def held_out(run: Run) -> dict[str, list[tuple[int, float]]]:
@@ -121,6 +129,7 @@ def read_run(folder: Path) -> Run:
         refreshes=[row for row in refreshes if isinstance(row.get("layer"), str)],
         unreadable=damaged + damaged_too + damaged_three,
         updates=[row for row in updates if isinstance(row.get("layer"), str)],
+        planned_steps=_planned_steps(folder / "plan.json"),
     )
 
 
@@ -167,6 +176,14 @@ def _read_rows(path: Path) -> tuple[list[Row], int]:
         if isinstance(row, dict) and isinstance(number(row, "step"), int):
             rows.append(_clean(row))
     return rows, damaged
+
+
+def _planned_steps(path: Path) -> int | None:
+    try:
+        steps = json.loads(path.read_bytes()).get("max_steps")
+    except (OSError, ValueError, AttributeError, RecursionError):  # missing, as in old runs, or damaged
+        return None
+    return steps if type(steps) is int and 0 < steps < LARGEST else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

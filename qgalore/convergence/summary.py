@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from ..lowrank.subspace.schedule import LazySchedule
 from ..schedule_defaults import longest_gap
-from .records import Row, Run, number
+from .records import OF_SET, Row, Run, number
 
 LAST_LOSSES = 10  # train losses averaged for the summary: one batch's loss says little
 
@@ -47,7 +47,7 @@ class LayerSummary:
 @dataclass(frozen=True)
 class RunSummary:
     """A run in one line. ``loss`` is the mean of the last ``LAST_LOSSES`` train losses, ``share`` that of step time
-    spent in refreshes, ``tokens_per_second`` the median over steps."""
+    spent in refreshes, ``tokens_per_second`` the median over steps, ``held_out_sets`` the last loss of each set."""
 
     run: Run
     loss: float | None
@@ -57,6 +57,7 @@ class RunSummary:
     share: float | None
     layers: list[LayerSummary]
     total: LayerSummary | None
+    held_out_sets: dict[str, float | None] = field(default_factory=dict)
 
 
 def kind_of(layer: str) -> str:
@@ -202,4 +203,5 @@ def summarise(run: Run) -> RunSummary:
         share=total.seconds / seconds if total and seconds else None,
         layers=layers,
         total=total,
+        held_out_sets={name: _last(run.evaluations, OF_SET + name) for name in run.held_out_sets},
     )

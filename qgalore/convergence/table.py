@@ -133,7 +133,9 @@ def state(summary: RunSummary) -> str:
     run = summary.run
     of = "" if run.max_steps is None else f" of {run.max_steps}"
     parts = [f"{run.name}: step {run.step}{of}{'' if run.finished else ', not finished'}"]
-    parts.append(f"loss {figure(summary.loss, '.4f')}, held-out {figure(summary.held_out, '.4f')}")
+    sets = ", ".join(f"{name} {figure(value, '.4f')}" for name, value in summary.held_out_sets.items())
+    held_out = figure(summary.held_out, ".4f") + (f" ({sets})" if sets else "")
+    parts.append(f"loss {figure(summary.loss, '.4f')}, held-out {held_out}")
     parts.append(f"{figure(summary.tokens_per_second, ',.0f')} tokens/s")
     if summary.share is not None:
         parts.append(f"refreshes {summary.share:.1%} of step time")

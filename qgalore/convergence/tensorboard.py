@@ -26,11 +26,13 @@ def of_rows(
     metrics: Sequence[Row], refreshes: Sequence[Row], updates: Sequence[Row]
 ) -> Iterator[tuple[str, float, int]]:
     """(tag, value, step): ``train/…``, ``held_out/…``, ``KEY/LAYER`` for the figures of a layer's refresh or update,
-    and ``health/…``, the mean over the layers refreshed in a step. The rows are those of metrics.jsonl, subspace.jsonl
-    and updates.jsonl; all refreshes of a step come together."""
+    ``health/…``, the mean over the layers refreshed in a step, and ``drawn/SOURCE``, the samples that each of several
+    sources has given. The rows are those of metrics.jsonl, subspace.jsonl and updates.jsonl; all refreshes of a step
+    come together."""
     for row in metrics:
         known = {f"train/{key}": key for key in TRAIN}
         known |= {f"held_out/{key}": key for key in row if key.startswith(EVALUATION)}
+        known |= {key: key for key in row if key.startswith("drawn/")}
         yield from ((tag, value, row["step"]) for tag, key in known.items() if (value := number(row, key)) is not None)
     means: dict[tuple[str, int], list[float]] = {}
     for row in refreshes:

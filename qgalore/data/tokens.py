@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qgalore.data.cache import Paths, cache_inputs, cached
+from qgalore.data.room import check_room
 from qgalore.data.sources import documents
 from qgalore.data.tokenizing import Totals, write_tokens
 from qgalore.errors import ConfigError
@@ -114,12 +115,14 @@ def tokenize_to_disk(
     the Hub since is not seen. Prints what was done and noticed, and tokens/s about every 10 seconds.
 
     Raises ConfigError as ``documents`` does, for a tokenizer without eos, ``max_tokens`` below 1, a source without a
-    token, and a ``cache_dir`` that cannot be written (disk full, permissions).
+    token, and a ``cache_dir`` that cannot be written (disk full, permissions) or surely has no room (``check_room``).
     """
     inputs = cache_inputs(source, tokenizer, split=split, max_tokens=max_tokens, report=report)
     inputs["text_key"] = text_key
 
     def write(paths: Paths, dtype: np.dtype, report: Callable[[str], None]) -> Totals:
+        how = {"text_key": text_key, "token_bytes": dtype.itemsize, "max_tokens": max_tokens}
+        check_room(source, tokenizer, paths.tokens.parent.parent, **how)
         stream = documents(source, text_key=text_key, split=split)
         return write_tokens(
             stream, tokenizer, paths.tokens, paths.offsets, dtype=dtype, max_tokens=max_tokens, report=report

@@ -1,7 +1,7 @@
 """Held-out loss and perplexity."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import counted
 from ..parallel import ALONE, Team
 
+Batches = Sequence[Callable[[], dict[str, Tensor]]]  # each a function that makes one
 Run = Callable[[], Tensor]  # the loss of one batch, a scalar
 Losses = Callable[[Iterable[Run]], Iterator[Tensor]]  # of all, in their order
 
@@ -35,6 +36,30 @@ class Evaluation:
         return f"held-out loss {self.loss:.4f} | perplexity {self.perplexity:.2f} ({counted(self.tokens, 'token')})"
 
 
+@dataclass(frozen=True)
+class NamedEvaluations(Evaluation):
+    """Of several held-out sets: ``loss`` and ``perplexity`` over the tokens of all, and ``sets``, of each by name."""
+
+    sets: dict[str, Evaluation]
+
+    def row(self) -> dict[str, Any]:
+        """For metrics.jsonl."""
+        return {**super().row(), **{f"eval_loss/{name}": one.loss for name, one in self.sets.items()}}
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} | {', '.join(f'{name} {one.loss:.4f}' for name, one in self.sets.items())}"
+
+
+def together(sets: Mapping[str, Evaluation]) -> Evaluation:
+    """The evaluations of ``sets``, of which a single one may have no name (""), as one: every token weighs the same, as
+    in one set that holds them all."""
+    if list(sets) == [""]:
+        return sets[""]
+    tokens = sum(one.tokens for one in sets.values())
+    total = sum(one.loss * one.tokens for one in sets.values())
+    return NamedEvaluations(total / max(tokens, 1), tokens, dict(sets))
+
+
 def one_by_one(runs: Iterable[Run]) -> Iterator[Tensor]:
     """The losses of ``runs``, each of which ends before the next one begins."""
     for run in runs:
@@ -44,7 +69,7 @@ def one_by_one(runs: Iterable[Run]) -> Iterator[Tensor]:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Sequence[Callable[[], dict[str, Tensor]]],
+    batches: Batches,
     summed_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
     target_tokens: Callable[[dict[str, Tensor]], int],
     device: torch.device,
@@ -71,3 +96,8 @@ def evaluate(
     model.train(was_training)
     total, tokens = team.total("the held-out loss", total), team.total("held-out tokens", tokens)
     return Evaluation(total / max(tokens, 1), tokens)
+
+
+def evaluate_sets(model: nn.Module, sets: Mapping[str, Batches], **how: Any) -> Evaluation:
+    """:func:`evaluate` of each of the named ``sets``, ``how`` being its other arguments, and all :func:`together`."""
+    return together({name: evaluate(model, batches, **how) for name, batches in sets.items()})

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import config as configuration
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..lowrank.inner import checked
 from ..memory import plan as memory_plan
 from ..models.compiling import check_compiler
@@ -112,7 +112,7 @@ def preview(config: Config, count: int) -> None:
     tokenizer = _checked_tokenizer(config, device, ALONE)
     examples, _ = _words(config, tokenizer)
     data = _data(config, tokenizer, examples, date.today(), ALONE).train
-    order = settings.sample_order(len(data), config.run.seed)
+    order = settings.sample_order(data, config.run.seed)
     shown = previews.of_text(tokenizer) if examples is None else previews.of_examples(tokenizer, examples.labels)
     for line in previews.rows(data, order, count, shown):
         print(line)
@@ -204,9 +204,10 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     asked = config.train.order
     config, layout = try_layer_major(config, model, loss, data.train, device, team)
     planned = recheck(config, vocabulary, device, loss, planned, team.size, again=config.train.order != asked)
+    config = _with_steps(config, len(data.train))
     optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
     place.adopt(model, optimizer, layout)
-    where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
+    where = {"folder": folder, "data": data.description, "max_steps": config.train.steps}
     start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
     place.collect()
     order = order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream)
@@ -225,9 +226,22 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         team=team,
     )
     if team.leads:
-        describe(folder, config, planned.numbers(), model, tokenizer)
+        describe(folder, config, {**planned.numbers(), "max_steps": config.train.steps}, model, tokenizer)
     loop.course.tracking = _tracking(tracked, config, planned, start.step)
-    return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
+    return Run(config, folder, model, tokenizer, next(iter(data.valid.values())), planned, loop, lock)
+
+
+def _with_steps(config: Config, samples: int) -> Config:
+    """``config`` with its length in steps, now that the number of training ``samples`` is known."""
+    config = configuration.with_steps(config, samples)
+    train = config.train
+    if train.epochs is not None:
+        drawn = counted(train.micro_batch_size * train.grad_accumulation, "sample")
+        epochs = f"{train.epochs:g} {'epoch is' if train.epochs == 1 else 'epochs are'}"
+        say("steps", f"{epochs} {counted(train.steps, 'step')} of {drawn}")
+    if train.warmup_ratio is not None:
+        say("steps", f"the warm-up takes {counted(train.warmup_steps, 'step')} of {train.steps:,}")
+    return config
 
 
 def _tracking(wanted: tracking.Wanted, config: Config, planned: memory_plan.Plan, step: int) -> tracking.Tracking:
@@ -249,7 +263,7 @@ def _data(
 def _run_state(config: Config, model: nn.Module, data: BuiltData, day: date) -> dict[str, Any]:
     """What every checkpoint says of its run, beside the position."""
     return {
-        "config": config.model_dump(mode="json"),
+        "config": configuration.asked(config).model_dump(mode="json"),
         "data": data.description,
         "data_checksum": data.checksum,
         "day": day.isoformat(),

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config import Config
+from ..config import Config, Source
 from ..data.conversations import conversations
 from ..data.labelled import examples_of
 from ..data.notes import Notes
@@ -23,19 +24,22 @@ from . import classification
 from .attending import attend_as
 from .export import check_formats
 from .model import Vocabulary, adapt_as, architecture, convert_as
+from .sources import needed_tokens
 
 
 def check_data(config: Config) -> None:
     """Raise :class:`ConfigError`, naming the key, for paths that do not exist or are not read, and for a first row that
     is not of the kind that ``data.task`` needs; hub datasets are opened. And for a cache that cannot be made."""
     data = config.data
-    given = {"data.train": (data.train, "train")}
-    if data.valid is not None:
-        given["data.valid"] = (data.valid, data.valid_split)
-    endings = ROW_ENDINGS if data.task == "instruct" else ENDINGS
+    given = {key: (source, "train") for key, source in data.sources.items()}
+    for name, path in data.held_out.items():
+        given[f"data.valid.{name}".rstrip(".")] = (data.of_path(path), data.valid_split)
+    for key in data.sources if data.max_tokens is None else ():
+        needed_tokens(config, key)
     for key, (source, _) in given.items():
-        if data.task != "classify" and looks_like_path(source, ENDINGS):
-            with_key(key, lambda source=source: local_files(source, endings, Notes()))
+        if data.task != "classify" and looks_like_path(source.path, ENDINGS):
+            endings = ROW_ENDINGS if source.task == "instruct" else ENDINGS
+            with_key(key, partial(local_files, source.path, endings, Notes()))
     for key, (source, split) in given.items():
         with_key(key, lambda source=source, split=split: next(_first(config, source, split), None))
     if data.tokenizer is not None and looks_like_path(data.tokenizer, (".json",)):
@@ -53,14 +57,14 @@ def with_key(key: str, action) -> Any:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def _first(config: Config, source: str, split: str) -> Iterator[Any]:
+def _first(config: Config, source: Source, split: str) -> Iterator[Any]:
     """The examples of a source, of which only the first is looked at."""
     data = config.data
-    if data.task == "instruct":
-        return conversations(source, split=split)
+    if source.task == "instruct":
+        return conversations(source.path, split=split)
     if data.task == "classify":
-        return examples_of(source, text_keys=data.text_keys, label_key=data.label_key, header=data.header)
-    return documents(source, text_key=data.text_key, split=split)
+        return examples_of(source.path, text_keys=data.text_keys, label_key=data.label_key, header=data.header)
+    return documents(source.path, text_key=source.text_key or data.text_key, split=split)
 
 
 def _check_cache(cache_dir: str) -> None:

@@ -1,22 +1,26 @@
 """Labelled data of a run with ``data.task: classify``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
 from ..data.labelled import LabelledTexts, Labels, read_examples
+from ..data.mixing import MixedOrder
 from ..data.notes import Notes
-from ..data.order import SampleOrder
 from ..errors import counted
+from ..evaluation.loss import Batches
 from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
 from . import parts
 from .data import Data
 from .model import Vocabulary
 from .say import say
+from .sources import epochs_of
 
 PLANNED = Labels(("0", "1"))  # before the data are read; a few labels more weigh nothing
 
@@ -31,7 +35,7 @@ class LabelledData:
 
     def data(self) -> Data:
         described = f"{len(self.train)} examples {self.train.digest()}"
-        return Data(self.train, self.valid, self.train.highest_id, described)
+        return Data(self.train, {"": self.valid}, self.train.highest_id, described)
 
     def vocabulary(self, before: Vocabulary) -> Vocabulary:
         return replace(before, labels=self.labels, padding=self.train.pad_id)
@@ -57,7 +61,7 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
             many = counted(texts[key].truncated, f"example of data.{key} is", f"examples of data.{key} are")
             say("note", f"{many} cut to {data.sequence_length} tokens")
     train = texts["train"]
-    epochs = config.train.max_steps * config.train.micro_batch_size * config.train.grad_accumulation / len(train)
+    epochs = epochs_of(config, len(train))
     kind = "numbers" if labels.names is None else f"{len(labels.names)} classes ({', '.join(labels.names[:8])})"
     say(
         "data",
@@ -67,10 +71,16 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
     return LabelledData(train, texts["valid"], labels)
 
 
-def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int], SampleOrder]) -> parts.Data:
+def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int], MixedOrder]) -> parts.Data:
     """Labelled data as the loop takes them: with how to count and to evaluate."""
     labels = examples.labels
     known = OF_NUMBERS if labels.names is None else OF_CLASSES
     names = config.data.metric or list(known)
-    looking = partial(classify.evaluate, names=names)
-    return parts.Data(examples.train, examples.valid, order_for, classify.rows_in, looking, unit="rows")
+    looking = partial(_evaluate, names=names)
+    return parts.Data(examples.train, {"": examples.valid}, order_for, classify.rows_in, looking, unit="rows")
+
+
+def _evaluate(model: nn.Module, sets: Mapping[str, Batches], **how: Any) -> parts.Evaluation:
+    """Of the only held-out set: metrics of several could not be put together from those of each."""
+    (batches,) = sets.values()
+    return classify.evaluate(model, batches, **how)

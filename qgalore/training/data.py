@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -13,23 +13,24 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config import Config
+from ..config import Config, Source
 from ..data.chat import PLAIN_TEMPLATE, has_template
 from ..data.checksums import file_digest, sync
 from ..data.conversations import conversations
-from ..data.instruct import conversations_to_disk
 from ..data.labelled import LabelledTexts
+from ..data.mixing import Mixture, names_of, whole_numbers
 from ..data.packing import PackedSequences
 from ..data.paths import looks_like_path
 from ..data.sources import ENDINGS, ROW_ENDINGS, documents, fingerprint
 from ..data.templates import writes_date
 from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..data.tokenizing import Progress
-from ..data.tokens import TokenFile, tokenize_to_disk
+from ..data.tokens import TokenFile
 from ..errors import ConfigError, counted
 from ..files import atomic
 from ..models import loading
 from .say import say
+from .sources import Reader, cut_tail, epochs_of, needed_tokens, say_shares
 
 HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
 _CHARACTERS_A_TOKEN = 8  # a token is seldom longer
@@ -60,42 +61,53 @@ def given_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
             loading.stored_config(loading.local_folder(config.model.path))
         say("tokenizer", f"the model's own, {config.model.path}")
         return load_tokenizer(config.model.path)
-    if not looks_like_path(data.train, ENDINGS):
-        raise ConfigError(
-            f"data.train {data.train!r} is a hub dataset and data.tokenizer is not set; training one would read all of "
-            "it. Name a tokenizer (data.tokenizer)"
-        )
+    for key, source in data.sources.items():
+        if not looks_like_path(source.path, ENDINGS):
+            raise ConfigError(
+                f"{key} {source.path!r} is a hub dataset and data.tokenizer is not set; training one would read all of "
+                "it. Name a tokenizer (data.tokenizer)"
+            )
     return None
 
 
 def _texts(config: Config) -> Iterator[str]:
-    """The text of the training data, for a tokenizer, about as much of it as ``data.max_tokens`` lets be read."""
-    data = config.data
-    texts: Iterator[str] = documents(data.train, text_key=data.text_key) if data.task == "text" else _said(data.train)
-    left = None if data.max_tokens is None else data.max_tokens * _CHARACTERS_A_TOKEN
+    """The text of the training data, for a tokenizer, about as much of each source as ``data.max_tokens`` lets be
+    read."""
+    limit = None if config.data.max_tokens is None else config.data.max_tokens * _CHARACTERS_A_TOKEN
     read = 0
     line = partial(say, "tokenizer")
     with Progress("text", lambda: f"{read:,} characters read", lambda: read, line, "characters") as progress:
-        for text in texts:
-            part = text if left is None else text[: left - read]
-            read += len(part)
-            yield part
-            progress.step()
-            if read == left:
-                break
+        for source in config.data.sources.values():
+            left = limit
+            for text in _said(source):
+                part = text if left is None else text[:left]
+                read += len(part)
+                yield part
+                progress.step()
+                if left is not None and not (left := left - len(part)):
+                    break
     say("tokenizer", f"{read:,} characters read; choosing the entries")
 
 
-def _said(source: str) -> Iterator[str]:
-    return (turn["content"] for messages, _ in conversations(source) for turn in messages)
+def _said(source: Source) -> Iterator[str]:
+    """What a source says, conversations turn by turn."""
+    if source.task == "instruct":
+        return (turn["content"] for messages, _ in conversations(source.path) for turn in messages)
+    return documents(source.path, text_key=source.text_key or "text")
+
+
+def _of_source(source: Source) -> tuple[str | None, str | None]:
+    """What a trained tokenizer depends on in a source: its bytes, and how they are read."""
+    endings = ENDINGS if source.task == "text" else ROW_ENDINGS
+    key = source.text_key if source.task == "text" else f"({source.task})"
+    return fingerprint(source.path, endings, report=partial(say, "data")), key
 
 
 def _own_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer trained on the corpus, or what the cache has of it, if that is undamaged."""
     data = config.data
-    key = data.text_key if data.task == "text" else f"({data.task})"
-    endings = ENDINGS if data.task == "text" else ROW_ENDINGS
-    what = [fingerprint(data.train, endings, report=partial(say, "data")), key, data.vocab_size, data.max_tokens]
+    what = [part for source in data.sources.values() for part in _of_source(source)]
+    what += [data.vocab_size, data.max_tokens]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir).expanduser() / f"tokenizer-{digest}"
     try:
@@ -105,7 +117,8 @@ def _own_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             return load_tokenizer(str(folder))
     except (OSError, ValueError, RecursionError) as error:
         say("tokenizer", f"the cached one, {folder}, is damaged ({error}) and is trained again")
-    say("tokenizer", f"training byte-level BPE with {data.vocab_size} entries on {data.train}")
+    paths = ", ".join(source.path for source in data.sources.values())
+    say("tokenizer", f"training byte-level BPE with {data.vocab_size} entries on {paths}")
     tokenizer = train_tokenizer(
         _texts(config), vocab_size=data.vocab_size, show_progress=sys.stderr is not None and sys.stderr.isatty()
     )
@@ -151,11 +164,12 @@ def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Training and held-out samples, the highest token id among them, and what a resumed run knows its data by:
-    ``description`` by a look at some of them, ``checksum`` by every byte ("" for labelled examples)."""
+    """Training samples and held-out ones by the name of their set ("" for a single one), the highest token id among the
+    former, and what a resumed run knows its data by: ``description`` by a look at some of them, ``checksum`` by every
+    byte ("" for labelled examples)."""
 
-    train: PackedSequences | LabelledTexts
-    valid: PackedSequences | LabelledTexts
+    train: PackedSequences | Mixture | LabelledTexts
+    valid: Mapping[str, PackedSequences | LabelledTexts]
     highest_id: int
     description: str
     checksum: str = ""
@@ -163,65 +177,45 @@ class Data:
 
 def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> Data:
     """Text or conversations, tokenized and packed. ``day``: the date for a chat template that writes one."""
-    data, train = config.data, config.train
-    read = partial(tokenize_to_disk, text_key=data.text_key)
-    if data.task == "instruct":
-        read = partial(conversations_to_disk, sequence_length=data.sequence_length, day=day)
-        if writes_date(tokenizer):
-            say("note", f"the chat template writes the date; in this run it is {day.isoformat()}, also when resumed")
-    read = partial(read, tokenizer=tokenizer, cache_dir=data.cache_dir)
-    needed = train.max_steps * train.micro_batch_size * train.grad_accumulation * data.sequence_length + 1
-    limit = data.max_tokens or (None if looks_like_path(data.train, ENDINGS) else needed)
-    tokens = read(data.train, max_tokens=limit)
-    if data.valid is not None:
-        limit = None if looks_like_path(data.valid, ENDINGS) else HUB_VALIDATION_TOKENS
-        held_out = read(data.valid, split=data.valid_split, max_tokens=limit)
-    else:
-        tokens, held_out = _held_out(config, tokens)
-    pack = partial(
-        PackedSequences,
-        sequence_length=data.sequence_length,
-        document_attention=data.document_attention,
-        with_documents=config.model.attention == "auto",
-    )
-    packed, valid = (_packed(pack, part, key) for part, key in ((tokens, "train"), (held_out, "valid")))
-    epochs = train.max_steps * train.micro_batch_size * train.grad_accumulation / len(packed)
+    data, reader = config.data, Reader(config, tokenizer, day)
+    if data.task == "instruct" and writes_date(tokenizer):
+        say("note", f"the chat template writes the date; in this run it is {day.isoformat()}, also when resumed")
+    names = names_of([source.path for source in data.sources.values()])
+    tokens, held_out = [], {}
+    for name, (key, source) in zip(names, data.sources.items(), strict=True):
+        found = reader.read(source, max_tokens=data.max_tokens or needed_tokens(config, key))
+        if data.valid is None:
+            found, held_out[name] = cut_tail(config, key, found)
+        tokens.append(found)
+    if len(tokens) == 1 and held_out:
+        held_out = {"": held_out[names[0]]}  # a set alone needs no name
+    for name, path in data.held_out.items():
+        limit = None if looks_like_path(path, ENDINGS) else HUB_VALIDATION_TOKENS
+        held_out[name] = reader.read(data.of_path(path), split=data.valid_split, max_tokens=limit)
+    packed = tuple(reader.pack(one, key) for one, key in zip(tokens, data.sources, strict=True))
+    valid = {name: reader.pack(part, f"data.valid.{name}".rstrip(".")) for name, part in held_out.items()}
+    train = packed[0]
+    if len(packed) > 1:
+        weights = whole_numbers([source.weight for source in data.sources.values()])
+        train = Mixture(tuple(names), tuple(weights), packed)
+        say_shares(config, train, tokens)
     say(
         "data",
-        f"{counted(len(tokens.tokens), 'token')} in {counted(tokens.n_documents, 'document')}, "
-        f"{counted(len(packed), 'sample')} of "
-        f"{data.sequence_length} ({epochs:.2f} epochs); held out: {counted(len(valid), 'sample')}",
+        f"{counted(sum(len(one.tokens) for one in tokens), 'token')} in "
+        f"{counted(sum(one.n_documents for one in tokens), 'document')}, {counted(len(train), 'sample')} of "
+        f"{data.sequence_length} ({epochs_of(config, len(train)):.2f} epochs); held out: {_sizes(valid)}",
     )
-    return Data(packed, valid, tokens.vocab_high, f"{len(packed)} samples of {tokens.digest()}", tokens.checksum)
+    described = [f"{len(samples)} samples of {one.digest()}" for samples, one in zip(packed, tokens, strict=True)]
+    return Data(train, valid, max(one.vocab_high for one in tokens), "; ".join(described), _checksum(tokens))
 
 
-def _held_out(config: Config, tokens: TokenFile) -> tuple[TokenFile, TokenFile]:
-    """The training text without its end, and that end. Raises ConfigError if either is shorter than a sample."""
-    data = config.data
-    whole, needed = len(tokens.tokens), data.sequence_length + (tokens.row_length is None)
-    enough = "give more data, a shorter data.sequence_length, or a second file as data.valid"
-    if whole < 2 * needed:
-        raise ConfigError(
-            f"data.train has {whole} tokens, and data.valid is not set, so a sample of {needed} is needed twice, to "
-            f"train on and to hold out; {enough}"
-        )
-    train, held_out = tokens.split_tail(data.valid_fraction)
-    if min(len(train.tokens), len(held_out.tokens)) < needed:
-        tried = [number / 1000 for number in range(1, 500)]
-        fits = [f for f in tried if min(len(part.tokens) for part in tokens.split_tail(f)) >= needed]
-        remedy = f"set data.valid_fraction to {fits[0]:g}, or give a second file as data.valid" if fits else enough
-        raise ConfigError(
-            f"data.valid_fraction is {data.valid_fraction:g}, by which {len(held_out.tokens)} of the {whole} tokens of "
-            f"data.train are held out and {len(train.tokens)} are left; a sample needs {needed} (data.sequence_length "
-            f"is {data.sequence_length}); {remedy}"
-        )
-    say("held out", f"the last {data.valid_fraction:.1%} of {data.train} (set data.valid to choose)")
-    return train, held_out
+def _checksum(tokens: list[TokenFile]) -> str:
+    """Of every byte of all token files; of one alone its own."""
+    sums = [one.checksum for one in tokens]
+    return sums[0] if len(sums) == 1 else hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
-def _packed(pack, tokens: TokenFile, key: str) -> PackedSequences:
-    """``pack(tokens)``, saying of which data a complaint is."""
-    try:
-        return pack(tokens)
-    except ConfigError as error:
-        raise ConfigError(f"data.{key}: {error}") from error
+def _sizes(held_out: Mapping[str, PackedSequences]) -> str:
+    """How many samples are held out in all, and in each set that has a name."""
+    parts = ", ".join(f"{len(samples):,} of {name}" for name, samples in held_out.items() if name)
+    return counted(sum(map(len, held_out.values())), "sample") + (f" ({parts})" if parts else "")

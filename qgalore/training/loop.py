@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from ..models.loss import Loss
 from ..parallel import ALONE, Team
 from .course import Course
 from .keeping import PATIENCE
-from .parts import Batch, Data, Evaluating, Evaluation, Faults, Saving, Stepping
+from .parts import Batch, Data, Evaluating, Evaluation, Faults, Samples, Saving, Stepping
 from .position import Position
 from .records import ProgressLine, human_time, memory_row
 from .recovery import Recovery
@@ -60,7 +61,7 @@ class Loop:
 
     def run(self) -> Evaluation:
         """Train, evaluate, record, save, to the last step or until ``early_stopping`` evaluations in a row brought no
-        lower loss. Returns the last evaluation.
+        lower loss. A fresh run is evaluated before its first step too. Returns the last evaluation.
 
         A step whose loss or gradient is not finite is skipped; after ``max_skipped_in_a_row`` of them the state is
         saved and :class:`NumericalError` raised, as it is at the end if the last evaluation or a weight is not finite.
@@ -80,6 +81,8 @@ class Loop:
             self._save_beginning()
         course.look_for_best()
         with StopSignal() as stop:
+            if self.position.step == 0:
+                self._evaluate()  # no checkpoint belongs to it, so it is never the best
             while self.position.step < last_step and not self._stops_early():
                 row = self.recovery.guarded(self._step)
                 if row is None:
@@ -104,13 +107,7 @@ class Loop:
                     why = "the end of the program that reads its output" if signalled == NO_READER else "a signal"
                     raise Interrupted(f"stopped by {why}; step {step} is saved, go on with --resume auto", signalled)
         if self._stops_early():
-            where = self.position
-            print(
-                f"stopped early after step {where.step}: {counted(where.since_best, 'evaluation')} brought no lower "
-                f"held-out loss than step {where.best_step} (train.early_stopping "
-                f"{self.evaluating.early_stopping}); the state is saved, a larger number goes on with --resume auto",
-                flush=True,
-            )
+            self._say_stopped()
         return self._finite(latest or self._evaluate())
 
     def _record(self, row: dict[str, Any], progress: ProgressLine) -> None:
@@ -137,6 +134,15 @@ class Loop:
     def _stops_early(self) -> bool:
         limit = self.evaluating.early_stopping
         return limit is not None and self.position.since_best >= limit
+
+    def _say_stopped(self) -> None:
+        where = self.position
+        print(
+            f"stopped early after step {where.step}: {counted(where.since_best, 'evaluation')} brought no lower "
+            f"held-out loss than step {where.best_step} (train.early_stopping "
+            f"{self.evaluating.early_stopping}); the state is saved, a larger number goes on with --resume auto",
+            flush=True,
+        )
 
     def _step(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -184,14 +190,21 @@ class Loop:
         return self.loss(self.model, batch) / max(tokens, 1)
 
     def _evaluate(self) -> Evaluation:
-        size, valid = self.stepping.micro_batch_size, self.data.valid
-        starts = range(0, len(valid), size)[: self.evaluating.batches]
-        batches = [partial(valid.batch, range(s, min(s + size, len(valid)))) for s in starts]
-        result = self.data.evaluate(self.model, batches, device=self.device)
+        sets = {name: self._batches(samples) for name, samples in self.data.valid.items()}
+        result = self.data.evaluate(self.model, sets, device=self.device)
         result = self.team.of_first("an evaluation", lambda: result)
-        self.course.record_evaluation({"step": self.position.step, **result.row()})
-        print(f"step {self.position.step}/{self.stepping.max_steps} | {result}", flush=True)
+        where = self.position
+        drawn = self.data.order_for(where.order).drawn(where.sample)
+        row = {"step": where.step, **result.row(), **{f"drawn/{name}": count for name, count in drawn.items()}}
+        self.course.record_evaluation(row)
+        print(f"step {where.step}/{self.stepping.max_steps} | {result}", flush=True)
         return result
+
+    def _batches(self, samples: Samples) -> list[Callable[[], Batch]]:
+        """Functions that make the micro-batches of a held-out set that are looked at."""
+        size = self.stepping.micro_batch_size
+        starts = range(0, len(samples), size)[: self.evaluating.batches]
+        return [partial(samples.batch, range(s, min(s + size, len(samples)))) for s in starts]
 
     def _save_beginning(self) -> None:
         """A checkpoint before the first step, from which recovery can undo a half-taken step at any time."""

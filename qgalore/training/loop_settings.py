@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..data.mixing import MixedOrder, Mixture
 from ..data.order import SampleOrder
-from ..evaluation.loss import Losses, evaluate
+from ..evaluation.loss import Losses, evaluate_sets
 from ..memory.plan import Plan
 from ..models.loss import Loss, target_tokens
 from ..parallel import ALONE, Team
@@ -14,7 +15,7 @@ from ..quant.counter import derive_key
 from . import classification
 from .data import Data as BuiltData
 from .learning_rate import lr_at
-from .parts import Data, Evaluating, Faults, Saving, Stepping
+from .parts import Data, Evaluating, Faults, Samples, Saving, Stepping
 
 
 def of_data(
@@ -26,27 +27,36 @@ def of_data(
     losses: Losses,
 ) -> Data:
     """What is trained on and held out. ``losses``: how the held-out batches go through the model."""
-    order_for = cache(partial(sample_order, len(data.train), config.run.seed))
+    order_for = cache(partial(sample_order, data.train, config.run.seed))
     if examples is not None:
         return classification.loop_data(config, examples, order_for)
     # A pass that gathers weights must be the same in all processes, so there each evaluates all of the data.
     team = ALONE if config.parallel == "shard" else team
-    looking = partial(evaluate, summed_loss=loss, target_tokens=target_tokens, team=team, losses=losses)
+    looking = partial(evaluate_sets, summed_loss=loss, target_tokens=target_tokens, team=team, losses=losses)
     return Data(data.train, data.valid, order_for, target_tokens, looking)
 
 
-def sample_order(samples: int, seed: int, rollbacks: int = 0) -> SampleOrder:
-    """The order of so many training samples in a run, after as many ``rollbacks``."""
-    return SampleOrder(samples, derive_key(seed, rollbacks)[0] & 0xFFFFFFFF)
+def sample_order(train: Samples, seed: int, rollbacks: int = 0) -> MixedOrder:
+    """The order of the training samples in a run, after as many ``rollbacks``. The first source of several has the
+    order that it has alone."""
+    if not isinstance(train, Mixture):
+        return MixedOrder([_one_order(len(train), seed, rollbacks)])
+    keys = [(seed, rollbacks), *((seed, rollbacks, place) for place in range(1, len(train.sources)))]
+    orders = [_one_order(len(one), *key) for one, key in zip(train.sources, keys, strict=True)]
+    return MixedOrder(orders, train.weights, train.names)
+
+
+def _one_order(samples: int, *key: int) -> SampleOrder:
+    return SampleOrder(samples, derive_key(*key)[0] & 0xFFFFFFFF)
 
 
 def of_steps(config: Config) -> Stepping:
     train = config.train
-    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.max_steps}
+    schedule = {"peak": train.lr, "warmup_steps": train.warmup_steps, "max_steps": train.steps}
     return Stepping(
         lr_at=partial(lr_at, **schedule, schedule=train.lr_schedule, min_lr_ratio=train.min_lr_ratio),
         seed=config.run.seed,
-        max_steps=train.max_steps,
+        max_steps=train.steps,
         micro_batch_size=train.micro_batch_size,
         grad_accumulation=train.grad_accumulation,
         clip_grad_norm=train.clip_grad_norm,

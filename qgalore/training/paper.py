@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config
+from ..config import Config, with_steps
 from ..lowrank.factory import part_elements, trained_tensors
 from ..lowrank.inner.checked import Factory, make_factory
 from ..lowrank.layers.linear import LowRankLinear
@@ -182,7 +182,8 @@ def plan_for(
         outside["gathered blocks"] = gathered(model)
     if config.model.compile == "blocks":
         outside["gradients of a compiled block"] = compiled_gradients(model, ordinary_leaf(config))
-    how = replace(settings.of_steps(config), grad_accumulation=train.grad_accumulation * processes)
+    # How many steps there are changes nothing here, and epochs only come to steps once the data are known.
+    how = replace(settings.of_steps(with_steps(config, 1)), grad_accumulation=train.grad_accumulation * processes)
 
     def order(layout: Layout | None) -> Order:
         # Blocks that are gathered are counted above, outside the rehearsal.

@@ -1,13 +1,13 @@
 """What the loop is given, by name: data, how to step, when to evaluate, what to keep, what faults do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.order import SampleOrder
+from ..data.mixing import MixedOrder
 
 Batch = dict[str, Tensor]
 
@@ -40,13 +40,14 @@ class Data:
     """What is trained on and what is held out.
 
     ``order_for(n)`` gives the order of the training samples after n rollbacks. ``targets(batch)`` counts what the loss
-    of a batch is a sum over; the progress line calls these ``unit``. ``evaluate(model, batches, device=…)`` looks at
-    held-out batches, each given as a function that makes it.
+    of a batch is a sum over; the progress line calls these ``unit``. ``valid`` has the held-out sets by name; where
+    there is one alone, it is called "". ``evaluate(model, sets, device=…)`` looks at the batches of each set, every
+    batch given as a function that makes it.
     """
 
     train: Samples
-    valid: Samples
-    order_for: Callable[[int], SampleOrder]
+    valid: Mapping[str, Samples]
+    order_for: Callable[[int], MixedOrder]
     targets: Callable[[Batch], int]
     evaluate: Evaluate
     unit: str = "tok"

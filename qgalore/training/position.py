@@ -4,18 +4,20 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ..data.mixing import Positions
+
 LIMIT = 1 << 53  # of counts: above it a file's numbers are not those of a run
 
 
 @dataclass
 class Position:
-    """Optimizer steps done (skipped ones included), (epoch, index) of the next sample, target tokens seen, and what
-    decides about faults: the last losses, steps skipped in all and in a row, ``skip``, the steps (from 0) that a replay
-    passes over, and ``order``, how often the run was rolled back to go on in another data order.
+    """Optimizer steps done (skipped ones included), (epoch, index) of the next sample of each source, target tokens
+    seen, and what decides about faults: the last losses, steps skipped in all and in a row, ``skip``, the steps (from
+    0) that a replay passes over, and ``order``, how often the run was rolled back to go on in another data order.
     Of the evaluations: the lowest loss, its step, and how many were made since."""
 
     step: int = 0
-    sample: tuple[int, int] = (0, 0)
+    sample: Positions = ()
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
@@ -42,11 +44,20 @@ class Position:
         for name, value in saved.items():
             if not _KINDS.get(name, _is_count)(value):
                 raise ValueError(f"position.{name} is {str(value)[:60]}, which no run writes")
-        return cls(**{**saved, "sample": tuple(saved["sample"])})
+        sample = saved["sample"]
+        if _is_pair(sample):  # as checkpoints had it while there was one source
+            sample = [sample]
+        if not sample and saved["step"]:
+            raise ValueError(f"position.sample is empty after step {saved['step']}, which no run writes")
+        return cls(**{**saved, "sample": tuple((epoch, index) for epoch, index in sample)})
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < LIMIT
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value))
 
 
 def _is_loss(value: Any) -> bool:
@@ -54,7 +65,7 @@ def _is_loss(value: Any) -> bool:
 
 
 _KINDS = {
-    "sample": lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)),
+    "sample": lambda value: _is_pair(value) or (isinstance(value, (list, tuple)) and all(map(_is_pair, value))),
     "losses": lambda value: isinstance(value, list) and all(map(_is_loss, value)),
     "skip": lambda value: isinstance(value, list) and all(map(_is_count, value)),
     "best_loss": lambda value: value is None or _is_loss(value),

@@ -6,7 +6,7 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from ..data.labelled import Labels
-from ..data.order import SampleOrder
+from ..data.mixing import MixedOrder, Mixture
 from ..data.packing import IGNORED
 from ..errors import counted, printable
 from .parts import Batch, Samples
@@ -81,10 +81,18 @@ def of_examples(tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Lines:
     return lines
 
 
-def rows(data: Samples, order: SampleOrder, count: int, shown: Lines) -> Iterator[str]:
+def _origin(data: Samples, number: int) -> str:
+    """Where a row comes from, in words."""
+    if not isinstance(data, Mixture):
+        return f"sample {number:,} of {len(data):,}"
+    source, inside = data.place(number)
+    return f"sample {inside:,} of {len(data.sources[source]):,} of {data.names[source]}"
+
+
+def rows(data: Samples, order: MixedOrder, count: int, shown: Lines) -> Iterator[str]:
     """The lines of the first ``count`` rows in the ``order`` of training, or of all, if there are fewer."""
-    numbers, _ = order.take((0, 0), min(count, len(data)))
+    numbers, _ = order.take((), min(count, len(data)))
     for place, number in enumerate(numbers, start=1):
         first, *more = shown(data.batch([number]))
-        yield f"row {place} (sample {number:,} of {len(data):,}): {first}"
+        yield f"row {place} ({_origin(data, number)}): {first}"
         yield from more

@@ -209,7 +209,10 @@ def restore(
             )
         position = _position(source, saved)
         if position.step > max_steps:
-            raise ConfigError(f"{source} is after step {position.step}, beyond train.max_steps ({max_steps})")
+            raise ConfigError(
+                f"{source} is after step {position.step}, beyond the run's last, {max_steps}; raise train.max_steps or "
+                "train.epochs"
+            )
         checkpoint.load_into(source, saved, model, optimizer)
         say("resume", f"{source}, after step {position.step}")
     team.meet("the state of the checkpoint")

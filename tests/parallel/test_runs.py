@@ -27,7 +27,7 @@ def test_a_nan_in_one_process_skips_the_step_in_all(folder, order):
     assert codes(found) == {0}, found
     losses = rows(folder / "runs/tiny", "lr")
     assert [row.get("skipped") for row in losses] == [None, None, "rank 1: the loss is nan in step 3", None]
-    assert len(rows(folder / "runs/tiny", "eval_loss")) == 1
+    assert len(rows(folder / "runs/tiny", "eval_loss")) == 2  # before the first step and after the last
     # what two processes wrote is an ordinary checkpoint
     model, _ = assemble.restore_model(folder / "runs/tiny/checkpoints/step-00000004")
     saved = state(folder / "runs/tiny", 4)
@@ -214,3 +214,19 @@ def test_saved_by_four_continued_by_two_exported_by_one(folder):
     layer = model.model.layers[0].mlp.up_proj
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(exported[name], layer.dense_weight().to(exported[name].dtype))
+
+
+@pytest.mark.slow
+def test_several_processes_draw_from_a_mixture_what_one_draws(folder):
+    (folder / "tales.txt").write_text("A hen met a fox, and the fox met a dog. " * 60)
+    (folder / "sums.txt").write_text(" ".join(f"{n} and {n} is {2 * n}." for n in range(200)))
+    mixed = ["data.train=[{path: tales.txt, weight: 3}, sums.txt]", "data.vocab_size=300", "data.valid_fraction=0.2"]
+    mixed += ["train.max_steps=4", "train.eval_every=2", "train.save_every=2", "train.order=layer_major"]
+    for count in (1, 2):
+        assert codes(run_in(count, live, str(folder), [*mixed, f"run.name=p{count}"])) == {0}
+    for key in ("loss", "eval_loss/sums"):
+        alone, shared = ([row[key] for row in rows(folder / run, key)] for run in ("runs/p1", "runs/p2"))
+        assert len(alone) > 2
+        assert shared == pytest.approx(alone, rel=1e-3)
+    last = rows(folder / "runs/p2", "drawn/tales")[-1]
+    assert (last["drawn/tales"], last["drawn/sums"]) == (12, 4)

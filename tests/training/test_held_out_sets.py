@@ -1,0 +1,127 @@
+"""Held-out sets with names, and the held-out loss before the first step."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import rows
+
+from qgalore.convergence import charts, table, tensorboard
+from qgalore.convergence.records import read_run
+from qgalore.convergence.summary import summarise
+from qgalore.evaluation.loss import evaluate, evaluate_sets
+from qgalore.models.loss import summed_loss, target_tokens
+
+SHORT = ("data.train=train.txt", "data.vocab_size=300", "data.sequence_length=16", "data.valid_fraction=0.2",
+         "export.formats=[]", "sample.max_new_tokens=0", "train.eval_every=1", "train.save_every=1")  # fmt: skip
+SETS = "data.valid={stories: stories.txt, code: code.txt}"
+
+
+@pytest.fixture(autouse=True)
+def texts(tiny_run):
+    Path("train.txt").write_text("one two one two three " * 60)
+    Path("stories.txt").write_text("A hen met a fox, and the fox met a dog. " * 6)
+    Path("code.txt").write_text("if x: y = [1, 2]; z = {3} " * 20)
+
+
+def evaluations(run):
+    return {row["step"]: row for row in rows(f"runs/{run}/metrics.jsonl") if "eval_loss" in row}
+
+
+def test_every_token_of_all_sets_weighs_the_same(tiny_llama):
+    model, generator = tiny_llama(), torch.Generator().manual_seed(3)
+
+    def batch(count, length):
+        ids = torch.randint(0, 96, (count, length), generator=generator)
+        return {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": torch.arange(length).expand(count, -1)}
+
+    sets = {"few": [partial(batch(1, 5).copy)], "many": [partial(batch(3, 20).copy), partial(batch(2, 20).copy)]}
+    how = {"summed_loss": summed_loss, "target_tokens": target_tokens, "device": torch.device("cpu")}
+    made = evaluate_sets(model, sets, **how)
+    joined = evaluate(model, [*sets["few"], *sets["many"]], **how)
+    assert made.tokens == joined.tokens == 105
+    assert made.loss == pytest.approx(joined.loss, rel=1e-6)
+    alone = {name: evaluate(model, batches, **how).loss for name, batches in sets.items()}
+    assert made.row() == {
+        "eval_loss": made.loss, "eval_perplexity": made.perplexity,
+        "eval_loss/few": alone["few"], "eval_loss/many": alone["many"],
+    }  # fmt: skip
+    assert abs(made.loss - sum(alone.values()) / 2) > 1e-3, "the test wants sets whose plain mean is another"
+
+
+def test_each_set_is_told_by_name_from_before_the_first_step(tiny_run):
+    code, out, err = tiny_run(*SHORT, SETS, "train.max_steps=1", "run.name=both")
+    assert code == 0, err
+    both = evaluations("both")
+    assert list(both) == [0, 1]
+    for name in ("stories", "code"):
+        assert tiny_run(*SHORT, f"data.valid={name}.txt", "train.max_steps=1", f"run.name={name}")[0] == 0
+        alone = evaluations(name)
+        assert [row["eval_loss"] for row in alone.values()] == [row[f"eval_loss/{name}"] for row in both.values()]
+        assert not any(key.startswith("eval_loss/") for row in alone.values() for key in row)
+        assert f"{name} {both[0][f'eval_loss/{name}']:.4f}" in out
+    assert out.index("step 0/1 | held-out loss") < out.index("step 1/1 | loss")
+    low, high = sorted(both[1][f"eval_loss/{name}"] for name in ("stories", "code"))
+    assert low < both[1]["eval_loss"] < high
+
+    run = read_run(Path("runs/both"))
+    assert f"(stories {both[1]['eval_loss/stories']:.4f}, code {both[1]['eval_loss/code']:.4f})" in " ".join(
+        table.state(summarise(run)).split()
+    )
+    scalars = list(tensorboard.scalars(run))
+    assert ("held_out/eval_loss/code", both[0]["eval_loss/code"], 0) in scalars
+    assert all(f"held out, {name}" in charts.loss(run) for name in ("stories", "code"))
+
+    # A resumed run has been evaluated before.
+    before = Path("runs/both/metrics.jsonl").read_text()
+    code, out, err = tiny_run(*SHORT, SETS, "train.max_steps=2", "run.name=both", "--resume", "auto")
+    assert code == 0, err
+    assert "step 0/" not in out
+    assert Path("runs/both/metrics.jsonl").read_text().startswith(before)
+
+
+def test_the_loss_before_the_first_step_is_never_the_best(tiny_run):
+    """Whatever comes after it is worse, and still step 1 is the best: of step 0 there is no checkpoint."""
+    worse = ("train.lr=0.3", "train.lr_schedule=constant", "train.warmup_steps=0", "train.max_steps=9")
+    code, _, err = tiny_run(*SHORT, *worse, "data.valid=code.txt", "train.keep_best=true", "train.early_stopping=2")
+    assert code == 0, err
+    losses = {step: row["eval_loss"] for step, row in evaluations("tiny").items()}
+    assert losses[0] == min(losses.values()), "the test wants a run that gets worse at once"
+    last = max(losses)
+    best = min(range(1, last + 1), key=losses.get)
+    state = json.loads(Path(f"runs/tiny/checkpoints/step-{last:08d}/state.json").read_text())
+    assert (state["position"]["best_step"], state["position"]["best_loss"]) == (best, losses[best])
+    assert last == best + 2
+
+
+@pytest.mark.parametrize(
+    ("valid", "told"),
+    [
+        ("{}", r"data\.valid is a mapping of 0 keys; it must be a file, .* mapping of names"),
+        ("{a/b: code.txt}", r"data\.valid is a mapping of one key; .* names of at most 100 letters"),
+        ("{a: [code.txt]}", r"data\.valid is a mapping of one key"),
+        ("{code: coed.txt}", r"data\.valid\.code: data source 'coed\.txt' does not exist.*code\.txt"),
+        ("{code: short.txt}", r"data\.valid\.code: the data has \d+ tokens"),
+    ],
+)  # fmt: skip
+def test_sets_that_cannot_be_read(tiny_run, valid, told):
+    Path("short.txt").write_text("a")
+    code, _, err = tiny_run(*SHORT, f"data.valid={valid}")
+    assert code == 2
+    assert re.search(told, err), err
+
+
+def test_a_classifier_has_one_set(tiny_run):
+    code, _, err = tiny_run(*SHORT, SETS, "data.task=classify", "data.tokenizer=x")
+    assert code == 2
+    assert "data.valid: data.task: classify has one held-out set" in err
+
+
+def test_numbers_are_names_too(tiny_run):
+    Path("2024").write_text("x")
+    from qgalore import config
+
+    assert config.load("tiny.yaml", ["data.valid={2023: 2024}"]).data.held_out == {"2023": "2024"}
