@@ -100,8 +100,7 @@ def train_losses_of(runs: list[Run]) -> str:
 def _in_force(run: Run, key: str) -> list[Series]:
     """What ``key`` was at last, mean over the layers of each kind, read off at the same steps for all."""
     layers = by_layer(run.refreshes)
-    last = run.step
-    steps = sorted({round(1 + i * (last - 1) / BINS) for i in range(BINS + 1)})
+    steps = sorted({round(1 + i * (run.step - 1) / BINS) for i in range(BINS + 1)})
     series = []
     for colour, kind in enumerate(dict.fromkeys(map(kind_of, layers))):
         tracks = [points_of(rows, key) for layer, rows in layers.items() if kind_of(layer) == kind]

@@ -50,8 +50,7 @@ def _by_layer(run: Run, rows: list[Row], value: Value, title: str, what: str, no
     """The map of ``value`` for every layer. Without a ``scale`` the colours span the values, in powers of ten."""
     found = _rows(by_layer(rows), value)
     room = max(5, MAX_CELLS // max(1, len(found)))
-    last = run.step  # which counts the rows of every step
-    cells = [(name, _cells(points, last, room)) for _, name, points in found]
+    cells = [(name, _cells(points, run.step, room)) for _, name, points in found]
     values = [shown for _, row in cells for _, _, shown in row]
     if scale is None and values:
         highest = max(values)

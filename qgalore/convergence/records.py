@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Run:
     updates: list[Row] = field(default_factory=list)  # updates that were looked at, of rules on whole gradients
     planned_steps: int | None = None  # what epochs came to, for a run whose configuration has no steps
 
-    @property
+    @cached_property  # asked for every layer
     def step(self) -> int:
         """Optimizer steps done, skipped ones included."""
         return max((row["step"] for row in self.train), default=0)
