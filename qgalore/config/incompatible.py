@@ -57,11 +57,6 @@ def _one_model(config: Config) -> Iterable[str]:
         yield "model: give exactly one of model.config (from scratch) and model.path (pretrained)"
 
 
-def _shape_of_pretrained(config: Config) -> Iterable[str]:
-    if config.model.path is not None and config.model.overrides:
-        yield "model.overrides: changes the shape of a pretrained model; it goes with model.config only"
-
-
 def _compiled_offload(config: Config) -> Iterable[str]:
     if config.model.compile == "blocks" and config.train.activation_checkpointing == "offload":
         yield "model.compile: blocks keep activations on the device; set train.activation_checkpointing: true"
@@ -194,9 +189,6 @@ def _classifier(config: Config) -> list[str]:
 
 TABLE = (
     Conflict(("model.config", "model.path"), "Give exactly one of `model.config` and `model.path`.", _one_model),
-    Conflict(
-        ("model.overrides", "model.path"), "`model.overrides` goes with `model.config` only.", _shape_of_pretrained
-    ),
     Conflict(
         ("model.compile", "train.activation_checkpointing"),
         "Compiled blocks do not go with `train.activation_checkpointing: offload`.",

@@ -103,7 +103,8 @@ class ModelSection(Section):
         example="models/Qwen2.5-7B", unset="model.config is given instead",
     )  # fmt: skip
     overrides: dict[str, Any] = key(
-        {}, "Fields of the model's config.json to change, when training from scratch.",
+        {}, "Fields of the model's config.json to change. In a pretrained model, all may change that leave its tensors "
+        "as they are, such as dropouts or the scaling of positions.",
         rule="a mapping of fields to values, such as {hidden_size: 512}", example={"hidden_size": 512},
     )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = key(

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,6 +15,7 @@ from ..errors import ConfigError
 from . import folder as folders
 from . import streaming
 from .kinds import check_folder
+from .overriding import overridden_config
 from .shapes import (
     check_positions,
     check_vocabulary,
@@ -27,9 +30,8 @@ from .weights import stored_tensors
 
 __all__ = [
     "check_folder", "check_positions", "check_vocabulary", "first_position", "fresh_source", "from_scratch",
-    "local_folder", "model_config", "noted_config", "pretrained", "pretrained_skeleton", "skeleton",
-    "skeleton_with_buffers", "stored_config",
-    "stored_source", "untie_padding",
+    "local_folder", "model_config", "noted_config", "pretrained", "pretrained_config", "pretrained_skeleton",
+    "skeleton", "skeleton_with_buffers", "stored_config", "stored_source", "untie_padding",
 ]  # fmt: skip
 
 
@@ -114,15 +116,33 @@ def local_folder(source: str) -> Path:
     return Path(found)
 
 
-def pretrained_skeleton(
-    folder: Path, *, dtype: torch.dtype, report: Callable[[str], None] = _silent, auto: type = AutoModelForCausalLM
-) -> nn.Module:
-    """The model that ``folder`` holds, on the meta device, with its head tied to the embedding or not as its files have
-    it. Whether the files have all that the model needs is looked at here, before anything slow begins.
+def pretrained_config(
+    folder: Path,
+    overrides: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    report: Callable[[str], None] = _silent,
+    auto: type = AutoModelForCausalLM,
+) -> PretrainedConfig:
+    """The config of the model that ``folder`` holds, with ``overrides`` that leave its tensors as they are. Raises as
+    :func:`.overriding.overridden_config`."""
+    return overridden_config(folder, overrides, partial(skeleton, dtype=dtype, auto=auto), report)
 
-    Raises :class:`ConfigError` if the folder describes no model, or its files are damaged or belong to another one.
+
+def pretrained_skeleton(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    report: Callable[[str], None] = _silent,
+    overrides: dict[str, Any] | None = None,
+) -> nn.Module:
+    """The causal LM that ``folder`` holds, on the meta device, with its head tied to the embedding or not as its files
+    have it. Whether the files have all that the model needs is looked at here, before anything slow begins.
+
+    Raises :class:`ConfigError` if the folder describes no model, or its files are damaged or belong to another one, and
+    for ``overrides`` of its config that it cannot have.
     """
-    model = skeleton(stored_config(folder, report), dtype=dtype, auto=auto)
+    model = skeleton(pretrained_config(folder, overrides or {}, dtype=dtype, report=report), dtype=dtype)
     tensors = stored_tensors(folder, stored_fields(folder), report)
     if (line := folders.untie_as_stored(model, tensors)) is not None:
         report(line)

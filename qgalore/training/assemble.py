@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .export import check_formats, export, export_checkpoint, finish, mark_ends,
 from .fit import prepare_allocator, recheck, settle
 from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
-from .paper import has_weights
+from .paper import has_weights, shape
 from .parts import Samples
 from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
 from .roofline import line_of
@@ -98,6 +99,8 @@ def plan(config: Config, processes: int = 1) -> None:
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
+    if section.path is not None and section.overrides:
+        shape(config, vocabulary, partial(say, "model"))
     chosen, found = settle(config, vocabulary, device, processes)
     if device.type == "cuda" and processes == 1:
         say("speed", line_of(chosen, vocabulary, found.total))

@@ -51,7 +51,8 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
     if vocabulary.labels is not None:
         model = _classifier(config, vocabulary, report)
     elif section.path is not None:
-        model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype, report=report)
+        folder = loading.local_folder(section.path)
+        model = loading.pretrained_skeleton(folder, dtype=dtype, report=report, overrides=section.overrides)
     else:
         shape = loading.model_config(
             section.config,
@@ -78,7 +79,8 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
 def _classifier(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
     section = config.model
     if section.path is not None:
-        shape = loading.stored_config(loading.local_folder(section.path), report)
+        folder = loading.local_folder(section.path)
+        shape = loading.pretrained_config(folder, section.overrides, report=report, auto=classify.AUTO)
     else:
         given = {"tokenizer_size": vocabulary.size, "overrides": section.overrides}
         shape = loading.model_config(section.config, **given, report=lambda line: None)
