@@ -57,6 +57,14 @@ def _one_model(config: Config) -> Iterable[str]:
         yield "model: give exactly one of model.config (from scratch) and model.path (pretrained)"
 
 
+def _grown_from_scratch(config: Config) -> Iterable[str]:
+    if config.model.grow_vocabulary and config.model.path is None:
+        yield (
+            "model.grow_vocabulary: is for a pretrained model; one from model.config has the rows that its tokenizer "
+            "needs, or model.overrides.vocab_size"
+        )
+
+
 def _compiled_offload(config: Config) -> Iterable[str]:
     if config.model.compile == "blocks" and config.train.activation_checkpointing == "offload":
         yield "model.compile: blocks keep activations on the device; set train.activation_checkpointing: true"
@@ -189,6 +197,11 @@ def _classifier(config: Config) -> list[str]:
 
 TABLE = (
     Conflict(("model.config", "model.path"), "Give exactly one of `model.config` and `model.path`.", _one_model),
+    Conflict(
+        ("model.grow_vocabulary", "model.config"),
+        "`model.grow_vocabulary` goes with `model.path` only.",
+        _grown_from_scratch,
+    ),
     Conflict(
         ("model.compile", "train.activation_checkpointing"),
         "Compiled blocks do not go with `train.activation_checkpointing: offload`.",

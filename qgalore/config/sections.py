@@ -107,6 +107,10 @@ class ModelSection(Section):
         "as they are, such as dropouts or the scaling of positions.",
         rule="a mapping of fields to values, such as {hidden_size: 512}", example={"hidden_size": 512},
     )  # fmt: skip
+    grow_vocabulary: bool = key(
+        False, "Whether a pretrained model gets more rows if the tokenizer has more entries than it has rows. New rows "
+        "begin as the mean of the others. For data.added_tokens it does so anyway.",
+    )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "The number format of activations and of tensors that are not quantized. With `auto` it is bfloat16 on "
         "a GPU that computes in it, else float32.",
@@ -142,6 +146,11 @@ class DataSection(Section):
         None, "The tokenizer's folder, its tokenizer.json, or a hub id.", min_length=1, example="models/Qwen2.5-7B",
         unset="that of model.path, or else a byte-level BPE is trained on data.train",
     )  # fmt: skip
+    added_tokens: list[str] = key(
+        [], "Special tokens to add to the tokenizer, such as the marks of turns. Rows of a pretrained model for them "
+        "begin as the mean of its other rows.",
+        rule="a list of tokens, each of them once, and none of them blank", example=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
     vocab_size: int = key(
         8192, "The size of a tokenizer that is trained here.", unit="tokens", ge=257, le=SIDE,
         rule=f"a whole number from 257 (the 256 bytes and an end mark) to {SIDE:,}",
@@ -175,6 +184,13 @@ class DataSection(Section):
     metric: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] = key(
         [], "Metrics of held-out labels. An empty list stands for all that suit the labels.", example=["f1"]
     )
+
+    @field_validator("added_tokens")
+    @classmethod
+    def _tokens(cls, value: list[str]) -> list[str]:
+        if any(not token.strip() for token in value):
+            raise ValueError("a token is blank")
+        return once(value)
 
     @field_validator("metric")
     @classmethod

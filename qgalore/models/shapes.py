@@ -148,7 +148,8 @@ def check_vocabulary(
     vocab = config.get_text_config().vocab_size
     if highest_id >= vocab:
         remedy = (
-            "Set data.tokenizer to the tokenizer that the model was trained with, or take the texts that use it out"
+            "Set data.tokenizer to the tokenizer that the model was trained with, or take the texts that use it out. "
+            "If it is that one with more entries, model.grow_vocabulary=true gives them rows"
             if pretrained
             else f"Set model.overrides.vocab_size to {max(highest_id + 1, tokenizer_size)} or more"
         )

@@ -40,6 +40,7 @@ from .run_lock import RunLock
 from .say import say
 from .streamed import Placing
 from .trial import order_of, try_layer_major
+from .vocabulary import may_grow
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "preview", "restore_model"]
 
@@ -84,12 +85,13 @@ def plan(config: Config, processes: int = 1) -> None:
     else:
         device = choose_device(config)
     section = config.model
-    stated = section.path is not None or Path(section.config).exists()
+    stated = Path(section.config).exists() if section.path is None else not may_grow(config)
     stated = stated or "vocab_size" in {**section.overrides, **PRESETS.get(section.config, {})}
     rows = section.overrides.get("vocab_size", 1)  # a folder's config.json has its own
-    vocabulary = (
-        Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config, given_tokenizer(config)))
-    )
+    vocabulary = Vocabulary(rows, None, None)
+    if not stated:
+        tokenizer = build_tokenizer(config, given_tokenizer(config))
+        vocabulary = Vocabulary.of(tokenizer, config.data.added_tokens)
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=classification.PLANNED)
     elif section.path is not None and not has_weights(local_folder(section.path)):
@@ -99,7 +101,7 @@ def plan(config: Config, processes: int = 1) -> None:
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
-    if section.path is not None and section.overrides:
+    if section.path is not None and (section.overrides or may_grow(config)):
         shape(config, vocabulary, partial(say, "model"))
     chosen, found = settle(config, vocabulary, device, processes)
     if device.type == "cuda" and processes == 1:
@@ -159,7 +161,7 @@ def _words(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[classifi
     """The examples of a classifier, and what shapes the model beside its configuration: the tokens and, in a
     classifier, the labels."""
     examples = classification.read(config, tokenizer) if config.data.task == "classify" else None
-    tokens = Vocabulary.of(tokenizer)
+    tokens = Vocabulary.of(tokenizer, config.data.added_tokens)
     return examples, tokens if examples is None else examples.vocabulary(tokens)
 
 

@@ -38,6 +38,7 @@ from .model import (
     rule_momentum,
     rule_of,
     rule_rank,
+    with_rows,
 )
 from .say import say
 from .trial import order_of
@@ -100,7 +101,8 @@ def shape(config: Config, vocabulary: Vocabulary, report: Callable[[str], None] 
         folder = loading.local_folder(config.model.path)
         if not has_weights(folder):
             described = loading.pretrained_config(folder, config.model.overrides, report=report)
-            return loading.skeleton(described, dtype=getattr(torch, config.model.dtype))
+            model = loading.skeleton(described, dtype=getattr(torch, config.model.dtype))
+            return with_rows(config, vocabulary, model, report)
     return architecture(config, vocabulary, report)
 
 
