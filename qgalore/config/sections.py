@@ -213,6 +213,10 @@ class TrainSection(Section):
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "How the learning rate falls after warm-up.")
     min_lr_ratio: float = key(0.1, "The learning rate of the last step, as a share of train.lr.", ge=0, le=1)
+    restart_schedule: bool = key(
+        False, "Whether a run that `--resume PATH` begins on another run's checkpoint takes its weights, moments and "
+        "bases alone. Steps, data and the learning rate then begin anew, and their keys may be others.",
+    )  # fmt: skip
     clip_grad_norm: float = key(
         0.0, "The largest global norm of the gradient. With 0 nothing is clipped.", ge=0, le=1e9
     )

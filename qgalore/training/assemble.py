@@ -34,10 +34,11 @@ from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .paper import has_weights, shape
 from .parts import Samples
-from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
+from .resume import checkpoint_to_resume, describe, ending, enter
 from .roofline import line_of
 from .run_lock import RunLock
 from .say import say
+from .starting import decide
 from .streamed import Placing
 from .trial import order_of, try_layer_major
 from .vocabulary import may_grow
@@ -180,19 +181,19 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     config = _resolved(config, device, team.size)
     folder, lock = enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
-    if source is not None:
-        config = check_same_run(source, saved, config)
+    config, begin = decide(config, folder, resume, source, saved, team)
     _announce(config, folder, device, team, remarks)
 
     # What can be known to be wrong is said before anything is tokenized or built.
     tokenizer = _checked_tokenizer(config, device, team)
+    begin.check_tokens(tokenizer)
     examples, vocabulary = _words(config, tokenizer)
     config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
 
-    day = _day(saved, team)
+    day = _day(begin.past, team)
     data = _data(config, tokenizer, examples, day, team)
-    check_same_bytes(source, saved, data.checksum)
+    begin.check_bytes(data.checksum)
     place = Placing(config)
     model, loss = build_model(config, vocabulary, data.highest_id, device, team, place)
     _make_ready(config, model, tokenizer)
@@ -204,7 +205,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
     place.adopt(model, optimizer, layout)
     where = {"folder": folder, "data": data.description, "max_steps": config.train.max_steps}
-    start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
+    start = begin.position(model=model, optimizer=optimizer, team=team, **where)
     place.collect()
     order = order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream)
     loop = Loop(

@@ -123,7 +123,7 @@ def test_an_exported_head_in_int8_grows_on_its_own_grid(continued):
         assert torch.equal(new[300], new[301])
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("kind", ["untied", pytest.param("tied", marks=pytest.mark.slow)])
 def test_a_run_with_added_tokens(continued, kind):
     """Planned, trained, resumed to the same bits, exported, and generating its new tokens in transformers."""
     said = "2 new rows (ids 300 to 301) for <|im_start|>, <|im_end|> in " + " and ".join(GROWS[kind])
@@ -163,7 +163,7 @@ def test_rows_that_the_model_has_already_stay(continued):
     smaller.chat_template = load_tokenizer("words").chat_template
     smaller.save_pretrained("smaller")
     first = len(smaller)
-    code, out, err = continued(ADDED, "data.tokenizer=smaller", "export.formats=[]", "train.max_steps=1")
+    code, out, err = continued(ADDED, "data.tokenizer=smaller", "--plan")
     assert code == 0, err
     assert f"<|im_start|> ({first}), <|im_end|> ({first + 1}) of data.added_tokens: the model has rows for them" in out
     assert "new row" not in out

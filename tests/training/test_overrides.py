@@ -152,6 +152,7 @@ def test_a_longer_context_survives_the_run(continued):
     assert float(apart[0]) < 1e-3 < float(apart[64:].max())
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_alone(continued):
     states = {}
     for share in (0.0, 0.5):
