@@ -56,8 +56,7 @@ def test_weights_and_moments_are_taken_and_the_rest_begins_anew(run):
     assert steps[0]["tokens"] == rows("runs/tiny/metrics.jsonl")[0]["tokens"]
     state = state_of("b", 5)
     assert (state["optimizer"]["step_count"], state["position"]["steps_before"]) == (9, 4)
-    assert (state["position"]["step"], state["position"]["sample"]) == (5, [0, 20])
-    assert len(state["position"]["losses"]) == 5
+    assert (state["position"]["step"], len(state["position"]["losses"])) == (5, 5)
     assert [group["weight_decay"] for group in state["optimizer"]["groups"]] == [0.1, 0.1, 0.0]
 
     # Bases are refreshed when they would have been in a run that was not interrupted, numbered from the new beginning.
