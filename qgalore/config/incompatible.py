@@ -57,9 +57,12 @@ def _one_model(config: Config) -> Iterable[str]:
         yield "model: give exactly one of model.config (from scratch) and model.path (pretrained)"
 
 
-def _shape_of_pretrained(config: Config) -> Iterable[str]:
-    if config.model.path is not None and config.model.overrides:
-        yield "model.overrides: changes the shape of a pretrained model; it goes with model.config only"
+def _grown_from_scratch(config: Config) -> Iterable[str]:
+    if config.model.grow_vocabulary and config.model.path is None:
+        yield (
+            "model.grow_vocabulary: is for a pretrained model; one from model.config has the rows that its tokenizer "
+            "needs, or model.overrides.vocab_size"
+        )
 
 
 def _compiled_offload(config: Config) -> Iterable[str]:
@@ -173,7 +176,9 @@ def _limited_updates(config: Config) -> list[str]:
 TABLE = (
     Conflict(("model.config", "model.path"), "Give exactly one of `model.config` and `model.path`.", _one_model),
     Conflict(
-        ("model.overrides", "model.path"), "`model.overrides` goes with `model.config` only.", _shape_of_pretrained
+        ("model.grow_vocabulary", "model.config"),
+        "`model.grow_vocabulary` goes with `model.path` only.",
+        _grown_from_scratch,
     ),
     Conflict(
         ("train.max_steps", "train.epochs"),

@@ -49,7 +49,10 @@ _NAMES = {
     "model.path": "model_name_or_path model_name base_model pretrained_model_name_or_path model_path pretrained "
     "hub_id checkpoint_path checkpoint_dir",
     "model.config": "config_name model_config architecture model_type",
-    "model.overrides": "config_overrides model_args",
+    "model.overrides": "config_overrides model_args overrides_of_model_config rope_scaling rope_parameters",
+    "model.grow_vocabulary": "resize_vocab resize_token_embeddings resize_embeddings",
+    "data.added_tokens": "tokens add_tokens add_special_tokens additional_special_tokens extra_special_tokens",
+    "train.restart_schedule": "reset_lr_scheduler reset_scheduler reset_dataloader ignore_data_skip restart_lr",
     "model.dtype": "bf16 fp16 tf32 torch_dtype precision mixed_precision pure_bf16",
     "model.compile": "torch_compile compile_model",
     "model.attention": "attn_implementation attn_impl flash_attention flash_attn sdp_attention",
@@ -87,6 +90,8 @@ _NOTES["datasets"] = "Several are a list such as [{path: a.jsonl, weight: 2}, {p
 _NOTES["interleave_probs"] = _NOTES["mix_strategy"] = "Sources in its list are mixed by their weight."
 _NOTES["test_datasets"] = "Several are a mapping of names to files, such as {stories: a.jsonl, code: b.jsonl}."
 _NOTES["checkpoint_dir"] = "The folder that a run writes to is run.dir."
+_NOTES["rope_scaling"] = "For example model.overrides.rope_scaling={rope_type: yarn, factor: 4}."
+_NOTES["ignore_data_skip"] = "A new run then begins on the checkpoint of another one."
 _NOTES["lr_warmup_steps"] = "It counts optimizer steps, not iterations."
 _NOTES["wandb_project"] = "It names packages, and the environment's WANDB_PROJECT names the project."
 _NOTES["full_finetuning"] = "Every method but lora trains all weights."
@@ -124,7 +129,7 @@ _NONE = {
     "dataset_num_proc": "the tokenizer's own threads are used",
     "preprocessing_num_workers": "the tokenizer's own threads are used",
     "neftune_noise_alpha": "no noise is added to embeddings",
-    "special_tokens": "the tokens are those of the tokenizer",
+    "special_tokens": "roles such as eos are those of the tokenizer, and data.added_tokens adds entries",
     "overwrite_cache": "the cache knows by the data's content when to tokenize anew",
 }
 

@@ -115,8 +115,13 @@ class ModelSection(Section):
         example="models/Qwen2.5-7B", unset="model.config is given instead",
     )  # fmt: skip
     overrides: dict[str, Any] = key(
-        {}, "Fields of the model's config.json to change, when training from scratch.",
+        {}, "Fields of the model's config.json to change. In a pretrained model, all may change that leave its tensors "
+        "as they are, such as dropouts or the scaling of positions.",
         rule="a mapping of fields to values, such as {hidden_size: 512}", example={"hidden_size": 512},
+    )  # fmt: skip
+    grow_vocabulary: bool = key(
+        False, "Whether a pretrained model gets more rows if the tokenizer has more entries than it has rows. New rows "
+        "begin as the mean of the others. For data.added_tokens it does so anyway.",
     )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "The number format of activations and of tensors that are not quantized. With `auto` it is bfloat16 on "
@@ -173,6 +178,11 @@ class DataSection(Section):
         None, "The tokenizer's folder, its tokenizer.json, or a hub id.", min_length=1, example="models/Qwen2.5-7B",
         unset="that of model.path, or else a byte-level BPE is trained on data.train",
     )  # fmt: skip
+    added_tokens: list[str] = key(
+        [], "Special tokens to add to the tokenizer, such as the marks of turns. Rows of a pretrained model for them "
+        "begin as the mean of its other rows.",
+        rule="a list of tokens, each of them once, and none of them blank", example=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
     vocab_size: int = key(
         8192, "The size of a tokenizer that is trained here.", unit="tokens", ge=257, le=SIDE,
         rule=f"a whole number from 257 (the 256 bytes and an end mark) to {SIDE:,}",
@@ -207,6 +217,13 @@ class DataSection(Section):
     metric: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] = key(
         [], "Metrics of held-out labels. An empty list stands for all that suit the labels.", example=["f1"]
     )
+
+    @field_validator("added_tokens")
+    @classmethod
+    def _tokens(cls, value: list[str]) -> list[str]:
+        if any(not token.strip() for token in value):
+            raise ValueError("a token is blank")
+        return once(value)
 
     @field_validator("metric")
     @classmethod
@@ -275,6 +292,10 @@ class TrainSection(Section):
     )  # fmt: skip
     lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "How the learning rate falls after warm-up.")
     min_lr_ratio: float = key(0.1, "The learning rate of the last step, as a share of train.lr.", ge=0, le=1)
+    restart_schedule: bool = key(
+        False, "Whether a run that `--resume PATH` begins on another run's checkpoint takes its weights, moments and "
+        "bases alone. Steps, data and the learning rate then begin anew, and their keys may be others.",
+    )  # fmt: skip
     clip_grad_norm: float = key(
         0.0, "The largest global norm of the gradient. With 0 nothing is clipped.", ge=0, le=1e9
     )

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qgalore.data.paths import close_names, looks_like_path
@@ -35,6 +35,26 @@ def load_tokenizer(name_or_path: str, *, report: Callable[[str], None] = print) 
     if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
         return _from_pretrained(str(path.parent), "Check that tokenizer.json and tokenizer_config.json are complete.")
     return _with_end(_from_file(path), path, report)
+
+
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[str], report: Callable[[str], None] = print
+) -> PreTrainedTokenizerBase:
+    """``tokenizer`` with ``tokens`` as special ones, which no text is split into; what is new is reported."""
+    before = tokenizer.get_vocab()
+    if not tokens:
+        return tokenizer
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    after = tokenizer.get_vocab()
+    if lost := [token for token in tokens if token not in after]:
+        raise ConfigError(f"data.added_tokens: the tokenizer does not take {lost[0]!r}. Write it otherwise")
+    new = [f"{token} ({after[token]})" for token in tokens if token not in before]
+    old = [f"{token} ({after[token]})" for token in tokens if token in before]
+    if new:
+        report(f"special tokens added: {', '.join(new)}")
+    if old:
+        report(f"entries already, and special tokens now: {', '.join(old)}")
+    return tokenizer
 
 
 def train_tokenizer(

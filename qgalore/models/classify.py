@@ -14,6 +14,8 @@ from ..errors import ConfigError, counted
 from ..evaluation import metrics
 from . import streaming
 from .folder import load_buffers, stored
+from .growing import extended
+from .loading import as_stored
 from .shapes import stored_config, stored_fields
 from .weights import stored_tensors
 
@@ -50,9 +52,9 @@ def stored_source(folder: Path, model: nn.Module, *, seed: int, report: Callable
     Raises :class:`ConfigError` if the body is incomplete or cannot be read tensor by tensor.
     """
     head = head_names(model)
-    tensors = stored_tensors(folder, stored_fields(folder), report)
+    tensors, before = stored_tensors(folder, stored_fields(folder), report), as_stored(folder, model, AUTO)
     try:
-        found = list(stored(folder, model, report, optional=head, tensors=tensors))
+        found = list(extended(stored(folder, before, report, optional=head, tensors=tensors), before, model))
         fresh = streaming.initialisation(model, seed)
         load_buffers(model, tensors)
     except streaming.CannotStreamError as reason:

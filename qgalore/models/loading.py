@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -12,7 +14,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from ..errors import ConfigError
 from . import folder as folders
 from . import streaming
+from .growing import extended, grown_names, resized, rows_of
 from .kinds import check_folder
+from .overriding import overridden_config
 from .shapes import (
     check_positions,
     check_vocabulary,
@@ -26,10 +30,9 @@ from .shapes import (
 from .weights import stored_tensors
 
 __all__ = [
-    "check_folder", "check_positions", "check_vocabulary", "first_position", "fresh_source", "from_scratch",
-    "local_folder", "model_config", "noted_config", "pretrained", "pretrained_skeleton", "skeleton",
-    "skeleton_with_buffers", "stored_config",
-    "stored_source", "untie_padding",
+    "check_folder", "check_positions", "check_vocabulary", "first_position", "fresh_source", "from_scratch", "grown",
+    "local_folder", "model_config", "noted_config", "pretrained", "pretrained_config", "pretrained_skeleton",
+    "rows_of", "skeleton", "skeleton_with_buffers", "stored_config", "stored_source", "untie_padding",
 ]  # fmt: skip
 
 
@@ -114,15 +117,33 @@ def local_folder(source: str) -> Path:
     return Path(found)
 
 
-def pretrained_skeleton(
-    folder: Path, *, dtype: torch.dtype, report: Callable[[str], None] = _silent, auto: type = AutoModelForCausalLM
-) -> nn.Module:
-    """The model that ``folder`` holds, on the meta device, with its head tied to the embedding or not as its files have
-    it. Whether the files have all that the model needs is looked at here, before anything slow begins.
+def pretrained_config(
+    folder: Path,
+    overrides: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    report: Callable[[str], None] = _silent,
+    auto: type = AutoModelForCausalLM,
+) -> PretrainedConfig:
+    """The config of the model that ``folder`` holds, with ``overrides`` that leave its tensors as they are. Raises as
+    :func:`.overriding.overridden_config`."""
+    return overridden_config(folder, overrides, partial(skeleton, dtype=dtype, auto=auto), report)
 
-    Raises :class:`ConfigError` if the folder describes no model, or its files are damaged or belong to another one.
+
+def pretrained_skeleton(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    report: Callable[[str], None] = _silent,
+    overrides: dict[str, Any] | None = None,
+) -> nn.Module:
+    """The causal LM that ``folder`` holds, on the meta device, with its head tied to the embedding or not as its files
+    have it. Whether the files have all that the model needs is looked at here, before anything slow begins.
+
+    Raises :class:`ConfigError` if the folder describes no model, or its files are damaged or belong to another one, and
+    for ``overrides`` of its config that it cannot have.
     """
-    model = skeleton(stored_config(folder, report), dtype=dtype, auto=auto)
+    model = skeleton(pretrained_config(folder, overrides or {}, dtype=dtype, report=report), dtype=dtype)
     tensors = stored_tensors(folder, stored_fields(folder), report)
     if (line := folders.untie_as_stored(model, tensors)) is not None:
         report(line)
@@ -137,18 +158,38 @@ def pretrained_skeleton(
     return model
 
 
+def grown(model: nn.Module, rows: int, auto: type = AutoModelForCausalLM) -> tuple[nn.Module, list[str]]:
+    """``model``, on the meta device, with ``rows`` in its vocabulary, and the parameters that have more of them now.
+    Raises :class:`ConfigError` for an architecture in which anything else would change."""
+    if rows == rows_of(model.config):
+        return model, []
+    after = skeleton(resized(model.config, rows), dtype=next(model.parameters()).dtype, auto=auto)
+    if hasattr(model, "generation_config"):
+        after.generation_config = model.generation_config
+    return after, grown_names(model, after)
+
+
+def as_stored(folder: Path, model: nn.Module, auto: type = AutoModelForCausalLM) -> nn.Module:
+    """``model``, on the meta device, with as many rows in its vocabulary as ``folder`` has."""
+    rows = rows_of(stored_config(folder))
+    if rows == rows_of(model.config):
+        return model
+    return skeleton(resized(model.config, rows), dtype=next(model.parameters()).dtype, auto=auto)
+
+
 def stored_source(folder: Path, model: nn.Module, *, report: Callable[[str], None]) -> streaming.Source:
-    """The tensors in ``folder`` for :func:`pretrained_skeleton`'s ``model``. A folder that only transformers' own
-    loader understands (renamed tensors) is loaded whole first, and that is reported."""
-    tensors = stored_tensors(folder, stored_fields(folder))
+    """The tensors in ``folder`` for :func:`pretrained_skeleton`'s ``model``, or for what :func:`grown` makes of it. A
+    folder that only transformers' own loader understands (renamed tensors) is loaded whole first, and that is
+    reported."""
+    tensors, before = stored_tensors(folder, stored_fields(folder)), as_stored(folder, model)
     try:
-        source = folders.stored(folder, model, report, tensors=tensors)
+        source = folders.stored(folder, before, report, tensors=tensors)
         streaming.compute_buffers(model)
         folders.load_buffers(model, tensors)
-        return source
     except streaming.CannotStreamError as reason:
         report(_whole(model, reason))
-        return streaming.copied(_loaded_whole(folder, model), model)
+        source = streaming.copied(_loaded_whole(folder, before), model)
+    return source if before is model else extended(source, before, model)
 
 
 def _loaded_whole(folder: Path, model: nn.Module) -> nn.Module:

@@ -94,6 +94,20 @@ def _named_fields(source: str) -> dict[str, Any]:
     return fields
 
 
+def check_names(plain: PretrainedConfig, overrides: dict[str, Any], instead: str, also: tuple[str, ...] = ()) -> None:
+    """Raise :class:`ConfigError` for ``overrides`` of fields that ``plain`` does not have, nor ``also``, and of those
+    that another key decides; ``instead`` is the key that names the model."""
+    if fixed := {"model_type", "dtype", "torch_dtype"} & set(overrides):
+        raise ConfigError(f"model.overrides.{min(fixed)}: choose another {instead}, or set model.dtype, instead")
+    known = [*plain.to_dict(), *also]
+    for name in overrides:
+        if name not in known:
+            close = [plain.attribute_map[name]] if name in plain.attribute_map else []
+            close = close or difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"model.overrides.{name}: {type(plain).__name__} has no such field{hint}")
+
+
 def model_config(
     source: str, *, tokenizer_size: int, overrides: dict[str, Any], report: Callable[[str], None] = print
 ) -> PretrainedConfig:
@@ -111,13 +125,7 @@ def model_config(
     else:
         fields = _named_fields(source)
     plain = AutoConfig.for_model(**fields)
-    if fixed := {"model_type", "dtype", "torch_dtype"} & set(overrides):
-        raise ConfigError(f"model.overrides.{min(fixed)}: choose another model.config, or set model.dtype, instead")
-    for name in overrides:
-        if name not in plain.to_dict():
-            close = difflib.get_close_matches(name, plain.to_dict(), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"model.overrides.{name}: {type(plain).__name__} has no such field{hint}")
+    check_names(plain, overrides, "model.config")
     check_fields(overrides, "model.overrides")
     try:
         return AutoConfig.for_model(**{**fields, **overrides})
@@ -140,7 +148,8 @@ def check_vocabulary(
     vocab = config.get_text_config().vocab_size
     if highest_id >= vocab:
         remedy = (
-            "Set data.tokenizer to the tokenizer that the model was trained with, or take the texts that use it out"
+            "Set data.tokenizer to the tokenizer that the model was trained with, or take the texts that use it out. "
+            "If it is that one with more entries, model.grow_vocabulary=true gives them rows"
             if pretrained
             else f"Set model.overrides.vocab_size to {max(highest_id + 1, tokenizer_size)} or more"
         )
@@ -177,7 +186,9 @@ def check_positions(model: nn.Module, sequence_length: int, *, pretrained: bool 
         stated = model.config.get_text_config().max_position_embeddings
         why = f"max_position_embeddings ({stated})"
         why = why if limit == stated else f"{limit} usable positions (max_position_embeddings is {stated})"
-        other = "" if pretrained else f", or raise model.overrides.max_position_embeddings to {sequence_length} or more"
+        name = model.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        other = f", or raise model.overrides.{name} to {sequence_length} or more"
+        other = other if not pretrained else ', or stretch its positions (docs/tasks.md, "Continue a model")'
         raise ConfigError(
             f"data.sequence_length is {sequence_length}, above the model's {why}. "
             f"Set data.sequence_length to {limit} or less{other if limit == stated else ''}"

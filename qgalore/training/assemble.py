@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ from .export import check_formats, export, export_checkpoint, finish, mark_ends,
 from .fit import prepare_allocator, recheck, settle
 from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
-from .paper import has_weights
+from .paper import has_weights, shape
 from .parts import Samples
-from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, describe, ending, enter, restore
+from .resume import checkpoint_to_resume, describe, ending, enter
 from .roofline import line_of
 from .run_lock import RunLock
 from .say import say
+from .starting import decide
 from .streamed import Placing
 from .trial import order_of, try_layer_major
+from .vocabulary import may_grow
 
 __all__ = ["Run", "build", "ending", "export", "export_checkpoint", "finish", "plan", "preview", "restore_model"]
 
@@ -83,12 +86,13 @@ def plan(config: Config, processes: int = 1) -> None:
     else:
         device = choose_device(config)
     section = config.model
-    stated = section.path is not None or Path(section.config).exists()
+    stated = Path(section.config).exists() if section.path is None else not may_grow(config)
     stated = stated or "vocab_size" in {**section.overrides, **PRESETS.get(section.config, {})}
     rows = section.overrides.get("vocab_size", 1)  # a folder's config.json has its own
-    vocabulary = (
-        Vocabulary(rows, None, None) if stated else Vocabulary.of(build_tokenizer(config, given_tokenizer(config)))
-    )
+    vocabulary = Vocabulary(rows, None, None)
+    if not stated:
+        tokenizer = build_tokenizer(config, given_tokenizer(config))
+        vocabulary = Vocabulary.of(tokenizer, config.data.added_tokens)
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=classification.PLANNED)
     elif section.path is not None and not has_weights(local_folder(section.path)):
@@ -98,6 +102,8 @@ def plan(config: Config, processes: int = 1) -> None:
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)
+    if section.path is not None and (section.overrides or may_grow(config)):
+        shape(config, vocabulary, partial(say, "model"))
     chosen, found = settle(config, vocabulary, device, processes)
     if device.type == "cuda" and processes == 1:
         say("speed", line_of(chosen, vocabulary, found.total))
@@ -156,7 +162,7 @@ def _words(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[classifi
     """The examples of a classifier, and what shapes the model beside its configuration: the tokens and, in a
     classifier, the labels."""
     examples = classification.read(config, tokenizer) if config.data.task == "classify" else None
-    tokens = Vocabulary.of(tokenizer)
+    tokens = Vocabulary.of(tokenizer, config.data.added_tokens)
     return examples, tokens if examples is None else examples.vocabulary(tokens)
 
 
@@ -183,19 +189,19 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     config = _resolved(config, device, team.size)
     folder, lock, tracked = _enter(config, resume, team)
     source, saved = checkpoint_to_resume(folder, resume, team)
-    if source is not None:
-        config = check_same_run(source, saved, config)
+    config, begin = decide(config, folder, resume, source, saved, team)
     _announce(config, folder, device, team, remarks)
 
     # What can be known to be wrong is said before anything is tokenized or built.
     tokenizer = _checked_tokenizer(config, device, team)
+    begin.check_tokens(tokenizer)
     examples, vocabulary = _words(config, tokenizer)
     config, planned = settle(config, vocabulary, device, team.size)
     prepare_allocator(config, device, planned)
 
-    day = _day(saved, team)
+    day = _day(begin.past, team)
     data = _data(config, tokenizer, examples, day, team)
-    check_same_bytes(source, saved, data.checksum)
+    begin.check_bytes(data.checksum)
     place = Placing(config)
     model, loss = build_model(config, vocabulary, data.highest_id, device, team, place)
     _make_ready(config, model, tokenizer)
@@ -208,7 +214,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     optimizer = build_optimizer(config, model, config.train.stepping if layout is None else "manual", team)
     place.adopt(model, optimizer, layout)
     where = {"folder": folder, "data": data.description, "max_steps": config.train.steps}
-    start = restore(source, saved, model=model, optimizer=optimizer, team=team, **where)
+    start = begin.position(model=model, optimizer=optimizer, team=team, **where)
     place.collect()
     order = order_of(config, model, optimizer, layout, settings.of_steps(config), place.stream)
     loop = Loop(

@@ -93,7 +93,9 @@ def check_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> No
             f"data.vocab_size: {config.data.vocab_size} is too small; a byte-level tokenizer has the 256 bytes and "
             f"{END_OF_TEXT}, so give at least {SMALLEST_VOCABULARY}"
         )
-    vocabulary = Vocabulary.of(tokenizer) if tokenizer is not None else Vocabulary(config.data.vocab_size, 0, 0)
+    vocabulary = Vocabulary(config.data.vocab_size + len(config.data.added_tokens), 0, 0)
+    if tokenizer is not None:
+        vocabulary = Vocabulary.of(tokenizer, config.data.added_tokens)
     if config.data.task == "classify":
         vocabulary = replace(vocabulary, labels=classification.PLANNED)
     model = _trial(config, vocabulary, to_be_trained)

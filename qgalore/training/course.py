@@ -95,12 +95,15 @@ class Course:
 
     def drain_events(self) -> list[Row]:
         """Refresh records of this step, with the step numbered as in metrics.jsonl (from 1)."""
-        rows = [{**event, "step": event["step"] + 1} for event in self.optimizer.events]
+        rows = [self._numbered(event) for event in self.optimizer.events]
         self.optimizer.events.clear()
         return rows
 
     def drain_observations(self) -> list[Row]:
         """The same of the updates that were looked at in this step."""
-        rows = [observation.row() for observation in self.optimizer.observations]
+        rows = [self._numbered(observation.row()) for observation in self.optimizer.observations]
         self.optimizer.observations.clear()
-        return [{**row, "step": row["step"] + 1} for row in rows]
+        return rows
+
+    def _numbered(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "step": row["step"] + 1 - self.position.steps_before}

@@ -23,7 +23,7 @@ from ..data.packing import PackedSequences
 from ..data.paths import looks_like_path
 from ..data.sources import ENDINGS, ROW_ENDINGS, documents, fingerprint
 from ..data.templates import writes_date
-from ..data.tokenizer import load_tokenizer, train_tokenizer
+from ..data.tokenizer import add_tokens, load_tokenizer, train_tokenizer
 from ..data.tokenizing import Progress
 from ..data.tokens import TokenFile
 from ..errors import ConfigError, counted
@@ -40,7 +40,7 @@ _SUMS = "checksums.json"
 def build_tokenizer(config: Config, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The tokenizer ``given`` by the configuration, or a byte-level BPE trained on the corpus and cached; for
     conversations with a chat template, the plain one if it has none."""
-    tokenizer = _own_tokenizer(config) if given is None else given
+    tokenizer = given or add_tokens(_own_tokenizer(config), config.data.added_tokens, partial(say, "tokenizer"))
     if config.data.task == "instruct" and not has_template(tokenizer):
         tokenizer.chat_template = PLAIN_TEMPLATE
         say("note", "the tokenizer has no chat template; it gets a plain one: ### User: … ### Assistant: … end of text")
@@ -48,19 +48,21 @@ def build_tokenizer(config: Config, given: PreTrainedTokenizerBase | None) -> Pr
 
 
 def given_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the configuration names, or the model's own; None if one is to be trained.
+    """The tokenizer that the configuration names, or the model's own, with ``data.added_tokens``; None if one is to be
+    trained.
 
     Raises ConfigError where it cannot be loaded, and for a hub dataset on which none can be trained.
     """
     data = config.data
+    added = partial(add_tokens, tokens=data.added_tokens, report=partial(say, "tokenizer"))
     if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
+        return added(load_tokenizer(data.tokenizer))
     if config.model.path is not None:
         # transformers reads config.json for a tokenizer too, and would call the tokenizer what is wrong with it.
         if loading.check_folder(config.model.path):
             loading.stored_config(loading.local_folder(config.model.path))
         say("tokenizer", f"the model's own, {config.model.path}")
-        return load_tokenizer(config.model.path)
+        return added(load_tokenizer(config.model.path))
     for key, source in data.sources.items():
         if not looks_like_path(source.path, ENDINGS):
             raise ConfigError(

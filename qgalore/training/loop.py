@@ -77,7 +77,7 @@ class Loop:
                 "and at the end",
                 flush=True,
             )
-        if self.position.step == 0 and self.order.may_leave_traces:
+        if self.position.step == 0 and (self.order.may_leave_traces or self.position.steps_before):
             self._save_beginning()
         course.look_for_best()
         with StopSignal() as stop:
@@ -207,7 +207,8 @@ class Loop:
         return [partial(samples.batch, range(s, min(s + size, len(samples)))) for s in starts]
 
     def _save_beginning(self) -> None:
-        """A checkpoint before the first step, from which recovery can undo a half-taken step at any time."""
+        """A checkpoint before the first step, from which recovery can undo a half-taken step at any time. From it a run
+        that began on another's checkpoint can go on without that one."""
         self.course.keeper.leave(self.position.step)
         started, path = time.perf_counter(), self.course.save()
         print(f"the beginning is saved in {path} ({time.perf_counter() - started:.1f} s)", flush=True)

@@ -1,16 +1,13 @@
 """The model of a run, converted and on its device, and its optimizer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ..config import METHODS, RULES, Config
-from ..data.labelled import Labels
 from ..errors import ConfigError, counted
 from ..lowrank.factory import optimizer
 from ..lowrank.inner.checked import BUILTIN
@@ -27,21 +24,7 @@ from ..models.recompute import checkpoint_blocks
 from ..parallel import ALONE, Team
 from .attending import attend_as
 from .say import say
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a tokenizer asks of a model: its entries, the ids of its special tokens."""
-
-    size: int
-    bos: int | None
-    eos: int | None
-    labels: Labels | None = None  # of a classifier
-    padding: int | None = None  # the token that fills its batches
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
-        return cls(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+from .vocabulary import Vocabulary, may_grow, rows_wanted, say_rows
 
 
 def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
@@ -51,7 +34,9 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
     if vocabulary.labels is not None:
         model = _classifier(config, vocabulary, report)
     elif section.path is not None:
-        model = loading.pretrained_skeleton(loading.local_folder(section.path), dtype=dtype, report=report)
+        folder = loading.local_folder(section.path)
+        model = loading.pretrained_skeleton(folder, dtype=dtype, report=report, overrides=section.overrides)
+        model = with_rows(config, vocabulary, model, report)
     else:
         shape = loading.model_config(
             section.config,
@@ -78,13 +63,28 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
 def _classifier(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
     section = config.model
     if section.path is not None:
-        shape = loading.stored_config(loading.local_folder(section.path), report)
+        folder = loading.local_folder(section.path)
+        shape = loading.pretrained_config(folder, section.overrides, report=report, auto=classify.AUTO)
+        before = loading.skeleton(shape, dtype=getattr(torch, section.dtype), auto=classify.AUTO)
+        shape = with_rows(config, vocabulary, before, report, auto=classify.AUTO).config
     else:
         given = {"tokenizer_size": vocabulary.size, "overrides": section.overrides}
         shape = loading.model_config(section.config, **given, report=lambda line: None)
     loading.check_vocabulary(shape, vocabulary.padding or 0, vocabulary.size, pretrained=section.path is not None)
     classify.configure(shape, vocabulary.labels.names, vocabulary.padding)
     return loading.skeleton(shape, dtype=getattr(torch, section.dtype), auto=classify.AUTO)
+
+
+def with_rows(
+    config: Config, vocabulary: Vocabulary, model: nn.Module, report: Callable[[str], None], **auto: type
+) -> nn.Module:
+    """``model``, a pretrained one on the meta device, with rows for all entries that shall have some."""
+    if not may_grow(config):
+        return model
+    rows = loading.rows_of(model.config)
+    grown, names = loading.grown(model, rows_wanted(config, vocabulary, rows), **auto)
+    say_rows(config, vocabulary, rows, names, report)
+    return grown
 
 
 def source_of(config: Config, model: nn.Module) -> streaming.Source:

@@ -1,5 +1,6 @@
 """A run on paper: its model and optimizer on the meta device, and the plan of its memory that they give."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +22,6 @@ from ..memory.stand_ins import Adam8bitShapes
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
-from ..models.shapes import stored_config
 from ..parallel import ALONE
 from ..parallel.paper import PaperTeam
 from ..steps.blocks import Layout
@@ -38,6 +38,7 @@ from .model import (
     rule_momentum,
     rule_of,
     rule_rank,
+    with_rows,
 )
 from .say import say
 from .trial import order_of
@@ -52,7 +53,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
     """The converted model of a resolved configuration and its optimizer, all on the meta device, in the first of so
     many ``processes``."""
     team = PaperTeam(0, processes) if processes > 1 else ALONE
-    model = _shape(config, vocabulary)
+    model = shape(config, vocabulary)
     if vocabulary.labels is None:
         loading.untie_padding(model)
     convert_as(config, model)
@@ -93,13 +94,16 @@ def shares_of(config: Config, processes: int) -> int:
     return processes if config.parallel == "shard" else 1
 
 
-def _shape(config: Config, vocabulary: Vocabulary) -> torch.nn.Module:
-    """The unconverted model. A pretrained folder that holds no weights yet is planned from its ``config.json``."""
+def shape(config: Config, vocabulary: Vocabulary, report: Callable[[str], None] = lambda line: None) -> torch.nn.Module:
+    """The unconverted model. A pretrained folder that holds no weights yet is planned from its ``config.json``. What
+    the run changes of it is reported."""
     if config.model.path is not None and vocabulary.labels is None:
         folder = loading.local_folder(config.model.path)
         if not has_weights(folder):
-            return loading.skeleton(stored_config(folder), dtype=getattr(torch, config.model.dtype))
-    return architecture(config, vocabulary, lambda line: None)
+            described = loading.pretrained_config(folder, config.model.overrides, report=report)
+            model = loading.skeleton(described, dtype=getattr(torch, config.model.dtype))
+            return with_rows(config, vocabulary, model, report)
+    return architecture(config, vocabulary, report)
 
 
 def _inner_factory(config: Config) -> Factory:

@@ -14,7 +14,8 @@ class Position:
     """Optimizer steps done (skipped ones included), (epoch, index) of the next sample of each source, target tokens
     seen, and what decides about faults: the last losses, steps skipped in all and in a row, ``skip``, the steps (from
     0) that a replay passes over, and ``order``, how often the run was rolled back to go on in another data order.
-    Of the evaluations: the lowest loss, its step, and how many were made since."""
+    Of the evaluations: the lowest loss, its step, and how many were made since. ``steps_before``: those that the
+    optimizer had taken in another run, on whose checkpoint this one began."""
 
     step: int = 0
     sample: Positions = ()
@@ -27,6 +28,7 @@ class Position:
     best_loss: float | None = None
     best_step: int | None = None
     since_best: int = 0
+    steps_before: int = 0
 
     def evaluated(self, loss: float) -> "Position":
         """After an evaluation. A loss that is equal, or not finite, is no better."""

@@ -18,6 +18,7 @@ from . import origins
 from .export import KEPT, keep_beside
 from .position import Position
 from .records import Records
+from .restart import check_asked, saved_config
 from .run_lock import RunLock
 from .say import say
 
@@ -29,6 +30,7 @@ def enter(config: Config, resume: str | None, team: Team = ALONE) -> tuple[Path,
 
     def claim() -> Path:
         folder = Path(config.run.dir) / config.run.name
+        check_asked(config, folder, resume)
         _check_meant(folder, resume)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,9 +144,7 @@ def _attend_as_before(config: Config, saved: dict[str, Any]) -> Config:
 
 def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> Config:
     """``config`` as the run of a checkpoint goes on with it. Raises :class:`ConfigError` if it is not that run's."""
-    before = saved.get("config", {})
-    if not all(isinstance(before.get(section), dict) for section in ("run", "model", "data", "train", "lowrank")):
-        raise ConfigError(f"{source} cannot be used: its state.json does not say what configuration it was made with")
+    before = saved_config(source, saved)
     config = _attend_as_before(config, saved)
     different = configuration.differences(before, config)
     if different:
@@ -168,7 +168,7 @@ def _position(source: Path, saved: dict[str, Any]) -> Position:
             f"{source} holds the state after step {position.step}: it was renamed. Give it its own name, "
             f"{checkpoint.name_for(position.step)}, or move it away"
         )
-    if saved["optimizer"]["step_count"] != position.step:
+    if saved["optimizer"]["step_count"] != position.step + position.steps_before:
         raise ConfigError(f"{source} cannot be used: its optimizer and its position are after different steps")
     return position
 

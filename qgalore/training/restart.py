@@ -1,0 +1,177 @@
+"""A new schedule, or new data, on a checkpoint's weights: ``--resume PATH train.restart_schedule=true``.
+
+Weights, moments, bases and the schedules of their refreshes come from PATH, and with them the optimizer's count of
+steps. By it refreshes fall due, and its random bits are drawn, so that both go on and no bits are used again. The
+position in the data, in the learning rate and among the evaluations begins at 0 in a new run. That run is resumed like
+any other: its own checkpoints hold how many steps the optimizer had taken before.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .. import config as configuration
+from ..config import Config
+from ..data.tokenizer import load_tokenizer
+from ..errors import ConfigError, counted
+from ..files import checkpoint
+from ..lowrank.optimizer import LowRankOptimizer
+from ..parallel import ALONE, Team
+from .export import KEPT
+from .position import Position
+from .say import say
+
+KEY = "train.restart_schedule"
+# What decides about the tensors of a checkpoint, or about what their values mean. All else may change.
+_STAYS = (
+    "method", "model", "data.task", "data.label_type", "data.added_tokens", "train.optimizer",
+    "train.optimizer_options", "lowrank",
+)  # fmt: skip
+# Among these, what changes no tensor's name, shape or format. Overrides that would are found when tensors are read.
+_FREE = ("model.overrides", "model.attention", "model.compile", "model.compute", "lowrank.grad_dtype")
+# Rules whose state is read with random numbers that follow from the seed.
+_SEEDED = ("apollo", "apollo_mini", "muon")
+
+
+def check_asked(config: Config, folder: Path, resume: str | None) -> None:
+    """Raise :class:`ConfigError` if a restart is asked for without a checkpoint to begin from, or to go on from in
+    ``folder``, the run's own."""
+    if not config.train.restart_schedule or resume not in (None, "auto"):
+        return
+    if resume is None:
+        raise ConfigError(
+            f"{KEY} is true, and there is no checkpoint to begin from; add --resume RUN/checkpoints/step-…, of another "
+            "run"
+        )
+    own = folder / "checkpoints"
+    if not checkpoint.steps_in(own):
+        there = f"Delete {folder}, and say" if folder.exists() else "Say"
+        raise ConfigError(
+            f"{KEY} is true, and {own} holds no checkpoint to go on from. {there} --resume RUN/checkpoints/step-…, of "
+            "another run, instead of auto"
+        )
+
+
+def begins(config: Config, folder: Path, resume: str | None) -> bool:
+    """Whether this start is the beginning of a run on the weights of another's checkpoint, and does not go on with what
+    ``folder``, the run's own, holds."""
+    if not config.train.restart_schedule or resume in (None, "auto"):
+        return False
+    return Path(resume).resolve().parent != (folder / "checkpoints").resolve()
+
+
+def saved_config(source: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in the state of a checkpoint. Raises :class:`ConfigError` if it is none."""
+    before = saved.get("config", {})
+    if not all(isinstance(before.get(section), dict) for section in ("run", "model", "data", "train", "lowrank")):
+        raise ConfigError(f"{source} cannot be used: its state.json does not say what configuration it was made with")
+    return before
+
+
+def as_before(source: Path, saved: dict[str, Any], config: Config) -> Config:
+    """``config`` for going on with the checkpoint ``source``: of a run that was restarted once, what it took over from
+    another need not be said again. Raises :class:`ConfigError` if a run's own checkpoint should begin it anew."""
+    before = saved_config(source, saved)
+    restarted = before["train"].get("restart_schedule", False)
+    if config.train.restart_schedule and not restarted:
+        raise ConfigError(
+            f"{KEY} is true, and {source} is this run's own checkpoint, which it goes on from; choose another run.name "
+            f"and say --resume {source}"
+        )
+    if not restarted:
+        return config
+    changes: dict[str, Any] = {"train": config.train.model_copy(update={"restart_schedule": True})}
+    if config.data.tokenizer is None and config.model.path is None:
+        kept = before["data"].get("tokenizer")
+        changes["data"] = config.data.model_copy(update={"tokenizer": kept})
+    return config.model_copy(update=changes)
+
+
+def check(source: Path, saved: dict[str, Any], config: Config, folder: Path, team: Team = ALONE) -> Config:
+    """``config`` for a run that begins in ``folder`` on the checkpoint ``source``, with the tokenizer of its run. What
+    differs is said.
+
+    Raises :class:`ConfigError` for a difference with which the checkpoint's tensors would not be those of the model, or
+    would mean something else.
+    """
+    before = saved_config(source, saved)
+    config = _with_tokenizer(source, config, folder, team)
+    different = configuration.differences(before, config)
+    seeded = config.lowrank.rule in _SEEDED
+    refused = [line for line in different if _stays(line.partition(":")[0], seeded)]
+    if refused:
+        listing = "\n".join(f"  {line}" for line in refused)
+        raise ConfigError(
+            f"{source} was made with another configuration:\n{listing}\nWith {KEY} the data, the learning rate, the "
+            "batch and all that is not about the checkpoint's tensors may change. Leave these keys as they were, or "
+            "begin from the run's export with model.path, which takes the weights alone"
+        )
+    for line in different:
+        if not line.startswith((KEY, "data.tokenizer:")):
+            say("restart", line)
+    return config
+
+
+def _stays(key: str, seeded: bool) -> bool:
+    def inside(names: tuple[str, ...]) -> bool:
+        return any(key == name or key.startswith(f"{name}.") for name in names)
+
+    return (inside(_STAYS) and not inside(_FREE)) or (seeded and key == "run.seed")
+
+
+def _kept(source: Path) -> Path:
+    return source.resolve().parent.parent / KEPT
+
+
+def _with_tokenizer(source: Path, config: Config, folder: Path, team: Team) -> Config:
+    """``config`` with the tokenizer that the run of ``source`` trained, copied into ``folder``, where none is named:
+    one trained on new data would give ids another meaning."""
+    if config.data.tokenizer is not None or config.model.path is not None:
+        return config
+    place = folder / KEPT
+
+    def copy() -> None:
+        try:
+            shutil.copytree(_kept(source), place, dirs_exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{source} comes without the tokenizer of its run, {_kept(source)} ({error}); name it as data.tokenizer"
+            ) from error
+
+    team.after_first("the tokenizer of the run before", copy if team.leads else lambda: None)
+    say("restart", f"the tokenizer of the run before, copied to {place}")
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(place)})})
+
+
+def check_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise :class:`ConfigError` if ``tokenizer`` gives other ids than that of the run that made ``source``."""
+    kept = _kept(source)
+    if not kept.is_dir():
+        say("restart", f"{kept} is gone, so nothing tells whether the tokenizer is that of the run before")
+        return
+    before, now = load_tokenizer(str(kept)).get_vocab(), tokenizer.get_vocab()
+    if other := [token for token in {**before, **now} if before.get(token) != now.get(token)]:
+        raise ConfigError(
+            f"the tokenizer is not that of the run that made {source}: {counted(len(other), 'entry', 'entries')} "
+            f"differ, for example {other[0]!r}, whose id was {before.get(other[0])} and is {now.get(other[0])}. Leave "
+            f"data.tokenizer out, or set it to {kept}"
+        )
+
+
+def take(
+    source: Path, saved: dict[str, Any], model: nn.Module, optimizer: LowRankOptimizer, team: Team = ALONE
+) -> Position:
+    """Fill ``model`` and ``optimizer`` from a checkpoint and return the position of a new run on them. Learning rate
+    and weight decay stay those that ``optimizer`` was built with."""
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    checkpoint.load_into(source, saved, model, optimizer)
+    for group, (lr, decay) in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"], group["weight_decay"] = lr, decay
+    steps = optimizer.step_count
+    say("restart", f"taken from {source}: weights, moments, bases and their schedules, after {counted(steps, 'step')}")
+    say("restart", "new from step 0: the learning rate with its warm-up, the data and its order, losses and the best")
+    team.meet("the state of the checkpoint")
+    return Position(steps_before=steps)
