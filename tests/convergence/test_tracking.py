@@ -20,6 +20,7 @@ from qgalore.training import tracking
 SHORT = ("export.formats=[]", "sample.max_new_tokens=0")
 FEW = ("train.max_skipped_in_a_row=2", *SHORT)
 RUN = Path("runs/tiny")
+KEY = "0123456789abcdef" * 2 + "01234567"
 Scalars = dict[str, dict[int, float]]  # tag → step → value
 Shown = tuple[set[str], Scalars, dict[str, Any]]
 
@@ -119,7 +120,8 @@ def test_tensorboard_shows_a_resumed_run_as_one(tiny_run):
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, trackers_offline, package):
+def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, trackers_offline, monkeypatch, package):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     wanted = run_and_resume(tiny_run, package)
     trackio = package == "trackio"
     live = trackio_rows(trackers_offline / "qgalore.db") if trackio else wandb_rows(RUN / "wandb")
@@ -134,6 +136,8 @@ def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, 
     later = trackio_rows(trackers_offline / "later.db") if trackio else wandb_rows(Path("wandb"))
     assert_scalars(later[1], wanted)
     assert later[2]["train"]["lr"] == 0.01
+    written = [path for place in (Path(), trackers_offline) for path in place.rglob("*") if path.is_file()]
+    assert not [path for path in written if KEY.encode() in path.read_bytes()], "the key is in a file"
 
 
 class Fake:
@@ -188,12 +192,9 @@ def test_a_signal_and_a_hopeless_run_end_the_trackers_with_their_codes(tiny_run,
     try:
         fake = put(monkeypatch, Fake(stop_at=2))
         assert tiny_run("tracking=[wandb]", *FEW)[0] == 130
-        assert fake.calls == [
-            ("begin", "tiny", 0, False),
-            ("send", 1, "train/loss"),
-            ("send", 2, "train/loss"),
-            ("end", 130),
-        ]
+        assert fake.calls[0] == ("begin", "tiny", 0, False)
+        assert [call[1] for call in fake.calls if "train/loss" in call] == [1, 2]
+        assert fake.calls[-1] == ("end", 130)
     finally:
         signal.signal(signal.SIGINT, before)
     fake = put(monkeypatch, Fake())
