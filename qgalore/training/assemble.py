@@ -224,8 +224,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         start=start,
         team=team,
     )
-    if team.leads:
-        describe(folder, config, planned.numbers(), model, tokenizer)
+    describe(folder, config, planned.numbers(), model, tokenizer, team)
     loop.course.tracking = _tracking(tracked, config, planned, start.step)
     return Run(config, folder, model, tokenizer, data.valid, planned, loop, lock)
 
