@@ -143,7 +143,7 @@ def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, 
 class Fake:
     """A tracker that keeps what it is told; ``failing`` names the call that raises."""
 
-    def __init__(self, failing="", stop_at=0):
+    def __init__(self, failing="", stop_at=None):
         self.calls, self.failing, self.stop_at = [], failing, stop_at
 
     def __call__(self, asked):
