@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def wandb_records(path: Path):
             place += left
             continue
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + size > len(data):  # still being written
+            return
         part += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part
@@ -76,11 +79,21 @@ def wandb_records(path: Path):
             part = b""
 
 
+def finished(path: Path) -> list:
+    """The records of a file once its last one is there: wandb's own process may write it after the run's end."""
+    for _ in range(200):
+        found = list(wandb_records(path))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    return found
+
+
 def wandb_rows(folder: Path) -> Shown:
     """The same out of offline files."""
     identities, found, config = set(), {}, {}
     for path in sorted(folder.glob("offline-run-*/*.wandb")):
-        for record in wandb_records(path):
+        for record in finished(path):
             if record.run.run_id:
                 identities.add(record.run.run_id)
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
