@@ -231,9 +231,9 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         start=start,
         team=team,
     )
-    if team.leads:
-        describe(folder, config, {**planned.numbers(), "max_steps": config.train.steps}, model, tokenizer)
-    loop.course.tracking = _tracking(tracked, config, planned, start.step)
+    numbers = {**planned.numbers(), "max_steps": config.train.steps}
+    describe(folder, config, numbers, model, tokenizer, team)
+    loop.course.tracking = tracked.of(config.run.name, start.step, {**config.model_dump(mode="json"), "plan": numbers})
     return Run(config, folder, model, tokenizer, next(iter(data.valid.values())), planned, loop, lock)
 
 
@@ -248,10 +248,6 @@ def _with_steps(config: Config, samples: int) -> Config:
     if train.warmup_ratio is not None:
         say("steps", f"the warm-up takes {counted(train.warmup_steps, 'step')} of {train.steps:,}")
     return config
-
-
-def _tracking(wanted: tracking.Wanted, config: Config, planned: memory_plan.Plan, step: int) -> tracking.Tracking:
-    return wanted.of(config.run.name, step, {**config.model_dump(mode="json"), "plan": planned.numbers()})
 
 
 def _data(

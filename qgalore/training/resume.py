@@ -226,9 +226,16 @@ def restore(
 
 
 def describe(
-    folder: Path, config: Config, plan: dict[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    config: Config,
+    plan: dict[str, Any],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    team: Team = ALONE,
 ) -> None:
-    """Write what the run is made of into its folder, each file whole or not at all."""
+    """Write what the run is made of into its folder, each file whole or not at all. One process of ``team`` does so."""
+    if not team.leads:
+        return
     with atomic.explained(f"the run folder {folder}", "free space or set run.dir, then go on with --resume auto"):
         atomic.write_text(folder / "config.yaml", configuration.dump(config))
         atomic.write_text(folder / "plan.json", json.dumps(plan, indent=1))
