@@ -120,8 +120,9 @@ def preview(config: Config, count: int) -> None:
     data = _data(config, tokenizer, examples, date.today(), ALONE).train
     order = settings.sample_order(data, config.run.seed)
     shown = previews.of_text(tokenizer) if examples is None else previews.of_examples(tokenizer, examples.labels)
+    colours = previews.on_terminal()
     for line in previews.rows(data, order, count, shown):
-        print(line)
+        print(previews.coloured(line) if colours else line)
 
 
 def _announce(config: Config, folder: Path, device: torch.device, team: Team, remarks: list[str]) -> None:
