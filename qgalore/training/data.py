@@ -29,6 +29,7 @@ from ..data.tokens import TokenFile, tokenize_to_disk
 from ..errors import ConfigError, counted
 from ..files import atomic
 from ..models import loading
+from .export import KEPT
 from .say import say
 
 HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
@@ -62,6 +63,10 @@ def given_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
             loading.stored_config(loading.local_folder(config.model.path))
         say("tokenizer", f"the model's own, {config.model.path}")
         return added(load_tokenizer(config.model.path))
+    kept = Path(config.run.dir) / config.run.name / KEPT
+    if config.train.restart_schedule and kept.is_dir():
+        say("tokenizer", f"that of the run before, copied to {kept}")
+        return added(load_tokenizer(str(kept)))
     if not looks_like_path(data.train, ENDINGS):
         raise ConfigError(
             f"data.train {data.train!r} is a hub dataset and data.tokenizer is not set; training one would read all of "
