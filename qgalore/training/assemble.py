@@ -115,6 +115,8 @@ def preview(config: Config, count: int) -> None:
     for remark in configuration.remarks(config):
         say("note", remark)
     config = _resolved(config, device, 1)
+    if config.train.restart_schedule and config.data.tokenizer is None and config.model.path is None:
+        say("note", "the run takes the tokenizer of the run before it; name that one as data.tokenizer to see its rows")
     tokenizer = _checked_tokenizer(config, device, ALONE)
     examples, _ = _words(config, tokenizer)
     data = _data(config, tokenizer, examples, date.today(), ALONE).train

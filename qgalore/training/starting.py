@@ -51,7 +51,10 @@ def decide(
     ``resume`` means. Raises :class:`ConfigError` if they do not go together."""
     if source is None or saved is None:
         return config, Start(None, None, False)
-    if restart.begins(config, folder, resume):
-        return restart.check(source, saved, config, folder, team), Start(source, saved, True)
-    config = check_same_run(source, saved, restart.as_before(source, saved, config))
-    return config, Start(source, saved, False)
+    anew = restart.begins(config, folder, resume)
+    if anew:
+        restart.check(source, saved, config)
+    else:
+        config = check_same_run(source, saved, restart.as_before(source, saved, config))
+    restart.bring_tokenizer(source, config, folder, anew, team)
+    return config, Start(source, saved, anew)

@@ -75,18 +75,19 @@ def test_a_restarted_run_goes_on_like_any_other(run, again):
     other = ("run.name=b", "data.train=other.jsonl", "data.valid=other.jsonl", "train.eval_every=4")
     code, out, err = run(*other, *ANEW, *FROM, "train.max_steps=4")
     assert code == 0, err
-    assert "the tokenizer of the run before, copied to runs/b/tokenizer" in out
+    assert "that of the run before, copied to runs/b/tokenizer" in out
     unbroken, metrics = final_state("runs/b", 4), [row["loss"] for row in rows("runs/b/metrics.jsonl") if "lr" in row]
     shutil.rmtree("runs/b")
     assert run(*other, *ANEW, *FROM, "train.max_steps=2")[0] == 0
     shutil.rmtree("runs/tiny")  # no longer needed
-    code, out, err = run(*other, *again, "--resume", "auto", "train.max_steps=4")
+    shutil.move("runs", "moved")
+    code, out, err = run(*other, *again, "run.dir=moved", "--resume", "auto", "train.max_steps=4")
     assert code == 0, err
-    assert "runs/b/checkpoints/step-00000002, after step 2" in out
+    assert "moved/b/checkpoints/step-00000002, after step 2" in out
     assert "taken from" not in out
-    assert_same(unbroken, final_state("runs/b", 4))
-    assert [row["loss"] for row in rows("runs/b/metrics.jsonl") if "lr" in row] == metrics
-    assert "restart_schedule: true" in Path("runs/b/config.yaml").read_text()
+    assert_same(unbroken, final_state("moved/b", 4))
+    assert [row["loss"] for row in rows("moved/b/metrics.jsonl") if "lr" in row] == metrics
+    assert "restart_schedule: true" in Path("moved/b/config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
