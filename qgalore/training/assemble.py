@@ -34,7 +34,7 @@ from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .paper import has_weights, shape
 from .parts import Samples
-from .resume import checkpoint_to_resume, describe, ending, enter
+from .resume import describe, ending, enter
 from .roofline import line_of
 from .run_lock import RunLock
 from .say import say
@@ -191,8 +191,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     remarks = configuration.remarks(config)
     config = _resolved(config, device, team.size)
     folder, lock, tracked = _enter(config, resume, team)
-    source, saved = checkpoint_to_resume(folder, resume, team)
-    config, begin = decide(config, folder, resume, source, saved, team)
+    config, begin = decide(config, folder, resume, team)
     _announce(config, folder, device, team, remarks)
 
     # What can be known to be wrong is said before anything is tokenized or built.
