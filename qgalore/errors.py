@@ -60,15 +60,19 @@ def printable(text: str) -> str:
 KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN")  # of the environment
 _SECRETS = (
     re.compile(r"(?<=://)[^\s/@'\"]+(?=@)"),  # the user and password of an address
-    re.compile(r"(?i)(?<=[?&;])[\w.-]*(?:token|key|secret|password|passwd|signature|credential)=[^\s&'\"]+"),
-    re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v1_\w{20,}"),
+    re.compile(  # short words only where one begins: ?monkey= is none
+        r"(?i)(?<=[?&;#])(?:[\w.-]*(?:token|secret|password|passwd|passphrase|signature|credential|apikey|accesskey)|"
+        r"(?:[\w.-]*[_.-])?(?:key|sig|pwd|auth))=[^\s&'\"]+"
+    ),
+    re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v1_\w{20,}|\bgh[a-z]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}"),
 )
 HIDDEN = "[secret]"
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with ``[secret]`` in place of passwords and tokens in addresses, Hugging Face's and wandb's tokens, and
-    the values of the environment's ``KEYS``. Messages of other programs are shown, and logs of runs are sent around."""
+    """``text`` with ``[secret]`` in place of passwords and tokens in addresses, tokens of Hugging Face, wandb and
+    GitHub, and the values of the environment's ``KEYS``. Messages of other programs are shown, and logs of runs are
+    sent around."""
     for value in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in KEYS)):
         text = text.replace(value, HIDDEN)
     for kind in _SECRETS:

@@ -96,6 +96,7 @@ def test_every_remedy_can_be_carried_out():
         ("lowrank.cos_threshold", 5, ["lowrank.cos_threshold is 5; it must be a number from 0 to 1"]),
         ("export.formats", ["hf", "bin"], ["each hf, int8 or gguf"]),
         ("export.formats", ["hf", "hf"], ["different values"]),
+        ("tracking", ["wandv"], ["tracking is ['wandv']; it must be a list", "for example tracking=[tensorboard]"]),
         ("train.keep_best", 1, ["true or false"]),
         ("train.activation_checkpointing", "of", ["true or false, or auto or offload"]),
         ("train.weight_decay", 200, ["train.weight_decay: 200 times train.lr"]),

@@ -15,6 +15,9 @@ GIVEN = {
     "data.valid=https://geheim@example.org/rows.jsonl": "data.valid is https://[secret]@example.org",
     "data.valid=https://example.org/r.jsonl?download=1&access_token=geheim": "data.valid is https://example.org/r.jsonl?",
     "model.path=s3://bucket/model?X-Amz-Signature=geheim": "model.path is s3://bucket/model?[secret]",
+    "data.valid=https://example.org/r?sv=1&sig=geheim": "data.valid is https://example.org/r?sv=1&[secret]",
+    "model.overrides={note: 'https://example.org/#auth=geheim'}": "note is https://example.org/#[secret]",
+    f"data.cache_dir=ghp_{'aB3d' * 9}": "data.cache_dir is [secret]",
     f"data.tokenizer=https://huggingface.co/a/b/{TOKEN}": "data.tokenizer is https://huggingface.co/a/b/[secret]",
     f"model.overrides={{note: [{TOKEN}]}}": "model.overrides.note[0] is [secret]",
     "run.dir=/data/geheim-of-this-machine": "run.dir is /data/[secret]",
@@ -44,10 +47,24 @@ def test_a_configuration_with_a_secret_is_refused_without_showing_it(file, overr
 
 @pytest.mark.parametrize(
     "value",
-    ["data/user@host/rows.jsonl", "allenai/c4:en", "https://example.org/rows.jsonl?download=true", "hf_rows.txt"],
+    [
+        "data/user@host/rows.jsonl",
+        "allenai/c4:en",
+        "https://example.org/rows.jsonl?download=true",
+        "hf_rows.txt",
+        "https://example.org/?monkey=1&max_tokens=9",
+    ],
 )
 def test_ordinary_names_pass(file, value):
     assert config.load(file, [f"data.train={value}"]).data.train == value
+
+
+@pytest.mark.parametrize("key", ["train.lr", "train.lr.x", "data.train.x", "run.name"])
+def test_a_long_secret_is_hidden_before_a_message_is_cut(file, key):
+    with pytest.raises(ConfigError) as error:
+        config.load(file, [f"{key}=https://me:{'geheim' * 20}@example.org/rows.jsonl"])
+    assert "geheim" not in str(error.value)
+    assert "https://[secret]@example.org" in str(error.value)
 
 
 def test_messages_at_the_door_hide_what_they_quote(capsys, monkeypatch):

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from .. import plain_yaml
+from ..errors import without_secrets
 from .other_names import hint
 from .sections import Config, Section, members, section_in
 
@@ -72,8 +73,8 @@ def _of_items(location: tuple[Any, ...]) -> tuple[Any, ...]:
 def _known_part(location: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(location) > 3 and isinstance(location[2], int):
         return location[:4]
-    if len(location) > 1 and field_at(location[:2]) is not None:
-        return location[:2]
+    if len(location) > 1 and isinstance(location[1], str) and field_at(location[:2]) is not None:
+        return location[:2]  # not the place in a list that stands at the top, such as tracking
     return location[:1]
 
 
@@ -131,6 +132,8 @@ def _value_at(location: tuple[Any, ...], data: Any) -> Any:
 
 
 def short(text: str, most: int = 60) -> str:
+    """``text`` without its secrets, cut to ``most`` signs. Half of an address would no longer tell where one ends."""
+    text = without_secrets(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
