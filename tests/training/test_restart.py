@@ -121,6 +121,8 @@ def test_what_is_refused(run, more, said):
     assert code == 2
     for part in said:
         assert part in err
+    if any(" → " in part for part in said):
+        assert not Path("runs/b/tokenizer").exists(), "nothing of the other run is copied before the answer is no"
 
 
 @pytest.mark.slow
