@@ -249,6 +249,9 @@ def _with_steps(config: Config, samples: int) -> Config:
         say("steps", f"{epochs} {counted(train.steps, 'step')} of {drawn}")
     if train.warmup_ratio is not None:
         say("steps", f"the warm-up takes {counted(train.warmup_steps, 'step')} of {train.steps:,}")
+    if configuration.asked(config) != config:  # lengths that the configuration's own remarks could not know
+        for remark in configuration.never_warm(config):
+            say("note", remark)
     return config
 
 

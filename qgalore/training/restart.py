@@ -55,6 +55,16 @@ def check_asked(config: Config, folder: Path, resume: str | None) -> None:
         )
 
 
+def may_change(lines: list[str], seeded: bool) -> bool:
+    """Whether a restart may begin with all that differs by ``lines`` of :func:`configuration.differences`."""
+    return not any(_stays(line.partition(":")[0], seeded) for line in lines)
+
+
+def is_seeded(config: Config) -> bool:
+    """Whether the seed decides what the state of a checkpoint means."""
+    return config.lowrank.rule in _SEEDED
+
+
 def begins(config: Config, folder: Path, resume: str | None) -> bool:
     """Whether this start is the beginning of a run on the weights of another's checkpoint, and does not go on with what
     ``folder``, the run's own, holds."""
@@ -94,7 +104,7 @@ def check(source: Path, saved: dict[str, Any], config: Config) -> None:
     """
     before = saved_config(source, saved)
     different = configuration.differences(before, config)
-    seeded = config.lowrank.rule in _SEEDED
+    seeded = is_seeded(config)
     refused = [line for line in different if _stays(line.partition(":")[0], seeded)]
     if refused:
         listing = "\n".join(f"  {line}" for line in refused)
@@ -105,7 +115,8 @@ def check(source: Path, saved: dict[str, Any], config: Config) -> None:
         )
     for line in different:
         if not line.startswith(KEY):
-            say("restart", line)
+            idle = line.startswith("data.vocab_size:")
+            say("restart", f"{line}, which has no effect, as the tokenizer stays" if idle else line)
 
 
 def _stays(key: str, seeded: bool) -> bool:
