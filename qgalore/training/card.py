@@ -114,7 +114,7 @@ def _of_course(config: Config, position: Position, run: Run) -> list[tuple[str, 
     ]
     if position.steps_before:
         before = counted(position.steps_before, "step")
-        rows.insert(0, ("before them", f"{before} of another run, whose data are not named here"))
+        rows.insert(0, ("earlier steps", f"{before} of another run, whose data are not named here"))
     evaluations = [row for row in run.evaluations if row["step"] <= position.step]
     if evaluations:
         last = evaluations[-1]

@@ -131,7 +131,7 @@ def test_hub_ids_are_named_as_such_and_paths_by_their_last_part(tmp_path, monkey
 
 def test_steps_of_another_run_are_named(tmp_path):
     made = card.of("hf", settings(), Position(step=3, steps_before=1200), tmp_path)
-    assert dict(made.rows)["before them"] == "1,200 steps of another run, whose data are not named here"
+    assert dict(made.rows)["earlier steps"] == "1,200 steps of another run, whose data are not named here"
 
 
 HEADERS = ["- a list", "license: [", "license: 3"]
