@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
                 result = made.loop.run()
         if team.leads:
             assemble.finish(made, made.loop.position.best_step)
-    print(f"done: {assemble.ending(settings, result, made.loop.position)}; everything is in {made.folder}")
+    if team.leads:
+        print(f"done: {assemble.ending(settings, result, made.loop.position)}; everything is in {made.folder}")
 
 
 def main(arguments: list[str], program: str = "qgalore train") -> int:

@@ -19,8 +19,6 @@ from .position import Position
 
 FORMATS = {"hf": "bf16", "int8": "int8, in the compressed-tensors format"}  # those whose folders have a card
 
-_NOTES = {"int8": ["The format is vLLM's. transformers reads it too, after `pip install compressed-tensors`."]}
-
 
 def of(fmt: str, config: Config, position: Position, folder: Path) -> ModelCard:
     """The card of the weights after ``position``, exported in ``fmt`` from the run of ``folder``, whose records, plan
@@ -74,7 +72,7 @@ def method(config: Config) -> str:
 
 
 def _header(config: Config, known: dict[str, Any]) -> dict[str, Any]:
-    base, labels = known.get("base"), config.data.task == "classify"
+    base, labels = known.get("base_id"), config.data.task == "classify"
     return {
         "library_name": "transformers",
         **({"base_model": base} if isinstance(base, str) and origins.is_id(base) else {}),
@@ -114,6 +112,9 @@ def _of_course(config: Config, position: Position, run: Run) -> list[tuple[str, 
         ("learned tokens" if config.data.task != "classify" else "examples", f"{position.tokens:,}"),
         ("learning rate", f"{train.lr:g} at its peak, {train.lr_schedule}"),
     ]
+    if position.steps_before:
+        before = counted(position.steps_before, "step")
+        rows.insert(0, ("earlier steps", f"{before} of another run, whose data are not named here"))
     evaluations = [row for row in run.evaluations if row["step"] <= position.step]
     if evaluations:
         last = evaluations[-1]

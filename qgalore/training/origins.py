@@ -24,9 +24,9 @@ _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
 
 def of(config: Config) -> dict[str, Any]:
-    """``base`` or ``architecture``, the other null; ``licence``, fields of a card; the names of ``train`` and
-    ``held_out``; and ``datasets``, those of them that are ids of the hub. Of a path on this machine the last part is
-    named alone."""
+    """``base`` or ``architecture``, the other null; ``base_id``, the base's id if it is one of the hub; ``licence``,
+    fields of a card; the names of ``train`` and ``held_out``; and ``datasets``, those of them that are ids of the hub.
+    Of a path on this machine the last part is named alone."""
     section, data = config.model, config.data.model_dump(mode="json")
     valid = data["valid"]
     train, held_out = _sources(data["train"]), _sources(list(valid.values()) if isinstance(valid, dict) else valid)
@@ -34,6 +34,7 @@ def of(config: Config) -> dict[str, Any]:
     hub = [source.partition(":")[0] for source in (*train, *held_out) if not looks_like_path(source, tables)]
     return {
         "base": None if section.path is None else _base(section.path),
+        "base_id": None if section.path is None else _base_id(section.path),
         "architecture": None if section.config is None else _last(section.config.removesuffix("config.json")),
         "licence": {} if section.path is None else _licence(section.path),
         "train": [_shown(source, tables) for source in train],
@@ -78,10 +79,15 @@ def _last(path: str) -> str:
 
 
 def _base(path: str) -> str:
+    return _base_id(path) or _last(path)
+
+
+def _base_id(path: str) -> str | None:
+    """The hub's id of a model: ``path`` itself, or that of the hub's cache in which ``path`` lies."""
     if not Path(path).expanduser().is_dir():
-        return path
+        return path if is_id(path) else None
     found = _SNAPSHOT.search(Path(path).expanduser().resolve().as_posix() + "/")
-    return f"{found[1]}/{found[2]}" if found else _last(path)
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def _licence(path: str) -> dict[str, str]:
@@ -91,10 +97,10 @@ def _licence(path: str) -> dict[str, str]:
     except ConfigError:  # the hub cannot be reached any more: that is no reason to stop a run
         return {}
     stated = _stated(metadata_load, folder / "README.md") or _stated(_fields, folder / "config.json")
-    base, link = _base(path), stated.get("license_link", "")
+    base, link = _base_id(path), stated.get("license_link", "")
     if link and "://" not in link:  # a file beside the base model
         stated.pop("license_link")
-        if "/" in base and is_id(base):
+        if base is not None:
             stated["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
     return stated
 

@@ -51,7 +51,8 @@ def test_the_card_of_a_model_that_was_trained_further(tiny_run, tmp_path):
         folder = Path("runs/tiny/export") / fmt
         text, rows = (folder / "README.md").read_text(), rows_of(folder)
         header = ModelCard.load(folder / "README.md").data
-        assert (header.base_model, header.license, header.license_name) == ("Base-7B", "other", "mine")
+        assert (header.license, header.license_name) == ("other", "mine")
+        assert header.base_model is None, "a folder's name would be taken for an id of the hub"
         assert header.license_link is None, "a file of the base's folder is not here"
         assert header.datasets is None
         assert {"qgalore"} <= set(header.tags)
@@ -104,6 +105,7 @@ def test_hub_ids_are_named_as_such_and_paths_by_their_last_part(tmp_path, monkey
     found = origins.of(settings(*path, "data.train=allenai/c4:en", f"data.valid={tmp_path}/rows"))
     assert found == {
         "base": "Qwen/Qwen2.5-7B",
+        "base_id": "Qwen/Qwen2.5-7B",
         "architecture": None,
         "licence": {
             "license": "apache-2.0",
@@ -116,7 +118,21 @@ def test_hub_ids_are_named_as_such_and_paths_by_their_last_part(tmp_path, monkey
     assert origins._sources([{"path": "a.txt", "weight": 2}, {"path": "b.txt"}]) == ["a.txt", "b.txt"]
     snapshot = tmp_path / "models--Qwen--Qwen2.5-7B" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
-    assert origins.of(settings(*path[:2], f"model.path={snapshot}"))["base"] == "Qwen/Qwen2.5-7B"
+    for place, (base, known) in {
+        str(snapshot): ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
+        f"{tmp_path}/rows": ("rows", None),
+        "a/b/c": ("c", None),
+    }.items():
+        found = origins.of(settings(*path[:2], f"model.path={place}"))
+        assert (found["base"], found["base_id"]) == (base, known)
+        (tmp_path / "origins.json").write_text(json.dumps(found))
+        header = card.of("hf", settings(), Position(step=1), tmp_path).header
+        assert header.get("base_model") == known
+
+
+def test_steps_of_another_run_are_named(tmp_path):
+    made = card.of("hf", settings(), Position(step=3, steps_before=1200), tmp_path)
+    assert dict(made.rows)["earlier steps"] == "1,200 steps of another run, whose data are not named here"
 
 
 HEADERS = ["- a list", "license: [", "license: 3"]
