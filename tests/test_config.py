@@ -113,13 +113,14 @@ def test_overrides_and_their_errors(tmp_path):
     for bad, expected in [
         ("train.lr", "form key.sub=value"),
         ("train.lr.x=1", "lr is a value, not a section. Give all of it at once, as train.lr=…"),
-        ("data.train.0.weight=2", "train is a list, not a section. Give all of it at once, as data.train=…"),
         ("train.lrx=1", "did you mean train.lr?"),
         ("train.lr=[", "not YAML"),
     ]:
         with pytest.raises(ConfigError) as error:
             config.load(str(path), [bad])
         assert expected in str(error.value)
+    with pytest.raises(ConfigError, match=r"train is a list, not a section\. Give all of it at once, as data\.train=…"):
+        config.load(str(path), ["data.train=[a.txt, b.txt]", "data.train.0.weight=2"])
 
 
 def test_names_are_looked_up_here_and_then_in_the_project(tmp_path, monkeypatch):

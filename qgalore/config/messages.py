@@ -98,7 +98,16 @@ def _problem(location: tuple[Any, ...], error: ErrorDetails, data: Any) -> str:
     if is_section(field.annotation):
         example = _section_example(name, field.annotation)
         return f"{name} is {shown(value)}; it must be a section, that is, keys with values. {example}"
-    return f"{name} is {shown(value)}; it must be {rule_of(field)}. {_remedy(name, field, value)}"
+    found = short(as_yaml(value)) if _is_of_texts(field, value) else shown(value)
+    return f"{name} is {found}; it must be {rule_of(field)}. {_remedy(name, field, value)}"
+
+
+def _is_of_texts(field: FieldInfo, value: Any) -> bool:
+    """Whether ``value`` is a mapping of names to texts where one is taken, so that a name is what is wrong."""
+    takes = any(typing.get_origin(one) is dict for one in members(field.annotation))
+    return (
+        takes and isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values()) and bool(value)
+    )
 
 
 def _spelled(location: tuple[Any, ...]) -> tuple[str, ...]:
@@ -144,9 +153,6 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        plain = value and not any(isinstance(item, list | tuple | Mapping) for item in value.values())
-        if plain and len(whole := as_yaml(value)) <= 60:
-            return whole
         return f"a mapping of {len(value)} keys" if len(value) != 1 else "a mapping of one key"
     if isinstance(value, list | tuple):
         if any(isinstance(item, list | tuple | Mapping) for item in value) or len(value) > 8:

@@ -43,6 +43,12 @@ def figure(value: float | None, pattern: str) -> str:
     return "-" if value is None else format(value, pattern)
 
 
+def nats(loss: float | None) -> str:
+    """A loss in at most six characters: a larger one, of a run that diverged, has fewer decimals."""
+    limits = {".4f": 9.99995, ".3f": 99.9995, ".1f": 9999.95}
+    return figure(loss, next((pattern for pattern, limit in limits.items() if loss is None or loss < limit), ".0e"))
+
+
 def duration(seconds: float | None) -> str:
     """At most five characters: ``0.04s``, ``12.3s``, ``5m12s``, ``3h05m``, ``120h``."""
     if seconds is None:
@@ -167,8 +173,8 @@ def runs_table(summaries: list[RunSummary]) -> str:
         cells = [
             run.name,
             f"{run.step}/{'-' if run.max_steps is None else run.max_steps}",
-            figure(summary.loss, ".4f"),
-            figure(summary.held_out, ".4f"),
+            nats(summary.loss),
+            nats(summary.held_out),
             figure(summary.tokens_per_second, ",.0f"),
             figure(None if total is None else total.done, "d"),
             figure(None if total is None else total.skipped, "d"),

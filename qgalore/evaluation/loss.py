@@ -33,7 +33,8 @@ class Evaluation:
         return {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
 
     def __str__(self) -> str:
-        return f"held-out loss {self.loss:.4f} | perplexity {self.perplexity:.2f} ({counted(self.tokens, 'token')})"
+        figure = f"{self.perplexity:.2f}" if self.perplexity < 1e6 else f"{self.perplexity:.2e}"
+        return f"held-out loss {self.loss:.4f} | perplexity {figure} ({counted(self.tokens, 'token')})"
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ def _seal(document: dict[str, Any]) -> str:
 
 
 def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[str, Entries], dict[str, Any]]:
-    """The tensors of each file, and the rest."""
+    """The tensors of each file, and the rest. States that were read come in another order, so those are sorted."""
     tensors, rest = flatten(optimizer_state)
-    files = dict(zip(FILES, (_unshared(model.state_dict()), tensors), strict=True))
+    files = dict(zip(FILES, (_unshared(model.state_dict()), dict(sorted(tensors.items()))), strict=True))
     return {name: {key: _rows(value) for key, value in held.items()} for name, held in files.items()}, rest
 
 

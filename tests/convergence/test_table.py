@@ -15,6 +15,16 @@ def test_durations_are_short(seconds, text):
     assert len(text) <= 5
 
 
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [(None, "-"), (5.46844, "5.4684"), (9.99996, "10.000"), (10.77171, "10.772"), (99.9996, "100.0"),
+     (231.3747, "231.4"), (9999.96, "1e+04"), (1e30, "1e+30")],
+)  # fmt: skip
+def test_losses_leave_a_blank_before_them(loss, text):
+    assert table.nats(loss) == text
+    assert len(text) < dict(table.RUN_COLUMNS)["loss"]
+
+
 def test_tables_fit_and_show_every_layer(recorded):
     found = summary.summarise(records.read_run(recorded[0]))
     text = table.run_table(found, table.layer_lines(found))

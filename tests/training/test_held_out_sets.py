@@ -12,7 +12,7 @@ from helpers import rows
 from qgalore.convergence import charts, table, tensorboard
 from qgalore.convergence.records import read_run
 from qgalore.convergence.summary import summarise
-from qgalore.evaluation.loss import evaluate, evaluate_sets
+from qgalore.evaluation.loss import Evaluation, evaluate, evaluate_sets
 from qgalore.models.loss import summed_loss, target_tokens
 
 SHORT = ("data.train=train.txt", "data.vocab_size=300", "data.sequence_length=16", "data.valid_fraction=0.2",
@@ -125,3 +125,9 @@ def test_numbers_are_names_too(tiny_run):
     from qgalore import config
 
     assert config.load("tiny.yaml", ["data.valid={2023: 2024}"]).data.held_out == {"2023": "2024"}
+
+
+def test_a_perplexity_stays_short():
+    assert str(Evaluation(2.0, 3)) == "held-out loss 2.0000 | perplexity 7.39 (3 tokens)"
+    assert str(Evaluation(100.0, 1)) == "held-out loss 100.0000 | perplexity 2.69e+43 (1 token)"
+    assert "perplexity inf" in str(Evaluation(1000.0, 1))

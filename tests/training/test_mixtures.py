@@ -45,6 +45,9 @@ def test_a_run_that_is_resumed_in_a_mixture_is_the_unbroken_one(tiny_run):
     assert code == 0, err
     assert records("cut") == records("whole")
     assert_same(final_state("runs/cut"), final_state("runs/whole"))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        cut, whole = (Path(f"runs/{name}/checkpoints/step-00000006/{file}").read_bytes() for name in ("cut", "whole"))
+        assert cut == whole, file
 
     # Every source has its line, its share, its own held-out set, and a count of what was drawn of it.
     assert "source:    tales: " in out
@@ -116,7 +119,7 @@ def test_text_and_conversations_are_learned_each_in_its_way(tiny_run):
     code, out, err = tiny_run(*SHORT, *both, "train.max_steps=2", "export.formats=[]")
     assert code == 0, err
     assert {"eval_loss/talk", "eval_loss/tales"} <= records("tiny")[-1].keys()
-    code, _, err = tiny_run(*SHORT, "data.train=[talk.jsonl, tales.txt]", "data.task=instruct")
+    code, _, err = tiny_run(*SHORT, "data.train=[talk.jsonl, tales.txt]", "data.task=instruct", "run.name=b")
     assert (code, "data.train[1]: " in err, "add task: text to it" in err) == (2, True, True)
 
 
