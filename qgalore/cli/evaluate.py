@@ -59,20 +59,42 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def is_checkpoint(source: Path) -> bool:
+    """Whether ``source`` is a checkpoint and no hf folder. Raises :class:`ConfigError` if it is neither."""
+    from ..errors import ConfigError
+
+    if not (source / "state.json").is_file() and not (source / "config.json").is_file():
+        raise ConfigError(
+            f"{source} is no run, checkpoint or hf folder; name a folder that a training run or an export wrote"
+        )
+    return (source / "state.json").is_file()
+
+
+def check_loads(source: Path) -> None:
+    """Raise :class:`ConfigError` for a ``source`` that cannot be loaded, as far as its files tell without their
+    weights: the model before it is measured for minutes."""
+    import torch
+
+    from ..data.tokenizer import load_tokenizer
+    from ..files import checkpoint
+    from ..models.loading import pretrained_skeleton
+
+    if is_checkpoint(source):
+        checkpoint.read_state(source)
+    else:
+        pretrained_skeleton(source, dtype=torch.float32)
+        load_tokenizer(str(source))
+
+
 def load(source: Path):
     """(model, tokenizer, a name for what was loaded) of a run, a checkpoint or a Hugging Face folder."""
     from ..data.tokenizer import load_tokenizer
-    from ..errors import ConfigError
     from ..models.loading import pretrained
     from ..training import assemble
 
     source = kinds.saved_folder(source)
-    if (source / "state.json").is_file():
+    if is_checkpoint(source):
         return *assemble.restore_model(source), str(source)
-    if not (source / "config.json").is_file():
-        raise ConfigError(
-            f"{source} is no run, checkpoint or hf folder; name a folder that a training run or an export wrote"
-        )
     return pretrained(str(source)), load_tokenizer(str(source)), str(source)
 
 
@@ -147,6 +169,8 @@ def run(options: argparse.Namespace) -> None:
     sources = [kinds.saved_folder(path) for path in (options.model, options.after) if path is not None]
     for source in sources:
         check_kind(stored_classes(source), source)
+    for source in sources[1:]:
+        check_loads(source)
     from ..files.atomic import write_report
 
     manager = None

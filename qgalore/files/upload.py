@@ -34,7 +34,9 @@ def destination(name: str, asked: str) -> Destination:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"{asked}: {error}. Give a name, or USER/NAME") from error
+        raise ConfigError(
+            f"{asked}: {name!r} is no name of a repository. Give a name, or USER/NAME, of letters, digits and . - _"
+        ) from error
     if get_token() is None:
         raise ConfigError(
             f"{asked} uploads to the Hugging Face Hub, and nobody is logged in here. Run hf auth login, set HF_TOKEN, "
@@ -48,12 +50,16 @@ def destination(name: str, asked: str) -> Destination:
         found = _found(api, repo)
     except Exception as error:  # the hub, its client and the network raise dozens of types, all of one meaning here
         raise ConfigError(
-            f"{asked}: the hub does not answer as it must: {error}. Log in anew with hf auth login, look at the "
+            f"{asked}: the hub does not answer as it must: {_said(error)}. Log in anew with hf auth login, look at the "
             "network and at HF_HUB_OFFLINE, or leave the option out"
         ) from error
     if role == "read":
         raise ConfigError(f"{asked}: the token may only read. Log in with one that may write: hf auth login")
     return found
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _found(api: HfApi, repo: str) -> Destination:
@@ -72,7 +78,7 @@ def upload(folder: Path, to: Destination) -> str:
         api.upload_folder(repo_id=to.repo, folder_path=folder, commit_message="Upload an export of qgalore")
     except Exception as error:  # as above
         raise ConfigError(
-            f"the upload to {to.repo} failed: {error}. The export in {folder} is whole; send it later with hf upload "
-            f"{to.repo} {folder}"
+            f"the upload to {to.repo} failed: {_said(error)}. The export in {folder} is whole; send it later with hf "
+            f"upload {to.repo} {folder}"
         ) from error
     return f"{api.endpoint}/{to.repo}"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,21 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(evaluate, place, monkeyp
     code, _, err, _ = evaluate("empty", "--tasks", "arc_easy")
     assert code == 2
     assert "Run: pip install 'lm-eval>=" in err
+
+
+@pytest.mark.parametrize("broken", ["config.json", "tokenizer.json", "model.safetensors", "all"])
+def test_the_second_model_is_looked_at_before_the_first_is_loaded(evaluate, place, monkeypatch, broken):
+    shutil.rmtree(place / "broken", ignore_errors=True)
+    shutil.copytree(place / "two", place / "broken")
+    for file in list((place / "broken").iterdir()):
+        if broken == "all":
+            file.unlink()
+        elif file.name == broken:
+            file.write_text("{")
+    monkeypatch.setattr("qgalore.cli.evaluate.load", lambda source: pytest.fail(f"{source} is loaded"))
+    code, _, err, _ = evaluate("one", "broken", "--text", "t.txt")
+    assert (code, err.startswith("error: ")) == (2, True), err
+    assert ("broken is no run" if broken == "all" else "broken") in err
 
 
 def test_a_task_that_lm_eval_cannot_run_is_named(evaluate, place):
