@@ -94,6 +94,7 @@ def test_every_remedy_can_be_carried_out():
         ("train", [1], ["it must be a section"]),
         ("train", "fast", ["train is 'fast'"]),
         ("lowrank.cos_threshold", 5, ["lowrank.cos_threshold is 5; it must be a number from 0 to 1"]),
+        ("tracking", ["mlflow"], ["tracking is ['mlflow']; ", "for example tracking=[tensorboard]"]),
         ("export.formats", ["hf", "bin"], ["each hf, int8 or gguf"]),
         ("export.formats", ["hf", "hf"], ["different values"]),
         ("tracking", ["wandv"], ["tracking is ['wandv']; it must be a list", "for example tracking=[tensorboard]"]),

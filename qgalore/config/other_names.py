@@ -133,6 +133,29 @@ _NONE = {
     "overwrite_cache": "the cache knows by the data's content when to tokenize anew",
 }
 
+# Keys of one source in others' lists of data.
+_IN_SOURCES = {
+    "path": "file_name file dataset data_files name json_path hf_hub_url",
+    "weight": "probability prob probs ratio mixing_ratio sampling_weight share",
+    "text_key": "field text_column dataset_text_field text_field column",
+}
+_OF_SOURCES = {name: ours for ours, names in _IN_SOURCES.items() for name in names.split()}
+_LAYOUT = "the keys of a row tell its layout, and task says what is learned"
+_NONE_IN_SOURCES = {
+    "type": _LAYOUT,
+    "ds_type": _LAYOUT,
+    "format": _LAYOUT,
+    "formatting": _LAYOUT,
+    "split": "of a hub dataset the split train is read",
+}
+
+
+def _hint_in_source(section: tuple[str, ...], plain: str, known: list[str]) -> str:
+    if plain in _NONE_IN_SOURCES:
+        return f"There is no such key, since {_NONE_IN_SOURCES[plain]}."
+    near = [_OF_SOURCES[plain]] if plain in _OF_SOURCES else difflib.get_close_matches(plain, known, n=1)
+    return f"did you mean {'.'.join([*section, near[0]])}?" if near else f"known here: {', '.join(known)}"
+
 
 def hint(location: tuple[str, ...], siblings: Iterable[str], all_keys: Callable[[], Iterable[str]]) -> str:
     """What to say of an unknown key: which one is meant, by meaning first and then by spelling, or why there is none.
@@ -141,6 +164,8 @@ def hint(location: tuple[str, ...], siblings: Iterable[str], all_keys: Callable[
     """
     section, name, known = location[:-1], str(location[-1])[:80], list(siblings)
     plain = name.lower().replace("-", "_")
+    if section and section[-1].endswith("]"):
+        return _hint_in_source(section, plain, known)
     if plain in _NONE:
         return f"There is no such key, since {_NONE[plain]}."
     everywhere = list(all_keys())

@@ -14,7 +14,7 @@ from ..config import Config, Source
 from ..data.conversations import conversations
 from ..data.labelled import examples_of
 from ..data.notes import Notes
-from ..data.paths import close_names, looks_like_path
+from ..data.paths import close_names, exists, looks_like_path
 from ..data.sources import ENDINGS, ROW_ENDINGS, documents, local_files
 from ..data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, train_tokenizer
 from ..errors import ConfigError
@@ -36,6 +36,12 @@ def check_data(config: Config) -> None:
         given[f"data.valid.{name}".rstrip(".")] = (data.of_path(path), data.valid_split)
     for key in data.sources if data.max_tokens is None else ():
         needed_tokens(config, key)
+    for key, source in data.sources.items():
+        if "," in source.path and not exists(Path(source.path).expanduser()):
+            raise ConfigError(
+                f"{key}: {source.path!r} does not exist. Several sources are a list here, such as "
+                f"data.train=[{', '.join(part.strip() for part in source.path.split(','))}]"
+            )
     for key, (source, _) in given.items():
         if data.task != "classify" and looks_like_path(source.path, ENDINGS):
             endings = ROW_ENDINGS if source.task == "instruct" else ENDINGS

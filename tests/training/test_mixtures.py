@@ -129,6 +129,7 @@ def test_text_and_conversations_are_learned_each_in_its_way(tiny_run):
         ("[tales.txt, taels.txt]", "data.train[1]: data source 'taels.txt' does not exist. Close names in that folder"),
         ("[tales.txt, notes.jsonl]", "data.train[1]: 'notes.jsonl' line 1 has no 'text'"),
         ("[tales.txt, short.txt]", "data.train[1] has "),
+        ('"tales.txt, notes.jsonl"', "Several sources are a list here, such as data.train=[tales.txt, notes.jsonl]"),
     ],
 )  # fmt: skip
 def test_a_source_that_cannot_be_read_is_named(tiny_run, train, told):
