@@ -232,7 +232,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         team=team,
     )
     if team.leads:
-        describe(folder, config, _numbers(planned, config), model, tokenizer)
+        describe(folder, config, {**planned.numbers(), "max_steps": config.train.steps}, model, tokenizer)
     loop.course.tracking = _tracking(tracked, config, planned, start.step)
     return Run(config, folder, model, tokenizer, next(iter(data.valid.values())), planned, loop, lock)
 
@@ -250,13 +250,8 @@ def _with_steps(config: Config, samples: int) -> Config:
     return config
 
 
-def _numbers(planned: memory_plan.Plan, config: Config) -> dict[str, Any]:
-    """What a run's plan.json and its trackers hold."""
-    return {**planned.numbers(), "max_steps": config.train.steps}
-
-
 def _tracking(wanted: tracking.Wanted, config: Config, planned: memory_plan.Plan, step: int) -> tracking.Tracking:
-    return wanted.of(config.run.name, step, {**config.model_dump(mode="json"), "plan": _numbers(planned, config)})
+    return wanted.of(config.run.name, step, {**config.model_dump(mode="json"), "plan": planned.numbers()})
 
 
 def _data(
