@@ -112,7 +112,8 @@ def test_overrides_and_their_errors(tmp_path):
     assert (loaded.train.lr, loaded.lowrank.rank, loaded.export.formats, loaded.run.seed) == (0.5, "full", [], 3)
     for bad, expected in [
         ("train.lr", "form key.sub=value"),
-        ("train.lr.x=1", "is a value, not a section"),
+        ("train.lr.x=1", "lr is a value, not a section. Give all of it at once, as train.lr=…"),
+        ("data.train.0.weight=2", "train is a list, not a section. Give all of it at once, as data.train=…"),
         ("train.lrx=1", "did you mean train.lr?"),
         ("train.lr=[", "not YAML"),
     ]:

@@ -1,11 +1,12 @@
 """``--preview N``: the first rows of a run, and what the loss learns of them."""
 
 import json
+import re
 
 import pytest
 
 from qgalore import config
-from qgalore.training import assemble
+from qgalore.training import assemble, preview
 
 
 def shown(out: str, margin: str) -> list[str]:
@@ -59,6 +60,19 @@ def test_fewer_rows_than_asked_for_are_all_shown_once(tiny_run, tmp_path):
                          "data.vocab_size=300", "data.sequence_length=16")  # fmt: skip
     numbers = [line.split("(sample ")[1].split()[0] for line in out.splitlines() if line.startswith("row ")]
     assert len(numbers) == len(set(numbers)) == int(out.split("(sample ")[1].split(" of ")[1].partition(")")[0])
+
+
+def test_lines_have_colours_on_a_terminal_alone(tiny_run, monkeypatch):
+    """The same text in both, and no colour for one who wants none."""
+    _, plain, _ = tiny_run("--preview", "1")
+    monkeypatch.setattr(preview.sys.stdout, "isatty", lambda: True)
+    _, out, _ = tiny_run("--preview", "1")
+    assert "\x1b" not in plain
+    assert "\x1b[32m learned | " in out
+    assert "\x1b[2m  masked | " in out
+    assert re.sub(r"\x1b\[\d+m", "", out).partition("row 1")[2] == plain.partition("row 1")[2]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in tiny_run("--preview", "1")[1]
 
 
 @pytest.mark.parametrize("other", [("--plan",), ("--resume", "auto")])

@@ -144,6 +144,9 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
+        plain = value and not any(isinstance(item, list | tuple | Mapping) for item in value.values())
+        if plain and len(whole := as_yaml(value)) <= 60:
+            return whole
         return f"a mapping of {len(value)} keys" if len(value) != 1 else "a mapping of one key"
     if isinstance(value, list | tuple):
         if any(isinstance(item, list | tuple | Mapping) for item in value) or len(value) > 8:

@@ -85,10 +85,14 @@ def _override(data: dict[str, Any], assignment: str) -> None:
         value = _value(text, path)
     except plain_yaml.NotReadable as error:
         raise ConfigError(f"override {short(assignment)!r}: the value is not YAML: {error}") from error
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1], 1):
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"override {short(assignment)!r}: {part} is a value, not a section")
+            what = "a list" if isinstance(data, list) else "a value"
+            raise ConfigError(
+                f"override {short(assignment)!r}: {part} is {what}, not a section. Give all of it at once, as "
+                f"{'.'.join(parts[:depth])}=…"
+            )
     data[parts[-1]] = value
 
 

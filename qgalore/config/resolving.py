@@ -1,5 +1,6 @@
 """What the method and the device decide, what a configuration says in vain, and what a resumed run may change."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..errors import ConfigError
 from ..schedule_defaults import THRESHOLDS, longest_gap
 from .duration import asked
 from .incompatible import problems
-from .sections import METHODS, Config
+from .sections import METHODS, Config, DataSection
 
 
 def _micro_batches(config: Config, processes: int) -> int:
@@ -144,8 +145,24 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
             "valid_fraction" in data.model_fields_set and data.valid is not None,
             "with data.valid",
         ),
-        ("data.text_key", "text_key" in data.model_fields_set and data.task != "text", f"with data.task: {data.task}"),
+        (
+            "data.text_key",
+            "text_key" in data.model_fields_set and all(one.task != "text" for one in data.sources.values()),
+            f"with data.task: {data.task}",
+        ),
+        *_text_keys_not_read(data),
     ]
+
+
+def _text_keys_not_read(data: DataSection) -> Iterator[tuple[str, bool, str]]:
+    """A ``text_key`` of a source that has no rows, or rows of conversations; as :func:`_without_effect`."""
+    for place, source in enumerate(() if isinstance(data.train, str) else data.train):
+        if source.text_key is None:
+            continue
+        name, task = f"data.train[{place}].text_key", source.task or data.task
+        yield name, task == "instruct", "with task: instruct"
+        is_one_text = source.path.lower().endswith((".txt", ".txt.gz"))
+        yield name, task == "text" and is_one_text, f"in {source.path}, which is one text without keys"
 
 
 def remarks(config: Config) -> list[str]:
@@ -153,13 +170,18 @@ def remarks(config: Config) -> list[str]:
     found = []
     if not METHODS[config.method][0] and (unused := sorted(config.lowrank.model_fields_set)):
         found.append(f"method {config.method} ignores " + ", ".join(f"lowrank.{name}" for name in unused))
-    train = config.train
     for key, given, why in _without_effect(config):
         if given:
             found.append(f"{key} has no effect {why}")
-    if train.max_steps is not None and train.warmup_steps >= train.max_steps:
-        found.append(f"train.warmup_steps ({train.warmup_steps}) ≥ train.max_steps: the full train.lr is never reached")
-    return found
+    return found + never_warm(config)
+
+
+def never_warm(config: Config) -> list[str]:
+    """That a warm-up lasts as long as the run, where both lengths are known."""
+    train = config.train
+    if train.max_steps is None or train.warmup_steps < train.max_steps:
+        return []
+    return [f"train.warmup_steps ({train.warmup_steps}) ≥ train.max_steps: the full train.lr is never reached"]
 
 
 # Keys that a resumed run may change; everything else decides what the weights become.
@@ -194,4 +216,17 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
         saved = Config.model_validate(saved).model_dump(mode="json")
     old, new = _flat(saved), _flat(asked(config).model_dump(mode="json"))
     changed = [key for key in sorted({*old, *new} - set(RESUMABLE)) if old.get(key) != new.get(key)]
-    return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]
+    pairs = [pair for key in changed for pair in _item_by_item(key, old.get(key), new.get(key))]
+    return [f"{key}: {before!r} → {now!r}" for key, before, now in pairs]
+
+
+def _item_by_item(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, saved value, value now): of two lists of equally many sources, what differs in each of these."""
+    items = [*before, *now] if isinstance(before, list) and isinstance(now, list) and len(before) == len(now) else []
+    if not items or not all(isinstance(one, dict) for one in items):
+        yield key, before, now
+        return
+    for place, (old, new) in enumerate(zip(before, now, strict=True)):
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                yield f"{key}[{place}].{name}", old.get(name), new.get(name)

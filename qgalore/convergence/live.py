@@ -111,7 +111,8 @@ class Wandb:
             resume="allow" if run.identity is not None else None,
             config=run.settings,
             allow_val_change=True,  # a resumed run may have more steps
-            settings=self._limits(console="off", finish_timeout=PATIENCE),
+            # the address of a repository may hold a token, and what is printed may quote one
+            settings=self._limits(console="off", disable_git=True, finish_timeout=PATIENCE),
             **place,
         )
         # Steps of its own only grow, and rows of steps that are taken again would be dropped.

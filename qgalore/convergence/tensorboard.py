@@ -12,7 +12,7 @@ from .records import Row, Run, number
 UPDATES = ("update_rms", "weight_rms", "momentum_cosine")
 PER_LAYER = ("similarity", "energy", "energy_before", "gap")
 TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step_seconds", "refresh_seconds")
-EVALUATION = "eval_"  # how the keys of held-out figures begin
+EVALUATION, DRAWN = "eval_", "drawn/"  # how the keys of held-out figures begin, and those of samples by source
 HEALTH = tuple(f"moment{n}_{what}" for n in (1, 2) for what in ("zero", "saturated"))
 HEALTH += ("int8_changed", "int8_rescaled", "int8_noise_share")
 
@@ -25,14 +25,14 @@ def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
 def of_rows(
     metrics: Sequence[Row], refreshes: Sequence[Row], updates: Sequence[Row]
 ) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step): ``train/…``, ``held_out/…``, ``KEY/LAYER`` for the figures of a layer's refresh or update,
-    ``health/…``, the mean over the layers refreshed in a step, and ``drawn/SOURCE``, the samples that each of several
-    sources has given. The rows are those of metrics.jsonl, subspace.jsonl and updates.jsonl; all refreshes of a step
-    come together."""
+    """(tag, value, step): ``train/…``, ``held_out/…``, ``drawn/…``, ``KEY/LAYER`` for the figures of a layer's refresh
+    or update, and ``health/…``, the mean over the layers refreshed in a step.
+
+    The rows are those of metrics.jsonl, subspace.jsonl and updates.jsonl; all refreshes of a step come together."""
     for row in metrics:
         known = {f"train/{key}": key for key in TRAIN}
         known |= {f"held_out/{key}": key for key in row if key.startswith(EVALUATION)}
-        known |= {key: key for key in row if key.startswith("drawn/")}
+        known |= {key: key for key in row if key.startswith(DRAWN)}
         yield from ((tag, value, row["step"]) for tag, key in known.items() if (value := number(row, key)) is not None)
     means: dict[tuple[str, int], list[float]] = {}
     for row in refreshes:

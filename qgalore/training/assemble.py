@@ -34,7 +34,7 @@ from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .paper import has_weights, shape
 from .parts import Samples
-from .resume import checkpoint_to_resume, describe, ending, enter
+from .resume import describe, ending, enter
 from .roofline import line_of
 from .run_lock import RunLock
 from .say import say
@@ -115,13 +115,16 @@ def preview(config: Config, count: int) -> None:
     for remark in configuration.remarks(config):
         say("note", remark)
     config = _resolved(config, device, 1)
+    if config.train.restart_schedule and config.data.tokenizer is None and config.model.path is None:
+        say("note", "the run takes the tokenizer of the run before it; name that one as data.tokenizer to see its rows")
     tokenizer = _checked_tokenizer(config, device, ALONE)
     examples, _ = _words(config, tokenizer)
     data = _data(config, tokenizer, examples, date.today(), ALONE).train
     order = settings.sample_order(data, config.run.seed)
     shown = previews.of_text(tokenizer) if examples is None else previews.of_examples(tokenizer, examples.labels)
+    colours = previews.on_terminal()
     for line in previews.rows(data, order, count, shown):
-        print(line)
+        print(previews.coloured(line) if colours else line)
 
 
 def _announce(config: Config, folder: Path, device: torch.device, team: Team, remarks: list[str]) -> None:
@@ -188,8 +191,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     remarks = configuration.remarks(config)
     config = _resolved(config, device, team.size)
     folder, lock, tracked = _enter(config, resume, team)
-    source, saved = checkpoint_to_resume(folder, resume, team)
-    config, begin = decide(config, folder, resume, source, saved, team)
+    config, begin = decide(config, folder, resume, team)
     _announce(config, folder, device, team, remarks)
 
     # What can be known to be wrong is said before anything is tokenized or built.
@@ -231,9 +233,9 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         start=start,
         team=team,
     )
-    if team.leads:
-        describe(folder, config, {**planned.numbers(), "max_steps": config.train.steps}, model, tokenizer)
-    loop.course.tracking = _tracking(tracked, config, planned, start.step)
+    numbers = {**planned.numbers(), "max_steps": config.train.steps}
+    describe(folder, config, numbers, model, tokenizer, team)
+    loop.course.tracking = tracked.of(config.run.name, start.step, {**config.model_dump(mode="json"), "plan": numbers})
     return Run(config, folder, model, tokenizer, next(iter(data.valid.values())), planned, loop, lock)
 
 
@@ -247,11 +249,10 @@ def _with_steps(config: Config, samples: int) -> Config:
         say("steps", f"{epochs} {counted(train.steps, 'step')} of {drawn}")
     if train.warmup_ratio is not None:
         say("steps", f"the warm-up takes {counted(train.warmup_steps, 'step')} of {train.steps:,}")
+    if configuration.asked(config) != config:  # lengths that the configuration's own remarks could not know
+        for remark in configuration.never_warm(config):
+            say("note", remark)
     return config
-
-
-def _tracking(wanted: tracking.Wanted, config: Config, planned: memory_plan.Plan, step: int) -> tracking.Tracking:
-    return wanted.of(config.run.name, step, {**config.model_dump(mode="json"), "plan": planned.numbers()})
 
 
 def _data(

@@ -39,7 +39,14 @@ def check_data(config: Config) -> None:
     for key, (source, _) in given.items():
         if data.task != "classify" and looks_like_path(source.path, ENDINGS):
             endings = ROW_ENDINGS if source.task == "instruct" else ENDINGS
-            with_key(key, partial(local_files, source.path, endings, Notes()))
+            try:
+                with_key(key, partial(local_files, source.path, endings, Notes()))
+            except ConfigError as error:
+                if "[" in key and source.task == "instruct" and source.path.lower().endswith(ENDINGS[:2]):
+                    raise ConfigError(
+                        f"{error} If it is text, all of which is learned, add task: text to it"
+                    ) from error
+                raise
     for key, (source, split) in given.items():
         with_key(key, lambda source=source, split=split: next(_first(config, source, split), None))
     if data.tokenizer is not None and looks_like_path(data.tokenizer, (".json",)):

@@ -29,6 +29,7 @@ from ..data.tokens import TokenFile
 from ..errors import ConfigError, counted
 from ..files import atomic
 from ..models import loading
+from .export import KEPT
 from .say import say
 from .sources import Reader, cut_tail, epochs_of, needed_tokens, say_shares
 
@@ -63,6 +64,10 @@ def given_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
             loading.stored_config(loading.local_folder(config.model.path))
         say("tokenizer", f"the model's own, {config.model.path}")
         return added(load_tokenizer(config.model.path))
+    kept = Path(config.run.dir) / config.run.name / KEPT
+    if config.train.restart_schedule and kept.is_dir():
+        say("tokenizer", f"that of the run before, copied to {kept}")
+        return added(load_tokenizer(str(kept)))
     for key, source in data.sources.items():
         if not looks_like_path(source.path, ENDINGS):
             raise ConfigError(

@@ -24,7 +24,7 @@ from ..models.recompute import checkpoint_blocks
 from ..parallel import ALONE, Team
 from .attending import attend_as
 from .say import say
-from .vocabulary import Vocabulary, may_grow, rows_wanted, say_rows
+from .vocabulary import Vocabulary, check_added, may_grow, rows_wanted, say_rows
 
 
 def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
@@ -47,6 +47,7 @@ def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str],
         ends = vocabulary.eos if config.data.task == "text" else None  # it stands between documents
         loading.check_vocabulary(shape, ends or 0, vocabulary.size)
         vocab = shape.get_text_config().vocab_size
+        check_added(vocabulary, vocab)
         special = (None if token is None or token >= vocab else token for token in (vocabulary.bos, vocabulary.eos))
         shape.bos_token_id, shape.eos_token_id = special
         shape.pad_token_id = None  # its row would get no gradient, and packed data has no padding

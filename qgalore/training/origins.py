@@ -28,7 +28,8 @@ def of(config: Config) -> dict[str, Any]:
     fields of a card; the names of ``train`` and ``held_out``; and ``datasets``, those of them that are ids of the hub.
     Of a path on this machine the last part is named alone."""
     section, data = config.model, config.data.model_dump(mode="json")
-    train, held_out = _sources(data["train"]), _sources(data["valid"])
+    valid = data["valid"]
+    train, held_out = _sources(data["train"]), _sources(list(valid.values()) if isinstance(valid, dict) else valid)
     tables = (*ENDINGS, ".tsv", ".csv")
     hub = [source.partition(":")[0] for source in (*train, *held_out) if not looks_like_path(source, tables)]
     return {
@@ -61,11 +62,11 @@ def is_id(name: str) -> bool:
 
 
 def _sources(value: Any) -> list[str]:
-    """The sources in a value of data.train or data.valid: one, several, or several by name."""
+    """The sources in a value of data.train or data.valid: one, or a list of them, each a text or a mapping."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        return _sources(value["path"]) if "path" in value else _sources(list(value.values()))
+        return [value["path"]]
     return [source for one in value or [] for source in _sources(one)]
 
 

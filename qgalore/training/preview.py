@@ -1,5 +1,7 @@
 """The first rows that a run trains on, as text, with what of them the loss learns."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
@@ -12,7 +14,22 @@ from ..errors import counted, printable
 from .parts import Batch, Samples
 
 _MARGIN = {True: "learned", False: "masked"}
+_COLOURS = {True: "\x1b[32m", False: "\x1b[2m"}  # on a terminal: green, and faint
+_PLAIN = "\x1b[0m"
 Lines = Callable[[Batch], Iterator[str]]  # of a batch that holds one row
+
+
+def on_terminal() -> bool:
+    """Whether lines are read on a terminal whose user has nothing against colours (https://no-color.org)."""
+    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def coloured(line: str) -> str:
+    """A line of a preview, in a colour that says whether the loss learns it."""
+    for learns, word in _MARGIN.items():
+        if line.startswith(f"{word:>8} | "):
+            return f"{_COLOURS[learns]}{line}{_PLAIN}"
+    return line
 
 
 def pieces(batch: Batch) -> list[tuple[bool, list[int]]]:

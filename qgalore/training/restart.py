@@ -55,6 +55,16 @@ def check_asked(config: Config, folder: Path, resume: str | None) -> None:
         )
 
 
+def may_change(lines: list[str], seeded: bool) -> bool:
+    """Whether a restart may begin with all that differs by ``lines`` of :func:`configuration.differences`."""
+    return not any(_stays(line.partition(":")[0], seeded) for line in lines)
+
+
+def is_seeded(config: Config) -> bool:
+    """Whether the seed decides what the state of a checkpoint means."""
+    return config.lowrank.rule in _SEEDED
+
+
 def begins(config: Config, folder: Path, resume: str | None) -> bool:
     """Whether this start is the beginning of a run on the weights of another's checkpoint, and does not go on with what
     ``folder``, the run's own, holds."""
@@ -72,8 +82,8 @@ def saved_config(source: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_before(source: Path, saved: dict[str, Any], config: Config) -> Config:
-    """``config`` for going on with the checkpoint ``source``: of a run that was restarted once, what it took over from
-    another need not be said again. Raises :class:`ConfigError` if a run's own checkpoint should begin it anew."""
+    """``config`` for going on with the checkpoint ``source``; that its run began on another's weights need not be said
+    again. Raises :class:`ConfigError` if a run's own checkpoint should begin it anew."""
     before = saved_config(source, saved)
     restarted = before["train"].get("restart_schedule", False)
     if config.train.restart_schedule and not restarted:
@@ -83,24 +93,18 @@ def as_before(source: Path, saved: dict[str, Any], config: Config) -> Config:
         )
     if not restarted:
         return config
-    changes: dict[str, Any] = {"train": config.train.model_copy(update={"restart_schedule": True})}
-    if config.data.tokenizer is None and config.model.path is None:
-        kept = before["data"].get("tokenizer")
-        changes["data"] = config.data.model_copy(update={"tokenizer": kept})
-    return config.model_copy(update=changes)
+    return config.model_copy(update={"train": config.train.model_copy(update={"restart_schedule": True})})
 
 
-def check(source: Path, saved: dict[str, Any], config: Config, folder: Path, team: Team = ALONE) -> Config:
-    """``config`` for a run that begins in ``folder`` on the checkpoint ``source``, with the tokenizer of its run. What
-    differs is said.
+def check(source: Path, saved: dict[str, Any], config: Config) -> None:
+    """Say in what ``config``, for a run that begins on the checkpoint ``source``, differs from that of the run before.
 
     Raises :class:`ConfigError` for a difference with which the checkpoint's tensors would not be those of the model, or
     would mean something else.
     """
     before = saved_config(source, saved)
-    config = _with_tokenizer(source, config, folder, team)
     different = configuration.differences(before, config)
-    seeded = config.lowrank.rule in _SEEDED
+    seeded = is_seeded(config)
     refused = [line for line in different if _stays(line.partition(":")[0], seeded)]
     if refused:
         listing = "\n".join(f"  {line}" for line in refused)
@@ -110,9 +114,9 @@ def check(source: Path, saved: dict[str, Any], config: Config, folder: Path, tea
             "begin from the run's export with model.path, which takes the weights alone"
         )
     for line in different:
-        if not line.startswith((KEY, "data.tokenizer:")):
-            say("restart", line)
-    return config
+        if not line.startswith(KEY):
+            idle = line.startswith("data.vocab_size:")
+            say("restart", f"{line}, which has no effect, as the tokenizer stays" if idle else line)
 
 
 def _stays(key: str, seeded: bool) -> bool:
@@ -126,24 +130,27 @@ def _kept(source: Path) -> Path:
     return source.resolve().parent.parent / KEPT
 
 
-def _with_tokenizer(source: Path, config: Config, folder: Path, team: Team) -> Config:
-    """``config`` with the tokenizer that the run of ``source`` trained, copied into ``folder``, where none is named:
-    one trained on new data would give ids another meaning."""
-    if config.data.tokenizer is not None or config.model.path is not None:
-        return config
+def bring_tokenizer(source: Path, config: Config, folder: Path, anew: bool, team: Team = ALONE) -> None:
+    """Copy the tokenizer that the run of ``source`` trained into ``folder``, where :func:`.data.given_tokenizer` looks
+    for it if none is named: one trained on new data would give ids another meaning."""
+    if not config.train.restart_schedule or config.data.tokenizer is not None or config.model.path is not None:
+        return
     place = folder / KEPT
 
     def copy() -> None:
+        if place.is_dir() and not anew:
+            return
         try:
-            shutil.copytree(_kept(source), place, dirs_exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(_kept(source), place)
         except OSError as error:
             raise ConfigError(
                 f"{source} comes without the tokenizer of its run, {_kept(source)} ({error}); name it as data.tokenizer"
             ) from error
 
-    team.after_first("the tokenizer of the run before", copy if team.leads else lambda: None)
-    say("restart", f"the tokenizer of the run before, copied to {place}")
-    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(place)})})
+    with team.together("the tokenizer of the run before"):
+        if team.leads:
+            copy()
 
 
 def check_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> None:

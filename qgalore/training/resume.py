@@ -18,7 +18,7 @@ from . import origins
 from .export import KEPT, keep_beside
 from .position import Position
 from .records import Records
-from .restart import check_asked, saved_config
+from .restart import KEY, check_asked, is_seeded, may_change, saved_config
 from .run_lock import RunLock
 from .say import say
 
@@ -149,9 +149,14 @@ def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> Confi
     different = configuration.differences(before, config)
     if different:
         listing = "\n".join(f"  {line}" for line in different)
+        anew = ""
+        if may_change(different, is_seeded(config)):
+            anew = (
+                f"\nA new run may begin on its state with all of these: {KEY}=true, another run.name, --resume {source}"
+            )
         raise ConfigError(
             f"{source} was made with another configuration:\n{listing}\n"
-            f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}"
+            f"Only these may change on resume: {', '.join(configuration.RESUMABLE)}{anew}"
         )
     return config
 
@@ -226,9 +231,16 @@ def restore(
 
 
 def describe(
-    folder: Path, config: Config, plan: dict[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    config: Config,
+    plan: dict[str, Any],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    team: Team = ALONE,
 ) -> None:
-    """Write what the run is made of into its folder, each file whole or not at all."""
+    """Write what the run is made of into its folder, each file whole or not at all. One process of ``team`` does so."""
+    if not team.leads:
+        return
     with atomic.explained(f"the run folder {folder}", "free space or set run.dir, then go on with --resume auto"):
         atomic.write_text(folder / "config.yaml", configuration.dump(config))
         atomic.write_text(folder / "plan.json", json.dumps(plan, indent=1))

@@ -113,13 +113,23 @@ def cut_tail(config: Config, key: str, tokens: TokenFile) -> tuple[TokenFile, To
 def say_shares(config: Config, mixture: Mixture, tokens: list[TokenFile]) -> None:
     """A line about each source of a mixture: its size, its share of the samples, and how often it is seen."""
     drawn, total = samples_of(config, len(mixture)), sum(mixture.weights)
+    seen: dict[str, str] = {}  # names by the tokens
     for name, weight, samples, held in zip(mixture.names, mixture.weights, mixture.sources, tokens, strict=True):
-        epochs = drawn * weight / total / len(samples)
+        share = drawn * weight / total
+        epochs = share / len(samples)
         say(
             "source",
             f"{name}: {counted(len(held.tokens), 'token')} in {counted(held.n_documents, 'document')}, "
             f"{counted(len(samples), 'sample')}; {weight / total:.1%} of what is drawn, {epochs:.2f} epochs",
         )
+        if (same := seen.setdefault(held.checksum, name)) != name:
+            say("note", f"{name} has the same tokens as {same}, so the shares of both go to them; leave one out")
+        if share < 1:
+            say(
+                "note",
+                f"{name} gives at most one of the {counted(drawn, 'sample')} that this run draws; raise its weight, or "
+                "make the run longer",
+            )
         if epochs > OFTEN:
             say(
                 "note",

@@ -12,7 +12,7 @@ from ..lowrank.optimizer import LowRankOptimizer
 from ..parallel import Team
 from . import restart
 from .position import Position
-from .resume import check_same_bytes, check_same_run, restore
+from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, restore
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class Start:
         return restore(self.source, self.saved, model=model, optimizer=optimizer, team=team, **where)
 
 
-def decide(
-    config: Config, folder: Path, resume: str | None, source: Path | None, saved: dict[str, Any] | None, team: Team
-) -> tuple[Config, Start]:
-    """``config`` as the run in ``folder`` starts with it, and how. ``source`` and ``saved``: the checkpoint that
-    ``resume`` means. Raises :class:`ConfigError` if they do not go together."""
+def decide(config: Config, folder: Path, resume: str | None, team: Team) -> tuple[Config, Start]:
+    """``config`` as the run in ``folder`` starts with it, and how. ``resume``: None, "auto" or a checkpoint. Raises
+    :class:`ConfigError` if they do not go together."""
+    source, saved = checkpoint_to_resume(folder, resume, team)
     if source is None or saved is None:
         return config, Start(None, None, False)
-    if restart.begins(config, folder, resume):
-        return restart.check(source, saved, config, folder, team), Start(source, saved, True)
-    config = check_same_run(source, saved, restart.as_before(source, saved, config))
-    return config, Start(source, saved, False)
+    anew = restart.begins(config, folder, resume)
+    if anew:
+        restart.check(source, saved, config)
+    else:
+        config = check_same_run(source, saved, restart.as_before(source, saved, config))
+    restart.bring_tokenizer(source, config, folder, anew, team)
+    return config, Start(source, saved, anew)

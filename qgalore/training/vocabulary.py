@@ -58,6 +58,16 @@ def rows_wanted(config: Config, vocabulary: Vocabulary, rows: int) -> int:
     return max(rows, vocabulary.bound)
 
 
+def check_added(vocabulary: Vocabulary, rows: int) -> None:
+    """Raise :class:`ConfigError` for an added token without a row in a fresh model, whose ``rows`` are stated."""
+    without = [f"{token} ({number})" for token, number in vocabulary.added if number >= rows]
+    if without:
+        raise ConfigError(
+            f"data.added_tokens: {_some(without)} would have no row in a model of {rows} rows. Set "
+            f"model.overrides.vocab_size to {vocabulary.bound} or more, or leave the tokens out"
+        )
+
+
 def say_rows(
     config: Config, vocabulary: Vocabulary, rows: int, names: list[str], report: Callable[[str], None]
 ) -> None:

@@ -34,9 +34,9 @@ def runs(recorded, tmp_path):
     (place / "done/checkpoints/step-00000014/config.yaml").write_text("")
     (place / "empty").mkdir()
     (place / "notes.txt").write_text("")
-    write(place / "study/b c", metrics(tiny)[:5])
+    write(place / "study/b c", metrics(tiny)[:6])  # the first row is the evaluation before step 1
     broken = {"step": 6, "loss": None, "lr": 0.1, "skipped": "the loss is not <finite>"}
-    write(place / "study/b-c", [*metrics(tiny)[:5], broken])
+    write(place / "study/b-c", [*metrics(tiny)[:6], broken])
     write(place / "fresh", [])
     return place
 
@@ -91,10 +91,10 @@ def test_every_run_is_a_line_that_can_be_switched(runs):
     found = [summary.summarise(records.read_run(folder)) for folder in records.find_runs(runs)]
     page = ET.fromstring(index.page(found, "t", {}).split("\n", 1)[1])
     held, train = page.iter("figure")
-    assert [button.text or button.find("i").tail.strip() for button in held.iter("button")] == ["done"]
+    assert [button.find("i").tail.strip() for button in held.iter("button")] == ["done", "b c", "b-c"]
     assert [button.find("i").tail.strip() for button in train.iter("button")] == ["done", "b c", "b-c"]
     told = json.loads(held.find("script").text)
-    assert [step for step, _ in told["series"][0]["points"]] == [7, 14]
+    assert [step for step, _ in told["series"][0]["points"]] == [0, 7, 14]
     assert not list(page.iter("a")), "no links without pages"
 
 
@@ -147,6 +147,6 @@ def test_a_lock_is_seen_from_outside_and_from_inside(tmp_path):
 )
 def test_what_became_of_an_unfinished_run(recorded, training, wanted):
     folder, _ = recorded
-    write(folder, metrics(folder)[:4])
+    write(folder, metrics(folder)[:5])
     run = records.read_run(folder)
     assert index.state(run, training) == wanted

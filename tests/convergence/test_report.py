@@ -143,7 +143,7 @@ def test_the_heat_map_shows_each_similarity_from_its_refresh_to_the_next(recorde
         for cell, (start, end, value) in zip(cells, wanted, strict=True):
             assert cell.get("fill") == heat.shade(value)
             for (place, _), step in zip(places(cell), (start, end), strict=True):
-                assert place == pytest.approx(left + (step - 1) / (run.step - 1) * (right - left), abs=0.11)
+                assert place == pytest.approx(left + step / run.step * (right - left), abs=0.11)
 
 
 def test_the_values_under_the_pointer_are_those_of_the_records(recorded):
@@ -155,7 +155,7 @@ def test_the_values_under_the_pointer_are_those_of_the_records(recorded):
         assert [value for _, value in named[name]] == pytest.approx([row[key] for row in rows], rel=1e-5)
     assert told["x"] == {
         "label": "step",
-        "low": 1,
+        "low": 0,
         "high": 14,
         "start": plot.LEFT,
         "end": plot.WIDTH - plot.RIGHT,
@@ -177,7 +177,7 @@ def test_each_held_out_set_with_a_name_is_a_line(recorded):
     lines = {told["names"][one["key"]]: one["points"] for one in told["series"]}
     assert lines["held out, code"] == [[0, 3.0], [7, 2.3], [14, 1.6]]
     assert lines["held out, <prose>"] == [[0, 2.0], [7, 2.0], [14, 2.0]]
-    assert [step for step, _ in lines["held out"]] == [7, 14]
+    assert [step for step, _ in lines["held out"]] == [0, 7, 14]
     assert told["x"]["low"] == 0, "a loss before the first step has its place"
 
 

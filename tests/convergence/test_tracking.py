@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qgalore.training import tracking
 SHORT = ("export.formats=[]", "sample.max_new_tokens=0")
 FEW = ("train.max_skipped_in_a_row=2", *SHORT)
 RUN = Path("runs/tiny")
+KEY = "0123456789abcdef" * 2 + "01234567"
 Scalars = dict[str, dict[int, float]]  # tag → step → value
 Shown = tuple[set[str], Scalars, dict[str, Any]]
 
@@ -68,6 +70,8 @@ def wandb_records(path: Path):
             place += left
             continue
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + size > len(data):  # still being written
+            return
         part += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part
@@ -75,11 +79,21 @@ def wandb_records(path: Path):
             part = b""
 
 
+def finished(path: Path) -> list:
+    """The records of a file once its last one is there: wandb's own process may write it after the run's end."""
+    for _ in range(200):
+        found = list(wandb_records(path))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    return found
+
+
 def wandb_rows(folder: Path) -> Shown:
     """The same out of offline files."""
     identities, found, config = set(), {}, {}
     for path in sorted(folder.glob("offline-run-*/*.wandb")):
-        for record in wandb_records(path):
+        for record in finished(path):
             if record.run.run_id:
                 identities.add(record.run.run_id)
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -119,7 +133,8 @@ def test_tensorboard_shows_a_resumed_run_as_one(tiny_run):
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, trackers_offline, package):
+def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, trackers_offline, monkeypatch, package):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     wanted = run_and_resume(tiny_run, package)
     trackio = package == "trackio"
     live = trackio_rows(trackers_offline / "qgalore.db") if trackio else wandb_rows(RUN / "wandb")
@@ -127,19 +142,21 @@ def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, 
     assert len(identities) == 1
     assert_scalars(found, wanted)
     assert config["train"]["lr"] == 0.01
-    assert config["plan"] == json.loads((RUN / "plan.json").read_text())
+    assert config["plan"]["resident"] == json.loads((RUN / "plan.json").read_text())["resident"]
 
     count = trackers.send(records.read_run(RUN), package, "later")
     assert count == sum(map(len, wanted.values()))
     later = trackio_rows(trackers_offline / "later.db") if trackio else wandb_rows(Path("wandb"))
     assert_scalars(later[1], wanted)
     assert later[2]["train"]["lr"] == 0.01
+    written = [path for place in (Path(), trackers_offline) for path in place.rglob("*") if path.is_file()]
+    assert not [path for path in written if KEY.encode() in path.read_bytes()], "the key is in a file"
 
 
 class Fake:
     """A tracker that keeps what it is told; ``failing`` names the call that raises."""
 
-    def __init__(self, failing="", stop_at=0):
+    def __init__(self, failing="", stop_at=None):
         self.calls, self.failing, self.stop_at = [], failing, stop_at
 
     def __call__(self, asked):
@@ -188,12 +205,9 @@ def test_a_signal_and_a_hopeless_run_end_the_trackers_with_their_codes(tiny_run,
     try:
         fake = put(monkeypatch, Fake(stop_at=2))
         assert tiny_run("tracking=[wandb]", *FEW)[0] == 130
-        assert fake.calls == [
-            ("begin", "tiny", 0, False),
-            ("send", 1, "train/loss"),
-            ("send", 2, "train/loss"),
-            ("end", 130),
-        ]
+        assert fake.calls[0] == ("begin", "tiny", 0, False)
+        assert [call[1] for call in fake.calls if "train/loss" in call] == [1, 2]
+        assert fake.calls[-1] == ("end", 130)
     finally:
         signal.signal(signal.SIGINT, before)
     fake = put(monkeypatch, Fake())

@@ -16,6 +16,7 @@ from qgalore.data.packing import PackedSequences
 from qgalore.data.tokens import TokenFile
 from qgalore.errors import ConfigError
 from qgalore.training.position import Position
+from qgalore.training.sources import say_shares
 
 LEAST = {"model": {"config": "llama_60m"}, "train": {"lr": 0.01, "max_steps": 5}}
 
@@ -142,6 +143,33 @@ def test_sources_have_what_they_do_not_say_themselves():
     ]  # fmt: skip
     for alone in ("a.txt", ["a.txt"], {"path": "a.txt"}):
         assert [(key, s.path) for key, s in parsed(alone).data.sources.items()] == [("data.train", "a.txt")]
+
+
+def test_a_text_key_that_nothing_reads_is_told():
+    def told(**data):
+        return [line for line in config.remarks(parsed(**data)) if "text_key" in line]
+
+    listed = [{"path": "a.TXT", "text_key": "body"}, {"path": "b.jsonl", "text_key": "body"}, "c.jsonl"]
+    assert told(train=listed) == ["data.train[0].text_key has no effect in a.TXT, which is one text without keys"]
+    talk = [{"path": "a.jsonl", "text_key": "body"}, {"path": "b.jsonl", "task": "text"}]
+    assert told(train=talk, task="instruct", text_key="story") == [
+        "data.train[0].text_key has no effect with task: instruct"
+    ]
+    assert told(train="a.jsonl", task="instruct", text_key="story") == [
+        "data.text_key has no effect with data.task: instruct"
+    ]
+
+
+def test_a_source_that_gives_nothing_and_one_given_twice_are_told(capsys):
+    sources = tuple(packed(0, [40]) for _ in range(3))
+    files = [TokenFile(np.zeros(40, np.uint16), np.array([0, 40]), 9, checksum=sum_) for sum_ in ("x", "y", "x")]
+    made = config.parse({**LEAST, "data": {"train": "a"}, "train": {"lr": 0.01, "max_steps": 5}}, "here")
+    say_shares(made, Mixture(("a", "b", "c"), (39, 1, 40), sources), files)  # 40 samples: 19.5, 0.5 and 20 of them
+    notes = [line.removeprefix("note:").strip() for line in capsys.readouterr().out.splitlines() if "note" in line]
+    assert [line for line in notes if "times" not in line] == [
+        "b gives at most one of the 40 samples that this run draws; raise its weight, or make the run longer",
+        "c has the same tokens as a, so the shares of both go to them; leave one out",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,13 @@ def test_a_fresh_model_has_rows_for_added_tokens(tiny_run):
     assert "special tokens added: <x> (512)" in out
     assert "vocabulary 576 (tokenizer: 513)" in out
     assert [row for row in rows("runs/tiny/metrics.jsonl") if "eval_loss" in row]
+    stated = ("data.added_tokens=['<x>', '<y>']", "model.overrides.vocab_size=513", "run.name=stated")
+    code, _, err = tiny_run(*stated, "train.max_steps=1", "export.formats=[]")
+    assert code == 2
+    assert (
+        "data.added_tokens: <y> (513) would have no row in a model of 513 rows. Set model.overrides.vocab_size" in err
+    )
+    assert "to 514 or more" in err
 
 
 @pytest.mark.slow

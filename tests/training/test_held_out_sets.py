@@ -101,7 +101,7 @@ def test_the_loss_before_the_first_step_is_never_the_best(tiny_run):
     ("valid", "told"),
     [
         ("{}", r"data\.valid is a mapping of 0 keys; it must be a file, .* mapping of names"),
-        ("{a/b: code.txt}", r"data\.valid is a mapping of one key; .* names of at most 100 letters"),
+        ("{a/b: code.txt}", r"data\.valid is \{a/b: code\.txt\}; .* names of at most 100 letters"),
         ("{a: [code.txt]}", r"data\.valid is a mapping of one key"),
         ("{code: coed.txt}", r"data\.valid\.code: data source 'coed\.txt' does not exist.*code\.txt"),
         ("{code: short.txt}", r"data\.valid\.code: the data has \d+ tokens"),

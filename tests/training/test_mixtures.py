@@ -67,7 +67,10 @@ def test_a_run_that_is_resumed_in_a_mixture_is_the_unbroken_one(tiny_run):
                             "data.tokenizer=runs/whole/tokenizer")  # fmt: skip
     assert (code, "data.tokenizer" in err) == (2, True)
     code, _, err = tiny_run(*quiet, TWO.replace("3", "2"), "run.name=whole", "train.max_steps=7", "--resume", "auto")
-    assert (code, "data.train: [" in err) == (2, True)
+    assert (code, "  data.train[0].weight: 3.0 → 2.0\n" in err) == (2, True)
+    assert "A new run may begin on its state with all of these: train.restart_schedule=true, another run.name" in err
+    code, _, err = tiny_run(*quiet, TWO, "lowrank.rank=3", "run.name=whole", "train.max_steps=7", "--resume", "auto")
+    assert (code, "lowrank.rank: " in err, "restart_schedule" in err) == (2, True, False)
     code, _, err = tiny_run(*quiet, "run.name=whole", "train.max_steps=7", "--resume", "auto")
     assert (code, "was made with other tokens" in err) == (2, True)
 
@@ -113,6 +116,8 @@ def test_text_and_conversations_are_learned_each_in_its_way(tiny_run):
     code, out, err = tiny_run(*SHORT, *both, "train.max_steps=2", "export.formats=[]")
     assert code == 0, err
     assert {"eval_loss/talk", "eval_loss/tales"} <= records("tiny")[-1].keys()
+    code, _, err = tiny_run(*SHORT, "data.train=[talk.jsonl, tales.txt]", "data.task=instruct")
+    assert (code, "data.train[1]: " in err, "add task: text to it" in err) == (2, True, True)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_weights_and_moments_are_taken_and_the_rest_begins_anew(run):
     steps = [row for row in rows("runs/b/metrics.jsonl") if "lr" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
     assert [row["lr"] for row in steps] == pytest.approx([0.004 / 3, 0.008 / 3, 0.004, 0.004, 0.004])
-    assert steps[0]["tokens"] == rows("runs/tiny/metrics.jsonl")[0]["tokens"]
+    assert steps[0]["tokens"] == next(row for row in rows("runs/tiny/metrics.jsonl") if "lr" in row)["tokens"]
     state = state_of("b", 5)
     assert (state["optimizer"]["step_count"], state["position"]["steps_before"]) == (9, 4)
     assert (state["position"]["step"], len(state["position"]["losses"])) == (5, 5)
@@ -75,18 +75,19 @@ def test_a_restarted_run_goes_on_like_any_other(run, again):
     other = ("run.name=b", "data.train=other.jsonl", "data.valid=other.jsonl", "train.eval_every=4")
     code, out, err = run(*other, *ANEW, *FROM, "train.max_steps=4")
     assert code == 0, err
-    assert "the tokenizer of the run before, copied to runs/b/tokenizer" in out
+    assert "that of the run before, copied to runs/b/tokenizer" in out
     unbroken, metrics = final_state("runs/b", 4), [row["loss"] for row in rows("runs/b/metrics.jsonl") if "lr" in row]
     shutil.rmtree("runs/b")
     assert run(*other, *ANEW, *FROM, "train.max_steps=2")[0] == 0
     shutil.rmtree("runs/tiny")  # no longer needed
-    code, out, err = run(*other, *again, "--resume", "auto", "train.max_steps=4")
+    shutil.move("runs", "moved")
+    code, out, err = run(*other, *again, "run.dir=moved", "--resume", "auto", "train.max_steps=4")
     assert code == 0, err
-    assert "runs/b/checkpoints/step-00000002, after step 2" in out
+    assert "moved/b/checkpoints/step-00000002, after step 2" in out
     assert "taken from" not in out
-    assert_same(unbroken, final_state("runs/b", 4))
-    assert [row["loss"] for row in rows("runs/b/metrics.jsonl") if "lr" in row] == metrics
-    assert "restart_schedule: true" in Path("runs/b/config.yaml").read_text()
+    assert_same(unbroken, final_state("moved/b", 4))
+    assert [row["loss"] for row in rows("moved/b/metrics.jsonl") if "lr" in row] == metrics
+    assert "restart_schedule: true" in Path("moved/b/config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,8 @@ def test_what_is_refused(run, more, said):
     assert code == 2
     for part in said:
         assert part in err
+    if any(" → " in part for part in said):
+        assert not Path("runs/b/tokenizer").exists(), "nothing of the other run is copied before the answer is no"
 
 
 @pytest.mark.slow
