@@ -73,8 +73,10 @@ def _of_items(location: tuple[Any, ...]) -> tuple[Any, ...]:
 def _known_part(location: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(location) > 3 and isinstance(location[2], int):
         return location[:4]
-    if len(location) > 1 and isinstance(location[1], str) and field_at(location[:2]) is not None:
-        return location[:2]  # not the place in a list that stands at the top, such as tracking
+    if len(location) > 1 and isinstance(location[0], str) and isinstance(location[1], int):  # in a list at the top
+        return location[:1]
+    if len(location) > 1 and field_at(location[:2]) is not None:
+        return location[:2]
     return location[:1]
 
 
