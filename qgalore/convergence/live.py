@@ -15,7 +15,6 @@ from .. import plain_yaml
 from ..errors import ConfigError
 
 PROJECT = "qgalore"  # where neither the user nor the environment names one
-TENSORBOARD = "'qgalore[tracking]'"  # what to install for it
 PATIENCE = 30.0  # seconds that the end of a run waits for a service, and twice that at a question at its beginning
 
 
@@ -53,15 +52,15 @@ class Tracker(Protocol):
         ...
 
 
-def imported(name: str, install: str, asked: str) -> Any:
-    """The module ``name``, for the wish ``asked``. Raises :class:`ConfigError` with what to ``install``."""
+def imported(name: str, asked: str) -> Any:
+    """The module ``name``, for the wish ``asked``. Raises :class:`ConfigError` with what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name if "." not in name else name.rpartition(".")[2]
         raise ConfigError(
             f"{asked} needs the package {package}, which cannot be imported ({error}); install it with "
-            f"pip install {install} or leave it out"
+            f"pip install {package} or leave it out"
         ) from error
 
 
@@ -69,7 +68,7 @@ class TensorBoard:
     """Event files in ``tensorboard`` under the run's folder."""
 
     def __init__(self, asked: str) -> None:
-        self._package = imported("torch.utils.tensorboard", TENSORBOARD, asked)
+        self._package = imported("torch.utils.tensorboard", asked)
 
     def begin(self, run: Description) -> None:
         assert run.folder is not None, "event files need a folder"
@@ -98,7 +97,7 @@ class Wandb:
     """A run at Weights & Biases, or its files in ``wandb`` under the run's folder with ``WANDB_MODE=offline``."""
 
     def __init__(self, asked: str) -> None:
-        self._package = imported("wandb", "wandb", asked)
+        self._package = imported("wandb", asked)
 
     def begin(self, run: Description) -> None:
         package = self._package
@@ -140,7 +139,7 @@ class Trackio:
     """A run of trackio, in its local folder or wherever ``TRACKIO_SPACE_ID`` says."""
 
     def __init__(self, asked: str) -> None:
-        self._package = imported("trackio", "trackio", asked)
+        self._package = imported("trackio", asked)
 
     def begin(self, run: Description) -> None:
         self._run = self._package.init(

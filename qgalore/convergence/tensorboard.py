@@ -61,7 +61,7 @@ def write(run: Run, folder: Path) -> int:
 
     Raises :class:`ConfigError` if ``tensorboard`` is not installed or the folder cannot be written.
     """
-    package = live.imported("torch.utils.tensorboard", live.TENSORBOARD, "--tensorboard")
+    package = live.imported("torch.utils.tensorboard", "--tensorboard")
     count = 0
     try:
         with package.SummaryWriter(str(folder / inside(run.name))) as writer:

@@ -55,7 +55,7 @@ def test_errors_are_one_line_and_code_2(recorded, tool, tmp_path, capfd, monkeyp
         (["young"], "holds no train row"),
         ([str(folder), "nowhere"], "nowhere does not exist"),
         ([str(folder), "--html", "no/such/folder/a.html"], "cannot be written"),
-        ([str(folder), "--tensorboard", "board"], "pip install 'qgalore[tracking]'"),
+        ([str(folder), "--tensorboard", "board"], "pip install tensorboard"),
         ([str(folder), "--wandb", "project"], "pip install wandb"),
     ):
         assert tool.main(arguments) == 2
