@@ -199,6 +199,12 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
     for name, path in data.held_out.items():
         limit = None if looks_like_path(path, ENDINGS) else HUB_VALIDATION_TOKENS
         held_out[name] = reader.read(data.of_path(path), split=data.valid_split, max_tokens=limit)
+        if held_out[name].checksum in [one.checksum for one in tokens]:
+            say(
+                "note",
+                f"{path} is held out and trained on, so its loss says nothing of new text; name another file, or leave "
+                "data.valid out",
+            )
     packed = tuple(reader.pack(one, key) for one, key in zip(tokens, data.sources, strict=True))
     valid = {name: reader.pack(part, f"data.valid.{name}".rstrip(".")) for name, part in held_out.items()}
     train = packed[0]

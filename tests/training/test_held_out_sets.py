@@ -52,6 +52,17 @@ def test_every_token_of_all_sets_weighs_the_same(tiny_llama):
     assert abs(made.loss - sum(alone.values()) / 2) > 1e-3, "the test wants sets whose plain mean is another"
 
 
+def test_what_is_trained_on_and_held_out_is_named(tiny_run):
+    """By its tokens, so a copy under another name is found too."""
+    Path("copy.txt").write_bytes(Path("train.txt").read_bytes())
+    code, out, err = tiny_run(*SHORT, "data.valid={stories: stories.txt, same: copy.txt}", "train.max_steps=1")
+    assert code == 0, err
+    assert [line for line in out.splitlines() if "is held out and trained on" in line] == [
+        "note:      copy.txt is held out and trained on, so its loss says nothing of new text; name another file, or "
+        "leave data.valid out"
+    ]
+
+
 def test_each_set_is_told_by_name_from_before_the_first_step(tiny_run):
     code, out, err = tiny_run(*SHORT, SETS, "train.max_steps=1", "run.name=both")
     assert code == 0, err
