@@ -1,5 +1,6 @@
 """Whole runs of ``train.py`` in several processes."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,23 @@ def test_a_killed_process_is_started_again_and_changes_no_bit(folder, where, how
     assert [row["loss"] for row in rows(folder / "runs/whole", "lr")] == [
         row["loss"] for row in rows(folder / "runs/cut", "lr")
     ]
+
+
+@pytest.mark.slow
+def test_two_machines_that_meet_over_a_port_take_the_steps_of_one(folder):
+    """Two of torchrun's agents, each with a process that counts as the first of its machine."""
+    short = ["train.max_steps=8", "train.order=layer_major"]
+    assert codes(run_in(2, live, str(folder), [*short, "run.name=one"])) == {0}
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    meeting = ["--rdzv_id=mine", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *meeting]
+    command = [*torchrun, str(ROOT / "train.py"), "--config", "tiny.yaml", *short, "run.name=two"]
+    machines = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in "ab"]
+    told = [machine.communicate(timeout=300)[0].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], told
+    assert sum("done: " in text for text in told) == 1
+    assert_same(state(folder / "runs/one", 8), state(folder / "runs/two", 8))
 
 
 @pytest.mark.slow
