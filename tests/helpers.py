@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import qgalore
+from qgalore.data.tokenizer import train_tokenizer
 from qgalore.training.run_lock import RunLock
 
 QUICK = {"rank": 8, "basis_format": "int4"}
@@ -30,6 +32,17 @@ def rows(path):
 def final_state(run, step=6):
     folder = Path(run) / "checkpoints" / f"step-{step:08d}"
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def stored_model(place, kinds, kind, finish=lambda model: model):
+    """The folder below ``place`` of a fresh model of the config ``kinds[kind]``, with a tokenizer of 270 entries. It is
+    made when it is first asked for; ``finish`` may give the model other values before."""
+    folder = Path(place) / kind
+    if not folder.exists():
+        torch.manual_seed(1)
+        finish(AutoModelForCausalLM.from_config(kinds[kind])).save_pretrained(folder)
+        train_tokenizer(["the sea"] * 3, vocab_size=270, report=lambda line: None).save_pretrained(folder)
+    return folder
 
 
 def loss_of(model, tokens):

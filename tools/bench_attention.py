@@ -41,7 +41,7 @@ def cut(settings: config.Config, characters: int, path: Path) -> None:
     pieces = (
         text[start : start + characters]
         for source in settings.data.sources.values()
-        for text in documents(source.path, text_key=source.text_key or settings.data.text_key)
+        for text in documents(source.path, text_key=source.text_key)
         for start in range(0, len(text), characters)
     )
     path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), encoding="utf-8")

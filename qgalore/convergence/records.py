@@ -43,12 +43,6 @@ class Run:
         return value if isinstance(value, int) else self.planned_steps
 
     @property
-    def held_out_sets(self) -> list[str]:
-        """The names of the held-out sets, if they have names."""
-        names = (key.removeprefix(OF_SET) for row in self.evaluations for key in row if key.startswith(OF_SET))
-        return list(dict.fromkeys(names))
-
-    @property
     def finished(self) -> bool:
         """The last step is done and evaluated: nothing more will be written."""
         last = max((row["step"] for row in self.evaluations), default=0)

@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 from ..lowrank.subspace.schedule import LazySchedule
 from ..schedule_defaults import longest_gap
-from .records import OF_SET, Row, Run, number
+from .records import Row, Run, held_out, number
 
 LAST_LOSSES = 10  # train losses averaged for the summary: one batch's loss says little
 
@@ -57,7 +57,7 @@ class RunSummary:
     share: float | None
     layers: list[LayerSummary]
     total: LayerSummary | None
-    held_out_sets: dict[str, float | None] = field(default_factory=dict)
+    held_out_sets: dict[str, float] = field(default_factory=dict)
 
 
 def kind_of(layer: str) -> str:
@@ -203,5 +203,5 @@ def summarise(run: Run) -> RunSummary:
         share=total.seconds / seconds if total and seconds else None,
         layers=layers,
         total=total,
-        held_out_sets={name: _last(run.evaluations, OF_SET + name) for name in run.held_out_sets},
+        held_out_sets={name: points[-1][1] for name, points in held_out(run).items() if name},
     )

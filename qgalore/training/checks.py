@@ -77,7 +77,7 @@ def _first(config: Config, source: Source, split: str) -> Iterator[Any]:
         return conversations(source.path, split=split)
     if data.task == "classify":
         return examples_of(source.path, text_keys=data.text_keys, label_key=data.label_key, header=data.header)
-    return documents(source.path, text_key=source.text_key or data.text_key, split=split)
+    return documents(source.path, text_key=source.text_key, split=split)
 
 
 def _check_cache(cache_dir: str) -> None:

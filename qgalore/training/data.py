@@ -18,7 +18,7 @@ from ..data.chat import PLAIN_TEMPLATE, has_template
 from ..data.checksums import file_digest, sync
 from ..data.conversations import conversations
 from ..data.labelled import LabelledTexts
-from ..data.mixing import Mixture, names_of, whole_numbers
+from ..data.mixing import Mixture, names_of
 from ..data.packing import PackedSequences
 from ..data.paths import looks_like_path
 from ..data.sources import ENDINGS, ROW_ENDINGS, documents, fingerprint
@@ -31,7 +31,7 @@ from ..files import atomic
 from ..models import loading
 from .export import KEPT
 from .say import say
-from .sources import Reader, cut_tail, epochs_of, needed_tokens, say_shares
+from .sources import Reader, cut_tail, epochs_of, needed_tokens, say_shares, weights_of
 
 HUB_VALIDATION_TOKENS = 10_000_000  # as the papers evaluate on C4
 _CHARACTERS_A_TOKEN = 8  # a token is seldom longer
@@ -41,7 +41,9 @@ _SUMS = "checksums.json"
 def build_tokenizer(config: Config, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The tokenizer ``given`` by the configuration, or a byte-level BPE trained on the corpus and cached; for
     conversations with a chat template, the plain one if it has none."""
-    tokenizer = given or add_tokens(_own_tokenizer(config), config.data.added_tokens, partial(say, "tokenizer"))
+    tokenizer = given
+    if tokenizer is None:
+        tokenizer = add_tokens(_own_tokenizer(config), config.data.added_tokens, partial(say, "tokenizer"))
     if config.data.task == "instruct" and not has_template(tokenizer):
         tokenizer.chat_template = PLAIN_TEMPLATE
         say("note", "the tokenizer has no chat template; it gets a plain one: ### User: … ### Assistant: … end of text")
@@ -100,7 +102,7 @@ def _said(source: Source) -> Iterator[str]:
     """What a source says, conversations turn by turn."""
     if source.task == "instruct":
         return (turn["content"] for messages, _ in conversations(source.path) for turn in messages)
-    return documents(source.path, text_key=source.text_key or "text")
+    return documents(source.path, text_key=source.text_key)
 
 
 def _of_source(source: Source) -> tuple[str | None, str | None]:
@@ -209,8 +211,7 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
     valid = {name: reader.pack(part, f"data.valid.{name}".rstrip(".")) for name, part in held_out.items()}
     train = packed[0]
     if len(packed) > 1:
-        weights = whole_numbers([source.weight for source in data.sources.values()])
-        train = Mixture(tuple(names), tuple(weights), packed)
+        train = Mixture(tuple(names), tuple(weights_of(config)), packed)
         say_shares(config, train, tokens)
     say(
         "data",

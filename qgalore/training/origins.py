@@ -27,9 +27,8 @@ def of(config: Config) -> dict[str, Any]:
     """``base`` or ``architecture``, the other null; ``base_id``, the base's id if it is one of the hub; ``licence``,
     fields of a card; the names of ``train`` and ``held_out``; and ``datasets``, those of them that are ids of the hub.
     Of a path on this machine the last part is named alone."""
-    section, data = config.model, config.data.model_dump(mode="json")
-    valid = data["valid"]
-    train, held_out = _sources(data["train"]), _sources(list(valid.values()) if isinstance(valid, dict) else valid)
+    section = config.model
+    train, held_out = [source.path for source in config.data.sources.values()], list(config.data.held_out.values())
     tables = (*ENDINGS, ".tsv", ".csv")
     hub = [source.partition(":")[0] for source in (*train, *held_out) if not looks_like_path(source, tables)]
     return {
@@ -59,15 +58,6 @@ def is_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _sources(value: Any) -> list[str]:
-    """The sources in a value of data.train or data.valid: one, or a list of them, each a text or a mapping."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [value["path"]]
-    return [source for one in value or [] for source in _sources(one)]
 
 
 def _shown(source: str, endings: tuple[str, ...]) -> str:

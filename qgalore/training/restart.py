@@ -55,14 +55,10 @@ def check_asked(config: Config, folder: Path, resume: str | None) -> None:
         )
 
 
-def may_change(lines: list[str], seeded: bool) -> bool:
-    """Whether a restart may begin with all that differs by ``lines`` of :func:`configuration.differences`."""
-    return not any(_stays(line.partition(":")[0], seeded) for line in lines)
-
-
-def is_seeded(config: Config) -> bool:
-    """Whether the seed decides what the state of a checkpoint means."""
-    return config.lowrank.rule in _SEEDED
+def refused(config: Config, lines: list[str]) -> list[str]:
+    """Those of ``lines``, what :func:`configuration.differences` found, with which no restart may begin."""
+    seeded = config.lowrank.rule in _SEEDED
+    return [line for line in lines if _stays(line.partition(":")[0], seeded)]
 
 
 def begins(config: Config, folder: Path, resume: str | None) -> bool:
@@ -104,10 +100,8 @@ def check(source: Path, saved: dict[str, Any], config: Config) -> None:
     """
     before = saved_config(source, saved)
     different = configuration.differences(before, config)
-    seeded = is_seeded(config)
-    refused = [line for line in different if _stays(line.partition(":")[0], seeded)]
-    if refused:
-        listing = "\n".join(f"  {line}" for line in refused)
+    if staying := refused(config, different):
+        listing = "\n".join(f"  {line}" for line in staying)
         raise ConfigError(
             f"{source} was made with another configuration:\n{listing}\nWith {KEY} the data, the learning rate, the "
             "batch and all that is not about the checkpoint's tensors may change. Leave these keys as they were, or "

@@ -18,7 +18,7 @@ from . import origins
 from .export import KEPT, keep_beside
 from .position import Position
 from .records import Records
-from .restart import KEY, check_asked, is_seeded, may_change, saved_config
+from .restart import KEY, check_asked, refused, saved_config
 from .run_lock import RunLock
 from .say import say
 
@@ -150,7 +150,7 @@ def check_same_run(source: Path, saved: dict[str, Any], config: Config) -> Confi
     if different:
         listing = "\n".join(f"  {line}" for line in different)
         anew = ""
-        if may_change(different, is_seeded(config)):
+        if not refused(config, different):
             anew = (
                 f"\nA new run may begin on its state with all of these: {KEY}=true, another run.name, --resume {source}"
             )

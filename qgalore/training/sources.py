@@ -1,16 +1,14 @@
 """The sources of a run's data: how each is read and packed, what of it is held out, how much of it the run sees."""
 
-import math
 from dataclasses import dataclass
 from datetime import date
-from fractions import Fraction
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config, Source, steps_of
 from ..data.instruct import conversations_to_disk
-from ..data.mixing import Mixture
+from ..data.mixing import Mixture, whole_numbers
 from ..data.packing import PackedSequences
 from ..data.paths import looks_like_path
 from ..data.sources import ENDINGS
@@ -35,7 +33,7 @@ class Reader:
         if source.task == "instruct":
             read = partial(conversations_to_disk, sequence_length=data.sequence_length, day=self.day)
         else:
-            read = partial(tokenize_to_disk, text_key=source.text_key or data.text_key)
+            read = partial(tokenize_to_disk, text_key=source.text_key)
         return read(source.path, self.tokenizer, cache_dir=data.cache_dir, split=split, max_tokens=max_tokens)
 
     def pack(self, tokens: TokenFile, key: str) -> PackedSequences:
@@ -76,13 +74,14 @@ def needed_tokens(config: Config, key: str) -> int | None:
         )
     drawn = samples_of(config, 1)
     if len(config.data.sources) > 1:
-        drawn = math.ceil(drawn * _shares(config)[key]) + 1
+        weights = dict(zip(config.data.sources, weights_of(config), strict=True))
+        drawn = -(-drawn * weights[key] // sum(weights.values())) + 1
     return drawn * config.data.sequence_length + 1
 
 
-def _shares(config: Config) -> dict[str, Fraction]:
-    weights = {key: Fraction(str(source.weight)) for key, source in config.data.sources.items()}
-    return {key: weight / sum(weights.values()) for key, weight in weights.items()}
+def weights_of(config: Config) -> list[int]:
+    """The weights of the sources as whole numbers."""
+    return whole_numbers([source.weight for source in config.data.sources.values()])
 
 
 def cut_tail(config: Config, key: str, tokens: TokenFile) -> tuple[TokenFile, TokenFile]:

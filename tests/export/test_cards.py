@@ -115,7 +115,10 @@ def test_hub_ids_are_named_as_such_and_paths_by_their_last_part(tmp_path, monkey
         "held_out": ["rows"],
         "datasets": ["allenai/c4"],
     }
-    assert origins._sources([{"path": "a.txt", "weight": 2}, {"path": "b.txt"}]) == ["a.txt", "b.txt"]
+    mixed = ("data.train=[{path: x/a.txt, weight: 2}, org/b]", "data.valid={one: c.txt, two: d/e}")
+    several = origins.of(settings(*mixed))
+    assert (several["train"], several["held_out"]) == (["a.txt", "org/b"], ["c.txt", "d/e"])
+    assert several["datasets"] == ["org/b", "d/e"]
     snapshot = tmp_path / "models--Qwen--Qwen2.5-7B" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     for place, (base, known) in {

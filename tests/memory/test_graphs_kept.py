@@ -1,6 +1,7 @@
 """How many blocks keep their graphs from the forward pass: as many as the plan has room for, and the run does so."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -74,18 +75,20 @@ LINES = {
 }
 
 
+def rehearsed(peak, asked: list[int], number: int):
+    """A choice of ``number`` graphs with its plan, which is noted."""
+    asked.append(number)
+    return number, Plan({"": peak(number)}, {}, {})
+
+
 @pytest.mark.parametrize("line", LINES)
 @pytest.mark.parametrize("most", [0, 1, 31, 32])
 def test_a_convex_line_is_climbed_to_the_last_number_that_fits(line, most):
     """Peaks that are flat at first and rise later, which one chord alone would underrate, and others."""
     peak = LINES[line]
     for room in (1000, 1035, 1089, 1090, 1300, 1900, 3200, 3880, 9000):
-        asked = []
-
-        def made(number: int):
-            asked.append(number)  # noqa: B023
-            return number, Plan({"": peak(number)}, {}, {})
-
+        asked: list[int] = []
+        made = partial(rehearsed, peak, asked)
         found, _ = fit._with_some_graphs(made, (0, Plan({"": peak(0)}, {}, {})), most, room)
         assert found == max(n for n in range(most + 1) if peak(n) <= room)
         assert len(asked) == len(set(asked))

@@ -1,6 +1,7 @@
 """A pretrained model that gets rows for more tokens: those there were stay, and the new ones begin as their mean."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from qgalore.data.tokenizer import add_tokens, load_tokenizer, train_tokenizer
 from qgalore.errors import ConfigError
 from qgalore.models import loading, streaming
 from qgalore.models.growing import mean_row
-from tests.helpers import assert_same, final_state, rows
+from tests.helpers import assert_same, final_state, rows, stored_model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = {
@@ -31,22 +32,17 @@ MARKS = ["<|im_start|>", "<|im_end|>"]
 ADDED = "data.added_tokens=['<|im_start|>', '<|im_end|>']"
 
 
+def with_bias(model):
+    """``model`` with values in the bias of its head, if it has one: transformers starts it at zero."""
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A function kind → the folder of such a small model of 300 rows, with a tokenizer of 270 entries."""
-    place = tmp_path_factory.mktemp("models")
-
-    def folder(kind: str) -> Path:
-        if not (place / kind).exists():
-            torch.manual_seed(1)
-            model = AutoModelForCausalLM.from_config(KINDS[kind])
-            if kind == "bias":
-                torch.nn.init.normal_(model.lm_head.bias)
-            model.save_pretrained(place / kind)
-            train_tokenizer(["the sea"] * 3, vocab_size=270, report=lambda line: None).save_pretrained(place / kind)
-        return place / kind
-
-    return folder
+    return partial(stored_model, tmp_path_factory.mktemp("models"), KINDS, finish=with_bias)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a run may change of a pretrained model's config.json: whatever leaves all of its tensors as they are."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
 from qgalore.models import loading
 from qgalore.training import assemble
-from tests.helpers import final_state
+from tests.helpers import final_state, stored_model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = {
@@ -29,17 +29,8 @@ YARN = "model.overrides.rope_scaling={rope_type: yarn, factor: 4.0}"
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A function kind → the folder of such a small model; that of llama has a tokenizer too."""
-    place = tmp_path_factory.mktemp("models")
-
-    def folder(kind: str) -> Path:
-        if not (place / kind).exists():
-            torch.manual_seed(1)
-            AutoModelForCausalLM.from_config(KINDS[kind]).save_pretrained(place / kind)
-            train_tokenizer(["the sea"] * 3, vocab_size=270, report=lambda line: None).save_pretrained(place / kind)
-        return place / kind
-
-    return folder
+    """A function kind → the folder of such a small model with a tokenizer."""
+    return partial(stored_model, tmp_path_factory.mktemp("models"), KINDS)
 
 
 @pytest.fixture
