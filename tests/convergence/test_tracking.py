@@ -104,6 +104,12 @@ def wandb_rows(folder: Path) -> Shown:
     return identities, found, config
 
 
+def axes(folder: Path) -> dict[str, str]:
+    """By what wandb draws each figure: what it calls the step, by the figures' names."""
+    records = [record.metric for path in folder.glob("offline-run-*/*.wandb") for record in finished(path)]
+    return {one.glob_name or one.name: one.step_metric for one in records if one.glob_name or one.name}
+
+
 def run_and_resume(tiny_run, package: str) -> Scalars:
     """A tracked run that loses its last checkpoint, so that steps are taken and sent twice; what its records say."""
     pytest.importorskip(package, reason="an optional package of trackers")
@@ -142,6 +148,7 @@ def test_a_tracker_goes_on_in_one_run_and_takes_the_records_later_too(tiny_run, 
     assert len(identities) == 1
     assert_scalars(found, wanted)
     assert config["train"]["lr"] == 0.01
+    assert trackio or axes(RUN / "wandb")["*"] == "step", "rows of steps that are taken again would be dropped"
     assert config["plan"]["resident"] == json.loads((RUN / "plan.json").read_text())["resident"]
 
     count = trackers.send(records.read_run(RUN), package, "later")
