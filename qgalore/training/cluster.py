@@ -1,0 +1,172 @@
+"""What the cards of a job send in a step, by link, and from how many tokens on its work hides that.
+
+All of it is counted from the trainer's own tensors and operations, or follows from rates that are assumed. Nothing here
+was measured.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..config import Config
+from ..errors import counted
+from ..lowrank.tensors.base import TrainedTensor
+from ..memory.plan import Plan, human
+from ..memory.shares import Share, busiest, share
+from ..memory.traffic import payload
+from ..memory.wire import Cards, Sent, all_sent
+from ..models.compiling import blocks_of
+from ..speed import Card, Link, find, links
+from .model import Vocabulary
+from .paper import on_paper, shares_of
+from .remarks import tokens_of_a_step
+from .roofline import seconds_of_a_token
+from .say import say
+
+USUAL, CARD = 8, "H100"  # cards in a machine, if there are as many, and which, if nothing else is said
+GATHER, HAND = "gather", "hand"  # first words of collectives
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a job: cards in each, which card, and its links in GB/s; None stands for the usual number, card
+    and links. Raises :class:`ConfigError` for a card that is not known."""
+
+    per_machine: int | None = None
+    card: str | None = None
+    inside: float | None = None
+    between: float | None = None
+
+    def __post_init__(self) -> None:
+        self.linked_card()
+
+    def cards(self, config: Config, processes: int) -> Cards:
+        """The cards of a job of so many ``processes``."""
+        told = os.environ.get("LOCAL_WORLD_SIZE", "") if "WORLD_SIZE" in os.environ else ""
+        each = self.per_machine or (int(told) if told.isdecimal() else USUAL)
+        shards = shares_of(config, processes)
+        return Cards(processes // shards, shards, min(each, processes))
+
+    def linked_card(self) -> Card:
+        """The card, with the links that were asked for."""
+        card = find(self.card or CARD)
+        inside = card.inside if self.inside is None else Link("as given", self.inside)
+        between = card.between if self.between is None else Link("as given", self.between)
+        return replace(card, inside=inside, between=between)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """``sent``: what the mean card sends in a step, by collective. ``uneven``: how many times as much the busiest owner
+    hands out."""
+
+    cards: Cards
+    sent: dict[str, Sent]
+    uneven: float = 1.0
+
+    @property
+    def inside(self) -> float:
+        return sum(one.inside for one in self.sent.values())
+
+    @property
+    def between(self) -> float:
+        return sum(one.between for one in self.sent.values())
+
+    def __str__(self) -> str:
+        """A table by collective; with two columns if there are several machines."""
+        several = self.cards.machines > 1
+        rows = [f"  {'':<40}{'inside':>10}{'between':>12}"] if several else []
+        for name, one in self.sent.items():
+            sizes = (one.inside, one.between) if several else (one.total,)
+            rows.append(f"  {name:<40}" + "  ".join(f"{human(round(size)):>10}" for size in sizes))
+        return "\n".join(rows)
+
+    def seconds(self, card: Card) -> tuple[float, float]:
+        """On the wire of ``card``: forward, when blocks are gathered, and then to the end of the step."""
+        forward, backward = [], []
+        for name, one in self.sent.items():
+            kind = name.split()[0]
+            times = self.uneven if kind == HAND else 0.5 if kind == GATHER else 1.0
+            backward.append((one.inside * times, one.between * times))
+            forward += backward[-1:] if kind == GATHER else []
+        return links.seconds(forward, card.inside, card.between), links.seconds(backward, card.inside, card.between)
+
+    def tokens_to_hide(self, card: Card, token: tuple[float, float]) -> float:
+        """The tokens of a card in a step from which its work takes longer than what it sends beside. A ``token`` takes
+        so many seconds forward and backward."""
+        return max(sent / work for sent, work in zip(self.seconds(card), token, strict=True))
+
+
+def wire_of(model: nn.Module, tensors: Sequence[TrainedTensor], gap: int, cards: Cards, passes: int = 1) -> Wire:
+    """What a step of so many ``passes`` sends, in which every ``gap``-th one finds new bases (``traffic.payload``)."""
+    uneven = busiest(blocks_of(model), tensors, cards.size)
+    return Wire(cards, all_sent(payload(tensors, gap, passes), cards), uneven)
+
+
+def print_job(config: Config, vocabulary: Vocabulary, processes: int, found: Plan, machines: Machines | None) -> None:
+    """What each of ``processes`` sends in a step, and the host memory of a machine. ``config`` is for one of them, and
+    ``found`` its plan. With ``machines`` it is said too from how many tokens on a step hides the wire."""
+    train = config.train
+    model, optimizer = on_paper(config, vocabulary, processes)
+    optimizer.accumulate_in_fp32(train.order != "batch_major")
+    cards = (machines or Machines()).cards(config, processes)
+    passes = 1 if found.walked else train.grad_accumulation
+    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards, passes)
+    inside, between, whole = (human(round(size)) for size in (wire.inside, wire.between, wire.inside + wire.between))
+    where = f": {inside} inside machines of {cards.per_machine}, {between} between them" if cards.machines > 1 else ""
+    say("wire", f"{whole} sent by each of {processes} processes in a step, counted, not measured{where}")
+    print(wire, flush=True)
+    together = human(cards.per_machine * found.host_total)
+    say("host", f"{counted(cards.per_machine, 'process', 'processes')} of one machine take {together} of its memory")
+    if machines is not None:
+        say("hidden", _not_counted(config, vocabulary, found) or _hidden(config, vocabulary, wire, machines))
+
+
+def _not_counted(config: Config, vocabulary: Vocabulary, found: Plan) -> str | None:
+    """Why it is not known when a step hides the wire; None if it is."""
+    reasons = (
+        (config.device == "cpu", "for a CPU; state memory.budget to plan for a card"),
+        (vocabulary.labels is not None, "for classifiers"),
+        (not found.walked, "for batch-major steps, in which hardly anything travels while blocks work"),
+        (config.memory.streams, "for blocks that are streamed"),
+    )
+    return next((f"not counted {why}" for met, why in reasons if met), None)
+
+
+def _hidden(config: Config, vocabulary: Vocabulary, wire: Wire, machines: Machines) -> str:
+    """From how many tokens of a card on a step hides what it sends."""
+    card, tokens = machines.linked_card(), tokens_of_a_step(config)
+    enough = wire.tokens_to_hide(card, seconds_of_a_token(config, vocabulary, card))
+    over = f"{card.inside.rate:g} GB/s ({card.inside.name})"
+    if wire.cards.machines > 1:
+        over += f" inside a machine and {card.between.rate:g} GB/s ({card.between.name}) between machines"
+    return (
+        f"the work of a step hides the wire from {enough:,.0f} tokens of a card on, and here are {tokens:,}; by "
+        f"arithmetic, not measured, for the {card.name} with {over}"
+    )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one card of a job: the ``share`` of the fullest one, what the mean one sends (``wire``), and the ``tokens`` of
+    a step from which its work hides that."""
+
+    share: Share
+    wire: Wire
+    tokens: float
+
+
+def figures(
+    config: Config, vocabulary: Vocabulary, processes: int, machines: Machines, token: tuple[float, float]
+) -> Figures:
+    """The figures of a resolved ``config`` on so many ``processes``. ``token``: see :func:`seconds_of_a_token`."""
+    cards = machines.cards(config, processes)
+    model, alone = on_paper(config, vocabulary)
+    alone.accumulate_in_fp32(True)
+    found = share(model, alone.tensors, cards)
+    model, optimizer = on_paper(config, vocabulary, processes)
+    optimizer.accumulate_in_fp32(True)
+    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards)
+    return Figures(found, wire, wire.tokens_to_hide(machines.linked_card(), token))
