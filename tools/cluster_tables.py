@@ -3,7 +3,7 @@
     python tools/cluster_tables.py [--shapes 7B 32B 70B 405B] [--cards 8 64 256 1024] [--card H100] [key=value …]
 
 Nothing is loaded: the trainer's own tensors are made without values and counted, and rates come from a table. So none
-of it is measured. Shapes are those of Llama, and Qwen3's at 32B; ranks are a quarter of the width. Machines have 8 cards.
+of it is measured. Shapes are Llama's, and Qwen3's at 32B. Ranks are a quarter of the width, and machines have 8 cards.
 """
 
 import argparse
@@ -94,9 +94,11 @@ def tables(names: list[str], options: argparse.Namespace) -> str:
             kept.append(row(name, over, *(gib(each.share.kept) for each in found), *work))
             sizes = ((each.wire.inside, each.wire.between, each.tokens) for each in found)
             sent.append(row(name, over, *(f"{gib(a)} + {gib(b)}, {tokens:,.0f}" for a, b, tokens in sizes)))
-    return "\n".join(["GiB that the fullest card keeps between two steps, and needs beside at work:", "", *kept, "",
-                      "GiB that the mean card sends in a step, inside its machine + to others, and tokens that hide it:",
-                      "", *sent])  # fmt: skip
+    titles = (
+        "GiB that the fullest card keeps between two steps, and what it needs beside at work:",
+        "GiB that the mean card sends in a step, inside its machine + to others, and the tokens that hide it:",
+    )
+    return "\n".join((titles[0], "", *kept, "", titles[1], "", *sent))
 
 
 def main(arguments: list[str]) -> int:

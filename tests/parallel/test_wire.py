@@ -22,7 +22,7 @@ def test_the_plan_names_every_collective(capsys):
     assert "wire:" not in alone
     assert "layer-major" in four
     assert "layer-major" in alone
-    sizes = re.findall(r"([\d.]+) ([KM])iB", four[four.index("wire:") :])
+    sizes = re.findall(r"([\d.]+) ([KM])iB", four[four.index("wire:") : four.index("host:")])
     total, *parts = (float(size) * (1024 if unit == "M" else 1) for size, unit in sizes)
     assert len(re.findall(r"all-reduce|broadcast", four)) == len(parts) == 4
     assert total == pytest.approx(sum(parts), abs=0.05 * 1024)  # printed to a tenth of a MiB
