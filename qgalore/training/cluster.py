@@ -4,7 +4,6 @@ All of it is counted from the trainer's own tensors and operations, or follows f
 was measured.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,9 +17,10 @@ from ..memory.shares import Share, busiest, share
 from ..memory.traffic import payload
 from ..memory.wire import Cards, Sent, all_sent
 from ..models.compiling import blocks_of
+from ..parallel.environment import on_this_machine
 from ..speed import Card, Link, find, links
 from .model import Vocabulary
-from .paper import on_paper, shares_of
+from .paper import on_paper
 from .remarks import tokens_of_a_step
 from .roofline import seconds_of_a_token
 from .say import say
@@ -44,10 +44,9 @@ class Machines:
 
     def cards(self, config: Config, processes: int) -> Cards:
         """The cards of a job of so many ``processes``."""
-        told = os.environ.get("LOCAL_WORLD_SIZE", "") if "WORLD_SIZE" in os.environ else ""
-        each = self.per_machine or (int(told) if told.isdecimal() else USUAL)
-        shards = shares_of(config, processes)
-        return Cards(processes // shards, shards, min(each, processes))
+        mesh = config.parallel.over(processes)
+        each = self.per_machine or on_this_machine(processes) or USUAL
+        return Cards(mesh.replicas, mesh.shards, min(each, processes))
 
     def linked_card(self) -> Card:
         """The card, with the links that were asked for."""
