@@ -14,7 +14,7 @@ from ..lowrank.inner.checked import BUILTIN
 from ..lowrank.layers import lora
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
-from ..lowrank.tensors.sharded import share_rows
+from ..lowrank.tensors.splitting import split_rows
 from ..models import classify, loading, streaming
 from ..models.causality import check_causal
 from ..models.compiling import blocks_of, compile_blocks
@@ -155,15 +155,15 @@ def compile_as(config: Config, model: nn.Module) -> None:
 
 
 def shard_model(model: nn.Module, device: torch.device) -> None:
-    """Split the low-rank layers of a model's blocks by rows, on the meta device, so that no process ever holds them
-    whole. Raises :class:`ConfigError` without such blocks."""
+    """Split what the low-rank layers of a model's blocks store, on the meta device, so that no process ever holds all of
+    it. Raises :class:`ConfigError` without such blocks."""
     blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
     if not blocks:
         raise ConfigError(
             f"parallel: shard gathers weights block by block, and {type(model).__name__} has no blocks that are known; "
             "use parallel: replicate"
         )
-    share_rows(blocks, device)
+    split_rows(blocks, device)
 
 
 def build_model(
