@@ -5,7 +5,7 @@ from .sections import METHODS, Config
 
 def problems(config: Config) -> list[str]:
     """What weights split by rows do not go with."""
-    if config.parallel != "shard":
+    if not config.parallel.splits:
         return []
     low, train, model = config.lowrank, config.train, config.model
     walks = train.order != "batch_major"
@@ -34,7 +34,7 @@ def problems(config: Config) -> list[str]:
         ("data.task", config.data.task, config.data.task != "classify", "text or instruct"),
     )
     return [
-        f"{key}: {value} does not go with parallel: shard; use {remedy}, or parallel: replicate"
+        f"{key}: {value} does not go with parallel: {config.parallel}; use {remedy}, or parallel: replicate"
         for key, value, fine, remedy in wanted
         if not fine
     ]

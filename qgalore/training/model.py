@@ -194,7 +194,12 @@ def build_model(
         if config.method == "lora":
             frozen = counted(len(report.converted), "weight is", "weights are")
             say("model", f"LoRA: {frozen} frozen; factors of rank {config.lowrank.rank} train")
-    if config.parallel == "shard" and team.size > 1:
+    if (mesh := config.parallel.over(team.size)).splits:
+        if mesh.replicas > 1:
+            raise ConfigError(
+                f"parallel is {mesh}, but weights are split over all processes or not at all. Set parallel=shard, or "
+                "parallel=replicate"
+            )
         shard_model(model, device)
     place(model, device)
     if anew := streaming.fill(model, source, "model"):

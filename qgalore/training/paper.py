@@ -91,7 +91,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
 
 def shares_of(config: Config, processes: int) -> int:
     """Among how many of ``processes`` the rows of the layers in blocks are split."""
-    return processes if config.parallel == "shard" else 1
+    return config.parallel.over(processes).shards
 
 
 def shape(config: Config, vocabulary: Vocabulary, report: Callable[[str], None] = lambda line: None) -> torch.nn.Module:
