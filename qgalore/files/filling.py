@@ -87,7 +87,7 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
     """
     load_model(folder, model)
     with _usable(folder):
-        mine = [tensor for tensor in optimizer.tensors if optimizer.steps_here(tensor)]
+        mine = [tensor for tensor in optimizer.tensors if not tensor.elsewhere]
         others = {tensor.name for tensor in optimizer.tensors} - {tensor.name for tensor in mine}
         files = _tensors(folder / "optimizer.safetensors", lambda key: key.rsplit("|", 2)[0] not in others)
         saved = _unflatten(files, state["optimizer"])

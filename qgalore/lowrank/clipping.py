@@ -14,8 +14,8 @@ def clip(parameters: Iterable[Tensor], owned: Sequence[TrainedTensor], limit: fl
     ``clip_grad_norm_`` gives it. Those of ``owned`` tensors are with one process of ``team`` each."""
     if not owned:
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    elsewhere = {id(tensor.leaves()[0]) for tensor in owned if tensor.owner != team.rank}
-    mine = {id(leaf) for tensor in owned if tensor.owner == team.rank for leaf in tensor.leaves()}
+    elsewhere = {id(tensor.leaves()[0]) for tensor in owned if tensor.elsewhere}
+    mine = {id(leaf) for tensor in owned if not tensor.elsewhere for leaf in tensor.leaves()}
     here, norms = [], []
     # The norm of norms depends on their order. So each process has a place for all of them, in that of one process, and
     # those that are the same everywhere are added once.

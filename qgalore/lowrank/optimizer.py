@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..parallel import ALONE, Team
 from . import clipping
-from .tensors import owning
 from .hooks import HOOKS
 from .inner.checked import Factory
 from .layers.experts import Experts
 from .tensor_steps import GROUPS, TensorSteps
+from .tensors import owning
 from .tensors.attaching import attach
 from .tensors.base import TrainedTensor
 
@@ -187,7 +187,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
             raise ValueError(f"optimizer state and model differ in {len(missing)} tensors, for example {min(missing)}")
         self.step_count = state["step_count"]
         for tensor in self.tensors:
-            load = tensor.load_state if self.steps_here(tensor) else tensor.restore
+            load = tensor.restore if tensor.elsewhere else tensor.load_state
             load(state["slots"][tensor.name])
             tensor.arm(self.step_count)
         for group, saved in zip(self.param_groups, state["groups"], strict=True):

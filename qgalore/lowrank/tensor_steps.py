@@ -115,14 +115,10 @@ class TensorSteps:
         due = tensor.awaits_refresh()
         if due and tensor.owner is not None:
             self._records[tensor.name] = None
-        if not self.steps_here(tensor):
+        if tensor.elsewhere:
             tensor.drop_gradient()
         elif due:
             self.refresh_tensor(tensor)
-
-    def steps_here(self, tensor: TrainedTensor) -> bool:
-        """Whether this process steps ``tensor``, and not another one for it."""
-        return tensor.owner in (None, self.team.rank)
 
     def waits_for_step(self, tensor: TrainedTensor) -> bool:
         """Whether ``tensor`` has a gradient of this step, here or at its owner."""
@@ -150,7 +146,7 @@ class TensorSteps:
         """:meth:`apply_tensors` for ``tensors`` that were looked at. What one process steps for all is handed out."""
         tensors = list(tensors)
         try:
-            for some in together(tensor for tensor in tensors if self.steps_here(tensor)):
+            for some in together(tensor for tensor in tensors if not tensor.elsewhere):
                 self._apply(some)
         finally:  # all are sure to come here, and one that has failed is heard of later
             self.stepped.update(tensor.name for tensor in tensors)
@@ -174,7 +170,7 @@ class TensorSteps:
         if not self._records and not looked:
             return
         found = {one.name: one.row() for one in self.observations}
-        mine = [t for t in self.tensors if t.owner == self.team.rank and t.name in self._records]
+        mine = [t for t in self.tensors if t.name in self._records and not t.elsewhere]
         own = {tensor.name: (tensor.outcome(), self._records[tensor.name]) for tensor in mine}
         told = self.team.gather("what the owners of weights have found out", (own, found))
         outcomes = {name: value for part, _ in told for name, value in part.items()}
@@ -232,7 +228,7 @@ class TensorSteps:
         # The first tensor of a step begins the sum of squares of which ``grad_norm`` is the root.
         if tensors and not self.stepped:
             self._squares = []
-        found = squares(tensors, add or partial(self.team.sum_, NORMS), self.team.rank)
+        found = squares(tensors, add or partial(self.team.sum_, NORMS))
         if not found:
             return
         # One value leaves the device for all, since each that does makes a GPU wait.
@@ -277,12 +273,12 @@ def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
     return groups
 
 
-def squares(tensors: Iterable[TrainedTensor], add: Add, rank: int) -> list[Tensor]:
+def squares(tensors: Iterable[TrainedTensor], add: Add) -> list[Tensor]:
     """‖gradient‖² of each, fp32 and 0-dim. ``add`` replaces by their sums over the processes those of tensors that one
-    process steps for all, whose gradients no other one than that of its ``rank`` has."""
+    process steps for all, whose gradients no other one has."""
     found, owned = [], []
     for tensor in tensors:
-        gradient = tensor.gradient() if tensor.owner in (None, rank) else None
+        gradient = None if tensor.elsewhere else tensor.gradient()
         if gradient is not None:
             found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
         else:  # with its owner, unless that has failed

@@ -7,31 +7,24 @@ hold fewer of them, or none.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..errors import RankError
 from .telling import reaching
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import UnshardHandle
 
-PATIENCE = timedelta(minutes=5)  # for a gathering of rows, which nobody should be late for
 
-
-def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], device: torch.device) -> None:
+def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], mesh: "DeviceMesh") -> None:
     """Leave of the parameters in ``sharded`` (requires_grad False) this process's rows alone, gathered for each of
-    ``blocks`` while that runs; all other parameters stay whole, and FSDP2 ignores them. In a job of several
-    processes."""
+    ``blocks`` while that runs; all other parameters stay whole, and FSDP2 ignores them. ``mesh``: from ``mesh_of``."""
     from torch.distributed.fsdp import fully_shard  # takes a second to import
-    from torch.distributed.tensor import DeviceMesh
 
-    group = dist.new_group(timeout=PATIENCE)
-    mesh = DeviceMesh.from_group(group, device.type)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - sharded)
 

@@ -103,7 +103,9 @@ class TrainedTensor(ABC):
     adaptive = False  # whether its rank is free to move
     by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
     deciding = ALONE  # the team, led by the process whose gradient gives a basis
+    shards = 1  # among how many processes the rows of what is stored are split
     owner: int | None = None  # the process that alone steps it, where weights are split; None: each steps its copy
+    elsewhere = False  # whether that is another process than this one
 
     def __init__(self, name: str, index: int, shape: torch.Size) -> None:
         self.name, self.index, self.shape = name, index, shape

@@ -13,7 +13,7 @@ from .base import TrainedTensor
 def states(tensors: Sequence[TrainedTensor], team: Team) -> dict[str, dict[str, Any]]:
     """What each of ``tensors`` keeps, by name. Of those that one process steps for all, every process gets the numbers
     and, as :class:`Kept`, what kinds of tensors there are."""
-    found = {tensor.name: tensor.state() for tensor in tensors if tensor.owner in (None, team.rank)}
+    found = {tensor.name: tensor.state() for tensor in tensors if not tensor.elsewhere}
     owned = {tensor.name: tensor.owner for tensor in tensors if tensor.owner is not None}
     if not owned:
         return found

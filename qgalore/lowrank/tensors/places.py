@@ -18,13 +18,22 @@ class Place:
     rows: Tensor | None
 
     @property
+    def tensor(self) -> Tensor:
+        """It, as it is now."""
+        return getattr(self.module, self.key).detach()
+
+    @property
     def nbytes(self) -> int:
         """Of the whole tensor."""
-        return getattr(self.module, self.key).nbytes
+        return self.tensor.nbytes
+
+    def share(self, count: int) -> Tensor:
+        """Of a whole tensor the first of ``count`` shares of its rows, which is as large as any."""
+        return shards.share(self.tensor, 0, count)
 
     def handed(self, owner: int) -> Handed:
         """It, changed by process ``owner``. If it is split, its block must be gathered."""
-        return Handed(getattr(self.module, self.key).detach(), self.rows, owner)
+        return Handed(self.tensor, self.rows, owner)
 
 
 def places(module: nn.Module, *keys: str) -> list[Place]:

@@ -36,7 +36,7 @@ class ProjectedTensor(TrainedTensor):
         sides_here = [side for side in (module.left, module.right) if side is not None]
         self._weights = places(module, "weight", "weight_scale")
         self._bases = [place for side in sides_here for place in places(side, "codes", "scale")]
-        self.shards = shards.shards_of(module.weight)  # among how many processes its rows are split
+        self.shards = shards.shards_of(module.weight)
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
         # A refresh's record, which waits for the merge that follows to tell what became of the weight.

@@ -7,35 +7,41 @@ rule works, whatever rows it looks at, and the bits are those of one process.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ...parallel import Team, shards
-from ..layers.bases import Basis
 from ..layers.linear import LowRankLinear
 from .base import TrainedTensor
+from .places import Place, places
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-def split_rows(blocks: Iterable[nn.Module], device: torch.device) -> None:
+def split_rows(blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
     """Leave of what the low-rank layers in ``blocks`` store, which a model calls one after the other, the rows of this
-    process of a job alone; before the optimizer is made. All else, zero leaves included, stays whole. On the meta
+    process in ``mesh`` alone; before the optimizer is made. All else, zero leaves included, stays whole. On the meta
     device memory is for ``models.streaming`` to give."""
     blocks = list(blocks)
-    shards.shard(blocks, {parameter for block in blocks for parameter in _stored(block)}, device)
+    shards.shard(blocks, {_as_parameter(place) for block in blocks for place in places_in(block)}, mesh)
 
 
-def _stored(block: nn.Module) -> list[nn.Parameter]:
-    """The weights, scales and bases in ``block``, all as parameters, since FSDP2 knows no buffers."""
+def places_in(block: nn.Module) -> list[Place]:
+    """Where ``block`` stores weights, scales, and bases."""
     found = []
     for module in block.modules():
-        keys = ("weight", "weight_scale") if isinstance(module, LowRankLinear) else ("codes", "scale")
-        if isinstance(module, (LowRankLinear, Basis)):
-            found += [_as_parameter(module, key) for key in keys if getattr(module, key) is not None]
+        if isinstance(module, LowRankLinear):
+            sides = [side for side in (module.left, module.right) if side is not None]
+            found += places(module, "weight", "weight_scale")
+            found += [place for side in sides for place in places(side, "codes", "scale")]
     return found
 
 
-def _as_parameter(module: nn.Module, key: str) -> nn.Parameter:
+def _as_parameter(place: Place) -> nn.Parameter:
+    """The tensor there, as FSDP2 knows it: no buffer."""
+    module, key = place.module, place.key
     tensor = getattr(module, key)
     if not isinstance(tensor, nn.Parameter):
         delattr(module, key)
@@ -43,22 +49,26 @@ def _as_parameter(module: nn.Module, key: str) -> nn.Parameter:
     return getattr(module, key)
 
 
-def deal(tensors: Sequence[TrainedTensor], team: Team) -> None:
+def deal(tensors: Sequence[TrainedTensor], team: Team) -> list[int]:
     """Give each matrix among ``tensors`` an owner in ``team``, so that what they keep of the optimizer's state is even:
     the largest first, each to whom least has gone to. Vectors have none, and every process steps them.
 
     Call it between their making and the optimizer's. Of the state that rules have made, owners alone keep the memory.
+    Returns what each process has, about in bytes of 8-bit state.
     """
     load = [0] * team.size
-    costs = {tensor.name: 2 * tensor.shape.numel() + sum(v.nbytes for v in tensor.tensors().values()) for tensor in tensors}
+    own = {tensor.name: sum(value.nbytes for value in tensor.tensors().values()) for tensor in tensors}
+    costs = {tensor.name: 2 * tensor.shape.numel() + own[tensor.name] for tensor in tensors}
     for tensor in sorted(tensors, key=lambda tensor: -costs[tensor.name]):
         if tensor.stored.ndim < 2:
             continue
         tensor.owner = load.index(min(load))
         load[tensor.owner] += costs[tensor.name]
         set_down(tensor)
-        if tensor.owner == team.rank:
+        tensor.elsewhere = tensor.owner != team.rank
+        if not tensor.elsewhere:
             take_up(tensor)
+    return load
 
 
 def set_down(tensor: TrainedTensor) -> None:
