@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qgalore
 from qgalore.combinations import RULES
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.lowrank.tensors.sharded import share_rows
+from qgalore.lowrank.tensors.splitting import split_rows
 from qgalore.parallel import job, shards
+from qgalore.parallel.kept import Kept
 from qgalore.parallel.shards import Gathered
 from qgalore.steps.trial import try_walk
 from qgalore.steps.turns import AlwaysThere
@@ -128,10 +129,10 @@ class Chain(nn.Module):
 def chain_of(team, how, options, steps=1, clip=0.0, times=1):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
     bases = RULES[options.get("rule", "galore")].uses_basis
-    model = Chain("right" if how == "shard" else "std", RANK if bases else None, times)
+    model = Chain("std", RANK if bases else None, times)
     split = how == "shard" and team.size > 1
     if split:
-        share_rows(model.blocks, torch.device("cpu"))
+        split_rows(model.blocks, torch.device("cpu"))
     given = {"update_proj_gap": 5, "seed": 1, "weight_decay": 0.1, **options}
     optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
     trial = try_walk(model, (0, 3), Chain.loss)
@@ -173,12 +174,15 @@ def steps_of_a_loop(steps):
 
 
 def whole(team, tensors):
-    """All tensors as one process has them; the order is the same everywhere."""
-    tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
-    for name, value in tensors.items():
+    """All tensors as one process has them, on every process."""
+    kept = {name: value.here for name, value in tensors.items() if isinstance(value, Kept)}
+    found = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
+    for name, value in found.items():
         if shards.is_shared(value):
-            tensors[name] = value.full_tensor()
-    return {name: value.numpy() for name, value in plain(tensors).items()}
+            found[name] = value.full_tensor()
+    for part in team.gather("what owners keep", {name: value for name, value in kept.items() if value is not None}):
+        found |= part
+    return {name: value.numpy() for name, value in plain(found).items()}
 
 
 class Wire(TorchDispatchMode):

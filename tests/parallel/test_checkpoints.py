@@ -10,12 +10,12 @@ import torch
 from helpers import assert_same
 from jobs import MICRO_BATCHES, Layers, codes, live
 from processes import run_in
+from qgalore.lowrank.tensors.sharded import share_rows
 from safetensors.torch import load_file
 
 import qgalore
 from qgalore.errors import ConfigError, RankError
 from qgalore.files import checkpoint
-from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import ALONE, job
 
 HOW = ("replicate", "shard")

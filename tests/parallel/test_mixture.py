@@ -5,12 +5,12 @@ import pytest
 import torch
 from jobs import whole
 from processes import run_in
+from qgalore.lowrank.tensors.sharded import share_rows
 from torch import nn
 
 import qgalore
 from qgalore.lowrank.layers.experts import Experts
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import job
 
 MICRO_BATCHES, TOKENS, WIDE, RANK, EXPERTS = 4, 64, 512, 8, 4  # Δ has 4,096 values: moments of 8 bits

@@ -5,11 +5,11 @@ import pytest
 import torch
 from jobs import LONG, MICRO_BATCHES, RANK, SMALL, WIDTH, Layers, Wire, whole
 from processes import run_in
+from qgalore.lowrank.tensors.sharded import share_rows, shareable
 
 import qgalore
 from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.lowrank.tensors.sharded import share_rows, shareable
 from qgalore.memory.traffic import payload
 from qgalore.parallel import job
 

@@ -51,7 +51,7 @@ class WholeTensor(ProjectedTensor):
 
     def arm(self, step: int) -> None:
         """Always the probe."""
-        self._finish_record()
+        self.finish_record()
         self.current_step = step
         if self.frozen():
             return
@@ -152,5 +152,4 @@ class WholeTensor(ProjectedTensor):
     def traffic(self, gap: int, passes: int) -> dict[str, float]:
         """The rule works on whole gradients, which all processes then have for a refresh too."""
         probe = self.module.probe
-        whole = float(probe.numel() * probe.dtype.itemsize)
-        return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
+        return self.sent({"all-reduce Δ gradients": float(probe.numel() * probe.dtype.itemsize)}, gap)
