@@ -4,8 +4,12 @@ Sums, broadcasts and gathering go round a ring of their processes, as NCCL sends
 from each process to each other one. All figures are of the mean card: owners differ in what they send.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import nn
+
+from ..lowrank.tensors.base import TrainedTensor
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,15 @@ def sent(collective: str, size: float, cards: Cards) -> Sent:
 def all_sent(payload: Mapping[str, float], cards: Cards) -> dict[str, Sent]:
     """:func:`sent` for each collective of a ``payload`` (``traffic.payload``)."""
     return {name: sent(name, size, cards) for name, size in payload.items()}
+
+
+def busiest(blocks: Sequence[nn.Module], tensors: Sequence[TrainedTensor], cards: int) -> float:
+    """How many times as much as the mean card the busiest owner of a block's matrices hands out, over all ``blocks``.
+    The largest matrix has one owner, and with few cards each owns an even part."""
+    sizes = []
+    for block in blocks:
+        inside = {id(parameter) for parameter in block.parameters()}
+        of_block = [tensor for tensor in tensors if any(id(leaf) in inside for leaf in tensor.leaves())]
+        sizes.append([tensor.stored.nbytes for tensor in of_block if tensor.group != "vector"])
+    whole = sum(map(sum, sizes))
+    return sum(max(cards * max(part, default=0), sum(part)) for part in sizes) / whole if whole else 1.0

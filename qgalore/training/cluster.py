@@ -13,9 +13,9 @@ from ..config import Config
 from ..errors import counted
 from ..lowrank.tensors.base import TrainedTensor
 from ..memory.plan import Plan, human
-from ..memory.shares import Share, busiest, share
+from ..memory.resident import resident
 from ..memory.traffic import payload
-from ..memory.wire import Cards, Sent, all_sent
+from ..memory.wire import Cards, Sent, all_sent, busiest
 from ..models.compiling import blocks_of
 from ..parallel.environment import on_this_machine
 from ..speed import Card, Link, find, links
@@ -98,21 +98,19 @@ class Wire:
         return max(sent / work for sent, work in zip(self.seconds(card), token, strict=True))
 
 
-def wire_of(model: nn.Module, tensors: Sequence[TrainedTensor], gap: int, cards: Cards, passes: int = 1) -> Wire:
-    """What a step of so many ``passes`` sends, in which every ``gap``-th one finds new bases (``traffic.payload``)."""
+def wire_of(model: nn.Module, tensors: Sequence[TrainedTensor], gap: int, cards: Cards) -> Wire:
+    """What a step sends, of which every ``gap``-th one finds new bases (``traffic.payload``)."""
     uneven = busiest(blocks_of(model), tensors, cards.size)
-    return Wire(cards, all_sent(payload(tensors, gap, passes), cards), uneven)
+    return Wire(cards, all_sent(payload(tensors, gap), cards), uneven)
 
 
 def print_job(config: Config, vocabulary: Vocabulary, processes: int, found: Plan, machines: Machines | None) -> None:
     """What each of ``processes`` sends in a step, and the host memory of a machine. ``config`` is for one of them, and
     ``found`` its plan. With ``machines`` it is said too from how many tokens on a step hides the wire."""
-    train = config.train
     model, optimizer = on_paper(config, vocabulary, processes)
-    optimizer.accumulate_in_fp32(train.order != "batch_major")
+    optimizer.accumulate_in_fp32(config.train.order != "batch_major")
     cards = (machines or Machines()).cards(config, processes)
-    passes = 1 if found.walked else train.grad_accumulation
-    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards, passes)
+    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards)
     inside, between, whole = (human(round(size)) for size in (wire.inside, wire.between, wire.inside + wire.between))
     where = f": {inside} inside machines of {cards.per_machine}, {between} between them" if cards.machines > 1 else ""
     say("wire", f"{whole} sent by each of {processes} processes in a step, counted, not measured{where}")
@@ -149,10 +147,10 @@ def _hidden(config: Config, vocabulary: Vocabulary, wire: Wire, machines: Machin
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one card of a job: the ``share`` of the fullest one, what the mean one sends (``wire``), and the ``tokens`` of
-    a step from which its work hides that."""
+    """Of one card of a job: bytes that the fullest one ``kept`` between two steps, what the mean one sends (``wire``),
+    and the ``tokens`` of a step from which its work hides that."""
 
-    share: Share
+    kept: int
     wire: Wire
     tokens: float
 
@@ -161,11 +159,8 @@ def figures(
     config: Config, vocabulary: Vocabulary, processes: int, machines: Machines, token: tuple[float, float]
 ) -> Figures:
     """The figures of a resolved ``config`` on so many ``processes``. ``token``: see :func:`seconds_of_a_token`."""
-    cards = machines.cards(config, processes)
-    model, alone = on_paper(config, vocabulary)
-    alone.accumulate_in_fp32(True)
-    found = share(model, alone.tensors, cards)
     model, optimizer = on_paper(config, vocabulary, processes)
     optimizer.accumulate_in_fp32(True)
-    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards)
-    return Figures(found, wire, wire.tokens_to_hide(machines.linked_card(), token))
+    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, machines.cards(config, processes))
+    kept = sum(resident(model, optimizer.tensors).values())
+    return Figures(kept, wire, wire.tokens_to_hide(machines.linked_card(), token))

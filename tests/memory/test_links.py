@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qgalore.memory.wire import Cards, Sent, sent
+from qgalore import config
+from qgalore.memory.wire import Cards, Sent, busiest, sent
+from qgalore.models.compiling import blocks_of
+from qgalore.training.model import Vocabulary
+from qgalore.training.paper import on_paper
 
 MESHES = [(1, 1, 1), (1, 4, 4), (4, 1, 2), (1, 8, 4), (2, 4, 4), (4, 2, 4), (3, 4, 8), (2, 6, 4), (1, 7, 3), (5, 1, 8)]
 
@@ -73,3 +77,12 @@ def test_one_machine_has_no_network(replicas, shards, spare):
     for name in ("gather blocks", "all-reduce x", "reduce x", "broadcast x", "hand out rows"):
         assert sent(name, 1.0, cards).between == 0.0
     assert cards.machines == 1
+
+
+def test_the_busiest_owner_hands_out_its_largest_matrix():
+    small = ["model.overrides={vocab_size: 512, num_hidden_layers: 2}", "memory.budget=null"]
+    given = config.resolve(config.load("quickstart.yaml", small), "cuda", True, 1)
+    model, optimizer = on_paper(given, Vocabulary(512, None, None))
+    largest, whole = 256 * 704, 4 * 256 * 256 + 3 * 256 * 704
+    assert busiest(blocks_of(model), optimizer.tensors, 100) == pytest.approx(100 * largest / whole)
+    assert busiest(blocks_of(model), optimizer.tensors, 1) == 1.0
