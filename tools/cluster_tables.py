@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md: what each card of a cluster keeps and sends, and the tokens that hide what it sends.
 
-    python tools/cluster_tables.py [--shapes 7B 32B 70B 405B] [--cards 8 64 256 1024] [--card H100] [key=value …]
+    python tools/cluster_tables.py [key=value …] [--shapes 7B 32B 70B 405B] [--cards 8 64 256 1024] [--card H100]
 
 Nothing is loaded: the trainer's own tensors are made without values and counted, and rates come from a table. So none
 of it is measured. Shapes are Llama's, and Qwen3's at 32B. Ranks are a quarter of the width, and machines have 8 cards.
@@ -9,7 +9,7 @@ of it is measured. Shapes are Llama's, and Qwen3's at 32B. Ranks are a quarter o
 import argparse
 import sys
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qgalore.cli import arguments as kinds
 from qgalore.cli import door
 
 PER_MACHINE = 8
+ALL, MACHINE = "all", "a machine"  # what the blocks are split over
 BASE = "llama7b_16gb.yaml"
 COMMON = ("memory.budget=null", "train.grad_accumulation=65536", "train.activation_checkpointing=true")
 
@@ -49,25 +50,46 @@ SHAPES = {
 }
 
 
-def figures(name: str, options: argparse.Namespace) -> dict[str, dict[int, Any]]:
-    """The figures of a shape by what splits it and by the number of cards: all cards, or those of each machine."""
+def resolved(shape: Shape, split: str, count: int, overrides: list[str]) -> Any:
+    """The configuration of ``shape`` on so many cards: split over ``all``, or over those of each ``machine``."""
     from qgalore import config
+
+    sizes = f"{{replicate: {count // PER_MACHINE}, shard: {PER_MACHINE}}}"
+    parallel = f"parallel={'shard' if split == ALL else sizes}"
+    return config.resolve(config.load(BASE, [*COMMON, *shape.overrides(), parallel, *overrides]), "cuda", True, count)
+
+
+def rows(name: str, options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The rows of a shape in both tables."""
     from qgalore.training import cluster
+    from qgalore.training.fit import changed
     from qgalore.training.model import Vocabulary
+    from qgalore.training.paper import plan_for
     from qgalore.training.roofline import seconds_of_a_token
 
     shape, machines = SHAPES[name], cluster.Machines(PER_MACHINE, options.card)
-    vocabulary, token = Vocabulary(shape.vocabulary, None, None), None
-    found: dict[str, dict[int, Any]] = {"all": {}, "machine": {}}
-    for split, count in product(found, options.cards):
-        sizes = f"{{replicate: {count // PER_MACHINE}, shard: {PER_MACHINE}}}"
-        parallel = "shard" if split == "all" else sizes
-        overrides = [*COMMON, *shape.overrides(), f"parallel={parallel}", *options.overrides]
-        resolved = config.resolve(config.load(BASE, overrides), "cuda", True, count)
-        if token is None:
-            token = seconds_of_a_token(resolved, vocabulary, machines.linked_card())
-        found[split][count] = cluster.figures(resolved, vocabulary, count, machines, token)
-    return found
+    vocabulary, kept, sent = Vocabulary(shape.vocabulary, None, None), [], []
+    config = resolved(shape, ALL, PER_MACHINE, options.overrides)
+    token = seconds_of_a_token(config, vocabulary, machines.linked_card())
+    # What a step needs beside what is kept does not depend on the number of cards.
+    planned = plan_for(changed(config, {"train.grad_accumulation": 1}), vocabulary, "cuda", processes=PER_MACHINE)
+    beside = planned.total - sum(planned.resident.values())
+    for split in (ALL, MACHINE):
+        many = [resolved(shape, split, count, options.overrides) for count in options.cards]
+        found = [
+            cluster.figures(config, vocabulary, count, machines, token)
+            for config, count in zip(many, options.cards, strict=True)
+        ]
+        kept.append(row(name, split, *(f"{gib(one.kept)} → {gib(one.kept + beside)}" for one in found)))
+        sizes = [f"{gib(one.wire.inside)} + {gib(one.wire.between)}" for one in found]
+        sent.append(
+            row(
+                name,
+                split,
+                *(f"{size}; {one.tokens:,.0f}; {one.waited:.2f}" for size, one in zip(sizes, found, strict=True)),
+            )
+        )
+    return kept, sent
 
 
 def gib(size: float) -> str:
@@ -78,27 +100,19 @@ def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def tables(names: list[str], options: argparse.Namespace) -> str:
+def tables(options: argparse.Namespace) -> str:
     """Two tables in Markdown: what a card keeps, and what it sends."""
-    cards = [f"{count:,}" for count in options.cards]
-    kept = [
-        row("", "split over", *cards, "blocks at work", "gradients", "first step"),
-        row(*["---"] * (len(cards) + 5)),
+    head = [
+        row("", "split over", *(f"{count:,} cards" for count in options.cards)),
+        "|---" * (len(options.cards) + 2) + "|",
     ]
-    sent = [row("", "split over", *cards), row(*["---"] * (len(cards) + 2))]
-    for name in names:
-        for split, by_count in figures(name, options).items():
-            found, over = list(by_count.values()), "all" if split == "all" else f"{PER_MACHINE}"
-            one = found[-1].share
-            work = map(gib, (one.gathered, one.gradients, one.first))
-            kept.append(row(name, over, *(gib(each.share.kept) for each in found), *work))
-            sizes = ((each.wire.inside, each.wire.between, each.tokens) for each in found)
-            sent.append(row(name, over, *(f"{gib(a)} + {gib(b)}, {tokens:,.0f}" for a, b, tokens in sizes)))
+    kept, sent = zip(*(rows(name, options) for name in options.shapes), strict=True)
     titles = (
-        "GiB that the fullest card keeps between two steps, and what it needs beside at work:",
-        "GiB that the mean card sends in a step, inside its machine + to others, and the tokens that hide it:",
+        "GiB that the fullest card keeps between two steps → its planned peak with one sequence of 2,048 tokens:",
+        "GiB that the mean card sends in a step, inside its machine + to others; the tokens of a card that hide what "
+        "travels beside work; the seconds that a step waits for what owners hand out:",
     )
-    return "\n".join((titles[0], "", *kept, "", titles[1], "", *sent))
+    return "\n".join((titles[0], "", *head, *chain(*kept), "", titles[1], "", *head, *chain(*sent)))
 
 
 def main(arguments: list[str]) -> int:
@@ -109,7 +123,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--card", default="H100", help="whose rate and links are assumed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
     options = parser.parse_intermixed_args(arguments)
-    return door.leave(lambda: print(tables(options.shapes, options)))
+    return door.leave(lambda: print(tables(options)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from .roofline import seconds_of_a_token
 from .say import say
 
 USUAL, CARD = 8, "H100"  # cards in a machine, if there are as many, and which, if nothing else is said
-GATHER, HAND = "gather", "hand"  # first words of collectives
+GATHER, REDUCE, HAND = "gather", "reduce", "hand"
+_KINDS = {"gather": GATHER, "hand": HAND, "broadcast": HAND}  # of collectives, by their first words
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,21 @@ class Wire:
             rows.append(f"  {name:<40}" + "  ".join(f"{human(round(size)):>10}" for size in sizes))
         return "\n".join(rows)
 
-    def seconds(self, card: Card) -> tuple[float, float]:
-        """On the wire of ``card``: forward, when blocks are gathered, and then to the end of the step."""
-        forward, backward = [], []
+    def seconds(self, card: Card) -> tuple[float, float, float]:
+        """On the wire of ``card``: forward, when blocks are gathered; until the end of the step, beside its work; and
+        for what owners hand out, which all wait for."""
+        parts: dict[str, list[tuple[float, float]]] = {GATHER: [], REDUCE: [], HAND: []}
         for name, one in self.sent.items():
-            kind = name.split()[0]
-            times = self.uneven if kind == HAND else 0.5 if kind == GATHER else 1.0
-            backward.append((one.inside * times, one.between * times))
-            forward += backward[-1:] if kind == GATHER else []
-        return links.seconds(forward, card.inside, card.between), links.seconds(backward, card.inside, card.between)
+            kind = _KINDS.get(name.split()[0], REDUCE)
+            times = self.uneven if name.startswith(HAND) else 0.5 if kind == GATHER else 1.0
+            parts[kind].append((one.inside * times, one.between * times))
+        gathered, reduced, handed = (links.seconds(part, card.inside, card.between) for part in parts.values())
+        return gathered, gathered + reduced, handed
 
     def tokens_to_hide(self, card: Card, token: tuple[float, float]) -> float:
         """The tokens of a card in a step from which its work takes longer than what it sends beside. A ``token`` takes
         so many seconds forward and backward."""
-        return max(sent / work for sent, work in zip(self.seconds(card), token, strict=True))
+        return max(sent / work for sent, work in zip(self.seconds(card), token, strict=False))
 
 
 def wire_of(model: nn.Module, tensors: Sequence[TrainedTensor], gap: int, cards: Cards) -> Wire:
@@ -140,19 +142,21 @@ def _hidden(config: Config, vocabulary: Vocabulary, wire: Wire, machines: Machin
     if wire.cards.machines > 1:
         over += f" inside a machine and {card.between.rate:g} GB/s ({card.between.name}) between machines"
     return (
-        f"the work of a step hides the wire from {enough:,.0f} tokens of a card on, and here are {tokens:,}; by "
-        f"arithmetic, not measured, for the {card.name} with {over}"
+        f"the work of a step hides what travels beside it from {enough:,.0f} tokens of a card on, and here are "
+        f"{tokens:,}. It waits {wire.seconds(card)[2]:.3f} s for what is handed out. By arithmetic, not measured, for "
+        f"the {card.name} with {over}"
     )
 
 
 @dataclass(frozen=True)
 class Figures:
     """Of one card of a job: bytes that the fullest one ``kept`` between two steps, what the mean one sends (``wire``),
-    and the ``tokens`` of a step from which its work hides that."""
+    the ``tokens`` of a step from which its work hides that, and the seconds that all have ``waited`` in it."""
 
     kept: int
     wire: Wire
     tokens: float
+    waited: float
 
 
 def figures(
@@ -163,4 +167,5 @@ def figures(
     optimizer.accumulate_in_fp32(True)
     wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, machines.cards(config, processes))
     kept = sum(resident(model, optimizer.tensors).values())
-    return Figures(kept, wire, wire.tokens_to_hide(machines.linked_card(), token))
+    card = machines.linked_card()
+    return Figures(kept, wire, wire.tokens_to_hide(card, token), wire.seconds(card)[2])

@@ -26,7 +26,7 @@ def printed(capsys, *arguments: str) -> str:
 
 
 def tokens(text: str) -> int:
-    return int(re.search(r"hides the wire from ([\d,]+) tokens of a card on", text)[1].replace(",", ""))
+    return int(re.search(r"hides what travels beside it from ([\d,]+) tokens of a card on", text)[1].replace(",", ""))
 
 
 def test_the_plan_of_two_machines_tells_links_apart(capsys):
@@ -38,7 +38,7 @@ def test_the_plan_of_two_machines_tells_links_apart(capsys):
         sizes = [float(x) * (1024 if kind == "M" else 1) for x, kind in ((inside, unit), (between, other))]
         assert sizes[0] == pytest.approx(7 * sizes[1], rel=0.02), "one card of eight sends to the other machine"
     assert "host:      8 processes of one machine take " in shown
-    assert "not measured, for the H100 with 450 GB/s (NVLink 4) inside a machine and 50 GB/s" in shown
+    assert "By arithmetic, not measured, for the H100 with 450 GB/s (NVLink 4) inside a machine and 50 GB/s" in shown
 
 
 def test_slower_links_need_more_tokens(capsys):
@@ -76,13 +76,14 @@ def test_the_wire_takes_as_long_as_the_busier_link_of_each_collective():
     assert links.seconds([(8e9, 1e9), (4e9, 3e9)], inside, between) == pytest.approx(2.0 + 3.0)
 
 
-def test_tokens_hide_both_directions():
+def test_tokens_hide_both_directions_but_not_what_owners_hand_out():
     """Half of what is gathered, and no more, comes before the blocks work forward. A busy owner counts as it is."""
     card = Machines(card="H100", inside=1.0, between=1.0).linked_card()
-    sent = {"gather blocks": Sent(4e9, 0.0), "reduce Δ gradients": Sent(0.0, 3e9), "hand out rows": Sent(1e9, 0.5e9)}
+    sent = {"gather blocks": Sent(4e9, 0.0), "reduce Δ gradients": Sent(0.0, 3e9), "all-reduce x": Sent(1e9, 0.0)}
+    sent |= {"hand out rows": Sent(1e9, 0.5e9), "broadcast matrices": Sent(0.25e9, 0.5e9)}
     wire = Wire(Cards(1, 4, 2), sent, uneven=5.0)
-    assert wire.seconds(card) == pytest.approx((2.0, 2.0 + 3.0 + 5.0))
-    assert wire.tokens_to_hide(card, (0.5, 1.0)) == pytest.approx(10.0)
+    assert wire.seconds(card) == pytest.approx((2.0, 2.0 + 3.0 + 1.0, 5.0 + 0.5))
+    assert wire.tokens_to_hide(card, (0.5, 1.0)) == pytest.approx(6.0)
     assert wire.tokens_to_hide(card, (0.1, 1.0)) == pytest.approx(20.0)
 
 
