@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgalore
 from qgalore.combinations import RULES
+from qgalore.config import Mesh
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.splitting import split_rows
 from qgalore.parallel import job, shards
 from qgalore.parallel.kept import Kept
+from qgalore.parallel.mesh import mesh_of
 from qgalore.parallel.shards import Gathered
 from qgalore.steps.trial import try_walk
 from qgalore.steps.turns import AlwaysThere
@@ -130,9 +132,10 @@ def chain_of(team, how, options, steps=1, clip=0.0, times=1):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
     bases = RULES[options.get("rule", "galore")].uses_basis
     model = Chain("std", RANK if bases else None, times)
-    split = how == "shard" and team.size > 1
+    split = how != "replicate" and team.size > 1
     if split:
-        split_rows(model.blocks, torch.device("cpu"))
+        replicas = how if isinstance(how, int) else 1
+        split_rows(model.blocks, mesh_of(team, Mesh(replicas, team.size // replicas), "cpu"))
     given = {"update_proj_gap": 5, "seed": 1, "weight_decay": 0.1, **options}
     optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
     trial = try_walk(model, (0, 3), Chain.loss)
@@ -186,8 +189,8 @@ def whole(team, tensors):
 
 
 class Wire(TorchDispatchMode):
-    """Bytes handed to collectives: the whole of what is gathered, of what is reduced and scattered, and of the floats
-    that are summed for all."""
+    """Bytes handed to collectives: the whole of what is gathered and of what is reduced, the floats that are summed for
+    all, and what this process hands out, its own share included."""
 
     def __init__(self):
         super().__init__()
@@ -195,9 +198,14 @@ class Wire(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
-        if "c10d" in name and "base_" in name:
-            whole = args[0] if "allgather" in name else args[1]
-            self.bytes["gathered" if "allgather" in name else "reduced"] += whole.nbytes
+        if "c10d" in name and "allgather_base_" in name:
+            self.bytes["gathered"] += args[0].nbytes
+        if "c10d" in name and "alltoall_base_" in name:
+            self.bytes["handed"] += args[1].nbytes
+        if "c10d" in name and ".reduce_." in name:
+            self.bytes["reduced"] += sum(tensor.nbytes for tensor in args[0])
+        if "c10d" in name and "reduce_scatter" in name:
+            self.bytes["reduced"] += args[1].nbytes
         if "c10d" in name and "allreduce_" in name:
             self.bytes["summed"] += sum(tensor.nbytes for tensor in args[0] if tensor.is_floating_point())
         return func(*args, **(kwargs or {}))

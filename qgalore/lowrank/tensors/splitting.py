@@ -9,7 +9,7 @@ rule works, whatever rows it looks at, and the bits are those of one process.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...parallel import Team, shards
 from ..layers.linear import LowRankLinear
@@ -73,12 +73,17 @@ def deal(tensors: Sequence[TrainedTensor], team: Team) -> list[int]:
 
 def set_down(tensor: TrainedTensor) -> None:
     """Give the memory of its rule's state back, which is zero as long as it has not stepped. Shapes and dtypes stay."""
-    for value in tensor.tensors().values():
+    for value in _state(tensor):
         value.untyped_storage().resize_(0)
 
 
 def take_up(tensor: TrainedTensor) -> None:
     """The inverse of :func:`set_down`."""
-    for value in tensor.tensors().values():
+    for value in _state(tensor):
         value.untyped_storage().resize_(value.nbytes)
         value.zero_()
+
+
+def _state(tensor: TrainedTensor) -> list[Tensor]:
+    """Of its rule, where it has memory."""
+    return [value for value in tensor.tensors().values() if not value.is_meta]
