@@ -99,7 +99,9 @@ def test_a_block_is_summed_once_and_gathered_twice_in_a_step(how):
         bases, norms = 3 * WIDTH * RANK * (1 / 2 + 2 / 64), 4 * 3
         wanted = {"gathered": 2 * (weights + bases), "reduced": 4 * values, "summed": 4 * vectors + norms}
         wanted |= {"handed": weights}
-    assert in_step(2, of_ranks) == wanted  # two layers are due in the first step, one in the second, and two in the fourth
+    assert (
+        in_step(2, of_ranks) == wanted
+    )  # two layers are due in the first step, one in the second, and two in the fourth
     assert sum(planned.values()) == sum(wanted.values()) - norms
     assert [name for name, *_ in alive[:5]] == ["epilogue", "block 2", "block 1", "block 0", "prologue"]
     for name, before, after in alive[5:]:  # block 2 has none in the first step
