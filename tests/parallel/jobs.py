@@ -44,29 +44,6 @@ def diagonals(features):
     return (torch.eye(WIDTH).repeat(1, times) * numbers)[:, :features]
 
 
-class Layers(nn.Module):
-    """Two blocks of one layer with its basis on the right, and a dense vector outside."""
-
-    def __init__(self):
-        super().__init__()
-        make = torch.Generator().manual_seed(3)
-        options = {"rank": RANK, "group_size": 32, "proj_type": "right"}
-        shapes = ((LONG, WIDTH), (SMALL, WIDTH))
-        weights = [torch.randn(*shape, generator=make) for shape in shapes]
-        self.blocks = nn.ModuleList(nn.Sequential(LowRankLinear(weight, None, **options)) for weight in weights)
-        self.free = nn.Parameter(torch.zeros(LONG))
-
-    def loss(self, step, number):
-        """A loss whose gradients are integers: micro-batch ``number`` adds to the diagonals of both weights' gradients,
-        whose entries are all different, so that every basis is a choice of axes, different in each step."""
-        make = torch.Generator().manual_seed(step)
-        order = torch.randperm(WIDTH, generator=make)
-        wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number]
-        x = torch.diag((2 * (order + 1) + wobble).float()).requires_grad_()
-        outputs = [block(x) * diagonals(block[0].out_features) for block in self.blocks]
-        return (outputs[0] + self.free).sum() + outputs[1].sum()
-
-
 class _Hand(torch.autograd.Function):
     """Hands ``hidden`` on and its gradient back, and gives ``other`` the ``gradient``. So the values of ``other``,
     which training makes odd, never enter what is computed from integers."""
@@ -85,9 +62,9 @@ class ChainBlock(nn.Module):
     """A layer from WIDTH features, repeated as often as it has some, whose weight's gradient is a diagonal of
     integers."""
 
-    def __init__(self, weight, proj_type, rank):
+    def __init__(self, weight, rank):
         super().__init__()
-        self.layer = LowRankLinear(weight, None, rank=rank, group_size=32, proj_type=proj_type)
+        self.layer = LowRankLinear(weight, None, rank=rank, group_size=32)
 
     def forward(self, hidden, skipped=False):
         if skipped:
@@ -102,14 +79,12 @@ class Chain(nn.Module):
     first step skip, and all but one of later steps. There are a vector before them, one behind, and one in both
     places."""
 
-    def __init__(self, proj_type="std", rank=RANK, times=1):
+    def __init__(self, rank=RANK, times=1):
         super().__init__()
         make = torch.Generator().manual_seed(3)
         shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
-        if proj_type == "right":
-            shapes = ((LONG, WIDTH), (SMALL, WIDTH), (LONG, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes * times]
-        self.blocks = nn.ModuleList(ChainBlock(weight, proj_type, rank) for weight in weights)
+        self.blocks = nn.ModuleList(ChainBlock(weight, rank) for weight in weights)
         self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
         self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
@@ -131,7 +106,7 @@ class Chain(nn.Module):
 def chain_of(team, how, options, steps=1, clip=0.0, times=1):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
     bases = RULES[options.get("rule", "galore")].uses_basis
-    model = Chain("std", RANK if bases else None, times)
+    model = Chain(RANK if bases else None, times)
     split = how != "replicate" and team.size > 1
     if split:
         replicas = how if isinstance(how, int) else 1

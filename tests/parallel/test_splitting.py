@@ -1,92 +1,120 @@
-"""Weights split by rows over processes: the number of processes changes nothing but the order of fp32 sums."""
+"""Weights that processes split by rows, and the one process that steps each of them for all."""
 
-import numpy as np
 import pytest
 import torch
-from jobs import LONG, MICRO_BATCHES, RANK, SMALL, WIDTH, Layers, Wire, whole
+from jobs import RANK, WIDTH, Chain, chain_of
 from processes import run_in
-from qgalore.lowrank.tensors.sharded import share_rows, shareable
+from torch import nn
 
 import qgalore
+from qgalore.config import Mesh
 from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.memory.traffic import payload
-from qgalore.parallel import job
+from qgalore.lowrank.tensors.splitting import split_rows
+from qgalore.parallel import job, shards
+from qgalore.parallel.handing import Handed
+from qgalore.parallel.mesh import mesh_of
+
+SIZE = 3
 
 
-def model_and_optimizer(team):
-    model = Layers()
-    if team.size > 1:
-        share_rows(model.blocks, torch.device("cpu"))
-    options = {"update_proj_gap": 5, "moments": "rotate", "seed": 1, "weight_decay": 0.1, "team": team}
-    return model, qgalore.optimizer(model, lr=0.02, **options)
+def test_rows_are_dealt_as_torch_chunks_them():
+    for rows in (1, 2, 3, 7, 9, 10):
+        whole = torch.arange(rows)
+        mine = [shards.share(whole, number, SIZE) for number in range(SIZE)]
+        for part, chunk in zip(mine, whole.chunk(SIZE), strict=False):
+            assert torch.equal(part, chunk)
+        assert torch.equal(torch.cat(mine), whole)
 
 
-def exact_steps(steps):
+def split_of(team, rows):
+    """A stored layer of so many rows, each of which is its number, as this process holds it, and itself whole."""
+    block = nn.Sequential(LowRankLinear(torch.zeros(rows, 4), None, rank=2, basis_format="fp32"))
+    split_rows([block], mesh_of(team, Mesh(1, team.size), "cpu"))
+    numbers = torch.arange(float(rows))[:, None].expand(rows, 4)
+    return block[0], numbers
+
+
+def stored(rows):
+    """A layer's weight, filled a few rows at a time, as each process then holds it."""
     with job("cpu") as team:
-        model, optimizer = model_and_optimizer(team)
-        for step in range(steps):
-            for number in team.deal(range(MICRO_BATCHES)):
-                model.loss(step, number).backward()
-            optimizer.step()
-        state = dict(model.state_dict())
-        for slot, parts in optimizer.state_dict()["slots"].items():
-            state |= {f"{slot}|{name}": value for name, value in parts["inner"].items()}
-        return whole(team, state), optimizer.grad_norm
+        layer, numbers = split_of(team, rows)
+        for first in range(0, rows, 2):
+            layer.store(first, numbers[first : first + 2])
+        return shards.local(layer.weight)[:, 0].tolist(), layer.weight.full_tensor()[:, 0].tolist()
 
 
-SLOW = pytest.mark.slow
+@pytest.mark.parametrize("rows", [2, 7])
+def test_each_process_stores_its_own_rows_of_a_number_that_does_not_divide(rows):
+    found = run_in(SIZE, stored, rows)
+    assert [row for mine, _ in found for row in mine] == list(range(rows))
+    assert all(whole == list(range(rows)) for _, whole in found)
 
 
-@pytest.mark.parametrize(("size", "steps"), [(2, 12), pytest.param(2, 50, marks=SLOW), pytest.param(4, 50, marks=SLOW)])
-def test_where_sums_are_exact_weights_are_identical(size, steps):
-    ((wanted, norm),) = run_in(1, exact_steps, steps)  # on one thread too, or decompositions differ
-    assert (wanted["blocks.0.0.weight"] != Layers().blocks[0][0].weight.numpy()).mean() > 0.5
-    assert [wanted[f"blocks.{n}.0|state1"].dtype for n in (0, 1)] == [np.uint8, np.float32]
-    for found, its_norm in run_in(size, exact_steps, steps):
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            assert np.array_equal(found[name], value), name
-        assert its_norm == pytest.approx(norm, rel=1e-6)
-
-
-def count_bytes(steps):
-    """What is gathered and what is reduced and scattered in each step, and the plan of it."""
+def handed():
+    """What each process keeps of tensors that one of them has changed, one of odd bytes among them."""
     with job("cpu") as team:
-        model, optimizer = model_and_optimizer(team)
-        found = []
-        for step in range(steps):
-            with Wire() as wire:
-                for number in team.deal(range(MICRO_BATCHES)):
-                    model.loss(step, number).backward()
-                optimizer.step()
-            found.append({name: size for name, size in wire.bytes.items() if name != "summed"})
-        return found, payload(optimizer.tensors, float("inf"), MICRO_BATCHES // team.size)
+        layer, numbers = split_of(team, 5)
+        other, _ = split_of(team, 2)
+        whole = torch.full((3,), float(team.rank))
+        odd = torch.full((5, 4), team.rank, dtype=torch.int8)
+        codes = shards.like(layer.weight, torch.zeros(shards.local(layer.weight).shape, dtype=torch.int8))
+        team.hand_out(
+            [
+                Handed(numbers + 10 * team.rank, layer.weight, 1),
+                Handed(odd, codes, 2),
+                Handed(whole, None, 2),
+                Handed(numbers[:2] + 10 * team.rank, other.weight, 2),
+            ]
+        )
+        kept = [shards.local(one)[:, 0].tolist() for one in (layer.weight, codes, other.weight)]
+        return kept, whole.tolist()
 
 
-def test_bytes_sent_are_those_planned():
-    (found, planned), _ = run_in(2, count_bytes, 3)
-    cells = (LONG + SMALL) * WIDTH
-    assert planned["gather weights"] == 2 * 2 * cells * (1 + 2 / 32)  # twice for each micro-batch; a scale for 32
-    assert planned["reduce-scatter Δ gradients"] == 2 * 4 * (LONG + SMALL) * RANK
-    for step in (0, 1):  # in the first from full gradients; both layers are due again after the second
-        assert found[step] == {"gathered": planned["gather weights"], "reduced": planned["reduce-scatter Δ gradients"]}
+def test_every_process_gets_its_rows_from_the_one_that_has_changed_them():
+    found = run_in(SIZE, handed)
+    assert [kept for kept, _ in found] == [
+        [[10.0, 11.0], [2, 2], [20.0]],
+        [[12.0, 13.0], [2, 2], [21.0]],
+        [[14.0], [2], []],
+    ]
+    assert all(whole == [2.0] * 3 for _, whole in found)
 
 
-@pytest.mark.parametrize(
-    ("rows", "inner", "remedy"),
-    [
-        (96, "adamw", "multiple of 5"),
-        (200, "adamw4bit", "use one of adamw8bit, adamw"),
-        (1000, "adamw8bit", "at least 4,096"),
-        (2570, "adamw8bit", "whole blocks of 256"),
-        (5120, "adamw8bit", "step in parts"),
-    ],
-)
-def test_layers_that_cannot_be_split(rows, inner, remedy):
-    layer = LowRankLinear(torch.zeros(rows, WIDTH), None, rank=RANK, proj_type="right")
-    with pytest.raises(ConfigError, match=remedy):
-        shareable("it", layer, inner, 5, 40_000)
-    shareable("it", layer, "adamw", 1)
-    with pytest.raises(ConfigError, match="proj_type: right"):
-        shareable("it", LowRankLinear(torch.zeros(40, WIDTH), None, rank=RANK), inner, 5, 40_000)
+def owned(rule):
+    """Who steps what, and the bytes that each process has for the rule's state."""
+    with job("cpu") as team:
+        _, optimizer, _ = chain_of(team, "shard", {"rule": rule})
+        kept = [value for tensor in optimizer.tensors for value in tensor.tensors().values()]
+        bytes_here = sum(value.untyped_storage().nbytes() for value in kept)
+        return {tensor.name: tensor.owner for tensor in optimizer.tensors}, bytes_here
+
+
+def test_matrices_are_dealt_evenly_and_only_their_owners_have_the_state():
+    found = run_in(2, owned, "muon")
+    for owners, _ in found:
+        assert owners == {
+            **{"blocks.0.layer": 0, "blocks.1.layer": 1, "blocks.2.layer": 1},
+            **{"behind": None, "both": None, "before": None},
+        }
+    ((_, alone),) = run_in(1, owned, "muon")
+    master = 4 * WIDTH  # of the bf16 vector, in both
+    assert sum(here for _, here in found) == alone + master
+
+
+def refused(what):
+    with job("cpu") as team:
+        model = Chain(RANK)
+        if what == "rank":
+            weight = torch.randn(8, 8)
+            model.blocks[0].layer = LowRankLinear(weight, None, rank=2, max_rank=4, proj_type="right")
+        split_rows(model.blocks, mesh_of(team, Mesh(1, team.size), "cpu"))
+        stepping = "deferred" if what == "stepping" else "manual"
+        with pytest.raises(ConfigError) as error:
+            qgalore.optimizer(model, lr=0.1, team=team, stepping=stepping)
+        return str(error.value)
+
+
+def test_what_cannot_be_split_is_refused():
+    assert "stepping" in run_in(2, refused, "stepping")[0]
+    assert "a number" in run_in(2, refused, "rank")[0]
