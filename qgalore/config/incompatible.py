@@ -197,8 +197,8 @@ TABLE = (
     ),
     Conflict(
         ("parallel",),
-        "`shard` needs method `qgalore`, `galore` or `galore8bit`, a number as rank, layer-major steps, and blocks that "
-        "are not compiled.",
+        "`shard` needs method `qgalore`, `galore` or `galore8bit`, a number as rank, layer-major steps, and blocks "
+        "that are not compiled.",
         sharded.problems,
     ),
     Conflict(

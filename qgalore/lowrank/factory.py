@@ -264,7 +264,7 @@ def optimizer(
     require(bool(tensors), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     steps.check(tensors, rotates=moments == "rotate")
     if split:
-        deal(tensors, team)
+        deal(tensors, team, steps.factory)
     made = LowRankOptimizer(
         tensors,
         lr=lr,

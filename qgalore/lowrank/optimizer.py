@@ -78,7 +78,8 @@ class LowRankOptimizer(TensorSteps, Optimizer):
                 module.tell_idle = self.hooks.nothing_came
 
     def close(self) -> None:
-        """End the step, in all processes: what has no gradient in it is ``untouched``, and the leaves of the next one are armed."""
+        """End the step, in all processes: what has no gradient in it is ``untouched``, and the leaves of the next one
+        are armed."""
         self.untouched = [tensor.name for tensor in self.tensors if tensor.name not in self.stepped]
         self.share_outcomes()
         self._end()

@@ -59,7 +59,8 @@ def state_bytes(tensors: Sequence[TrainedTensor], streamed: Collection[int] = ()
 
 def _extra_bytes(tensors: Sequence[TrainedTensor], streamed: Collection[int]) -> int:
     """Bytes of what ``tensors`` keep beside the model's tensors and the inner optimizers'."""
-    storages = (value.untyped_storage() for tensor in tensors for value in tensor.tensors().values())
+    mine = (tensor for tensor in tensors if not tensor.elsewhere)
+    storages = (value.untyped_storage() for tensor in mine for value in tensor.tensors().values())
     return sum(storage.nbytes() for storage in storages if storage._cdata not in streamed)
 
 

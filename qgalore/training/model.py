@@ -159,8 +159,8 @@ def compile_as(config: Config, model: nn.Module) -> None:
 
 
 def shard_model(model: nn.Module, mesh: "DeviceMesh") -> None:
-    """Split what the low-rank layers of a model's blocks store, on the meta device, so that no process ever holds all of
-    it. Raises :class:`ConfigError` without such blocks."""
+    """Split what the low-rank layers of a model's blocks store, on the meta device, so that no process ever holds it
+    all. Raises :class:`ConfigError` without such blocks."""
     blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
     if not blocks:
         raise ConfigError(

@@ -73,7 +73,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
     )
     tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
     if (shares := shares_of(config, processes)) > 1:
-        team = _split(model, tensors, team, shares)
+        team = _split(model, tensors, team, shares, _inner_factory(config))
     on_paper_schedules(tensors)
     optimizer = PaperOptimizer(
         tensors,
@@ -131,16 +131,16 @@ def _say_once(text: str) -> None:
     say("note", text)
 
 
-def _split(model: torch.nn.Module, tensors: list[TrainedTensor], team: Team, shares: int) -> Team:
+def _split(model: torch.nn.Module, tensors: list[TrainedTensor], team: Team, shares: int, factory: Factory) -> Team:
     """Split what ``model``'s blocks store over so many ``shares``, and give each matrix an owner in ``team``: as seen
     by the process that owns most, which is returned."""
     inside = {module for block in blocks_of(model) for module in block.modules()}
     for tensor in tensors:
         if tensor.module in inside:
             tensor.shards = shares
-    load = deal(tensors, team)
+    load = deal(tensors, team, factory)
     most = replace(team, rank=load.index(max(load)))
-    deal(tensors, most)
+    deal(tensors, most, factory)
     return most
 
 

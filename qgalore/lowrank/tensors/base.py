@@ -296,7 +296,7 @@ class TrainedTensor(ABC):
     # For the plans of memory and of what processes send.
 
     @abstractmethod
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         """Bytes that an ordinary step sends of it, by collective; see ``traffic.payload``."""
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed

@@ -58,7 +58,7 @@ class DenseTensor(TrainedTensor):
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.master is None else {"master": self.master}
 
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         dtype = self.parameter.grad_dtype or self.parameter.dtype
         gradient, weight = float(self.parameter.numel() * dtype.itemsize), float(self.parameter.nbytes)
         if self.owner is None:

@@ -263,7 +263,7 @@ class ProjectedTensor(TrainedTensor):
         if self.module.products is not None:
             self.module.products.load(progress["products"])
 
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         delta, probe = self.module.delta, self.module.probe
         whole = probe.numel() * probe.dtype.itemsize / gap if self.projected else 0.0
         gradients = {

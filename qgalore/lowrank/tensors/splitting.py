@@ -6,13 +6,16 @@ gradients, finds its bases, steps it in the gathered block as a single process d
 rule works, whatever rows it looks at, and the bits are those of one process.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...parallel import Team, shards
+from ..inner.checked import Factory
 from ..layers.linear import LowRankLinear
+from ..subspace import ranks
 from .base import TrainedTensor
 from .places import Place, places
 
@@ -49,19 +52,18 @@ def _as_parameter(place: Place) -> nn.Parameter:
     return getattr(module, key)
 
 
-def deal(tensors: Sequence[TrainedTensor], team: Team) -> list[int]:
+def deal(tensors: Sequence[TrainedTensor], team: Team, factory: Factory) -> list[int]:
     """Give each matrix among ``tensors`` an owner in ``team``, so that what they keep of the optimizer's state is even:
     the largest first, each to whom least has gone to. Vectors have none, and every process steps them.
 
-    Call it between their making and the optimizer's. Of the state that rules have made, owners alone keep the memory.
-    Returns what each process has, about in bytes of 8-bit state.
+    Call it between their making and the optimizer's, whose ``factory`` makes inner optimizers. Of the state that rules
+    have made, owners alone keep the memory. Returns the bytes of state that each process keeps of matrices.
     """
     load = [0] * team.size
-    own = {tensor.name: sum(value.nbytes for value in tensor.tensors().values()) for tensor in tensors}
-    costs = {tensor.name: 2 * tensor.shape.numel() + own[tensor.name] for tensor in tensors}
-    for tensor in sorted(tensors, key=lambda tensor: -costs[tensor.name]):
-        if tensor.stored.ndim < 2:
-            continue
+    matrices = [tensor for tensor in tensors if tensor.stored.ndim > 1]
+    moment_bytes = ranks.measured_bytes(factory, tensors[0].leaves()[0].device)
+    costs = {tensor.name: _state_bytes(tensor, moment_bytes) for tensor in matrices}
+    for tensor in sorted(matrices, key=lambda tensor: -costs[tensor.name]):
         tensor.owner = load.index(min(load))
         load[tensor.owner] += costs[tensor.name]
         set_down(tensor)
@@ -71,14 +73,26 @@ def deal(tensors: Sequence[TrainedTensor], team: Team) -> list[int]:
     return load
 
 
+def _state_bytes(tensor: TrainedTensor, moment_bytes: Callable[[torch.Size], int]) -> int:
+    """What its owner keeps: the state of the inner optimizer and of its rule."""
+    rows, size = tensor.shape[0], tensor.shape.numel()
+    moments = moment_bytes(torch.Size((rows, size // rows))) if size else 0
+    return moments + sum(value.nbytes for value in tensor.tensors().values())
+
+
 def set_down(tensor: TrainedTensor) -> None:
     """Give the memory of its rule's state back, which is zero as long as it has not stepped. Shapes and dtypes stay."""
-    for value in tensor.tensors().values():
+    for value in _state(tensor):
         value.untyped_storage().resize_(0)
 
 
 def take_up(tensor: TrainedTensor) -> None:
     """The inverse of :func:`set_down`."""
-    for value in tensor.tensors().values():
+    for value in _state(tensor):
         value.untyped_storage().resize_(value.nbytes)
         value.zero_()
+
+
+def _state(tensor: TrainedTensor) -> list[Tensor]:
+    """Of its rule, where it has memory."""
+    return [value for value in tensor.tensors().values() if not value.is_meta]

@@ -149,7 +149,7 @@ class WholeTensor(ProjectedTensor):
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
 
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         """The rule works on whole gradients, which all processes then have for a refresh too."""
         probe = self.module.probe
         return self.sent({"all-reduce Δ gradients": float(probe.numel() * probe.dtype.itemsize)}, gap)
