@@ -84,17 +84,14 @@ class Loop:
             if self.position.step == 0:
                 self._evaluate()  # no checkpoint belongs to it, so it is never the best
             while self.position.step < last_step and not self._stops_early():
-                row = self.recovery.guarded(self._step)
-                if row is None:
+                # whether to stop or, by the clock of the one that leads, to save: for all to agree at a step's end
+                taken = self.recovery.guarded(self._step, lambda: 2 * (stop.number or 0) + course.keeper.overdue)
+                if taken is None:
                     continue
+                row, note = taken
+                signalled, overdue = divmod(note, 2)
                 self._record(row, progress)
                 step = self.position.step
-                # what all must agree on: the gradients' norm, whose bits tell of any difference, and whether to stop
-                # or, by the clock of the one that leads, to save
-                note = 2 * (stop.number or 0) + course.keeper.overdue
-                signalled, overdue = divmod(
-                    self.team.meet(f"step {step}", digest=row["grad_norm"] or 0.0, note=note), 2
-                )
                 last = save = step == last_step
                 if last or step % self.evaluating.every == 0:
                     latest = self._evaluate()

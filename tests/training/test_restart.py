@@ -147,13 +147,13 @@ def test_a_step_that_is_taken_again_is_the_same(run, order, monkeypatch):
     assert run("run.name=b", *ANEW, *FROM, f"train.order={order}", "train.max_steps=4")[0] == 0
     guarded, failed = recovery.Recovery.guarded, []
 
-    def once(self, take):
+    def once(self, *how):
         if self.course.position.step == 2 and not failed:
             failed.append(self.course.keeper.newest())
             path, state, _ = failed[0]
             self.course.return_to(path, state)
             return None
-        return guarded(self, take)
+        return guarded(self, *how)
 
     monkeypatch.setattr(recovery.Recovery, "guarded", once)
     assert run("run.name=c", *ANEW, *FROM, f"train.order={order}", "train.max_steps=4")[0] == 0
