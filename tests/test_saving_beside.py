@@ -1,0 +1,207 @@
+"""A checkpoint that is written while training goes on, from a copy of the state."""
+
+import resource
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, final_state, no_file_larger_than, trained
+
+from qgalore.errors import ConfigError, NumericalError
+from qgalore.files import checkpoint, safetensors
+from qgalore.files.safetensors import Copied, Deferred, Rows
+from qgalore.memory import machine
+from qgalore.memory.plan import Plan
+from qgalore.parallel.stages import complete
+from qgalore.training import keeping
+from qgalore.training.keeping import Keeper
+from qgalore.training.limits import Limit
+from qgalore.training.position import Position
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+TEXT = {"config": {"a": 1}, "position": {"step": 1, "losses": [2.0]}}
+
+
+def overwrite(model, state):
+    """What training does to the tensors that a checkpoint was begun with, and more."""
+    for value in model.state_dict().values():
+        value.detach().zero_()
+    for slot in state["slots"].values():
+        for value in (*slot["inner"].values(), *slot["extra"].values()):
+            if torch.is_tensor(value):
+                value.zero_()
+        slot.get("schedule", {}).update(gap=-1)
+
+
+def test_what_changes_after_the_copy_is_not_in_the_files(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "PIECE", 5000)  # many pieces, and tensors that lie in two of them
+    model, opt = trained(tiny_llama, torch.bfloat16, tie_word_embeddings=True)
+    run_state, state = {**TEXT, "position": {"step": 1, "losses": [2.0]}}, opt.state_dict()
+    checkpoint.save(tmp_path / "now" / "step-00000001", model, state, run_state)
+    draft = checkpoint.begin(tmp_path / "later" / "step-00000001", model, state, run_state)
+    size = draft.copy_bytes()
+    assert draft.copy()
+    overwrite(model, state)
+    run_state["position"]["losses"].append(7.0)
+    assert not (tmp_path / "later" / "step-00000001").exists()
+    complete("a test", draft.stages())
+    for name in FILES:
+        now, later = (tmp_path / when / "step-00000001" / name for when in ("now", "later"))
+        assert now.read_bytes() == later.read_bytes(), name
+    assert size == sum((tmp_path / "now" / "step-00000001" / name).stat().st_size for name in FILES[:2])
+
+
+def test_every_kind_of_entry_is_copied_to_its_place(tmp_path, monkeypatch):
+    """Rows that two processes hold, a tensor that is made late, one that is not contiguous, one of no elements."""
+    monkeypatch.setattr(safetensors, "PIECE", 100)
+    rows = torch.arange(60.0).view(6, 10)
+    others = {
+        "a.turned": torch.arange(77, dtype=torch.int16).view(7, 11).t(),
+        "b.late": Deferred(torch.bfloat16, (3, 5), lambda: torch.full((3, 5), 2.5, dtype=torch.bfloat16)),
+        "c.none": torch.empty(0, 4),
+    }
+    safetensors.write_safetensors(tmp_path / "whole", {**others, "d.rows": rows})
+    entries = [{**others, "d.rows": Rows(half.clone(), (6, 10))} for half in rows.chunk(2)]
+    safetensors.create(tmp_path / "shared", entries[0])
+    seals = []
+    for rank in (0, 1):
+        copied = Copied(entries[rank], rank, 2)
+        entries[rank]["d.rows"].here.fill_(-1)
+        seals.append(copied.write(tmp_path / "shared"))
+        assert safetensors.share_bytes(entries[rank], rank, 2) == sum(count for _, count, _ in seals[-1])
+    assert (tmp_path / "shared").read_bytes() == (tmp_path / "whole").read_bytes()
+    size = (tmp_path / "shared").stat().st_size
+    assert safetensors.altered(tmp_path / "shared", safetensors.joined(seals, size)) is None
+
+
+class Gate:
+    """Holds back every write from a copy until it is opened, and notes the threads that came."""
+
+    def __init__(self, monkeypatch):
+        self.opened, self.threads = threading.Event(), []
+        write = Copied.write
+
+        def held(copied, path):
+            self.threads.append(threading.current_thread())
+            assert self.opened.wait(60)
+            return write(copied, path)
+
+        monkeypatch.setattr(Copied, "write", held)
+
+    @contextmanager
+    def opening_soon(self):
+        """For a block that waits; it has not waited if the gate is still shut at its end."""
+        timer = threading.Timer(0.2, self.opened.set)
+        timer.start()
+        yield
+        assert self.opened.is_set()
+        timer.join()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture(scope="module")
+def state():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return trained(lambda: LlamaForCausalLM(LlamaConfig(**shape, **heads)))
+
+
+class Saver:
+    """A keeper of the last two checkpoints, with one before them."""
+
+    def __init__(self, folder, state, room=lambda: 1 << 40):
+        self.folder, self.state = folder, state
+        self.keeper = Keeper(folder, save_every=1, keep_last=1, keep_every=None, room=room)
+        self.save(1, beside=False)
+
+    def save(self, step, beside=True):
+        return self.keeper.save(Position(step=step), *self.state, {}, beside=beside)
+
+    @property
+    def steps(self):
+        return [checkpoint.step_of(path) for path in checkpoint.steps_in(self.folder)]
+
+
+@pytest.fixture
+def saver(tmp_path, state):
+    return Saver(tmp_path / "checkpoints", state)
+
+
+def test_it_is_there_when_it_is_written_and_the_older_one_goes_then(saver, gate):
+    path = saver.save(2)
+    for _ in range(3):
+        saver.keeper.look()
+    assert (path.exists(), saver.steps) == (False, [1])
+    gate.opened.set()
+    saver.keeper.wait()
+    assert saver.steps == [2]
+    assert checkpoint.read_state(path)["position"]["step"] == 2
+    assert threading.main_thread() not in gate.threads
+
+
+WAITING = {
+    "the next save": lambda saver: saver.save(3, beside=False),
+    "a rollback": lambda saver: saver.keeper.newest(lambda: saver.keeper.regular(None)),
+    "leaving": lambda saver: saver.keeper.leave(2),
+    "the end": lambda saver: saver.keeper.to_the_end().__enter__() or saver.keeper.wait(),
+}
+
+
+@pytest.mark.parametrize("who", WAITING)
+def test_who_needs_it_waits_for_it(saver, gate, who):
+    saver.save(2)
+    with gate.opening_soon():
+        answer = WAITING[who](saver)
+    assert saver.steps == ([3] if who == "the next save" else [2])
+    if who == "a rollback":
+        assert answer[0].name == "step-00000002"
+
+
+def test_an_error_in_training_does_not_cost_it(saver, gate):
+    with gate.opening_soon(), pytest.raises(NumericalError), saver.keeper.to_the_end():
+        saver.save(2)
+        raise NumericalError("a bad step")
+    assert saver.steps == [2]
+
+
+def test_a_second_interruption_waits_for_nothing(saver, gate):
+    with pytest.raises(KeyboardInterrupt), saver.keeper.to_the_end():
+        saver.save(2)
+        raise KeyboardInterrupt
+    assert saver.steps == [1]
+    gate.opened.set()
+    saver.keeper.wait()  # so that the thread ends before its folder does
+
+
+FULL = r"step-00000002 could not be written: \[Errno 27\] File too large. Older checkpoints are intact; free space"
+
+
+def test_a_disk_that_fills_up_is_said_at_the_next_look(saver, gate):
+    saver.save(2)
+    saver.keeper.look()
+    with no_file_larger_than(100), pytest.raises(ConfigError, match=FULL):
+        gate.opened.set()
+        while True:
+            saver.keeper.look()
+    assert [path.name for path in saver.folder.iterdir()] == ["step-00000001"]
+    saver.keeper.wait()  # it was said
+    saver.save(3)
+    saver.keeper.wait()
+    assert saver.steps == [3]
+
+
+def test_a_full_disk_after_an_error_in_training_is_said_as_well(saver, gate, capsys):
+    with no_file_larger_than(100), gate.opening_soon(), pytest.raises(NumericalError), saver.keeper.to_the_end():
+        saver.save(2, beside=True) if False else _save_then_fail(saver)
+    assert "note: the checkpoint" in capsys.readouterr().out
+    assert saver.steps == [1]
