@@ -29,8 +29,8 @@ def overwrite(model, state):
     for value in model.state_dict().values():
         value.detach().zero_()
     for slot in state["slots"].values():
-        for value in (*slot["inner"].values(), *slot["extra"].values()):
-            if torch.is_tensor(value):
+        for name, value in (slot["inner"] | slot["extra"]).items():
+            if torch.is_tensor(value) and not name.startswith("qmap"):  # that is one table of all optimizers
                 value.zero_()
         slot.get("schedule", {}).update(gap=-1)
 
@@ -80,11 +80,12 @@ class Gate:
     """Holds back every write from a copy until it is opened, and notes the threads that came."""
 
     def __init__(self, monkeypatch):
-        self.opened, self.threads = threading.Event(), []
+        self.come, self.opened, self.threads = threading.Event(), threading.Event(), []
         write = Copied.write
 
         def held(copied, path):
             self.threads.append(threading.current_thread())
+            self.come.set()
             assert self.opened.wait(60)
             return write(copied, path)
 
@@ -167,17 +168,23 @@ def test_who_needs_it_waits_for_it(saver, gate, who):
         assert answer[0].name == "step-00000002"
 
 
-def test_an_error_in_training_does_not_cost_it(saver, gate):
-    with gate.opening_soon(), pytest.raises(NumericalError), saver.keeper.to_the_end():
+def save_and_fail(saver, error, between=lambda: None):
+    """Training that ends with ``error`` after it has begun a checkpoint."""
+    with saver.keeper.to_the_end():
         saver.save(2)
-        raise NumericalError("a bad step")
+        between()
+        raise error
+
+
+def test_an_error_in_training_does_not_cost_it(saver, gate):
+    with gate.opening_soon(), pytest.raises(NumericalError):
+        save_and_fail(saver, NumericalError("a bad step"))
     assert saver.steps == [2]
 
 
 def test_a_second_interruption_waits_for_nothing(saver, gate):
-    with pytest.raises(KeyboardInterrupt), saver.keeper.to_the_end():
-        saver.save(2)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        save_and_fail(saver, KeyboardInterrupt())
     assert saver.steps == [1]
     gate.opened.set()
     saver.keeper.wait()  # so that the thread ends before its folder does
@@ -186,13 +193,17 @@ def test_a_second_interruption_waits_for_nothing(saver, gate):
 FULL = r"step-00000002 could not be written: \[Errno 27\] File too large. Older checkpoints are intact; free space"
 
 
+def look_until_it_is_written(saver, gate):
+    gate.opened.set()
+    while saver.keeper._writing is not None:
+        saver.keeper.look()
+
+
 def test_a_disk_that_fills_up_is_said_at_the_next_look(saver, gate):
     saver.save(2)
     saver.keeper.look()
     with no_file_larger_than(100), pytest.raises(ConfigError, match=FULL):
-        gate.opened.set()
-        while True:
-            saver.keeper.look()
+        look_until_it_is_written(saver, gate)
     assert [path.name for path in saver.folder.iterdir()] == ["step-00000001"]
     saver.keeper.wait()  # it was said
     saver.save(3)
@@ -201,7 +212,93 @@ def test_a_disk_that_fills_up_is_said_at_the_next_look(saver, gate):
 
 
 def test_a_full_disk_after_an_error_in_training_is_said_as_well(saver, gate, capsys):
-    with no_file_larger_than(100), gate.opening_soon(), pytest.raises(NumericalError), saver.keeper.to_the_end():
-        saver.save(2, beside=True) if False else _save_then_fail(saver)
-    assert "note: the checkpoint" in capsys.readouterr().out
+    def fill_the_disk():
+        with no_file_larger_than(100):
+            gate.opened.set()
+            assert gate.come.wait(60)
+            gate.threads[0].join()
+
+    with pytest.raises(NumericalError):
+        save_and_fail(saver, NumericalError("a bad step"), fill_the_disk)
+    assert "step-00000002 could not be written" in capsys.readouterr().out
     assert saver.steps == [1]
+
+
+@pytest.mark.parametrize(
+    ("room", "said"), [(lambda: 1000, "1000 B are free for it"), (lambda: None, "it is not known what is free")]
+)
+def test_without_room_training_waits_and_one_line_says_so(tmp_path, state, gate, capsys, room, said):
+    saver = Saver(tmp_path / "checkpoints", state, room)
+    for step in (2, 3):
+        assert saver.save(step).exists()
+    out = capsys.readouterr().out
+    assert out.count("training waits while a checkpoint is written") == 1
+    assert said in out
+    assert not gate.threads
+
+
+def test_memory_that_the_system_refuses_is_no_error(saver, gate, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Copied, "__init__", refuse)
+    assert saver.save(2).exists()
+    assert "training waits while a checkpoint is written" in capsys.readouterr().out
+
+
+def test_the_end_of_a_long_write_is_announced(saver, gate, capsys, monkeypatch):
+    monkeypatch.setattr(keeping, "LONG", 0.1)
+    path = saver.save(2)
+    with gate.opening_soon():
+        saver.keeper.wait()
+    assert f"{path} is complete, 0s after its step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "budget", "host", "room"),
+    [
+        ("cpu", None, None, 10_000 - 1050 - 300),  # all that this machine has for the process
+        ("cpu", 2000, None, 2000 - 1050 - 300),
+        ("cpu", 20_000, None, 10_000 - 1050 - 300),
+        ("cpu", 1000, None, -350),
+        ("cuda", 500, None, 10_000 - 4000 - 300),  # the budget is the device's
+        ("cuda", None, 700, 400),
+    ],
+)
+def test_the_room_for_a_copy(monkeypatch, device, budget, host, room):
+    monkeypatch.setattr(machine, "available", lambda device: 10_000)
+    monkeypatch.setattr(machine, "resident_set", lambda: 4000)
+    found = Plan({"weights": 600}, {"temporaries": 300}, {"the rest": 100}, {"inputs": 300})
+    assert Limit(budget, "a test", host).room_for_copy(found, torch.device(device)) == room
+
+
+def test_a_run_whose_disk_fills_up_beside_it_stops_and_goes_on(tiny_run, monkeypatch):
+    """All but the last checkpoint are written by threads. The second of them finds the disk full."""
+    write, threads, limits = Copied.write, [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def into_a_full_disk(copied, path):
+        threads.append(threading.current_thread())
+        if "step-00000004" not in str(path):
+            return write(copied, path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the run's records are shorter
+        try:
+            return write(copied, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    how = ("export.formats=[]", "train.keep_last=9")
+    assert tiny_run("run.name=whole", *how)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Copied, "write", into_a_full_disk)
+        code, _, err = tiny_run("run.name=cut", *how)
+    assert code == 2
+    assert "step-00000004 could not be written: [Errno 27] File too large. Older checkpoints are intact" in err
+    there = sorted(path.name for path in Path("runs/cut/checkpoints").iterdir())
+    assert there == ["step-00000000", "step-00000002"]
+    assert threads
+    assert threading.main_thread() not in threads
+    code, out, err = tiny_run("run.name=cut", *how, "--resume", "auto")
+    assert code == 0, err
+    assert "step-00000002, after step 2" in out
+    assert "from a copy, which takes" in out
+    assert_same(final_state("runs/whole"), final_state("runs/cut"))
