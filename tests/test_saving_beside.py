@@ -1,6 +1,7 @@
 """A checkpoint that is written while training goes on, from a copy of the state."""
 
 import resource
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,6 +271,17 @@ def test_the_room_for_a_copy(monkeypatch, device, budget, host, room):
     monkeypatch.setattr(machine, "resident_set", lambda: 4000)
     found = Plan({"weights": 600}, {"temporaries": 300}, {"the rest": 100}, {"inputs": 300})
     assert Limit(budget, "a test", host).room_for_copy(found, torch.device(device)) == room
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_container_has_written_is_not_in_the_way(monkeypatch, tmp_path):
+    """A control group counts files as used memory that it gives back when asked, such as the last checkpoint."""
+    for name, text in (("max", "9000"), ("current", "8000"), ("stat", "anon 1000\ninactive_file 6500\nfile 7000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine, "resident_set", lambda: 500)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert machine.available(torch.device("cpu")) == 9000 - 8000 + 6500 + 500
 
 
 def test_a_run_whose_disk_fills_up_beside_it_stops_and_goes_on(tiny_run, monkeypatch):
