@@ -4,6 +4,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import Config
 from ..data.mixing import MixedOrder, Mixture
 from ..data.order import SampleOrder
@@ -15,6 +17,7 @@ from ..quant.counter import derive_key
 from . import classification
 from .data import Data as BuiltData
 from .learning_rate import lr_at
+from .limits import Limit
 from .parts import Data, Evaluating, Faults, Samples, Saving, Stepping
 
 
@@ -68,7 +71,9 @@ def of_evaluations(config: Config) -> Evaluating:
     return Evaluating(train.eval_every, train.eval_batches, train.early_stopping)
 
 
-def of_checkpoints(config: Config, folder: Path, run_state: dict[str, Any]) -> Saving:
+def of_checkpoints(
+    config: Config, folder: Path, run_state: dict[str, Any], planned: Plan, device: torch.device
+) -> Saving:
     train = config.train
     return Saving(
         folder,
@@ -78,6 +83,7 @@ def of_checkpoints(config: Config, folder: Path, run_state: dict[str, Any]) -> S
         keep_every=train.keep_every,
         keep_best=train.keep_best,
         for_rollback=train.loss_spike == "rollback",
+        room=lambda: Limit.of(config, device).room_for_copy(planned, device),
     )
 
 
