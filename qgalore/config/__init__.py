@@ -5,10 +5,11 @@ the method and the device decide. Nothing mutates a configuration afterwards, an
 """
 
 from ..combinations import RULES
+from .data_section import Source
 from .duration import asked, steps_of, with_steps
 from .reading import PACKAGED, dump, find, load, parse
 from .resolving import RESUMABLE, batch_major, differences, never_warm, remarks, resolve
-from .sections import METHODS, Config, Source, bytes_of
+from .sections import METHODS, Config, bytes_of
 
 __all__ = [
     "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "Source", "asked", "batch_major", "bytes_of", "differences",

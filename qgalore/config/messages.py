@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 from .. import plain_yaml
 from ..errors import without_secrets
 from .other_names import hint
-from .sections import Config, Section, members, section_in
+from .schema import Section, members, section_in
+from .sections import Config
 
 MOST = 20  # problems told at once: a broken file has hundreds, and all from one cause
 

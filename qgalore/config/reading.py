@@ -11,7 +11,8 @@ from ..errors import ConfigError, counted
 from . import incompatible, secrets
 from .duration import asked
 from .messages import field_at, is_section, problems_of, short, shown
-from .sections import Config, is_textual
+from .schema import is_textual
+from .sections import Config
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # inside an installed package, beside it in the sources

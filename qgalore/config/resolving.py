@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from ..combinations import RULES
 from ..errors import ConfigError
 from ..schedule_defaults import THRESHOLDS, longest_gap
+from .data_section import DataSection
 from .duration import asked
 from .incompatible import problems
-from .sections import METHODS, Config, DataSection
+from .sections import METHODS, Config
 
 
 def _micro_batches(config: Config, processes: int) -> int:

@@ -1,6 +1,7 @@
 """What the sources of data, and labels in them, do not go with: a part of the table in ``incompatible``."""
 
-from .sections import Config, DataSection
+from .data_section import DataSection
+from .sections import Config
 
 
 def classified(config: Config) -> list[str]:
