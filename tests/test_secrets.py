@@ -56,7 +56,7 @@ def test_a_configuration_with_a_secret_is_refused_without_showing_it(file, overr
     ],
 )
 def test_ordinary_names_pass(file, value):
-    assert config.load(file, [f"data.train={value}"]).data.train == value
+    assert config.load(file, [f"data.train={value}"]).data.train[0].path == value
 
 
 @pytest.mark.parametrize("key", ["train.lr", "train.lr.x", "data.train.x", "run.name"])

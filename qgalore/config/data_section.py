@@ -1,8 +1,8 @@
 """The keys of what is trained on and held out."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_serializer, field_validator
 
 from .schema import SIDE, Section, key, once
 
@@ -11,30 +11,52 @@ class Source(Section):
     path: str = key(
         ..., "A file, a folder of files, or a Hugging Face dataset's id.", min_length=1, example="my_text.jsonl"
     )
-    weight: float = key(1.0, "The source's share of all tokens, beside the weights of the others.", gt=0, le=1e9)
     text_key: str | None = key(
         None, "The key of a row that holds its text.", min_length=1, example="story", unset="data.text_key"
     )
     task: Literal["text", "instruct"] | None = key(None, "What the source is.", example="text", unset="data.task")
 
+    @property
+    def shortest(self) -> Any:
+        """How it may be given: as a path, if it says nothing else."""
+        return self.path if self == type(self)(path=self.path) else self
 
-SetName = Annotated[str, Field(pattern=r"^[\w.+-]{1,100}$")]
+
+One = TypeVar("One", bound=Source)
+
+
+class TrainSource(Source):
+    weight: float = key(1.0, "The source's share of all tokens, beside the weights of the others.", gt=0, le=1e9)
+
+
+SetName = Annotated[str, Field(pattern=r"^[\w.+-]{0,100}$")]  # "" is that of a set alone
+
+
+def _source(value: Any) -> Any:
+    """A path stands for a source that says nothing else."""
+    is_path = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+    return {"path": value} if is_path else value
+
+
+def _is_alone(value: Any) -> bool:
+    return isinstance(value, dict) and "path" in value
 
 
 class DataSection(Section):
     task: Literal["text", "instruct", "classify"] = key(
         "text", "What the data are: plain text, conversations whose answers are learned, or labelled texts to classify."
     )
-    train: str | Annotated[list[Source], Field(max_length=1000)] = key(
+    train: list[TrainSource] = key(
         ..., "A file, a folder of files, or a Hugging Face dataset's id. Or a list of such sources, from which samples "
         "are drawn by `weight`, which counts tokens. A source of a list may have a `text_key` and a `task` of its own, "
         "for example `{path: wiki.jsonl, weight: 2, text_key: body, task: text}`. Only `path` must be given.",
-        min_length=1, example="my_text.jsonl",
+        min_length=1, max_length=1000, example="my_text.jsonl",
         rule="a file, a folder or an id, or a list of sources such as [{path: a.txt, weight: 2}, {path: b.jsonl}]",
     )  # fmt: skip
-    valid: str | dict[SetName, str] | None = key(
+    valid: dict[SetName, Source] | None = key(
         None, "The held-out data, given in the same ways, or several sets by name, whose losses are told one by one. "
-        "`eval_loss` is that of all their tokens together.", min_length=1, example="held_out.jsonl",
+        "`eval_loss` is that of all their tokens together. A set may have a `text_key` and a `task` of its own, as in "
+        "`{path: b.jsonl, text_key: body}`.", min_length=1, example="held_out.jsonl",
         unset="the last data.valid_fraction of data.train is held out",
         rule="a file, a folder or an id, or a mapping of names to them, such as {stories: a.txt, code: b.jsonl}, with "
         "names of at most 100 letters, digits and . + - _",
@@ -99,32 +121,42 @@ class DataSection(Section):
     @field_validator("train", mode="before")
     @classmethod
     def _paths_alone(cls, value: Any) -> Any:
-        """A path in a list is a source of weight 1, and one source needs no list."""
-        if isinstance(value, dict) and "path" in value:
-            return [value]
-        if not isinstance(value, list):
-            return value
-        return [{"path": one} if isinstance(one, str) else one for one in value]
+        """One source needs no list."""
+        value = [_source(value)] if _is_alone(_source(value)) else value
+        return list(map(_source, value)) if isinstance(value, list) else value
+
+    @field_validator("valid", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """A set alone needs no name."""
+        value = {"": _source(value)} if _is_alone(_source(value)) else value
+        return {name: _source(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+    @field_serializer("train", "valid")
+    def _as_asked(self, value: Any) -> Any:
+        """As short as it may be given: a path for a source alone, or a set, that says nothing else."""
+        if isinstance(value, list):
+            return value[0].shortest if len(value) == 1 else value
+        found = {name: one.shortest for name, one in (value or {}).items()}
+        return found.get("", found) or None
 
     @property
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, TrainSource]:
         """What is trained on, with everything filled in, by the key to name it with."""
-        if isinstance(self.train, str):
-            return {"data.train": self.of_path(self.train)}
-        found = [self._filled(source) for source in self.train]
-        return {"data.train": found[0]} if len(found) == 1 else {f"data.train[{i}]": one for i, one in enumerate(found)}
+        several = len(self.train) > 1
+        return {f"data.train[{i}]" if several else "data.train": self._filled(one) for i, one in enumerate(self.train)}
 
-    def of_path(self, path: str) -> Source:
-        """A source that says nothing of its own."""
-        return self._filled(Source(path=path))
+    @property
+    def held_out(self) -> dict[str, Source]:
+        """The sources of ``valid`` by name, with everything filled in; empty if none is given."""
+        return {name: self._filled(one) for name, one in (self.valid or {}).items()}
 
-    def _filled(self, source: Source) -> Source:
+    @property
+    def all_sources(self) -> dict[str, Source]:
+        """Those that are trained on and those that are held out, by the key to name them with."""
+        held_out = {f"data.valid.{name}".rstrip("."): one for name, one in self.held_out.items()}
+        return {**self.sources, **held_out}
+
+    def _filled(self, source: One) -> One:
         filled = {"text_key": source.text_key or self.text_key, "task": source.task or self.task}
         return source.model_copy(update=filled)
-
-    @property
-    def held_out(self) -> dict[str, str]:
-        """The sources of ``valid`` by name, "" for one that has none; empty if none is given."""
-        if self.valid is None:
-            return {}
-        return {"": self.valid} if isinstance(self.valid, str) else self.valid

@@ -39,14 +39,12 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_textual(annotation: Any) -> bool:
-    """Whether every value of ``annotation`` is text, or a list or mapping of texts; sections in a list may stand for
+    """Whether every value of ``annotation`` is text, or a list or mapping of texts; sections in one may stand for
     texts there."""
 
     def textual(one: Any) -> bool:
-        if typing.get_origin(one) is list:
-            return is_textual(typing.get_args(one)[0]) or section_in(one) is not None
-        if typing.get_origin(one) is dict:
-            return is_textual(typing.get_args(one)[1])
+        if typing.get_origin(one) in (list, dict):
+            return is_textual(typing.get_args(one)[-1]) or section_in(one) is not None
         if typing.get_origin(one) is Literal:
             return all(isinstance(word, str) for word in typing.get_args(one))
         return one is str
@@ -55,9 +53,9 @@ def is_textual(annotation: Any) -> bool:
 
 
 def section_in(annotation: Any) -> "type[Section] | None":
-    """The section of which a value of ``annotation`` may be a list, if there is one."""
+    """The section of which a value of ``annotation`` may be a list or a mapping, if there is one."""
     for one in members(annotation):
-        item = typing.get_args(one)[0] if typing.get_origin(one) is list else None
+        item = typing.get_args(one)[-1] if typing.get_origin(one) in (list, dict) else None
         if isinstance(item, type) and issubclass(item, Section):
             return item
     return None

@@ -177,7 +177,7 @@ class Data:
     former, and what a resumed run knows its data by: ``description`` by a look at some of them, ``checksum`` by every
     byte ("" for labelled examples)."""
 
-    train: PackedSequences | Mixture | LabelledTexts
+    train: Mixture
     valid: Mapping[str, PackedSequences | LabelledTexts]
     highest_id: int
     description: str
@@ -196,23 +196,19 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
         if data.valid is None:
             found, held_out[name] = cut_tail(config, key, found)
         tokens.append(found)
-    if len(tokens) == 1 and held_out:
-        held_out = {"": held_out[names[0]]}  # a set alone needs no name
-    for name, path in data.held_out.items():
-        limit = None if looks_like_path(path, ENDINGS) else HUB_VALIDATION_TOKENS
-        held_out[name] = reader.read(data.of_path(path), split=data.valid_split, max_tokens=limit)
+    for name, source in data.held_out.items():
+        limit = None if looks_like_path(source.path, ENDINGS) else HUB_VALIDATION_TOKENS
+        held_out[name] = reader.read(source, split=data.valid_split, max_tokens=limit)
         if held_out[name].checksum in [one.checksum for one in tokens]:
             say(
                 "note",
-                f"{path} is held out and trained on, so its loss says nothing of new text; name another file, or leave "
-                "data.valid out",
+                f"{source.path} is held out and trained on, so its loss says nothing of new text; name another file, "
+                "or leave data.valid out",
             )
     packed = tuple(reader.pack(one, key) for one, key in zip(tokens, data.sources, strict=True))
     valid = {name: reader.pack(part, f"data.valid.{name}".rstrip(".")) for name, part in held_out.items()}
-    train = packed[0]
-    if len(packed) > 1:
-        train = Mixture(tuple(names), tuple(weights_of(config)), packed)
-        say_shares(config, train, tokens)
+    train = Mixture(tuple(names), tuple(weights_of(config)), packed)
+    say_shares(config, train, tokens)
     say(
         "data",
         f"{counted(sum(len(one.tokens) for one in tokens), 'token')} in "
