@@ -77,6 +77,7 @@ def test_each_set_is_told_by_name_from_before_the_first_step(tiny_run):
         assert not any(key.startswith("eval_loss/") for row in alone.values() for key in row)
         assert f"{name} {both[0][f'eval_loss/{name}']:.4f}" in out
     assert out.index("step 0/1 | held-out loss") < out.index("step 1/1 | loss")
+    assert (both[1]["eval_loss"] > both[0]["eval_loss"]) == ("worse" in out.splitlines()[-1])
     low, high = sorted(both[1][f"eval_loss/{name}"] for name in ("stories", "code"))
     assert low < both[1]["eval_loss"] < high
 
@@ -99,10 +100,15 @@ def test_each_set_is_told_by_name_from_before_the_first_step(tiny_run):
 def test_the_loss_before_the_first_step_is_never_the_best(tiny_run):
     """Whatever comes after it is worse, and still step 1 is the best: of step 0 there is no checkpoint."""
     worse = ("train.lr=0.3", "train.lr_schedule=constant", "train.warmup_steps=0", "train.max_steps=9")
-    code, _, err = tiny_run(*SHORT, *worse, "data.valid=code.txt", "train.keep_best=true", "train.early_stopping=2")
+    code, out, err = tiny_run(*SHORT, *worse, "data.valid=code.txt", "train.keep_best=true", "train.early_stopping=2")
     assert code == 0, err
     losses = {step: row["eval_loss"] for step, row in evaluations("tiny").items()}
     assert losses[0] == min(losses.values()), "the test wants a run that gets worse at once"
+    last_line = out.splitlines()[-1]
+    assert (
+        f"; all held-out losses since are above the {losses[0]:.4f} before step 1, so the run made the model"
+        in last_line
+    )
     last = max(losses)
     best = min(range(1, last + 1), key=losses.get)
     state = json.loads(Path(f"runs/tiny/checkpoints/step-{last:08d}/state.json").read_text())
