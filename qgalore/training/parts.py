@@ -7,19 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.mixing import MixedOrder
+from ..data.mixing import MixedOrder, Samples
 
 Batch = dict[str, Tensor]
-
-
-class Samples(Protocol):
-    """Training or held-out data."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Any) -> Batch:
-        """The samples at ``indices``, on the CPU, as the loss takes them."""
-        ...
 
 
 class Evaluation(Protocol):
