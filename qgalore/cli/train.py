@@ -26,6 +26,7 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.world_size > 1 and not options.plan:
         parser.error("--world-size goes with --plan only; torchrun --nproc_per_node N trains in N processes")
+    plan.check_world_size(parser, options)
     if options.preview and (options.plan or options.resume):
         parser.error("--preview prints rows and stops; leave out --plan and --resume")
     return options

@@ -31,10 +31,3 @@ def payload(tensors: Iterable[TrainedTensor], gap: int) -> dict[str, float]:
         for collective, size in tensor.traffic(gap).items():
             sizes[collective] += size
     return {name: size for name, size in sizes.items() if size}
-
-
-def ring(size: float, processes: int, collective: str) -> float:
-    """Bytes that a process sends (and receives as many) when ``size`` bytes go round a ring of ``processes``. Rows are
-    handed out by their owners, each of whom has a part of them."""
-    rounds = 2 if collective.startswith("all-reduce") else 1 / processes if collective.startswith("hand") else 1
-    return rounds * size * (processes - 1) / processes

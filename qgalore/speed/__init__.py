@@ -2,6 +2,20 @@
 
 from .cards import CARDS, Card, find, match
 from .counting import Counts, count
+from .links import Link
 from .roofline import EFFICIENCY, Part, parts, seconds, table
 
-__all__ = ["CARDS", "EFFICIENCY", "Card", "Counts", "Part", "count", "find", "match", "parts", "seconds", "table"]
+__all__ = [
+    "CARDS",
+    "EFFICIENCY",
+    "Card",
+    "Counts",
+    "Link",
+    "Part",
+    "count",
+    "find",
+    "match",
+    "parts",
+    "seconds",
+    "table",
+]

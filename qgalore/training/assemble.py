@@ -28,6 +28,7 @@ from . import classification, tracking
 from . import loop_settings as settings
 from . import preview as previews
 from .checks import check_data, check_model
+from .cluster import Machines
 from .data import Data as BuiltData
 from .data import build_data, build_tokenizer, given_tokenizer
 from .export import check_formats, export, export_checkpoint, finish, mark_ends, restore_model
@@ -75,9 +76,9 @@ def _resolved(config: Config, device: torch.device, processes: int) -> Config:
     return configuration.resolve(config, device.type, bf16, processes)
 
 
-def plan(config: Config, processes: int = 1) -> None:
-    """Print the memory plan of ``config`` for each of ``processes`` without allocating anything. Raises
-    :class:`DoesNotFitError`.
+def plan(config: Config, processes: int = 1, machines: Machines | None = None) -> None:
+    """Print the memory plan of ``config`` for each of ``processes`` without allocating anything, and what they send, in
+    ``machines`` that are assumed. Raises :class:`DoesNotFitError`.
 
     Without a GPU here, a configuration that states its ``memory.budget`` is planned for one, unless device is cpu.
     """
@@ -106,7 +107,7 @@ def plan(config: Config, processes: int = 1) -> None:
         say("note", remark)
     if section.path is not None and (section.overrides or may_grow(config)):
         shape(config, vocabulary, partial(say, "model"))
-    chosen, found = settle(config, vocabulary, device, processes)
+    chosen, found = settle(config, vocabulary, device, processes, machines or Machines())
     if device.type == "cuda" and processes == 1:
         say("speed", line_of(chosen, vocabulary, found.total))
 

@@ -17,7 +17,8 @@ from ..memory.streamed import blocks_to_stream
 from ..memory.streamed import on_paper as records_on_paper
 from ..models.compiling import blocks_of
 from ..models.loss import Loss, chunked_loss
-from . import remarks
+from . import cluster, remarks
+from .cluster import Machines
 from .limits import Limit
 from .model import Vocabulary, rule_of
 from .paper import on_paper, plan_for, shares_of
@@ -174,9 +175,10 @@ def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int,
 
 
 def settle(
-    config: Config, vocabulary: Vocabulary, device: torch.device, processes: int = 1
+    config: Config, vocabulary: Vocabulary, device: torch.device, processes: int = 1, machines: Machines | None = None
 ) -> tuple[Config, plan.Plan]:
-    """``config`` with activation checkpointing decided, and its plan for one of ``processes``, printed.
+    """``config`` with activation checkpointing decided, and its plan for one of ``processes``, printed. With
+    ``machines`` it is said too from how many tokens on the work of a step hides what they send.
 
     Raises :class:`DoesNotFitError`, with proposals, if it is larger than the budget: ``memory.budget``, or what the
     device has; and if it needs more of the host than ``memory.host_budget``.
@@ -204,7 +206,7 @@ def settle(
     if rule_of(config) == "muon":
         say("muon", remarks.orthogonalisation(chosen, vocabulary))
     if processes > 1:
-        remarks.print_traffic(config, vocabulary, processes)
+        cluster.print_job(chosen, vocabulary, processes, found, machines)
     _check(config, vocabulary, device, found, limit, processes)
     return changed(chosen, {"train.grad_accumulation": whole}), found
 

@@ -12,6 +12,7 @@ from .. import config as configuration
 from ..config import Config
 from ..memory import stand_ins
 from ..memory.rehearsal import Step, ids, mask
+from ..memory.resident import make_states
 from ..models import loading
 from ..models.compiling import blocks_of
 from ..models.loss import can_be_chunked, chunked_loss, summed_loss
@@ -26,7 +27,7 @@ VOCABULARY = 32_000  # of a configuration whose tokenizer is yet to be trained
 def counts_of(config: Config, vocabulary: Vocabulary) -> tuple[Counts, int]:
     """(counts, tokens) of a step of a resolved configuration that trains a language model, in one process."""
     model, optimizer = _on_paper(config, vocabulary)
-    return _count(config, model, optimizer.tensors), _tokens(config)
+    return _count(config, model, optimizer.tensors, *_whole(config)), _tokens(config)
 
 
 def _on_paper(config: Config, vocabulary: Vocabulary) -> tuple[nn.Module, Any]:
@@ -40,12 +41,17 @@ def _tokens(config: Config) -> int:
     return config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation
 
 
-def _count(config: Config, model: nn.Module, tensors: list) -> Counts:
+def _count(config: Config, model: nn.Module, tensors: list, micro_batches: int, recomputed: bool) -> Counts:
     loss, train = chunked_loss if can_be_chunked(model) else summed_loss, config.train
-    length, recomputed = config.data.sequence_length, train.activation_checkpointing is not False
+    length = config.data.sequence_length
     step = Step(loss=loss, micro_batch_size=train.micro_batch_size, sequence_length=length, masked=False)
-    how = {"micro_batches": train.grad_accumulation, "recomputed": recomputed, "stand_in": stand_ins.kernels("cuda")}
+    how = {"micro_batches": micro_batches, "recomputed": recomputed, "stand_in": stand_ins.kernels("cuda")}
     return count(model, tensors, list(blocks_of(model)), loss, ids(step) | mask(model, step), **how)
+
+
+def _recomputed(config: Config) -> bool:
+    """Whether blocks run again in the backward pass."""
+    return config.train.activation_checkpointing is not False
 
 
 def line_of(config: Config, vocabulary: Vocabulary, total: int) -> str:
@@ -58,22 +64,39 @@ def line_of(config: Config, vocabulary: Vocabulary, total: int) -> str:
     size = min((card.size for card in CARDS if card.size << 30 >= total), default=None)
     if size is None:
         return "not counted, for no card in the table has room for the plan"
-    counts, tokens = _continued(config, vocabulary), _tokens(config)
+    (counts,), tokens = _continued(config, vocabulary, _whole(config)), _tokens(config)
     speeds = ((card.name, tokens / seconds(parts(counts, card))) for card in CARDS if card.size == size)
     found = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds)
     return f"tokens/s by arithmetic, unmeasured: {found}"
 
 
-def _continued(config: Config, vocabulary: Vocabulary) -> Counts:
-    """The counts of a step, continued from those of the first one and two blocks."""
+def seconds_of_a_token(config: Config, vocabulary: Vocabulary, card: Card) -> tuple[float, float]:
+    """What a token more in a step of one process takes on ``card``, forward through the blocks and then to the end of
+    the backward pass. What a step takes whatever its tokens are, such as write-backs, is left out."""
+    again = _recomputed(config)
+    once, other, two = _continued(config, vocabulary, (1, again), (1, not again), (2, again))
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    forward = (once + other * -1.0) * (1.0 if again else -1.0)  # they differ in one more time through the blocks
+    first, whole = (seconds(parts(counts, card)) / tokens for counts in (forward, two + once * -1.0))
+    return first, whole - first
+
+
+def _whole(config: Config) -> tuple[int, bool]:
+    """The micro-batches of a step, and whether blocks run again."""
+    return config.train.grad_accumulation, _recomputed(config)
+
+
+def _continued(config: Config, vocabulary: Vocabulary, *steps: tuple[int, bool]) -> list[Counts]:
+    """The counts of ``steps``, which :func:`_whole` describes, continued from those of the first one and two blocks."""
     model, optimizer = _on_paper(config, vocabulary)
+    make_states(optimizer.tensors)  # which only the first of the steps would do otherwise
     depth, found = len(blocks_of(model)), []
     for layers in (2, 1):
         _cut(model, layers)
         left = {id(parameter) for parameter in model.parameters()}
-        found.append(_count(config, model, [t for t in optimizer.tensors if id(t.leaves()[0]) in left]))
-    two, one = found
-    return one + (two + one * -1.0) * (depth - 1)
+        tensors = [t for t in optimizer.tensors if id(t.leaves()[0]) in left]
+        found.append([_count(config, model, tensors, *step) for step in steps])
+    return [one + (two + one * -1.0) * (depth - 1) for two, one in zip(*found, strict=True)]
 
 
 def _cut(model: nn.Module, layers: int) -> None:

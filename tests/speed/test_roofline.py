@@ -91,7 +91,8 @@ def test_counts_are_continued_from_two_blocks():
     changes = ["model.overrides.num_hidden_layers=4", "model.overrides.hidden_size=512"]
     resolved = config.resolve(config.load("llama7b_16gb.yaml", changes), "cuda", True, 1)
     vocabulary = Vocabulary(512, None, None)
-    found, wanted = roofline._continued(resolved, vocabulary), roofline.counts_of(resolved, vocabulary)[0]
+    (found,) = roofline._continued(resolved, vocabulary, (1, True))
+    wanted = roofline.counts_of(resolved, vocabulary)[0]
     assert asdict(found) == pytest.approx(asdict(wanted))
 
 

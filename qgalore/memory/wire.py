@@ -1,0 +1,99 @@
+"""Between which cards the bytes of a step travel: inside a machine, or from one machine to another.
+
+Sums, broadcasts and gathering go round a ring of their processes, as NCCL sends large tensors. What is handed out goes
+from each process to each other one. All figures are of the mean card: owners differ in what they send.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..lowrank.tensors.base import TrainedTensor
+
+
+@dataclass(frozen=True)
+class Cards:
+    """``replicas`` copies of the blocks, each split over ``shards`` cards, ``per_machine`` of which share a machine.
+    Card ``n`` is in machine ``n // per_machine`` and has share ``n % shards`` of its copy, as torchrun numbers them."""
+
+    replicas: int
+    shards: int
+    per_machine: int
+
+    @property
+    def size(self) -> int:
+        return self.replicas * self.shards
+
+    @property
+    def machines(self) -> int:
+        return -(-self.size // self.per_machine)
+
+    def parted(self, one: int, other: int) -> bool:
+        """Whether two cards are in different machines."""
+        return one // self.per_machine != other // self.per_machine
+
+    def across_ring(self, cards: range) -> float:
+        """The share of the steps round a ring of ``cards`` that lead to another machine."""
+        return sum(self.parted(n, cards[(k + 1) % len(cards)]) for k, n in enumerate(cards)) / len(cards)
+
+    def copies(self) -> Iterator[range]:
+        """The cards of each copy."""
+        return (range(first, first + self.shards) for first in range(0, self.size, self.shards))
+
+    def across_copies(self) -> float:
+        """:meth:`across_ring` of the cards of a copy, on average."""
+        return sum(map(self.across_ring, self.copies())) / self.replicas
+
+    def across_pairs(self) -> float:
+        """The share of all pairs of cards that are in different machines."""
+        if self.size == 1:
+            return 0.0
+        full, rest = divmod(self.size, self.per_machine)
+        together = full * self.per_machine * (self.per_machine - 1) + rest * (rest - 1)
+        return 1.0 - together / (self.size * (self.size - 1))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a card sends, ``inside`` its machine and ``between`` machines."""
+
+    inside: float
+    between: float
+
+    @property
+    def total(self) -> float:
+        return self.inside + self.between
+
+
+def sent(collective: str, size: float, cards: Cards) -> Sent:
+    """What the mean card sends in a step for ``size`` bytes of ``collective``, whose first word says what is done with
+    them. All-reduce: each byte goes round twice. Gather: those of a copy go round its cards. Hand: an owner gives each
+    other card its share."""
+    kind = collective.split()[0]
+    all_but_one = (cards.size - 1) / cards.size
+    if kind == "gather":
+        whole, across = size * (cards.shards - 1) / cards.shards, cards.across_copies()
+    elif kind == "hand":
+        whole, across = size * all_but_one / cards.shards, cards.across_pairs()
+    else:
+        rounds = 2 if kind == "all-reduce" else 1
+        whole, across = rounds * size * all_but_one, cards.across_ring(range(cards.size))
+    return Sent(whole * (1.0 - across), whole * across)
+
+
+def all_sent(payload: Mapping[str, float], cards: Cards) -> dict[str, Sent]:
+    """:func:`sent` for each collective of a ``payload`` (``traffic.payload``)."""
+    return {name: sent(name, size, cards) for name, size in payload.items()}
+
+
+def busiest(blocks: Sequence[nn.Module], tensors: Sequence[TrainedTensor], cards: int) -> float:
+    """How many times as much as the mean card the busiest owner of a block's matrices hands out, over all ``blocks``.
+    The largest matrix has one owner, and with few cards each owns an even part."""
+    sizes = []
+    for block in blocks:
+        inside = {id(parameter) for parameter in block.parameters()}
+        of_block = [tensor for tensor in tensors if any(id(leaf) in inside for leaf in tensor.leaves())]
+        sizes.append([tensor.stored.nbytes for tensor in of_block if tensor.group != "vector"])
+    whole = sum(map(sum, sizes))
+    return sum(max(cards * max(part, default=0), sum(part)) for part in sizes) / whole if whole else 1.0
