@@ -3,10 +3,10 @@
     python tools/prove_kills.py --out DIR [--kills 20] [--processes 2] [--seed 0] [--steps 20] [key=value …]
 
 A small model trains under ``torchrun --max-restarts`` and saves after every step. SIGKILL ends one process of the job
-in each of its lives. Every third kill is at any moment of a life, most of which is its start. The next one is at any
-moment of one of its first steps, and the one after that in a save. Steps, moments and processes are drawn. torchrun
-then starts all processes again, and they go on from the newest checkpoint. A run that has come to its end is compared,
-and another one begins until all kills are spent.
+in each of its lives. By turns (``--at``) this is at any moment of a life, most of which is its start; at any moment of
+one of its first steps; and in a save. Steps, moments and processes are drawn. torchrun then starts all processes again,
+and they go on from the newest checkpoint. A run that has come to its end is compared, and another one begins until all
+kills are spent.
 
 Compared are the bytes of every file of the last checkpoint, and the records of losses and norms. DIR/kills.json names
 each kill with its step and phase. The exit code is 1 if anything differs. This is for Linux, whose /proc lists the
@@ -49,8 +49,17 @@ SMALL = {
     "lowrank.rank": 16,
     "lowrank.update_proj_gap": 7,
 }
+PLACES = ("any", "step", "save")
 STEPS_ON = 6  # a life is ended within so many steps after its first, so that one run has room for several kills
 QUIET = {"train.eval_batches": 1, "export.formats": "[]", "sample.max_new_tokens": 0}
+
+
+class JobError(RuntimeError):
+    """A job that did not go as it should."""
+
+
+class LateError(JobError):
+    """A job that took longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class Job:
 
     def life(self, number: int) -> dict[int, int] | None:
         """The process ids by rank of life ``number``, which begins with 0, once all are there; None if the job has
-        ended. Raises ``RuntimeError`` if they do not come, or if a life has ended that nobody killed."""
+        ended. Raises :class:`JobError` if they do not come, or if a life has ended that nobody killed."""
         until = time.monotonic() + self.patience
         while self.agent.poll() is None and time.monotonic() < until:
             found = workers(self.agent.pid)
@@ -136,21 +145,21 @@ class Job:
                 return {rank: pid for rank, (pid, _) in found.items()}
             time.sleep(0.01)
         if self.agent.poll() is None:
-            raise RuntimeError(f"life {number} did not begin within {self.patience:.0f} s; see {self.log}")
+            raise LateError(f"life {number} did not begin within {self.patience:.0f} s; see {self.log}")
         return None
 
     def end(self, number: int) -> int:
-        """The exit code of the job, whose last life is ``number``. Raises ``RuntimeError`` as :meth:`life` does."""
+        """The exit code of the job, whose last life is ``number``. Raises :class:`JobError` as :meth:`life` does."""
         until = time.monotonic() + self.patience
         while self.goes_on(0.1):
             self._expect(workers(self.agent.pid), number)
             if time.monotonic() > until:
-                raise RuntimeError(f"life {number} did not end within {self.patience:.0f} s; see {self.log}")
+                raise LateError(f"life {number} did not end within {self.patience:.0f} s; see {self.log}")
         return self.agent.returncode
 
     def _expect(self, found: dict[int, tuple[int, int]], number: int) -> None:
         if any(life > number for _, life in found.values()):
-            raise RuntimeError(f"life {number} failed, and nobody had killed a process of it; see {self.log}")
+            raise JobError(f"life {number} failed, and nobody had killed a process of it; see {self.log}")
 
     def goes_on(self, seconds: float) -> bool:
         """Whether the job still runs after so many seconds."""
@@ -205,27 +214,27 @@ class Length:
     step: float
 
 
-def aim(job: Job, printed: int, length: Length, number: int, rng: random.Random) -> None:
-    """Wait for the moment of kill ``number`` in the life that began when ``log`` had so many bytes."""
-    if number % 3 == 0:
+def aim(job: Job, printed: int, length: Length, where: str, rng: random.Random) -> None:
+    """Wait for a moment of the life that began when ``log`` had so many bytes. ``where``: one of :data:`PLACES`."""
+    if where == "any":
         job.goes_on(rng.uniform(0.0, length.whole))
         return
     job.wait_for(lambda run: job.steps(printed), job.patience)
     target = last_step(job.run) + rng.randrange(STEPS_ON)
     job.wait_for(lambda run: last_step(run) >= target, job.patience, 0.005)
-    if number % 3 == 1:
+    if where == "step":
         job.goes_on(rng.uniform(0.0, length.step))
     else:
         job.wait_for(saving, 1.0)
         job.goes_on(rng.uniform(0.0, 0.01))
 
 
-def disturbed(job: Job, length: Length, numbers: Sequence[int], rng: random.Random) -> tuple[int, list[Kill]]:
-    """The exit code of a job, and its kills: those of ``numbers``, unless it ends before they are spent."""
+def disturbed(job: Job, length: Length, places: Sequence[str], rng: random.Random) -> tuple[int, list[Kill]]:
+    """The exit code of a job, and its kills: one in each of ``places``, unless it ends before they are spent."""
     kills: list[Kill] = []
-    while len(kills) < len(numbers) and (pids := job.life(len(kills))) is not None:
+    while len(kills) < len(places) and (pids := job.life(len(kills))) is not None:
         life, began, printed = len(kills), time.monotonic(), job.log.stat().st_size
-        aim(job, printed, length, numbers[life], rng)
+        aim(job, printed, length, places[life], rng)
         rank = rng.choice(sorted(pids))
         if not job.kill(rank, pids[rank]):
             break
@@ -237,7 +246,7 @@ def disturbed(job: Job, length: Length, numbers: Sequence[int], rng: random.Rand
 
 
 def undisturbed(command: list[str], run: Path, log: Path, processes: int, patience: float) -> Length:
-    """How long a job's only life is. Raises ``RuntimeError`` with the end of what it printed if it fails."""
+    """How long a job's only life is. Raises :class:`JobError` with the end of what it printed if it fails."""
     with started(command, run, log, processes, patience) as job:
         job.life(0)
         began = time.monotonic()
@@ -245,7 +254,7 @@ def undisturbed(command: list[str], run: Path, log: Path, processes: int, patien
         first, stepping = last_step(run), time.monotonic()
         code, ended = job.end(0), time.monotonic()
         if code:
-            raise RuntimeError(f"the job ended with {code}; {log}:\n{log.read_text(errors='replace')[-2000:]}")
+            raise JobError(f"the job ended with {code}; {log}:\n{log.read_text(errors='replace')[-2000:]}")
         return Length(ended - began, (ended - stepping) / max(1, last_step(run) - first))
 
 
@@ -289,7 +298,8 @@ def prove(options: argparse.Namespace) -> int:
     print(f"a life takes {length.whole:.1f} s, and a step with its save {length.step:.2f} s", flush=True)
     while len(kills) < options.kills and not faults:
         runs += 1
-        run, log, left = out / f"cut{runs}" / "run", out / f"cut{runs}.log", range(len(kills), options.kills)
+        run, log = out / f"cut{runs}" / "run", out / f"cut{runs}.log"
+        left = [options.at[number % len(options.at)] for number in range(len(kills), options.kills)]
         # torchrun gives processes that wait for a dead one 30 seconds to leave
         restarts, patience = len(left), 90 + 10 * length.whole
         with started(command(options, run, restarts), run, log, options.processes, patience) as job:
@@ -311,6 +321,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=kinds.whole(2), default=2)
     parser.add_argument("--steps", type=kinds.whole(1), default=20, help="of each run")
     parser.add_argument("--seed", type=kinds.whole(0), default=0, help="of the moments and the ranks")
+    parser.add_argument("--at", nargs="+", choices=PLACES, default=list(PLACES), help="where, by turns")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as parallel=shard")
     options = parser.parse_intermixed_args(arguments)
