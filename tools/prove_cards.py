@@ -8,10 +8,12 @@ the order of their worth, each within its own time and all within ``--minutes``.
 DIR/cards.txt are written after each, and checkpoints are deleted. The same command again goes on with what is missing.
 
 ``one`` trains a small model in one process, in fp32 and without rounding, and others must have its losses. They differ
-by the order of sums alone, over so many micro-batches with 2⁻²⁴ each; a hundred times that is allowed once updates hang
-on them, and 1e-3 for muon. Norms of gradients may differ by 1 %. ``killed`` ends a process with SIGKILL and compares all bits of the last checkpoint.
-``resharded`` goes on from a checkpoint in half as many processes, then in one, which exports, then in all again. ``7b``
-trains LLaMA 7B, if cards and disk have room. Checkpoints are written beside training where the product does so.
+by the order of sums alone: of as many terms as a step has micro-batches, each with an error of 2⁻²⁴, in both runs. Once
+updates hang on them, a hundred times that is allowed, and 1e-3 for muon. Norms of gradients may differ by 1 %.
+
+``killed`` ends a process with SIGKILL, and the last checkpoint must have the bits of an unbroken run. ``resharded``
+goes on from a checkpoint in half as many processes, then in one, which exports, then in all again. ``7b`` trains LLaMA
+7B, if cards and disk have room. Checkpoints are written beside training wherever the product does so by itself.
 
 Columns: ``differs`` is the largest difference of a loss from one process's, relative, and what is allowed. Seconds and
 tokens are medians over later steps. ``allocated`` (of the worst card; of all Python on a CPU) stands beside the plan's
