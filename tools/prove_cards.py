@@ -37,10 +37,12 @@ import prove_kills as jobs
 
 from qgalore.cli import arguments as kinds
 from qgalore.cli import door
+from qgalore.errors import ConfigError
 
 SHARD_BASIS = "right"  # until parallel=shard takes the default, std
 QUICK, LLAMA = "quickstart.yaml", "llama7b_16gb.yaml"
 MICRO_BATCHES = 4  # of each process in a step
+MINUTES = 10.0
 STEPS = 12
 COUNTED = 8  # the step whose collectives are counted
 LARGE_STEPS = 5
@@ -60,8 +62,8 @@ LARGE = {"train.max_steps": LARGE_STEPS, "train.eval_every": LARGE_STEPS, "memor
 
 @dataclass(frozen=True)
 class Case:
-    """``kind`` chooses the function that runs it, ``how`` is the value of ``parallel``, and a run takes at most so many
-    ``seconds``. ``needs``: the least number of processes, and whether it must be even."""
+    """``kind`` chooses the function that runs it, ``how`` is the value of ``parallel``, and it takes at most so many
+    ``seconds``, or more with more ``--minutes``. ``needs``: the least number of processes, and whether it is even."""
 
     kind: str
     how: str
@@ -95,7 +97,8 @@ class Place:
     out: Path
     device: str
     processes: int
-    ends: float = 0.0
+    ends: float
+    times: float = 1.0  # how many times as long as in ten minutes a case may take
 
     @property
     def left(self) -> float:
@@ -192,7 +195,7 @@ def interrupted(place: Place, settings: dict[str, Any]) -> tuple[Path, dict[str,
         halfway = pids is not None and job.wait_for(lambda run: jobs.last_step(run) >= STEPS // 2, place.left, 0.005)
         if pids is None or not halfway or not job.kill(rank, pids[rank]):
             raise jobs.JobError(f"the job ended before it was killed; see {log}")
-        step = jobs.last_step(run)
+        step, job.patience = jobs.last_step(run), place.left
         if code := job.end(1):
             raise jobs.JobError(f"the job ended with {code} after a kill; see {log}")
     return run, {"rank": rank, "after_step": step}
@@ -261,7 +264,8 @@ def outcome(place: Place, name: str) -> dict[str, Any]:
         return {"status": "left out", "note": why}
     shutil.rmtree(place.out / name, ignore_errors=True)  # of a try that ended early
     try:
-        found = RUN[case.kind](replace(place, ends=min(place.ends, began + case.seconds)), name, case)
+        ends = min(place.ends, began + place.times * case.seconds)
+        found = RUN[case.kind](replace(place, ends=ends), name, case)
         found |= {"status": "differs" if found.get("faults") else "passed"}
     except jobs.LateError as error:
         found = {"status": "out of time", "note": str(error)}
@@ -275,7 +279,12 @@ def outcome(place: Place, name: str) -> dict[str, Any]:
 
 
 def prove(place: Place, names: list[str]) -> int:
-    rows = {"machine": tables.machine(place.device, place.processes), **tables.known(place.out)}
+    machine = tables.machine(place.device, place.processes)
+    rows = {"machine": machine, **tables.known(place.out)}
+    if rows["machine"] != machine:
+        raise ConfigError(
+            f"{place.out} holds the results of {rows['machine']}, and here is {machine}; give a new --out"
+        )
     for name in names:
         if rows.get(name, {}).get("status") in ("passed", "differs", "refused"):
             print(f"{name}: done before", flush=True)
@@ -297,7 +306,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--processes", type=kinds.whole(2), help="one for each card (all cards; 2 on a CPU)")
     parser.add_argument("--only", nargs="+", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--minutes", type=kinds.real(0.0, 1e6), default=10.0, help="after which nothing goes on")
+    parser.add_argument("--minutes", type=kinds.real(0.0, 1e6), default=MINUTES, help="after which nothing goes on")
     options = parser.parse_args(arguments)
     ends, cards = time.monotonic() + options.minutes * 60, 0
     if options.device == "cuda":
@@ -308,7 +317,8 @@ def main(arguments: list[str]) -> int:
             parser.error(f"PyTorch sees {cards} GPUs, and {options.processes or 2} are needed; --device cpu needs none")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    place = Place(out, options.device, options.processes or cards or 2, ends)
+    times = max(1.0, options.minutes / MINUTES)
+    place = Place(out, options.device, options.processes or cards or 2, ends, times)
     return prove(place, [name for name in CASES if name in options.only])
 
 

@@ -246,12 +246,16 @@ def disturbed(job: Job, length: Length, places: Sequence[str], rng: random.Rando
 
 
 def undisturbed(command: list[str], run: Path, log: Path, processes: int, patience: float) -> Length:
-    """How long a job's only life is. Raises :class:`JobError` with the end of what it printed if it fails."""
+    """How long a job's only life is, which must end within ``patience`` seconds. Raises :class:`JobError` with the end
+    of what it printed if it fails."""
+    until = time.monotonic() + patience
     with started(command, run, log, processes, patience) as job:
         job.life(0)
         began = time.monotonic()
+        job.patience = until - began
         job.wait_for(lambda run: job.steps(0), patience, 0.005)
         first, stepping = last_step(run), time.monotonic()
+        job.patience = until - stepping
         code, ended = job.end(0), time.monotonic()
         if code:
             raise JobError(f"the job ended with {code}; {log}:\n{log.read_text(errors='replace')[-2000:]}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qgalore import config
+from qgalore.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parent.parent.parent / "tools"
 
@@ -128,6 +129,12 @@ def test_what_ran_is_kept_when_a_case_fails_or_time_is_over(tool, tmp_path, monk
     assert tool.main([*arguments, "--minutes", "0"]) == 1
     rows = json.loads((tmp_path / "cards.json").read_text())
     assert [rows[name]["status"] for name in names] == ["passed", "refused", "not reached", "not reached"]
+
+
+def test_results_of_other_cards_are_not_mixed(tool, tmp_path, capfd):
+    tool.tables.write(tmp_path, {"machine": {"processes": 8, "device": "cuda"}})
+    with pytest.raises(ConfigError, match="holds the results of .*'processes': 8"):
+        tool.main(["--out", str(tmp_path), "--device", "cpu", "--only", "one"])
 
 
 def test_bytes_of_a_plan_are_read_from_its_line(tool):
