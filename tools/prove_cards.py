@@ -282,9 +282,7 @@ def prove(place: Place, names: list[str]) -> int:
     machine = tables.machine(place.device, place.processes)
     rows = {"machine": machine, **tables.known(place.out)}
     if rows["machine"] != machine:
-        raise ConfigError(
-            f"{place.out} holds the results of {rows['machine']}, and here is {machine}; give a new --out"
-        )
+        raise ConfigError(f"{place.out} is of {rows['machine']}, and here is {machine}. Give a new folder as --out")
     for name in names:
         if rows.get(name, {}).get("status") in ("passed", "differs", "refused"):
             print(f"{name}: done before", flush=True)

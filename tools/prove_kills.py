@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def last_words(log: Path) -> str:
+    """The end of what the processes printed, before torchrun's own report of their failure."""
+    printed = re.split(r"^.*torch/distributed/elastic/", log.read_text(errors="replace"), maxsplit=1, flags=re.M)[0]
+    return printed[-2000:]
 
 
 def last_step(run: Path) -> int:
@@ -258,7 +265,7 @@ def undisturbed(command: list[str], run: Path, log: Path, processes: int, patien
         job.patience = until - stepping
         code, ended = job.end(0), time.monotonic()
         if code:
-            raise JobError(f"the job ended with {code}; {log}:\n{log.read_text(errors='replace')[-2000:]}")
+            raise JobError(f"the job ended with {code}; {log}:\n{last_words(log)}")
         return Length(ended - began, (ended - stepping) / max(1, last_step(run) - first))
 
 

@@ -133,7 +133,7 @@ def test_what_ran_is_kept_when_a_case_fails_or_time_is_over(tool, tmp_path, monk
 
 def test_results_of_other_cards_are_not_mixed(tool, tmp_path, capfd):
     tool.tables.write(tmp_path, {"machine": {"processes": 8, "device": "cuda"}})
-    with pytest.raises(ConfigError, match="holds the results of .*'processes': 8"):
+    with pytest.raises(ConfigError, match=r"is of .*'processes': 8"):
         tool.main(["--out", str(tmp_path), "--device", "cpu", "--only", "one"])
 
 
