@@ -290,7 +290,7 @@ def prove(place: Place, names: list[str]) -> int:
         print(f"{name} …", flush=True)
         rows[name] = outcome(place, name) if place.left > 0 else {"status": "not reached"}
         tables.write(place.out, rows)
-        print(f"{name}: {rows[name]['status']} {rows[name].get('note', '')}", flush=True)
+        print(f"{name}: {rows[name]['status']}", flush=True)
     print(f"\n{tables.table(rows)}")
     bad = [name for name in names if rows[name]["status"] not in ("passed", "refused", "left out")]
     if bad:

@@ -95,12 +95,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [HEAD, *(_cells(name, row) for name, row in cases.items())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    notes = [
-        f"{name}: {'; '.join(filter(None, [row.get('note', ''), *row.get('faults', [])]))}"
-        for name, row in cases.items()
-        if row.get("note") or row.get("faults")
-    ]
+    notes = [f"{name}: {'; '.join(words)}" for name, row in cases.items() if (words := _words(row))]
     return "\n".join([*text, "", *notes, json.dumps(rows["machine"])])
+
+
+def _words(row: dict[str, Any]) -> list[str]:
+    """What is said of a case: a note, of a long one the first and the last line, and the faults."""
+    note = row.get("note", "").strip().splitlines()
+    return [*note[:1], *note[1:][-1:], *row.get("faults", [])]
 
 
 def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
