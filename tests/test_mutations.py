@@ -104,11 +104,13 @@ MUTATIONS = {
         ("tests/lowrank/test_freezing.py",),
     ),
     "gradients that are not summed over processes": Mutation(
-        "team.begin(sums, shares)", "team.begin([], shares)", (f"{PROCESSES}[replicate]",)
+        "team.begin([one for tensor in asked for one in tensor.to_sum()])",
+        "team.begin([])",
+        (f"{PROCESSES}[replicate]",),
     ),
     "gradients that are summed twice over processes": Mutation(
-        "team.begin(sums, shares)",
-        "team.begin(sums, []).wait() or team.begin(sums, shares)",
+        "team.begin([one for tensor in asked for one in tensor.to_sum()])",
+        "team.begin(sums := [one for tensor in asked for one in tensor.to_sum()]).wait() or team.begin(sums)",
         (f"{PROCESSES}[replicate]",),
     ),
     "the mean over processes in the place of their sum": Mutation(
@@ -116,9 +118,13 @@ MUTATIONS = {
         "self.optimizer.prepare_summed(tensor) or tensor.gradient().div_(self.optimizer.team.size)",
         (f"{PROCESSES}[replicate]", f"{PROCESSES}[shard]"),
     ),
-    "rows of a gradient that are not summed over processes": Mutation(
-        "self._send(partial(_reduce_scatter, mine, tensor.to(mine.dtype).contiguous()))",
-        "mine.copy_(tensor[: len(mine)])",
+    "an owner who gets one process's gradient": Mutation(
+        "partial(dist.reduce, sent, dst=to)", "partial(dist.broadcast, sent, src=to)", (f"{PROCESSES}[shard]",)
+    ),
+    "rows that stay with their owner": Mutation("self.hand_out(tensors)\n", "None\n", (f"{PROCESSES}[shard]",)),
+    "new bases that stay with their owner": Mutation(
+        "tensor.handed(owner, tensor.name in self._records, weights)",
+        "tensor.handed(owner, False, weights)",
         (f"{PROCESSES}[shard]",),
     ),
     "held-out batches that each fetch all blocks": Mutation(

@@ -197,10 +197,8 @@ TABLE = (
     ),
     Conflict(
         ("parallel",),
-        "`shard` needs method `qgalore`, `galore` or `galore8bit`, and rule `galore` with a right basis and a number "
-        "as rank. It also needs full embeddings, 8-bit or fp32 Adam, and a task other than `classify`. It does not go "
-        "with compiled blocks or integer products. In batch-major steps it needs deferred stepping, and does not go "
-        "with offloaded activations.",
+        "`shard` needs method `qgalore`, `galore` or `galore8bit`, a number as rank, layer-major steps, and blocks "
+        "that are not compiled.",
         sharded.problems,
     ),
     Conflict(

@@ -100,7 +100,8 @@ def _problem(location: tuple[Any, ...], error: ErrorDetails, data: Any) -> str:
     if is_section(field.annotation):
         example = _section_example(name, field.annotation)
         return f"{name} is {shown(value)}; it must be a section, that is, keys with values. {example}"
-    found = short(as_yaml(value)) if _is_of_texts(field, value) else shown(value)
+    named = _is_of_texts(field, value) or _is_like_example(field, value)
+    found = short(as_yaml(value)) if named else shown(value)
     return f"{name} is {found}; it must be {rule_of(field)}. {_remedy(name, field, value)}"
 
 
@@ -109,6 +110,14 @@ def _is_of_texts(field: FieldInfo, value: Any) -> bool:
     takes = any(typing.get_origin(one) is dict for one in members(field.annotation))
     return (
         takes and isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values()) and bool(value)
+    )
+
+
+def _is_like_example(field: FieldInfo, value: Any) -> bool:
+    """Whether ``value`` is a mapping with names that the key's example has, so that a value is what is wrong."""
+    example = example_of(field)
+    return (
+        isinstance(example, Mapping) and isinstance(value, Mapping) and bool(value) and value.keys() <= example.keys()
     )
 
 
@@ -227,6 +236,11 @@ def kind_of(annotation: Any, limits: Any = (), far: float = math.inf) -> str:
     return names.get(annotation, "a mapping") + _range(limits, far)
 
 
+def words_of(one: Any) -> tuple[Any, ...]:
+    """The values that a type names."""
+    return typing.get_args(one) if typing.get_origin(one) is Literal else getattr(one, "NAMES", ())
+
+
 def _plural(annotation: Any) -> str:
     return "texts" if annotation is str else f"different values, each {kind_of(annotation)}"
 
@@ -257,16 +271,14 @@ def _figure(bound: Any) -> str:
 
 
 def _remedy(name: str, field: FieldInfo, value: Any) -> str:
-    words = [
-        str(word)
-        for one in members(field.annotation)
-        for word in (typing.get_args(one) if typing.get_origin(one) is Literal else ())
-    ]
+    words = [str(word) for one in members(field.annotation) for word in words_of(one)]
     if isinstance(value, str) and (near := difflib.get_close_matches(value[:40].lower(), words, n=1)):
         return f"Did you mean {near[0]}?"
     if field.is_required():
         return f"Give such a value, for example {_assigned(name, example_of(field))}."
     default = default_of(field)
+    if _is_like_example(field, value) and default is not None:
+        return f"Give such a value, for example {_assigned(name, example_of(field))}."
     if default is None:
         shown_one = _assigned(name, example_of(field))
         return f"Give such a value, for example {shown_one}, or leave the key out ({extra_of(field, 'unset')})."

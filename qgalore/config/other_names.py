@@ -62,7 +62,8 @@ _NAMES = {
     "run.deterministic": "full_determinism use_deterministic_algorithms",
     "tracking": "report_to logger_name use_wandb use_tensorboard loggers log_with wandb_project",
     "device": "device_map no_cuda use_cpu accelerator",
-    "parallel": "fsdp deepspeed fsdp_config strategy",
+    "parallel": "fsdp deepspeed fsdp_config strategy hsdp dp_replicate dp_shard data_parallel_replicate_degree "
+    "data_parallel_shard_degree sharding_strategy device_mesh mesh",
     "method": "full_finetuning adapter finetuning_type peft peft_type algorithm use_galore use_lora galore",
     "lowrank.rank": "lora_r r lora_rank galore_rank low_rank",
     "lowrank.alpha": "lora_alpha",

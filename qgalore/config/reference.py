@@ -4,12 +4,12 @@ import re
 import shlex
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from .incompatible import TABLE
-from .messages import as_yaml, default_of, example_of, extra_of, is_section, keys, rule_of
+from .messages import as_yaml, default_of, example_of, extra_of, is_section, keys, rule_of, words_of
 from .sections import METHODS, Config, members
 
 FAR = 2**20  # upper bounds from here on only keep out nonsense, and no user asks for them
@@ -115,9 +115,8 @@ def _example(field: FieldInfo) -> Any:
 def _literals(annotation: Any) -> Iterator[Any]:
     """The values that ``annotation`` names, those of a list's items too."""
     for one in members(annotation):
-        if typing.get_origin(one) is Literal:
-            yield from typing.get_args(one)
-        elif typing.get_origin(one) is list:
+        yield from words_of(one)
+        if typing.get_origin(one) is list:
             yield from _literals(typing.get_args(one)[0])
 
 

@@ -43,7 +43,8 @@ def batch_major(config: Config, why: str, processes: int = 1) -> Config:
 
 def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Config:
     """Fill in what ``method``, ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) and the number of
-    processes decide. Raises :class:`ConfigError` for micro-batches that these cannot share."""
+    processes decide. Raises :class:`ConfigError` for a mesh of another number, or micro-batches that these cannot
+    share."""
     if config.model.attention == "flex" and device == "cpu":
         raise ConfigError(
             "model.attention is flex, which has no backward pass on a CPU; set model.attention=auto, or train on a GPU"
@@ -52,9 +53,10 @@ def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Conf
     dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     train, lowrank = config.train, config.lowrank
     threshold = THRESHOLDS.get(lowrank.policy) if lowrank.cos_threshold is None else lowrank.cos_threshold
+    mesh = config.parallel.over(processes)
     stepping, mine = train.stepping, _micro_batches(config, processes)
     if stepping == "auto":
-        kept = mine > 1 or train.clip_grad_norm > 0 or (config.parallel == "shard" and processes > 1)
+        kept = mine > 1 or train.clip_grad_norm > 0 or mesh.splits
         stepping = "deferred" if kept else "fused"
     return config.model_copy(
         update={
@@ -215,9 +217,14 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     with suppress(ValidationError):  # a key that is younger than the run has its default
         saved = Config.model_validate(saved).model_dump(mode="json")
     old, new = _flat(saved), _flat(asked(config).model_dump(mode="json"))
-    changed = [key for key in sorted({*old, *new} - set(RESUMABLE)) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted({*old, *new}) if not _is_resumable(key) and old.get(key) != new.get(key)]
     pairs = [pair for key in changed for pair in _item_by_item(key, old.get(key), new.get(key))]
     return [f"{key}: {before!r} → {now!r}" for key, before, now in pairs]
+
+
+def _is_resumable(key: str) -> bool:
+    """Whether a resumed run may change ``key``, or the mapping in which it is a name."""
+    return any(key == one or key.startswith(f"{one}.") for one in RESUMABLE)
 
 
 def _item_by_item(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

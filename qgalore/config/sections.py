@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator
 
+from .mesh import Mesh
+
 STEPS = 2**40  # more optimizer steps, tokens or saves than any run has
 SIDE = 2**20  # more rows, columns, tokens of a sequence or ranks than any model has
 
@@ -559,10 +561,13 @@ class Config(Section):
     kernels: Literal["auto", "reference", "triton"] = key(
         "auto", "The code of quantized steps. With `auto` it is Triton on a GPU and plain PyTorch elsewhere."
     )
-    parallel: Literal["replicate", "shard"] = key(
-        "replicate",
-        "How the processes that torchrun starts hold the model. Each has all of it, or some of its rows (`shard`).",
-    )
+    parallel: Mesh = key(
+        Mesh(), "How the processes that torchrun starts hold the model. Each has all of it, or some of its rows "
+        "(`shard`). With both sizes there are as many copies as `replicate` says, each split over as many processes "
+        "as `shard` says. These are neighbours, so that a copy can be on one machine.",
+        rule="replicate or shard, or a mapping that gives both a size from 1 to 65,536",
+        example={"replicate": 2, "shard": 4},
+    )  # fmt: skip
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = key(
         [], "Where the run's figures are shown while it trains. An empty list stands for its own files alone.",
         example=["tensorboard"],

@@ -29,7 +29,7 @@ def problems(config: Config) -> list[str]:
             train.activation_checkpointing in ("auto", "offload") or train.activation_checkpointing is True,
             "true or offload, as a graph would hold on to the weights of its block",
         ),
-        ("parallel", config.parallel, config.parallel != "shard", "replicate"),
+        ("parallel", config.parallel, not config.parallel.splits, "replicate"),
     )
     return [
         f"{key}: {value} does not go with memory.stream: {stream}; use {remedy}, or memory.stream: none"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..parallel import ALONE, Team, shards
+from ..parallel.kept import Kept
 from .atomic import sync_folder
 from .checkpoint_folder import (
     FILES,
@@ -80,8 +81,13 @@ def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[s
     return {name: {key: _rows(value) for key, value in held.items()} for name, held in files.items()}, rest
 
 
-def _rows(tensor: Tensor) -> Tensor | Rows:
-    return Rows(shards.local(tensor), tuple(tensor.shape)) if shards.is_shared(tensor) else tensor
+def _rows(tensor: Tensor | Kept) -> Tensor | Rows:
+    """``tensor`` with what is known of who writes it."""
+    if isinstance(tensor, Kept):
+        return Rows(tensor.here, tensor.dtype, tensor.shape, ((tensor.owner, tensor.nbytes),))
+    if not shards.is_shared(tensor):
+        return tensor
+    return Rows(shards.local(tensor), tensor.dtype, tuple(tensor.shape), shards.first_holders(tensor))
 
 
 def save(

@@ -5,7 +5,7 @@ this model: every name, shape, dtype and kind of number, and that all values are
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,20 @@ from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
 from ..lowrank.tensors.states import made_by_a_step
 from ..parallel import shards
+from ..parallel.kept import Kept
 
 KINDS = ("inner", "extra")  # of an optimizer's tensors: the inner optimizer's state, and all else
 
 
-def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor | Kept], dict[str, Any]]:
     """Split an optimizer's state dict into tensors, named ``slot|kind|name``, and what JSON can hold."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Kept] = {}
     rest = {"step_count": state["step_count"], "groups": state["groups"], "slots": {}}
     for slot, parts in state["slots"].items():
         scalars: dict[str, Any] = {"inner": {}, "extra": {}}
         for kind in KINDS:
             for name, value in parts[kind].items():
-                if torch.is_tensor(value):
+                if isinstance(value, (Tensor, Kept)):
                     tensors[f"{slot}|{kind}|{name}"] = value
                 else:
                     scalars[kind][name] = value
@@ -39,7 +40,7 @@ def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, rest
 
 
-def _unflatten(tensors: Iterator[tuple[str, Tensor]], rest: dict[str, Any]) -> dict[str, Any]:
+def _unflatten(tensors: Iterable[tuple[str, Tensor]], rest: dict[str, Any]) -> dict[str, Any]:
     """Inverse of :func:`flatten`. Raises ``ValueError`` for a tensor that belongs to no slot, or is not finite."""
     slots = {slot: {**parts, **{kind: dict(parts[kind]) for kind in KINDS}} for slot, parts in rest["slots"].items()}
     for key, value in tensors:
@@ -73,9 +74,9 @@ def _usable(folder: Path) -> Iterator[None]:
         raise ConfigError(f"checkpoint {folder} cannot be used: {error}") from error
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+        for name in filter(wanted, file.keys()):
             yield name, file.get_tensor(name).clone()  # the library's own may be backed by the file
 
 
@@ -86,13 +87,16 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
     """
     load_model(folder, model)
     with _usable(folder):
-        saved = _unflatten(_tensors(folder / "optimizer.safetensors"), state["optimizer"])
+        mine = [tensor for tensor in optimizer.tensors if not tensor.elsewhere]
+        others = {tensor.name for tensor in optimizer.tensors} - {tensor.name for tensor in mine}
+        files = _tensors(folder / "optimizer.safetensors", lambda key: key.rsplit("|", 2)[0] not in others)
+        saved = _unflatten(files, state["optimizer"])
         _check_numbers(optimizer, saved)
-        for tensor in optimizer.tensors:
+        for tensor in mine:
             _check_tensor(tensor, saved["slots"][tensor.name])
         optimizer.load_state_dict(saved)
         known: dict[Any, dict[str, Any]] = {}
-        for tensor in optimizer.tensors:
+        for tensor in mine:
             _check_inner(tensor, known)
 
 

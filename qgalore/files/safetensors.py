@@ -42,14 +42,13 @@ class Deferred:
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor of ``shape`` whose rows the writing processes share evenly, in their order; ``here`` are this one's."""
+    """A tensor of ``shape`` of which some of the writing processes hold the rows: ``holders``, in their order, with the
+    bytes of each. ``here`` is what this process holds, None if that is nothing."""
 
-    here: Tensor
+    here: Tensor | None
+    dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.here.dtype
+    holders: tuple[tuple[int, int], ...]
 
     @property
     def nbytes(self) -> int:
@@ -158,10 +157,10 @@ def _cut(entries: Entries, size: int) -> list[_Piece]:
     limit = min(PIECE, -(-sum(value.nbytes for value in entries.values()) // size))
     pieces, end = [_Piece(None, 0)], 0
     for name, value in entries.items():
-        split = isinstance(value, Rows) and size > 1
-        assert not isinstance(value, Rows) or value.here.nbytes * size == value.nbytes, f"{name} is not split evenly"
-        for owner in range(size) if split else (None,):
-            count, start = value.nbytes // (size if split else 1), 0
+        holders = value.holders if isinstance(value, Rows) else ((None, value.nbytes),)
+        assert sum(count for _, count in holders) == value.nbytes, f"some bytes of {name} are held by nobody"
+        for owner, count in holders:
+            start = 0
             while start < count:
                 if pieces[-1].owner != owner or pieces[-1].bytes == limit:
                     pieces.append(_Piece(owner, end))
@@ -184,6 +183,7 @@ def _bytes(name: str, value: Tensor | Deferred | Rows) -> Tensor:
         assert (tensor.dtype, tuple(tensor.shape)) == promised, f"{name} is not the {promised} that was promised"
     else:
         tensor = value.here if isinstance(value, Rows) else value
+    assert tensor is not None, f"{name} is for another process to write"
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 

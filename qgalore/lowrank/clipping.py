@@ -1,30 +1,34 @@
-"""Clipping to a norm of the gradients of all tensors, some of which several processes may share by rows."""
+"""Clipping to a norm of the gradients of all tensors, some of which one process has for all."""
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..parallel import Team
-from .tensor_steps import NORMS, squares
 from .tensors.base import TrainedTensor
 
 
-def clip(parameters: Iterable[Tensor], tensors: Iterable[TrainedTensor], limit: float, team: Team) -> float:
-    """Scale the gradients of ``parameters``, and of those ``tensors`` that are shared by rows, so that their norm is at
-    most ``limit``; the norm before it, as ``clip_grad_norm_`` gives it."""
-    shares = [tensor for tensor in tensors if tensor.shared and tensor.gradient() is not None]
-    if not shares:
+def clip(parameters: Iterable[Tensor], owned: Sequence[TrainedTensor], limit: float, team: Team) -> float:
+    """Scale the gradients of ``parameters`` so that their norm is at most ``limit``; the norm before it, as
+    ``clip_grad_norm_`` gives it. Those of ``owned`` tensors are with one process of ``team`` each."""
+    if not owned:
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    here = [parameter for parameter in parameters if parameter.grad is not None]
-    # The norm is that of the whole gradient, of which other processes hold the remaining rows.
-    gradients = [parameter.grad for parameter in here if parameter.grad is not None]
-    parts = [torch.nn.utils.get_total_norm(gradients).square(), *squares(shares, partial(team.sum_, NORMS))]
-    norm = torch.stack([part.to(torch.float32) for part in parts]).sum().sqrt()
+    elsewhere = {id(tensor.leaves()[0]) for tensor in owned if tensor.elsewhere}
+    mine = {id(leaf) for tensor in owned if not tensor.elsewhere for leaf in tensor.leaves()}
+    here, norms = [], []
+    # The norm of norms depends on their order. So each process has a place for all of them, in that of one process, and
+    # those that are the same everywhere are added once.
+    for parameter in parameters:
+        if parameter.grad is not None:
+            here.append(parameter)
+            counts = team.leads or id(parameter) in mine
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+            norms.append(norm if counts else torch.zeros_like(norm))
+        elif id(parameter) in elsewhere:
+            norms.append(torch.zeros((), device=parameter.device))
+    found = torch.stack(norms)
+    team.sum_("the norms of the gradients", [found])
+    norm = torch.linalg.vector_norm(found)
     torch.nn.utils.clip_grads_with_norm_(here, limit, norm)
-    for tensor in shares:
-        gradient = tensor.gradient()
-        if gradient is not None:
-            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

@@ -25,7 +25,7 @@ from .tensors.adaptive import AdaptiveTensor
 from .tensors.base import TrainedTensor
 from .tensors.dense import DenseTensor
 from .tensors.projected import ProjectedTensor
-from .tensors.sharded import ShardedTensor, shareable
+from .tensors.splitting import deal, set_down
 from .tensors.whole import WholeTensor
 
 PART_ELEMENTS = 1 << 24  # 64 MiB of fp32 scratch; larger tensors step in parts, which elementwise rules do not notice
@@ -111,9 +111,10 @@ def _of_layer(
     of_rule: RuleOptions,
 ) -> ProjectedTensor:
     if rule != GALORE:
-        return WholeTensor(name, index, module, schedule, find, RULES[rule](module, index, of_rule))
-    if shards.is_shared(module.weight):
-        return ShardedTensor(name, index, module, schedule, find)
+        tensor = WholeTensor(name, index, module, schedule, find, RULES[rule](module, index, of_rule))
+        if shards.is_shared(module.weight):
+            set_down(tensor)  # before the next one is made, so that the state of all never exists together
+        return tensor
     kind = ProjectedTensor if module.max_rank is None else AdaptiveTensor
     return kind(name, index, module, schedule, find)
 
@@ -129,17 +130,15 @@ def _tell_of_clamped_ranks(tensors: list[TrainedTensor], of_rule: RuleOptions) -
         )
 
 
-def _check_shares(modules: dict[str, LowRankLinear], team: Team, inner, rule: str, stepping: str) -> None:
-    """Raise :class:`ConfigError` if some weights are shared by rows and cannot be stepped so."""
-    shared = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
-    if not shared:
-        return
-    given = (("rule", rule, (GALORE,)), ("stepping", stepping, ("deferred", "manual")))
-    for name, value, allowed in given:
-        words = " or ".join(map(repr, allowed))
-        require(value in allowed, name, value, f"{words} where processes share weights by rows")
-    for name, module in shared.items():
-        shareable(name, module, inner, team.size, part_elements(inner))
+def _are_split(modules: dict[str, LowRankLinear], stepping: str) -> bool:
+    """Whether processes hold rows of the layers' weights. Raises :class:`ConfigError` if these cannot be stepped so."""
+    split = {name: module for name, module in modules.items() if shards.is_shared(module.weight)}
+    if not split:
+        return False
+    require(stepping == "manual", "stepping", stepping, "'manual' where processes hold rows of the weights")
+    free = [name for name, module in split.items() if module.max_rank is not None]
+    require(not free, "rank", "auto", f"a number where processes hold rows of the weights, as of {free[:1]}")
+    return True
 
 
 def _tell_of_rounding(find: RefreshOptions, int8_layers: list[LowRankLinear]) -> None:
@@ -252,7 +251,7 @@ def optimizer(
     )
     _tell_of_layers(model, dense)
     modules = stepped_layers(model)
-    _check_shares(modules, team, inner, rule, stepping)
+    split = _are_split(modules, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     check_rule(rule, rank, stepping, full_gradients, modules)
     check_momentum(rule, momentum, mu, modules)
@@ -264,6 +263,8 @@ def optimizer(
     )
     require(bool(tensors), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     steps.check(tensors, rotates=moments == "rotate")
+    if split:
+        deal(tensors, team, steps.factory)
     made = LowRankOptimizer(
         tensors,
         lr=lr,

@@ -107,10 +107,9 @@ class Deferred(Fused):
             return
         self._arrived[tensor.name] = None
         first = tensor.seeks_first_basis()
-        source = self.idle.lowest(tensor, leaf) if first or tensor.shared else 0
+        source = self.idle.lowest(tensor, leaf) if first else 0
         if source is None:
             return
-        tensor.received(leaf)
         if first and tensor.awaits_refresh():
             self.optimizer.refresh_tensor(tensor, source)
 

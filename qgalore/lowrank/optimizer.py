@@ -22,6 +22,7 @@ from .hooks import HOOKS
 from .inner.checked import Factory
 from .layers.experts import Experts
 from .tensor_steps import GROUPS, TensorSteps
+from .tensors import owning
 from .tensors.attaching import attach
 from .tensors.base import TrainedTensor
 
@@ -77,8 +78,10 @@ class LowRankOptimizer(TensorSteps, Optimizer):
                 module.tell_idle = self.hooks.nothing_came
 
     def close(self) -> None:
-        """End the step: what has no gradient in it is ``untouched``, and the leaves of the next one are armed."""
+        """End the step, in all processes: what has no gradient in it is ``untouched``, and the leaves of the next one
+        are armed."""
         self.untouched = [tensor.name for tensor in self.tensors if tensor.name not in self.stepped]
+        self.share_outcomes()
         self._end()
 
     def skip(self) -> None:
@@ -91,6 +94,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
             scratch.release()
         self.stepped.clear()
         self._prepared.clear()
+        self._records.clear()
         if self.hooks is not None:
             self.hooks.close()
         self.step_count += 1
@@ -119,7 +123,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
         """The tensors that hold a gradient, projected. All are looked at before the first is stepped, so that one that
         is not finite leaves no weight changed: it raises :class:`NumericalError`."""
         self.refresh()
-        found = [tensor for tensor in self.tensors if tensor.gradient() is not None]
+        found = [tensor for tensor in self.tensors if self.waits_for_step(tensor)]
         self.look_at(found)
         return found
 
@@ -138,8 +142,9 @@ class LowRankOptimizer(TensorSteps, Optimizer):
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[Tensor], limit: float) -> float:
-        """``clip_grad_norm_`` over ``parameters`` and over the rows that other processes hold; the norm before it."""
-        return clipping.clip(parameters, self.tensors, limit, self.team)
+        """``clip_grad_norm_`` over ``parameters`` and what went to other processes; the norm before it."""
+        owned = [tensor for tensor in self.tensors if tensor.owner is not None and self.waits_for_step(tensor)]
+        return clipping.clip(parameters, owned, limit, self.team)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients. They are always set to None: a zeroed gradient would keep its memory."""
@@ -166,10 +171,13 @@ class LowRankOptimizer(TensorSteps, Optimizer):
         return sum(tensor.waits(self.step_count) for tensor in self.tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the model's own tensors: inner states, fp32 masters, schedules, the step count."""
+        """Everything beside the model's own tensors: inner states, fp32 masters, schedules, the step count.
+
+        What one process keeps for all is a :class:`Kept` there. All processes then ask for it together.
+        """
         return {
             "step_count": self.step_count,
-            "slots": {tensor.name: tensor.state() for tensor in self.tensors},
+            "slots": owning.states(self.tensors, self.team),
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
         }
 
@@ -180,7 +188,8 @@ class LowRankOptimizer(TensorSteps, Optimizer):
             raise ValueError(f"optimizer state and model differ in {len(missing)} tensors, for example {min(missing)}")
         self.step_count = state["step_count"]
         for tensor in self.tensors:
-            tensor.load_state(state["slots"][tensor.name])
+            load = tensor.restore if tensor.elsewhere else tensor.load_state
+            load(state["slots"][tensor.name])
             tensor.arm(self.step_count)
         for group, saved in zip(self.param_groups, state["groups"], strict=True):
             group.update(saved)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError
-from ..parallel import Team
+from ..parallel import ALONE, Team
 from ..quant.counter import derive_key
 from .layers.experts import Experts
+from .rules import observed
 from .rules.observed import Observation
 from .tensors.base import TrainedTensor
 
@@ -69,6 +70,7 @@ class TensorSteps:
         self.observations: list[Observation] = []
         self.stepped: set[str] = set()  # names, in the step that is being taken
         self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
+        self._records: dict[str, dict[str, Any] | None] = {}  # of refreshes by owners, and None for those of others
         self._squares: list[Tensor] = []
         self._tensor_of = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
 
@@ -107,10 +109,22 @@ class TensorSteps:
 
     @torch.no_grad()
     def prepare_summed(self, tensor: TrainedTensor) -> None:
-        """:meth:`prepare_tensor` for a ``tensor`` whose gradient is the whole team's already."""
-        if tensor.awaits_refresh():
-            self.refresh_tensor(tensor)
+        """:meth:`prepare_tensor` for a ``tensor`` whose gradient is the whole team's already, or has gone to its
+        owner."""
         self._prepared.add(tensor.name)
+        due = tensor.awaits_refresh()
+        if due and tensor.owner is not None:
+            self._records[tensor.name] = None
+        if tensor.elsewhere:
+            tensor.drop_gradient()
+        elif due:
+            self.refresh_tensor(tensor)
+
+    def waits_for_step(self, tensor: TrainedTensor) -> bool:
+        """Whether ``tensor`` has a gradient of this step, here or at its owner."""
+        if tensor.owner is None:
+            return tensor.gradient() is not None
+        return tensor.name in self._prepared and tensor.name not in self.stepped
 
     @torch.no_grad()
     def apply_tensor(self, tensor: TrainedTensor) -> None:
@@ -129,9 +143,45 @@ class TensorSteps:
 
     @torch.no_grad()
     def move(self, tensors: Iterable[TrainedTensor]) -> None:
-        """:meth:`apply_tensors` for ``tensors`` that were looked at."""
-        for some in together(tensors):
-            self._apply(some)
+        """:meth:`apply_tensors` for ``tensors`` that were looked at. What one process steps for all is handed out."""
+        tensors = list(tensors)
+        try:
+            for some in together(tensor for tensor in tensors if not tensor.elsewhere):
+                self._apply(some)
+        finally:  # all are sure to come here, and one that has failed is heard of later
+            self.stepped.update(tensor.name for tensor in tensors)
+            self.hand_out(tensors)
+
+    def hand_out(self, tensors: Iterable[TrainedTensor], weights: bool = True) -> None:
+        """Let all have what the owners of ``tensors`` have changed: bases that were due, and ``weights``."""
+        owned = ((tensor, tensor.owner) for tensor in tensors)
+        self.team.hand_out(
+            [
+                one
+                for tensor, owner in owned
+                if owner is not None
+                for one in tensor.handed(owner, tensor.name in self._records, weights)
+            ]
+        )
+
+    def share_outcomes(self) -> None:
+        """Once a step, let all know what owners have found out: when bases are due again, and what is recorded."""
+        looked = observed.due(self.step_count) and any(t.keeps_whole and t.owner is not None for t in self.tensors)
+        if not self._records and not looked:
+            return
+        found = {one.name: one.row() for one in self.observations}
+        mine = [t for t in self.tensors if t.name in self._records and not t.elsewhere]
+        own = {tensor.name: (tensor.outcome(), self._records[tensor.name]) for tensor in mine}
+        told = self.team.gather("what the owners of weights have found out", (own, found))
+        outcomes = {name: value for part, _ in told for name, value in part.items()}
+        self.observations = [observed.Told(row) for _, part in told for row in part.values()]
+        for tensor in self.tensors:
+            if tensor.name in outcomes:
+                outcome, record = outcomes[tensor.name]
+                tensor.follow(outcome)
+                self._records[tensor.name] = record
+        self.events += [record for record in self._records.values() if record is not None]
+        self._records.clear()
 
     def step_tensor(self, tensor: TrainedTensor, first_from: int | None = None) -> bool:
         """:meth:`prepare_tensor` and, if it has a gradient, :meth:`apply_tensor`."""
@@ -152,8 +202,11 @@ class TensorSteps:
         whole = [leaf.grad for leaf in tensor.leaves() if tensor.is_whole(leaf) and leaf.grad is not None]
         if not all(bool(torch.isfinite(torch.linalg.vector_norm(gradient))) for gradient in whole):
             self.complain(tensor)
-        tensor.deciding = self.team.led_by(own_of or 0)
-        if (record := tensor.refresh(self.step_count, own_of is not None)) is not None:
+        tensor.deciding = self.team.led_by(own_of or 0) if tensor.owner is None else ALONE
+        record = tensor.refresh(self.step_count, own_of is not None)
+        if tensor.owner is not None:
+            self._records[tensor.name] = record
+        elif record is not None:
             self.events.append(record)
 
     def _apply(self, tensors: Sequence[TrainedTensor]) -> None:
@@ -164,6 +217,8 @@ class TensorSteps:
         tensors[0].step_together(tensors, *rates, keys)
         for tensor in tensors:
             self.stepped.add(tensor.name)
+            if tensor.owner is not None:
+                tensor.finish_record()  # while its block is whole
             if (observation := tensor.observation()) is not None:
                 self.observations.append(observation)
 
@@ -195,6 +250,11 @@ class TensorSteps:
         return float(torch.stack(self._squares).sum().sqrt()) if self._squares else 0.0
 
     @property
+    def has_refreshed(self) -> bool:
+        """Whether a basis may be new in the step that is being taken."""
+        return bool(self.events or self._records)
+
+    @property
     def inside_step(self) -> bool:
         """Whether some tensors have taken a step that is not closed yet."""
         return bool(self.stepped)
@@ -214,15 +274,18 @@ def together(tensors: Iterable[TrainedTensor]) -> list[list[TrainedTensor]]:
 
 
 def squares(tensors: Iterable[TrainedTensor], add: Add) -> list[Tensor]:
-    """‖gradient‖² of each, fp32 and 0-dim. ``add`` replaces those of shared ones by their sums over the processes that
-    hold rows."""
-    found, shares = [], []
+    """‖gradient‖² of each, fp32 and 0-dim. ``add`` replaces by their sums over the processes those of tensors that one
+    process steps for all, whose gradients no other one has."""
+    found, owned = [], []
     for tensor in tensors:
-        gradient = tensor.gradient()
-        assert gradient is not None, f"{tensor.name} has no gradient"
-        found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
-        if tensor.shared:
-            shares.append(found[-1])
-    if shares:
-        add(shares)
+        gradient = None if tensor.elsewhere else tensor.gradient()
+        if gradient is not None:
+            found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+        else:  # with its owner, unless that has failed
+            assert tensor.owner is not None, f"{tensor.name} has no gradient"
+            found.append(torch.zeros((), device=tensor.stored.device))
+        if tensor.owner is not None:
+            owned.append(found[-1])
+    if owned:
+        add(owned)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..lowrank.layers.bases import Basis
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
+from ..lowrank.tensors.splitting import places_in
 
 KINDS = ("int8 weights", "weight scales", "bases", "trained in full", "moments", "fp32 masters", "buffers")
 
@@ -18,10 +19,9 @@ def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Colle
     ``streamed``: identities of storages that are elsewhere."""
     make_states(tensors)
     sizes = _model_bytes(model, streamed)
-    for layer, own in ((tensor.module, tensor.mine) for tensor in tensors if tensor.shared):
-        sizes[_category(layer, "weight", own.weight)] -= layer.weight.nbytes - own.weight.nbytes
-        if own.weight_scale is not None:
-            sizes["weight scales"] -= layer.weight_scale.nbytes - own.weight_scale.nbytes
+    for tensor in (tensor for tensor in tensors if tensor.shards > 1 and tensor.module is not None):
+        for place in places_in(tensor.module):
+            sizes[_category(place.module, place.key, place.tensor)] -= place.nbytes - place.share(tensor.shards).nbytes
     of_rules = [tensor for tensor in tensors if tensor.keeps_whole]
     sizes["moments"] = state_bytes(tensors, streamed) + _extra_bytes(of_rules, streamed)
     masters = [tensor for tensor in tensors if tensor not in of_rules]
@@ -31,7 +31,7 @@ def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Colle
 
 def make_states(tensors: Sequence[TrainedTensor]) -> None:
     """Let the inner optimizers make their states, if they have none yet."""
-    for part in (part for tensor in tensors for part in tensor.parts):
+    for part in (part for tensor in tensors if not tensor.elsewhere for part in tensor.parts):
         if part.leaf.numel():  # a rule without moments never steps its own
             part.step(torch.zeros_like(part.leaf), 0.0)  # for the inner optimizers to make their states
         part.scratch.release()
@@ -59,7 +59,8 @@ def state_bytes(tensors: Sequence[TrainedTensor], streamed: Collection[int] = ()
 
 def _extra_bytes(tensors: Sequence[TrainedTensor], streamed: Collection[int]) -> int:
     """Bytes of what ``tensors`` keep beside the model's tensors and the inner optimizers'."""
-    storages = (value.untyped_storage() for tensor in tensors for value in tensor.tensors().values())
+    mine = (tensor for tensor in tensors if not tensor.elsewhere)
+    storages = (value.untyped_storage() for tensor in mine for value in tensor.tensors().values())
     return sum(storage.nbytes() for storage in storages if storage._cdata not in streamed)
 
 

@@ -5,33 +5,36 @@ from collections.abc import Iterable
 from ..lowrank.tensors.base import TrainedTensor
 
 COLLECTIVES = (
+    "gather blocks",
     "all-reduce Δ gradients",
+    "reduce Δ gradients",
     "all-reduce dense gradients",
-    "gather weights",
-    "reduce-scatter Δ gradients",
+    "reduce dense gradients",
     "all-reduce full gradients of refreshes",
+    "reduce full gradients of refreshes",
+    "hand out rows",
+    "broadcast matrices",
     "broadcast bases",
 )
 
 
-def payload(tensors: Iterable[TrainedTensor], gap: int, passes: int = 1) -> dict[str, float]:
-    """Bytes of the tensors that an ordinary step reduces or broadcasts, by collective; and of layers whose rows are
-    shared, what is gathered and scattered in each of its ``passes`` through the model and back: a layer-major step is
-    one, a batch-major one has as many as a process has micro-batches.
+def payload(tensors: Iterable[TrainedTensor], gap: int) -> dict[str, float]:
+    """Bytes of the tensors that an ordinary step sends, by collective. Blocks that are split are gathered twice in it,
+    forward and backward, whatever the number of micro-batches is.
 
-    A layer's full gradient and fp32 basis travel once in ``gap`` steps, at most: a lazy schedule stretches its gap. The
+    A layer's full gradient and new basis travel once in ``gap`` steps, at most: a lazy schedule stretches its gap. The
     full gradients of a first step are left out. Of a mixture all experts count, since those without tokens send zeros.
-    Meetings (24 bytes a process, six in a layer-major step and as many for each refresh) are left out, and so are
-    the notes of blocks, of a byte for each tensor.
+    Meetings, what owners tell of refreshes, and the notes of blocks are left out: they are some bytes for each tensor.
     """
     sizes = dict.fromkeys(COLLECTIVES, 0.0)
     for tensor in tensors:
-        for collective, size in tensor.traffic(gap, passes).items():
+        for collective, size in tensor.traffic(gap).items():
             sizes[collective] += size
     return {name: size for name, size in sizes.items() if size}
 
 
 def ring(size: float, processes: int, collective: str) -> float:
-    """Bytes that a process sends (and receives as many) when ``size`` bytes go round a ring of ``processes``."""
-    rounds = 2 if collective.startswith("all-reduce") else 1
+    """Bytes that a process sends (and receives as many) when ``size`` bytes go round a ring of ``processes``. Rows are
+    handed out by their owners, each of whom has a part of them."""
+    rounds = 2 if collective.startswith("all-reduce") else 1 / processes if collective.startswith("hand") else 1
     return rounds * size * (processes - 1) / processes

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError
 from ..files.headers import as_matrix, is_finite
+from ..lowrank.layers.bases import Basis
 from ..lowrank.layers.experts import Experts
 from ..lowrank.layers.linear import LowRankLinear
 from ..parallel import shards
@@ -220,6 +221,7 @@ def fill(model: nn.Module, source: Source, report: str) -> list[str]:
     """
     layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     made = {id(value) for layer in layers for value in (*layer.leaves().values(), layer.weight_scale)}  # not stored
+    made |= {id(value) for module in model.modules() if isinstance(module, Basis) for value in module.parameters()}
     targets = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in made}
     wanted = {id(p): p.numel() for p in targets.values()}
     total, anew = sum(wanted.values()), []

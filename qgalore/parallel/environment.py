@@ -20,11 +20,18 @@ def world_size() -> int:
         _number("RANK", 0, size - 1)
     if size > 1 and "LOCAL_RANK" in os.environ:
         _number("LOCAL_RANK", 0, size - 1)
+    on_this_machine(size)
     if size > 1:
         _number("MASTER_PORT", 0, LARGEST - 1)
         if not os.environ.get("MASTER_ADDR"):
             raise ConfigError(f"the environment variable MASTER_ADDR is not set; it must name rank 0's host. {_REMEDY}")
     return size
+
+
+def on_this_machine(size: int) -> int | None:
+    """How many of a job's ``size`` processes are on this machine; None if that is not said, or there is one."""
+    told = size > 1 and "LOCAL_WORLD_SIZE" in os.environ
+    return _number("LOCAL_WORLD_SIZE", 1, size) if told else None
 
 
 def _number(name: str, low: int, high: int) -> int:

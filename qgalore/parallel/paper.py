@@ -6,7 +6,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from .pending import Note, Pending, Share, Sum
+from .handing import Handed
+from .pending import Note, Pending, Sum
 from .team import Team
 
 T = TypeVar("T")
@@ -49,5 +50,8 @@ class PaperTeam(Team):
     def hear(self, note: Note, own: Exception | None) -> list[bool]:
         return note.words[1:].tolist()
 
-    def begin(self, sums: Sequence[Sum], shares: Sequence[Share] = ()) -> Pending:
-        return _Unsent().begin(sums, shares)
+    def begin(self, sums: Sequence[Sum]) -> Pending:
+        return _Unsent().begin(sums)
+
+    def hand_out(self, handed: Sequence[Handed]) -> None:
+        """They are there."""

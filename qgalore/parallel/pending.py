@@ -12,10 +12,16 @@ from torch import distributed as dist
 from .telling import reaching
 
 SMALL = 1 << 16  # elements below which tensors travel together
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
 
-Sum = tuple[Tensor, torch.dtype]  # a tensor that is to become its sum over the processes, and the dtype it travels in
-Share = tuple[Tensor, Tensor]  # a tensor, and the memory for this process's rows of its sum
+
+@dataclass(frozen=True)
+class Sum:
+    """``tensor`` is to become its sum over the processes, and travels in ``dtype``: in every process, or in the one
+    ``to`` which it goes alone. Elsewhere it then holds anything."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+    to: int | None = None
 
 
 @dataclass
@@ -45,26 +51,27 @@ class Pending:
             for tensor, part in zip(tensors, sent.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def begin(self, sums: Sequence[Sum], shares: Sequence[Share]) -> "Pending":
-        """Send them on their way; small ``sums`` of one dtype travel together. The rows of a share are those of its
-        tensor in the dtype of the memory for them."""
-        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor, dtype in sums:
-            if tensor.numel() < SMALL:
-                small.setdefault((dtype, tensor.device), []).append(tensor)
+    def begin(self, sums: Sequence[Sum]) -> "Pending":
+        """Send them on their way; small ones of one dtype that go to the same place travel together."""
+        small: dict[tuple[torch.dtype, int | None, torch.device], list[Tensor]] = {}
+        for one in sums:
+            if one.tensor.numel() < SMALL:
+                small.setdefault((one.dtype, one.to, one.tensor.device), []).append(one.tensor)
                 continue
-            sent = tensor.to(dtype).contiguous()
-            self._send(partial(dist.all_reduce, sent))
-            if sent is not tensor:
-                self._arrivals.append((sent.view(-1), [tensor]))
-        for (dtype, _), group in small.items():
+            sent = one.tensor.to(one.dtype).contiguous()
+            self._send(_summing(sent, one.to))
+            if sent is not one.tensor:
+                self._arrivals.append((sent.view(-1), [one.tensor]))
+        for (dtype, to, _), group in small.items():
             sent = torch.cat([tensor.to(dtype).reshape(-1) for tensor in group])
-            self._send(partial(dist.all_reduce, sent))
+            self._send(_summing(sent, to))
             self._arrivals.append((sent, group))
-        for tensor, mine in shares:
-            self._send(partial(_reduce_scatter, mine, tensor.to(mine.dtype).contiguous()))
         return self
 
     def _send(self, collective: Callable[..., Any]) -> None:
         with reaching():
             self._works.append(collective(async_op=True))
+
+
+def _summing(sent: Tensor, to: int | None) -> Callable[..., Any]:
+    return partial(dist.all_reduce, sent) if to is None else partial(dist.reduce, sent, dst=to)

@@ -1,36 +1,30 @@
 """Tensors of which every process of a team holds its own rows: PyTorch's ``DTensor``, as FSDP2 leaves parameters.
 
 FSDP2 gathers a module's parameters before its forward and its backward pass and drops them after. Gradients are not its
-business here: sharded weights are stored, not trained.
+business here: what is split is stored, not trained. Rows are dealt as ``torch.chunk`` does it: the last processes may
+hold fewer of them, or none.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..errors import RankError
 from .telling import reaching
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import UnshardHandle
 
-PATIENCE = timedelta(minutes=5)  # for a gathering of rows, which nobody should be late for
 
-
-def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], device: torch.device) -> None:
+def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], mesh: "DeviceMesh") -> None:
     """Leave of the parameters in ``sharded`` (requires_grad False) this process's rows alone, gathered for each of
-    ``blocks`` while that runs; all other parameters stay whole, and FSDP2 ignores them. In a job of several processes.
-    The number of rows must be a multiple of theirs."""
+    ``blocks`` while that runs; all other parameters stay whole, and FSDP2 ignores them. ``mesh``: from ``mesh_of``."""
     from torch.distributed.fsdp import fully_shard  # takes a second to import
-    from torch.distributed.tensor import DeviceMesh
 
-    group = dist.new_group(timeout=PATIENCE)
-    mesh = DeviceMesh.from_group(group, device.type)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - sharded)
 
@@ -39,17 +33,19 @@ class Gathered:
     """Around the turns of ``blocks`` in a walk, which :func:`shard` has split: each is gathered once for all that is
     done in a turn, and the next one begins to come.
 
-    All processes take the same turns, also one that has failed, until the others have heard of that. Blocks that are
-    not shared are left alone.
+    On the way back a block stays whole for one turn longer. Its gradients travel to the processes that step it while
+    the next block works, and these write what they step into the gathered block. All processes take the same turns,
+    also one that has failed, until the others have heard of that. Blocks that are not shared are left alone.
     """
 
-    stays = True  # what is trained is this process's rows
+    stays = True  # until the turn after its own
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         self.blocks: dict[int, FSDPModule] = {n: b for n, b in enumerate(blocks) if isinstance(b, FSDPModule)}
         self._coming: dict[int, UnshardHandle] = {}
+        self._lasting: int | None = None  # the block that has had its turn and may yet be stepped
 
     def begin(self) -> None:
         """From here on FSDP2 does not drop by itself what it has gathered."""
@@ -57,22 +53,20 @@ class Gathered:
 
     def enter(self, block: int, backward: bool) -> None:
         """``block`` is whole now in every process."""
-        if block in self.blocks:
-            self._begin(block)
-            with reaching():
-                self._coming.pop(block).wait()
+        self._come(block)
         ahead = block - 1 if backward else block + 1
         if ahead in self.blocks:
             self._begin(ahead)
 
     def leave(self, block: int, stepped: bool) -> None:
-        """Of ``block`` only the rows here are left."""
-        if block in self.blocks:
-            self.blocks[block].reshard()
+        """Of ``block`` only the rows here are left or, on the way back, of the block before it."""
+        before, self._lasting = (self._lasting, block) if stepped else (block, None)
+        self._drop(before)
 
     def end(self, whole: bool) -> None:
         """Drop also what was gathered in vain: all processes have begun it."""
         self._drop_at_once(True)
+        self._lasting = None
         for handle in self._coming.values():
             with suppress(RankError), reaching():
                 handle.wait()
@@ -81,7 +75,21 @@ class Gathered:
             block.reshard()
 
     def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
-        """Nothing: the rows here have not left."""
+        """Call ``act`` with the number of each block, from the first to the last, while it is whole."""
+        for block in self.blocks:
+            self._come(block)
+            act(block)
+            self._drop(block)
+
+    def _come(self, block: int) -> None:
+        if block in self.blocks:
+            self._begin(block)
+            with reaching():
+                self._coming.pop(block).wait()
+
+    def _drop(self, block: int | None) -> None:
+        if block in self.blocks:
+            self.blocks[block].reshard()
 
     def _begin(self, block: int) -> None:
         if block not in self._coming:
@@ -111,27 +119,47 @@ def like(tensor: Tensor, rows: Tensor) -> Tensor:
     """The tensor of which ``rows`` are the ones here, shared by the processes that share ``tensor``."""
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, run_check=False)
+    shape = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, run_check=False, **shape)
+
+
+def shards_of(tensor: Tensor) -> int:
+    """Over how many processes the rows of ``tensor`` are split; 1 if it is not shared."""
+    return tensor.device_mesh.shape[-1] if is_shared(tensor) else 1
+
+
+def holders(tensor: Tensor) -> list[list[int]]:
+    """For each share of a shared ``tensor``'s rows, in their order, the processes that hold it: one, or one in each
+    replica."""
+    mesh = tensor.device_mesh.mesh
+    return mesh.reshape(-1, mesh.shape[-1]).T.tolist()
+
+
+def first_holders(tensor: Tensor) -> tuple[tuple[int, int], ...]:
+    """For each share of a shared ``tensor``'s rows, in their order, a process that holds it and its bytes."""
+    groups, rows = holders(tensor), torch.arange(tensor.shape[0], device="cpu")
+    width = tensor.shape[1:].numel() * tensor.dtype.itemsize
+    return tuple((ranks[0], len(share(rows, number, len(groups))) * width) for number, ranks in enumerate(groups))
 
 
 def rows_of(tensor: Tensor, whole: Tensor) -> Tensor:
     """Of ``whole`` the rows that are here of the shared ``tensor``; all, if it is not shared."""
     if not is_shared(tensor):
         return whole
-    return share(whole, tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+    return share(whole, tensor.device_mesh.get_local_rank(tensor.device_mesh.ndim - 1), shards_of(tensor))
 
 
 def overlap(tensor: Tensor, first: int, rows: Tensor) -> tuple[int, Tensor]:
     """Of ``rows``, meant for ``tensor`` from its row ``first`` on: where those that are here go, and they."""
     if not is_shared(tensor):
         return first, rows
-    count = local(tensor).shape[0]
-    start = tensor.device_mesh.get_local_rank() * count
-    a, b = max(first, start), min(first + rows.shape[0], start + count)
+    here = rows_of(tensor, torch.arange(tensor.shape[0], device="cpu"))
+    start, end = (int(here[0]), int(here[-1]) + 1) if len(here) else (0, 0)
+    a, b = max(first, start), min(first + rows.shape[0], end)
     return (a - start, rows[a - first : b - first]) if a < b else (0, rows[:0])
 
 
-def share(whole: Tensor, rank: int, size: int) -> Tensor:
-    """The rows of ``whole``, a multiple of ``size``, that process ``rank`` holds: a view."""
-    rows = whole.shape[0] // size
-    return whole[rank * rows : (rank + 1) * rows]
+def share(whole: Tensor, number: int, count: int) -> Tensor:
+    """The rows of ``whole`` in share ``number`` of ``count``: a view, of no rows if there are too few."""
+    rows = -(-whole.shape[0] // count)
+    return whole[number * rows : (number + 1) * rows]

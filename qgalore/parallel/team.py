@@ -24,7 +24,8 @@ from torch import distributed as dist
 
 from .. import errors
 from ..errors import RankError
-from .pending import Note, Pending, Share, Sum
+from .handing import Handed, hand_out
+from .pending import Note, Pending, Sum
 from .telling import is_told, kind_of, reaching, told
 
 FAILED = 0
@@ -203,12 +204,17 @@ class Team:
             self._raise_the_first(own)
         return note.words[1:].bool().tolist()
 
-    def begin(self, sums: Sequence[Sum], shares: Sequence[Share] = ()) -> Pending:
-        """Begin to replace the tensors of ``sums`` by their sums over the ranks, and to fill the memory of ``shares``.
+    def begin(self, sums: Sequence[Sum]) -> Pending:
+        """Begin to replace the tensors of ``sums`` by their sums over the ranks.
 
         Nobody is met: all must be sure to come here.
         """
-        return Pending() if self.size == 1 else Pending().begin(sums, shares)
+        return Pending() if self.size == 1 else Pending().begin(sums)
+
+    def hand_out(self, handed: Sequence[Handed]) -> None:
+        """Give every rank what it keeps of tensors that one of them has changed. Nobody is met, as in :meth:`begin`."""
+        if self.size > 1:
+            hand_out(handed, self.rank, self.size)
 
     def sum_(self, place: str, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in its own dtype; small ones of a dtype travel in one."""
@@ -218,18 +224,7 @@ class Team:
 
     def add_(self, tensors: list[Tensor]) -> None:
         """:meth:`sum_` where nobody is met, as in :meth:`begin`."""
-        self.begin([(tensor, tensor.dtype) for tensor in tensors]).wait()
-
-    def scatter(self, place: str, tensor: Tensor) -> Tensor:
-        """This process's rows of the sum of ``tensor`` over the ranks, in its dtype: (rows / size, …), new memory."""
-        mine = self.room(tensor, tensor.dtype)
-        self.meet(place)
-        self.begin([], [(tensor, mine)]).wait()
-        return mine
-
-    def room(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for this process's rows of ``tensor``, whose number is a multiple of the ranks'."""
-        return tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:], dtype=dtype)
+        self.begin([Sum(tensor, tensor.dtype) for tensor in tensors]).wait()
 
     def receive_(self, place: str, tensors: list[Tensor]) -> None:
         """Replace each tensor by that of rank ``first``."""

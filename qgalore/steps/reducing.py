@@ -42,7 +42,8 @@ class Steps:
     gradient, as a mixture's expert may have tokens in one process alone. Nobody waits for it. Sums and note travel
     while the walk goes on with the next block. Then the note is heard, and the block, whose sums have arrived in the
     meantime, takes its step. So the gradients of two blocks exist at a time, and a failure is known one block later.
-    Only for the epilogue and the prologue, and where a basis is due, the processes meet.
+    Only for the epilogue and the prologue, and where all look for a due basis together, the processes meet. Where one
+    process steps a matrix for all, sums go to it alone, and what it has changed is handed out after the step.
     """
 
     def __init__(self, optimizer: LowRankOptimizer, layout: Layout, *, keep: bool, at_once: bool = False) -> None:
@@ -121,12 +122,9 @@ class Steps:
         try:
             if not meets:
                 note = team.leave_note(self._failure is not None, held)
-            sums, shares = [], []
             for tensor in asked:
                 _or_zeros(tensor)
-                more = tensor.to_sum(team)
-                sums, shares = sums + more[0], shares + more[1]
-            return _Part(asked, team.begin(sums, shares), note)
+            return _Part(asked, team.begin([one for tensor in asked for one in tensor.to_sum()]), note)
         except Exception as error:
             if is_told(error):
                 raise
@@ -138,16 +136,32 @@ class Steps:
         part.sums.wait()
         for tensor in part.idle:
             tensor.drop_gradient()
-        team = self.optimizer.team
-        for tensor in part.tensors:
-            meets = team.size > 1 and tensor.awaits_refresh()
+        failure = self._prepare(part.tensors)
+        if not self.keep:
+            self.optimizer.look_at(part.tensors, self.optimizer.team.add_)  # all are sure to come here
+        if self.keep or failure is not None:  # who keeps gradients steps later; who has failed still takes part
+            self.optimizer.hand_out(part.tensors, weights=not self.keep)
+        else:
+            self.optimizer.move(part.tensors)
+        if failure is not None:
+            raise failure
+
+    def _prepare(self, tensors: list[TrainedTensor]) -> Exception | None:
+        """Find the bases that are due. Returns an error of this process for ``tensors`` that it steps for all, since
+        the others do not wait for it here."""
+        team, failure = self.optimizer.team, None
+        for tensor in tensors:
+            meets = team.size > 1 and tensor.owner is None and tensor.awaits_refresh()
             if meets:
                 self.raise_failure()
-            with team.together(f"the new basis of {tensor.name}") if meets else nullcontext():
-                self.optimizer.prepare_summed(tensor)
-        if not self.keep:
-            self.optimizer.look_at(part.tensors, team.add_)  # all are sure to come here
-            self.optimizer.move(part.tensors)
+            try:
+                with team.together(f"the new basis of {tensor.name}") if meets else nullcontext():
+                    self.optimizer.prepare_summed(tensor)
+            except Exception as error:
+                if tensor.owner is None:
+                    raise
+                failure = failure or error
+        return failure
 
     def __enter__(self) -> "Steps":
         return self

@@ -21,6 +21,7 @@ from ..models.loading import local_folder
 from ..models.presets import PRESETS
 from ..models.sample import prompt_ids
 from ..parallel import ALONE, Team
+from ..parallel.environment import on_this_machine
 from ..quant import dispatch, int8_products
 from . import classification, tracking
 from . import loop_settings as settings
@@ -131,10 +132,18 @@ def _announce(config: Config, folder: Path, device: torch.device, team: Team, re
     say("run", f"{folder} | method {config.method} | {device.type}, {config.model.dtype}")
     if team.size > 1:
         part = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
-        holds = {"replicate": "the model", "shard": "its rows of the low-rank layers, and all else,"}[config.parallel]
+        mesh = config.parallel.over(team.size)
+        holds = "its rows of the low-rank layers, and all else," if mesh.splits else "the model"
         say("parallel", f"{team.size} processes, {config.parallel}: each holds {holds} and takes {part} in a step")
-    elif config.parallel == "shard":
-        say("note", "parallel: shard has no effect in one process")
+        on_each = on_this_machine(team.size)
+        if on_each is not None and mesh.replicas > 1 and mesh.crosses(on_each):
+            say(
+                "note",
+                f"parallel: {mesh} splits a copy over machines, which have {counted(on_each, 'process', 'processes')} "
+                "each. Its weights travel between them; a shard that divides this number keeps them inside",
+            )
+    elif config.parallel != configuration.Mesh():
+        say("note", f"parallel: {config.parallel} has no effect in one process")
     say("optimizer", f"{checked.describe(config.train.optimizer, device)}, {stepping_line(config)}")
     for remark in remarks:
         say("note", remark)

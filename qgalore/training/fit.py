@@ -201,7 +201,7 @@ def settle(
     if rule_of(config) == "muon":
         say("muon", remarks.orthogonalisation(chosen, vocabulary))
     if processes > 1:
-        remarks.print_traffic(config, vocabulary, processes, 1 if found.walked else whole // processes)
+        remarks.print_traffic(config, vocabulary, processes)
     _check(config, vocabulary, device, found, limit, processes)
     return changed(chosen, {"train.grad_accumulation": whole}), found
 

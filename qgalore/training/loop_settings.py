@@ -31,7 +31,7 @@ def of_data(
     if examples is not None:
         return classification.loop_data(config, examples, order_for)
     # A pass that gathers weights must be the same in all processes, so there each evaluates all of the data.
-    team = ALONE if config.parallel == "shard" else team
+    team = ALONE if config.parallel.over(team.size).splits else team
     looking = partial(evaluate_sets, summed_loss=loss, target_tokens=target_tokens, team=team, losses=losses)
     return Data(data.train, data.valid, order_for, target_tokens, looking)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ..lowrank.inner.checked import BUILTIN
 from ..lowrank.layers import lora
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
-from ..lowrank.tensors.sharded import share_rows
+from ..lowrank.tensors.splitting import split_rows
 from ..models import classify, loading, streaming
 from ..models.causality import check_causal
 from ..models.compiling import blocks_of, compile_blocks
@@ -22,9 +22,13 @@ from ..models.convert import ConversionReport, convert
 from ..models.loss import Loss, balance_weight, check_isolation, choose_loss, chunked_loss, uncalled_layers
 from ..models.recompute import checkpoint_blocks
 from ..parallel import ALONE, Team
+from ..parallel.mesh import mesh_of
 from .attending import attend_as
 from .say import say
 from .vocabulary import Vocabulary, check_added, may_grow, rows_wanted, say_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
@@ -154,16 +158,16 @@ def compile_as(config: Config, model: nn.Module) -> None:
         say("compile", f"{count} blocks, at the first step without a refresh in them; evaluation is not compiled")
 
 
-def shard_model(model: nn.Module, device: torch.device) -> None:
-    """Split the low-rank layers of a model's blocks by rows, on the meta device, so that no process ever holds them
-    whole. Raises :class:`ConfigError` without such blocks."""
+def shard_model(model: nn.Module, mesh: "DeviceMesh") -> None:
+    """Split what the low-rank layers of a model's blocks store, on the meta device, so that no process ever holds it
+    all. Raises :class:`ConfigError` without such blocks."""
     blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
     if not blocks:
         raise ConfigError(
             f"parallel: shard gathers weights block by block, and {type(model).__name__} has no blocks that are known; "
             "use parallel: replicate"
         )
-    share_rows(blocks, device)
+    split_rows(blocks, mesh)
 
 
 def build_model(
@@ -194,8 +198,8 @@ def build_model(
         if config.method == "lora":
             frozen = counted(len(report.converted), "weight is", "weights are")
             say("model", f"LoRA: {frozen} frozen; factors of rank {config.lowrank.rank} train")
-    if config.parallel == "shard" and team.size > 1:
-        shard_model(model, device)
+    if (mesh := config.parallel.over(team.size)).splits:
+        shard_model(model, mesh_of(team, mesh, device.type))
     place(model, device)
     if anew := streaming.fill(model, source, "model"):
         many = counted(

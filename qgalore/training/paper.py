@@ -15,14 +15,14 @@ from ..lowrank.rules import RuleOptions
 from ..lowrank.subspace.policies import layers_at_once
 from ..lowrank.subspace.refresh import RefreshOptions
 from ..lowrank.tensors.base import TrainedTensor
-from ..lowrank.tensors.sharded import ShardedTensor, shareable
+from ..lowrank.tensors.splitting import deal, places_in
 from ..memory import machine, plan
 from ..memory.rehearsal import Order, PaperOptimizer, Step, on_paper_schedules
 from ..memory.stand_ins import Adam8bitShapes
 from ..models import classify, loading
 from ..models.compiling import blocks_of, blocks_to_compile
 from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
-from ..parallel import ALONE
+from ..parallel import ALONE, Team
 from ..parallel.paper import PaperTeam
 from ..steps.blocks import Layout
 from ..steps.turns import AlwaysThere
@@ -50,9 +50,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
-    """The converted model of a resolved configuration and its optimizer, all on the meta device, in the first of so
-    many ``processes``."""
-    team = PaperTeam(0, processes) if processes > 1 else ALONE
+    """The converted model of a resolved configuration and its optimizer, all on the meta device, in the one of so many
+    ``processes`` that keeps most."""
+    team: Team = PaperTeam(0, processes) if processes > 1 else ALONE
     model = shape(config, vocabulary)
     if vocabulary.labels is None:
         loading.untie_padding(model)
@@ -73,7 +73,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
     )
     tensors = trained_tensors(model, **schedule, rule=rule_of(config), of_rule=of_rule)
     if (shares := shares_of(config, processes)) > 1:
-        tensors = _shared(model, tensors, train.optimizer, shares)
+        team = _split(model, tensors, team, shares, _inner_factory(config))
     on_paper_schedules(tensors)
     optimizer = PaperOptimizer(
         tensors,
@@ -91,7 +91,7 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
 
 def shares_of(config: Config, processes: int) -> int:
     """Among how many of ``processes`` the rows of the layers in blocks are split."""
-    return processes if config.parallel == "shard" else 1
+    return config.parallel.over(processes).shards
 
 
 def shape(config: Config, vocabulary: Vocabulary, report: Callable[[str], None] = lambda line: None) -> torch.nn.Module:
@@ -131,25 +131,23 @@ def _say_once(text: str) -> None:
     say("note", text)
 
 
-def _shared(model: torch.nn.Module, tensors: list[TrainedTensor], inner: str, shares: int) -> list[TrainedTensor]:
-    """The trained tensors, those of layers in ``model``'s blocks for one of the processes that split them. Raises
-    :class:`ConfigError` where they cannot be split so."""
+def _split(model: torch.nn.Module, tensors: list[TrainedTensor], team: Team, shares: int, factory: Factory) -> Team:
+    """Split what ``model``'s blocks store over so many ``shares``, and give each matrix an owner in ``team``: as seen
+    by the process that owns most, which is returned."""
     inside = {module for block in blocks_of(model) for module in block.modules()}
-    found = []
     for tensor in tensors:
         if tensor.module in inside:
-            shareable(tensor.name, tensor.module, inner, shares, part_elements(inner))
-            tensor = ShardedTensor(tensor.name, tensor.index, tensor.module, tensor.schedule, tensor.options)
-        found.append(tensor)
-    return found
+            tensor.shards = shares
+    load = deal(tensors, team, factory)
+    most = replace(team, rank=load.index(max(load)))
+    deal(tensors, most, factory)
+    return most
 
 
 def gathered(model: torch.nn.Module) -> int:
-    """Bytes of the stored weights of two of the largest block: as they come over the wire, and as the block uses
-    them."""
-    layers = ([m for m in block.modules() if isinstance(m, LowRankLinear)] for block in blocks_of(model))
-    stored = ([t.nbytes for m in part for t in (m.weight, m.weight_scale) if t is not None] for part in layers)
-    return 2 * max(map(sum, stored))
+    """Bytes of three of the largest block as it is stored: the one that works, the one that is coming, and the one
+    whose step waits for the sums of its gradients."""
+    return 3 * max(sum(place.nbytes for place in places_in(block)) for block in blocks_of(model))
 
 
 def plan_for(

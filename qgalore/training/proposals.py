@@ -25,7 +25,7 @@ def candidates(config: Config, device: str, can_stream: bool = False) -> Iterato
     whether blocks can live in host memory, which changes no result."""
     train, low, data = config.train, config.lowrank, config.data
     free: dict[str, Any] = {}
-    split = config.parallel == "shard"
+    split = config.parallel.splits
     smallest = "offload" if device == "cuda" and config.model.compile == "none" and not split else True
     if train.activation_checkpointing not in (smallest, "offload", "auto"):
         free[CHECKPOINTING] = smallest

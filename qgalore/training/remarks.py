@@ -28,12 +28,11 @@ def _tokens_of_a_step(config: Config) -> int:
     return config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation
 
 
-def print_traffic(config: Config, vocabulary: Vocabulary, processes: int, passes: int) -> None:
-    """What each of ``processes`` sends in a step of so many ``passes`` through the model and back: one for each
-    micro-batch, or a walk of all of them."""
+def print_traffic(config: Config, vocabulary: Vocabulary, processes: int) -> None:
+    """What each of ``processes`` sends in a step."""
     _, optimizer = on_paper(config, vocabulary, processes)
     optimizer.accumulate_in_fp32(config.train.order != "batch_major")
-    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap, passes)
+    sizes = traffic.payload(optimizer.tensors, config.lowrank.update_proj_gap)
     sent = {name: traffic.ring(size, processes, name) for name, size in sizes.items()}
     say("wire", f"{plan.human(round(sum(sent.values())))} sent by each of {processes} processes in a step")
     for name, size in sent.items():

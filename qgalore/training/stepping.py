@@ -68,7 +68,6 @@ class BatchMajor:
             if number == numbers[-1]:  # before the last backward pass: fused stepping updates in it
                 loss = self.optimizer.team.total("the loss of a step", loss)
                 look(loss)
-            # Sharded weights are gathered in it, which must not begin while a process has failed.
             self.optimizer.team.meet("a backward pass")
             part.backward()
         return loss, self._update()
@@ -154,7 +153,7 @@ class LayerMajor:
 
     def left_traces(self) -> bool:
         """Blocks above the one with the bad gradient have stepped, or have bases that are new."""
-        return self.optimizer.inside_step or bool(self.optimizer.events)
+        return self.optimizer.inside_step or self.optimizer.has_refreshed
 
 
 def _finite(loss: float, step: int) -> float:

@@ -83,4 +83,4 @@ def graphs_kept(config: Config, blocks: int) -> int:
 
 def turns_of(config: Config, layout: Layout, team: Team) -> Turns:
     """What happens around a block's turn in a walk: its weights are gathered, if processes split them."""
-    return Gathered(layout.blocks) if config.parallel == "shard" and team.size > 1 else AlwaysThere()
+    return Gathered(list(layout.blocks)) if config.parallel.over(team.size).splits else AlwaysThere()

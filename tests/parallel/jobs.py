@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgalore
 from qgalore.combinations import RULES
+from qgalore.config import Mesh
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.lowrank.tensors.sharded import share_rows
+from qgalore.lowrank.tensors.splitting import split_rows
 from qgalore.parallel import job, shards
+from qgalore.parallel.kept import Kept
+from qgalore.parallel.mesh import mesh_of
 from qgalore.parallel.shards import Gathered
 from qgalore.steps.trial import try_walk
 from qgalore.steps.turns import AlwaysThere
@@ -41,29 +44,6 @@ def diagonals(features):
     return (torch.eye(WIDTH).repeat(1, times) * numbers)[:, :features]
 
 
-class Layers(nn.Module):
-    """Two blocks of one layer with its basis on the right, and a dense vector outside."""
-
-    def __init__(self):
-        super().__init__()
-        make = torch.Generator().manual_seed(3)
-        options = {"rank": RANK, "group_size": 32, "proj_type": "right"}
-        shapes = ((LONG, WIDTH), (SMALL, WIDTH))
-        weights = [torch.randn(*shape, generator=make) for shape in shapes]
-        self.blocks = nn.ModuleList(nn.Sequential(LowRankLinear(weight, None, **options)) for weight in weights)
-        self.free = nn.Parameter(torch.zeros(LONG))
-
-    def loss(self, step, number):
-        """A loss whose gradients are integers: micro-batch ``number`` adds to the diagonals of both weights' gradients,
-        whose entries are all different, so that every basis is a choice of axes, different in each step."""
-        make = torch.Generator().manual_seed(step)
-        order = torch.randperm(WIDTH, generator=make)
-        wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number]
-        x = torch.diag((2 * (order + 1) + wobble).float()).requires_grad_()
-        outputs = [block(x) * diagonals(block[0].out_features) for block in self.blocks]
-        return (outputs[0] + self.free).sum() + outputs[1].sum()
-
-
 class _Hand(torch.autograd.Function):
     """Hands ``hidden`` on and its gradient back, and gives ``other`` the ``gradient``. So the values of ``other``,
     which training makes odd, never enter what is computed from integers."""
@@ -82,9 +62,9 @@ class ChainBlock(nn.Module):
     """A layer from WIDTH features, repeated as often as it has some, whose weight's gradient is a diagonal of
     integers."""
 
-    def __init__(self, weight, proj_type, rank):
+    def __init__(self, weight, rank):
         super().__init__()
-        self.layer = LowRankLinear(weight, None, rank=rank, group_size=32, proj_type=proj_type)
+        self.layer = LowRankLinear(weight, None, rank=rank, group_size=32)
 
     def forward(self, hidden, skipped=False):
         if skipped:
@@ -99,14 +79,12 @@ class Chain(nn.Module):
     first step skip, and all but one of later steps. There are a vector before them, one behind, and one in both
     places."""
 
-    def __init__(self, proj_type="std", rank=RANK, times=1):
+    def __init__(self, rank=RANK, times=1):
         super().__init__()
         make = torch.Generator().manual_seed(3)
         shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
-        if proj_type == "right":
-            shapes = ((LONG, WIDTH), (SMALL, WIDTH), (LONG, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes * times]
-        self.blocks = nn.ModuleList(ChainBlock(weight, proj_type, rank) for weight in weights)
+        self.blocks = nn.ModuleList(ChainBlock(weight, rank) for weight in weights)
         self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
         self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
@@ -128,10 +106,11 @@ class Chain(nn.Module):
 def chain_of(team, how, options, steps=1, clip=0.0, times=1):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
     bases = RULES[options.get("rule", "galore")].uses_basis
-    model = Chain("right" if how == "shard" else "std", RANK if bases else None, times)
-    split = how == "shard" and team.size > 1
+    model = Chain(RANK if bases else None, times)
+    split = how != "replicate" and team.size > 1
     if split:
-        share_rows(model.blocks, torch.device("cpu"))
+        replicas = how if isinstance(how, int) else 1
+        split_rows(model.blocks, mesh_of(team, Mesh(replicas, team.size // replicas), "cpu"))
     given = {"update_proj_gap": 5, "seed": 1, "weight_decay": 0.1, **options}
     optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
     trial = try_walk(model, (0, 3), Chain.loss)
@@ -173,17 +152,20 @@ def steps_of_a_loop(steps):
 
 
 def whole(team, tensors):
-    """All tensors as one process has them; the order is the same everywhere."""
-    tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
-    for name, value in tensors.items():
+    """All tensors as one process has them, on every process."""
+    kept = {name: value.here for name, value in tensors.items() if isinstance(value, Kept)}
+    found = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
+    for name, value in found.items():
         if shards.is_shared(value):
-            tensors[name] = value.full_tensor()
-    return {name: value.numpy() for name, value in plain(tensors).items()}
+            found[name] = value.full_tensor()
+    for part in team.gather("what owners keep", {name: value for name, value in kept.items() if value is not None}):
+        found |= part
+    return {name: value.numpy() for name, value in plain(found).items()}
 
 
 class Wire(TorchDispatchMode):
-    """Bytes handed to collectives: the whole of what is gathered, of what is reduced and scattered, and of the floats
-    that are summed for all."""
+    """Bytes handed to collectives: the whole of what is gathered and of what is reduced, the floats that are summed for
+    all, and what this process hands out, its own share included."""
 
     def __init__(self):
         super().__init__()
@@ -191,9 +173,14 @@ class Wire(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
-        if "c10d" in name and "base_" in name:
-            whole = args[0] if "allgather" in name else args[1]
-            self.bytes["gathered" if "allgather" in name else "reduced"] += whole.nbytes
+        if "c10d" in name and "allgather_base_" in name:
+            self.bytes["gathered"] += args[0].nbytes
+        if "c10d" in name and "alltoall_base_" in name:
+            self.bytes["handed"] += args[1].nbytes
+        if "c10d" in name and ".reduce_." in name:
+            self.bytes["reduced"] += sum(tensor.nbytes for tensor in args[0])
+        if "c10d" in name and "reduce_scatter" in name:
+            self.bytes["reduced"] += args[1].nbytes
         if "c10d" in name and "allreduce_" in name:
             self.bytes["summed"] += sum(tensor.nbytes for tensor in args[0] if tensor.is_floating_point())
         return func(*args, **(kwargs or {}))

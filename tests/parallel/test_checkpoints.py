@@ -6,16 +6,13 @@ import resource
 import sys
 from pathlib import Path
 
-import torch
 from helpers import assert_same
-from jobs import MICRO_BATCHES, Layers, codes, live
+from jobs import chain_of, codes, live, take
 from processes import run_in
 from safetensors.torch import load_file
 
-import qgalore
 from qgalore.errors import ConfigError, RankError
 from qgalore.files import checkpoint
-from qgalore.lowrank.tensors.sharded import share_rows
 from qgalore.parallel import ALONE, job
 
 HOW = ("replicate", "shard")
@@ -25,14 +22,9 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 
 def model_and_optimizer(how, team, steps=0):
     """Sums are exact, so after the same steps all numbers of processes hold the same bits."""
-    model = Layers()
-    if how == "shard" and team.size > 1:
-        share_rows(model.blocks, torch.device("cpu"))
-    optimizer = qgalore.optimizer(model, lr=0.02, update_proj_gap=5, seed=1, team=team)
+    model, optimizer, order = chain_of(team, how, {})
     for step in range(steps):
-        for number in team.deal(range(MICRO_BATCHES)):
-            model.loss(step, number).backward()
-        optimizer.step()
+        take(order, step)
     return model, optimizer
 
 

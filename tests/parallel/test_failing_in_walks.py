@@ -77,7 +77,7 @@ def fail(how, guilty):
     return found
 
 
-@pytest.mark.parametrize(("how", "guilty"), [("replicate", 1), pytest.param("shard", 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("how", "guilty"), [("replicate", 1), pytest.param("shard", 1, marks=pytest.mark.slow)])
 def test_all_hear_of_a_failure_wherever_it_happens(how, guilty):
     answers = run_in(2, fail, how, guilty)
     for rank, found in enumerate(answers):

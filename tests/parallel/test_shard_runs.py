@@ -17,22 +17,20 @@ from safetensors.torch import load_file
 
 from qgalore.training import assemble
 
-SHARD = ["parallel=shard", "lowrank.proj_type=right"]
-both_orders = pytest.mark.parametrize("order", ["batch_major", "layer_major"])
+SHARD = ["parallel=shard", "train.order=layer_major"]
 
 
-@both_orders
-def test_two_processes_train_save_and_one_goes_on(folder, order):
+def test_two_processes_train_save_and_one_goes_on(folder):
     short = [
         *SHARD,
-        f"train.order={order}",
         "train.eval_every=4",
         "train.save_every=2",
         "train.eval_batches=2",
         "train.clip_grad_norm=0.5",
     ]
     first = [*short, "train.max_steps=4"]
-    assert codes(run_in(2, live, str(folder), first, (1, 2, "nan"))) == {0}
+    got = run_in(2, live, str(folder), first, (1, 2, "nan"))
+    assert codes(got) == {0}, got
     made = rows(folder / "runs/tiny", "lr")
     assert [row.get("skipped") for row in made] == [None, None, "rank 1: the loss is nan in step 3", None]
     model, _ = assemble.restore_model(folder / "runs/tiny/checkpoints/step-00000004")
@@ -45,12 +43,10 @@ def test_two_processes_train_save_and_one_goes_on(folder, order):
 
 
 @pytest.mark.slow
-@both_orders
-def test_the_same_run_in_one_two_and_four_processes(folder, order):
+def test_the_same_run_in_one_two_and_four_processes(folder):
     """As in ``test_runs``: losses differ by the order of fp32 sums. Evaluation is that of one process."""
     plain = [
         *SHARD,
-        f"train.order={order}",
         "method=galore",
         "lowrank.policy=fixed",
         "train.clip_grad_norm=0.5",
@@ -99,6 +95,7 @@ def test_what_four_saved_is_what_they_held(folder):
 def planned_and_real(where, arguments):
     """Resident bytes by the plan, and of the tensors that are there after two steps."""
     from qgalore import config
+    from qgalore.lowrank.layers.bases import Basis
     from qgalore.memory.resident import state_bytes
     from qgalore.parallel import job, shards
 
@@ -113,6 +110,9 @@ def planned_and_real(where, arguments):
         scales = {shards.local(m.weight_scale) for m in model.modules() if getattr(m, "weight_scale", None) is not None}
         real = {"int8 weights": sum(integers.values()), "moments": state_bytes(slots)}
         real["weight scales"] = sum(scale.untyped_storage().nbytes() for scale in scales)
+        sides = [basis for basis in model.modules() if isinstance(basis, Basis)]
+        bases = {shards.local(value) for basis in sides for value in (basis.codes, basis.scale) if value is not None}
+        real["bases"] = sum(value.untyped_storage().nbytes() for value in bases)
         return {name: made.planned.resident[name] for name in real}, real
 
 
@@ -122,7 +122,8 @@ def test_what_each_process_keeps_is_what_the_plan_says(folder):
     (alone, _), *_ = run_in(1, planned_and_real, str(folder), [*short, "run.name=one"])
     losses = [rows(folder / "runs" / name, "lr")[0]["loss"] for name in ("tiny", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the same model was made by rows
+    moments = [real.pop("moments") for _, real in found]
     for planned, real in found:
-        assert real == planned
-        assert real["int8 weights"] == alone["int8 weights"] / 2
-        assert real["weight scales"] == alone["weight scales"] / 2
+        assert max(moments) == planned.pop("moments")  # of the process that owns most
+        assert real == planned == {name: size / 2 for name, size in alone.items() if name in real}
+    assert max(moments) < 0.6 * alone["moments"]

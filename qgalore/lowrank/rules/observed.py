@@ -60,3 +60,14 @@ class Observation:
         cosine = None if self.momentum_cosine is None else round(float(self.momentum_cosine), 5)
         head = {"version": VERSION, "step": self.step, "layer": self.name, "shape": list(self.shape)}
         return head | found | {"momentum_cosine": cosine}
+
+
+class Told:
+    """What another process has looked at."""
+
+    def __init__(self, row: dict) -> None:
+        self.name, self._row = row["layer"], row
+
+    def row(self) -> dict:
+        """As :meth:`Observation.row`."""
+        return self._row

@@ -1,9 +1,9 @@
 """What a trained tensor must do.
 
 The optimizer is a loop over trained tensors, and all that differs between them is a method here. In the order of a
-step: ``arm`` chooses the leaf that the coming backward passes fill. ``received`` hears of each gradient. ``refresh``
-turns a whole gradient into a new basis where one is due. ``step`` lets the inner optimizer move Δ from zero and calls
-``merge``, which writes the update back. ``drop_gradient`` frees what is no longer needed.
+step: ``arm`` chooses the leaf that the coming backward passes fill. ``refresh`` turns a whole gradient into a new basis
+where one is due. ``step`` lets the inner optimizer move Δ from zero and calls ``merge``, which writes the update back.
+``drop_gradient`` frees what is no longer needed.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...parallel import ALONE, Team
-from ...parallel.pending import Share, Sum
+from ...parallel.handing import Handed
+from ...parallel.pending import Sum
 from ..inner.checked import Factory
 from ..rules.observed import Observation
 
@@ -101,8 +102,10 @@ class TrainedTensor(ABC):
     rule_name: str | None = None  # of the rule that makes its updates from whole gradients
     adaptive = False  # whether its rank is free to move
     by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
-    shared = False  # whether other processes step other rows of the same tensor
     deciding = ALONE  # the team, led by the process whose gradient gives a basis
+    shards = 1  # among how many processes the rows of what is stored are split
+    owner: int | None = None  # the process that alone steps it, where weights are split; None: each steps its copy
+    elsewhere = False  # whether that is another process than this one
 
     def __init__(self, name: str, index: int, shape: torch.Size) -> None:
         self.name, self.index, self.shape = name, index, shape
@@ -135,9 +138,6 @@ class TrainedTensor(ABC):
         """Whether a user has freed it since the last step, so that more leaves listen than :meth:`arm` leaves on."""
         return False
 
-    def received(self, leaf: nn.Parameter) -> None:  # noqa: B027 - most have nothing to do
-        """``leaf`` has its gradient of a micro-batch."""
-
     @abstractmethod
     def gradient(self) -> Tensor | None:
         """The gradient that the next :meth:`step` takes; None if there is none, or a basis must be found first."""
@@ -150,10 +150,10 @@ class TrainedTensor(ABC):
         """Whether this process has any gradient for it, a whole one included."""
         return self.gradient() is not None or any(leaf.grad is not None for leaf in self.leaves())
 
-    def to_sum(self, team: Team) -> tuple[list[Sum], list[Share]]:
-        """What the gradients here lack to be those of the whole ``team``: a sum that every process wants, or its own
-        rows of one."""
-        return [(leaf.grad, self.sent_in(leaf.grad)) for leaf in self.leaves() if leaf.grad is not None], []
+    def to_sum(self) -> list[Sum]:
+        """The gradients here, which shall be those of all processes: in each of them, or in the owner."""
+        gradients = [leaf.grad for leaf in self.leaves() if leaf.grad is not None]
+        return [Sum(gradient, self.sent_in(gradient), self.owner) for gradient in gradients]
 
     def sent_in(self, gradient: Tensor) -> torch.dtype:
         """The dtype in which a ``gradient`` travels between processes."""
@@ -162,7 +162,7 @@ class TrainedTensor(ABC):
     def sum_over(self, team: Team) -> None:
         """Replace the gradients here by their sums over the processes of ``team``."""
         team.meet(f"the gradient of {self.name}")
-        team.begin(*self.to_sum(team)).wait()
+        team.begin(self.to_sum()).wait()
 
     def is_whole(self, leaf: nn.Parameter) -> bool:
         """Whether ``leaf`` receives the whole gradient of a layer whose Δ is smaller."""
@@ -243,6 +243,23 @@ class TrainedTensor(ABC):
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Write the update that the fp32 ``delta`` stands for into the rows from ``first`` on."""
 
+    # Where one process steps for all.
+
+    def handed(self, owner: int, bases: bool, weights: bool = True) -> list[Handed]:
+        """What the step of process ``owner`` has changed, for the others: ``bases`` after a refresh, and ``weights``.
+        Of a split weight the block must be gathered."""
+        raise NotImplementedError(f"{self.name} is stepped by every process")
+
+    def finish_record(self) -> None:  # noqa: B027 - most have none
+        """Add to the record of this step's refresh what the step did."""
+
+    def outcome(self) -> dict[str, Any]:
+        """What the other processes must know of a step of the owner, beside tensors."""
+        return {}
+
+    def follow(self, outcome: dict[str, Any]) -> None:  # noqa: B027 - most have none
+        """Take what the owner's :meth:`outcome` says."""
+
     # What a checkpoint holds.
 
     def tensors(self) -> dict[str, Tensor]:
@@ -256,20 +273,12 @@ class TrainedTensor(ABC):
     def restore(self, progress: dict[str, Any]) -> None:  # noqa: B027 - most have none
         """The inverse of :meth:`progress`, called before the moments are loaded."""
 
-    def kept(self, name: str, value: Any) -> Any:
-        """What a checkpoint is given of ``value``, which the inner optimizer calls ``name``."""
-        return value
-
-    def restored(self, name: str, value: Any) -> Any:
-        """Inverse of :meth:`kept`."""
-        return value
-
     def state(self) -> dict[str, Any]:
         """``inner``: the parts' optimizer states, with the part's number before each name where there are several;
         ``extra``: :meth:`tensors`; and :meth:`progress`."""
         inner: dict[str, Any] = {}
         for prefix, part in self._numbered():
-            inner |= {prefix + name: self.kept(name, value) for name, value in part.state().items()}
+            inner |= {prefix + name: value for name, value in part.state().items()}
         return {"inner": inner, "extra": self.tensors()} | self.progress()
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -277,7 +286,7 @@ class TrainedTensor(ABC):
         self.restore(state)
         for prefix, part in self._numbered():
             mine = {n.removeprefix(prefix): value for n, value in state["inner"].items() if n.startswith(prefix)}
-            part.set_state({name: self.restored(name, value) for name, value in mine.items()})
+            part.set_state(mine)
         for name, value in self.tensors().items():
             value.copy_(state["extra"][name])
 
@@ -287,7 +296,7 @@ class TrainedTensor(ABC):
     # For the plans of memory and of what processes send.
 
     @abstractmethod
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         """Bytes that an ordinary step sends of it, by collective; see ``traffic.payload``."""
 
     def fill(self) -> None:  # noqa: B027 - most have a size that is fixed

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ...parallel.handing import Handed
 from ...quant import dispatch
 from .base import TrainedTensor
 
@@ -51,9 +52,15 @@ class DenseTensor(TrainedTensor):
         if self.master is not None:
             self.parameter.copy_(self.master)
 
+    def handed(self, owner: int, bases: bool, weights: bool = True) -> list[Handed]:
+        return [Handed(self.parameter.detach(), None, owner)] if weights else []
+
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.master is None else {"master": self.master}
 
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         dtype = self.parameter.grad_dtype or self.parameter.dtype
-        return {"all-reduce dense gradients": float(self.parameter.numel() * dtype.itemsize)}
+        gradient, weight = float(self.parameter.numel() * dtype.itemsize), float(self.parameter.nbytes)
+        if self.owner is None:
+            return {"all-reduce dense gradients": gradient}
+        return {"reduce dense gradients": gradient, "broadcast matrices": weight}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...parallel import shards
+from ...parallel.handing import Handed
 from ...quant import dispatch
 from ...quant.counter import derive_key
 from ..layers.linear import LowRankLinear
@@ -14,6 +16,7 @@ from ..subspace import measures, refresh, sides
 from ..subspace.refresh import Found, RefreshOptions, Sides
 from ..subspace.schedule import Schedule
 from .base import TrainedTensor
+from .places import places
 
 
 class ProjectedTensor(TrainedTensor):
@@ -30,9 +33,10 @@ class ProjectedTensor(TrainedTensor):
     ) -> None:
         super().__init__(name, index, module.delta.shape)
         self.module, self.schedule, self.options = module, schedule, options
-        # What of the weight is stepped here, and the row of it with which that begins.
-        self.mine: measures.Stored = module
-        self.first_row = 0
+        sides_here = [side for side in (module.left, module.right) if side is not None]
+        self._weights = places(module, "weight", "weight_scale")
+        self._bases = [place for side in sides_here for place in places(side, "codes", "scale")]
+        self.shards = shards.shards_of(module.weight)
         self.projected = module.left is not None or module.right is not None
         self.by_rows = module.left is None
         # A refresh's record, which waits for the merge that follows to tell what became of the weight.
@@ -56,7 +60,7 @@ class ProjectedTensor(TrainedTensor):
 
     def arm(self, step: int) -> None:
         """Δ, or the probe where a refresh is due. Products of integers are tried again where one is."""
-        self._finish_record()
+        self.finish_record()
         if self.frozen():
             return
         due = self.projected and self.schedule.due(step)
@@ -151,7 +155,7 @@ class ProjectedTensor(TrainedTensor):
         # The gradient of this step is projected with the basis as it is stored, rounding included.
         self.receive(gradient, own)
         row |= {"rank": self.module.rank, "gap": self.schedule.gap, "next_refresh": self.schedule.next_refresh}
-        self._unfinished = row, measures.lines_before(self.mine, step)
+        self._unfinished = row, measures.lines_before(self.module, step)
         row |= {"waited": waited, "refreshes": self.schedule.refreshes, "seconds": time.perf_counter() - started}
         return row
 
@@ -211,23 +215,32 @@ class ProjectedTensor(TrainedTensor):
         row: dict[str, Any] = {"version": measures.VERSION, "step": step, "layer": self.name, "first": first}
         return row | {"failed": failure, "shape": list(self.module.weight.shape), "rank": self.module.rank}
 
-    def _finish_record(self) -> None:
+    def finish_record(self) -> None:
         """Add to the record of this step's refresh what the merge after it did to the weight."""
         if self._unfinished is not None:
             started = time.perf_counter()
             (row, before), self._unfinished = self._unfinished, None
-            row |= measures.int8_change(self.mine, before)
+            row |= measures.int8_change(self.module, before)
             row["seconds"] += time.perf_counter() - started
+
+    def handed(self, owner: int, bases: bool, weights: bool = True) -> list[Handed]:
+        return [place.handed(owner) for place in (*self._bases * bases, *self._weights * weights)]
+
+    def outcome(self) -> dict[str, Any]:
+        return {"schedule": self.schedule.state()}
+
+    def follow(self, outcome: dict[str, Any]) -> None:
+        self.schedule = type(self.schedule)(**outcome["schedule"])
 
     @torch.no_grad()
     def merge(self, delta: Tensor, first: int, scale: float, shrink: float, key: tuple[int, int]) -> None:
         """Add ``scale · L Δ R̂ᵀ`` to the weight's rows from ``first`` on (all of them where L is not the identity)."""
-        module, mine, options = self.module, self.mine, self.options
+        module, options = self.module, self.options
         # A left basis mixes all rows of Δ into every row of the weight, which is then written whole.
         part = slice(first, None if not self.by_rows else first + delta.shape[0])
-        scales = None if mine.weight_scale is None else mine.weight_scale[part]
+        scales = None if module.weight_scale is None else module.weight_scale[part]
         dispatch.merge(
-            mine.weight.detach()[part],
+            module.weight.detach()[part],
             scales,
             delta,
             module.left,
@@ -235,7 +248,7 @@ class ProjectedTensor(TrainedTensor):
             s=scale,
             shrink=shrink,
             key=key,
-            first_row=self.first_row + first,
+            first_row=first,
             rounding=options.rounding,
             scales=options.scales,
         )
@@ -250,15 +263,23 @@ class ProjectedTensor(TrainedTensor):
         if self.module.products is not None:
             self.module.products.load(progress["products"])
 
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         delta, probe = self.module.delta, self.module.probe
         whole = probe.numel() * probe.dtype.itemsize / gap if self.projected else 0.0
-        return {
+        gradients = {
             "all-reduce Δ gradients": float(delta.numel() * delta.dtype.itemsize),
             "all-reduce full gradients of refreshes": whole,
-            "broadcast bases": self.basis_bytes() / gap,
         }
+        return self.sent(gradients, gap)
 
-    def basis_bytes(self) -> float:
-        """Bytes of the bases in fp32, as they travel after a refresh."""
-        return sum(4.0 * basis.dim * basis.rank for basis in self.bases if basis is not None and self.projected)
+    def sent(self, gradients: dict[str, float], gap: int) -> dict[str, float]:
+        """Bytes of an ordinary step, of which ``gradients`` are those of the gradients in a team without owners."""
+        bases = sum(4.0 * basis.dim * basis.rank for basis in self.bases if basis is not None and self.projected)
+        if self.owner is None:
+            return gradients | {"broadcast bases": bases / gap}
+        weights, bases = (float(sum(place.nbytes for place in some)) for some in (self._weights, self._bases))
+        to_owners = {name.replace("all-reduce", "reduce"): size for name, size in gradients.items()}
+        if self.shards == 1:
+            return to_owners | {"broadcast matrices": weights + bases / gap}
+        handed = {"hand out rows": weights + bases / gap}
+        return {"gather blocks": 2.0 * (weights + bases)} | to_owners | handed

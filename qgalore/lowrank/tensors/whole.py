@@ -51,7 +51,7 @@ class WholeTensor(ProjectedTensor):
 
     def arm(self, step: int) -> None:
         """Always the probe."""
-        self._finish_record()
+        self.finish_record()
         self.current_step = step
         if self.frozen():
             return
@@ -149,8 +149,7 @@ class WholeTensor(ProjectedTensor):
     def tensors(self) -> dict[str, Tensor]:
         return {f"rule.{name}": value for name, value in self.rule.tensors().items()}
 
-    def traffic(self, gap: int, passes: int) -> dict[str, float]:
+    def traffic(self, gap: int) -> dict[str, float]:
         """The rule works on whole gradients, which all processes then have for a refresh too."""
         probe = self.module.probe
-        whole = float(probe.numel() * probe.dtype.itemsize)
-        return {"all-reduce Δ gradients": whole, "broadcast bases": self.basis_bytes() / gap}
+        return self.sent({"all-reduce Δ gradients": float(probe.numel() * probe.dtype.itemsize)}, gap)
