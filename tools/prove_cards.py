@@ -39,7 +39,6 @@ from qgalore.cli import arguments as kinds
 from qgalore.cli import door
 from qgalore.errors import ConfigError
 
-SHARD_BASIS = "right"  # until parallel=shard takes the default, std
 QUICK, LLAMA = "quickstart.yaml", "llama7b_16gb.yaml"
 MICRO_BATCHES = 4  # of each process in a step
 MINUTES = 10.0
@@ -108,7 +107,7 @@ class Place:
         """The keys of a run of the small model; the batch is that of all cards whatever ``processes`` there are."""
         base = {**jobs.SMALL, **jobs.QUIET, **(ON_GPU if self.device == "cuda" else {}), **RULES[case.rule]}
         base |= {"device": self.device, "data.cache_dir": self.out / "cache", "run.dir": self.out / name}
-        base |= {"lowrank.proj_type": SHARD_BASIS, "train.lr_schedule": "constant"}
+        base |= {"train.lr_schedule": "constant"}
         base |= {"train.grad_accumulation": MICRO_BATCHES * self.processes, "train.max_steps": STEPS}
         base |= {"train.eval_every": STEPS, "train.keep_last": 1, "parallel": parallel(case.how, processes)}
         return base | changes

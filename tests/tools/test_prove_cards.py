@@ -53,10 +53,10 @@ def test_every_case_is_a_configuration(tool, tmp_path, device):
     place = place_of(tool, tmp_path, device)
     for name, case in tool.CASES.items():
         made = tool.large_settings(place, name, case) if case.kind == "large" else place.settings(name, case, 4)
-        made |= {"parallel": "replicate"} if case.rule != "galore" or case.how == "mesh" else {}
         loaded = config.load(tool.LLAMA if case.kind == "large" else tool.QUICK, tool.jobs.given(made))
         assert loaded.train.grad_accumulation == 16
         assert loaded.lowrank.rule == case.rule
+        assert str(loaded.parallel) == ("{replicate: 2, shard: 2}" if case.how == "mesh" else case.how)
         assert (loaded.lowrank.rank == 1024) == (case.kind == "large")
     assert tool.parallel("mesh", 8) == "{replicate: 4, shard: 2}"
 
