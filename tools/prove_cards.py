@@ -107,9 +107,9 @@ class Place:
         """The keys of a run of the small model; the batch is that of all cards whatever ``processes`` there are."""
         base = {**jobs.SMALL, **jobs.QUIET, **(ON_GPU if self.device == "cuda" else {}), **RULES[case.rule]}
         base |= {"device": self.device, "data.cache_dir": self.out / "cache", "run.dir": self.out / name}
-        base |= {"train.lr_schedule": "constant"}
-        base |= {"train.grad_accumulation": MICRO_BATCHES * self.processes, "train.max_steps": STEPS}
-        base |= {"train.eval_every": STEPS, "train.keep_last": 1, "parallel": parallel(case.how, processes)}
+        base |= {"train.grad_accumulation": MICRO_BATCHES * self.processes, "train.lr_schedule": "constant"}
+        base |= {"train.max_steps": STEPS, "train.eval_every": STEPS, "train.keep_last": 1}
+        base |= {"parallel": parallel(case.how, processes)}
         return base | changes
 
 
