@@ -59,19 +59,30 @@ def printable(text: str) -> str:
 
 KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN")  # of the environment
 _SECRETS = (
-    re.compile(r"(?<=://)[^\s/@'\"]+(?=@)"),  # the user and password of an address
+    # The user and password of an address. A slash belongs to a password, unless a port stands before it.
+    re.compile(r"(?<=://)(?:[^\s/'\"]+|[^\s/@:'\"\[]+:(?!\d{1,5}/)[^\s@'\"]*)(?=@)"),
+    re.compile(r"(?i)(?<=%3a%2f%2f)(?:(?!%2f)[^\s&'\"])+?(?=@|%40)"),  # in an address that is part of another
     re.compile(  # short words only where one begins: ?monkey= is none
         r"(?i)(?<=[?&;#])(?:[\w.-]*(?:token|secret|password|passwd|passphrase|signature|credential|apikey|accesskey)|"
         r"(?:[\w.-]*[_.-])?(?:key|sig|pwd|auth))=[^\s&'\"]+"
     ),
-    re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v1_\w{20,}|\bgh[a-z]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}"),
+    re.compile(  # keys by their beginnings; words of a path's name are no such keys
+        r"(?<![A-Za-z0-9])(?:hf_(?:[A-Za-z0-9]{30,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{20,})|wandb_v1_\w{20,}|"
+        r"gh[a-z]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|glpat-[\w-]{20,}|xox[a-z]-\d[\w-]{10,}|"
+        r"A[KS]IA[A-Z0-9]{16}(?![A-Za-z0-9])|AIza[\w-]{35})"
+    ),
+    re.compile(  # OpenAI's and those like them; letters and digits mixed, which no word has and no hash behind a word
+        r"(?<![\w-])[sr]k[-_](?:(?:proj|ant|svcacct|admin|or)-[\w-]{40,}|[0-9a-f]{32,}|[\w-]*?"
+        r"(?![0-9a-f]+(?![A-Za-z0-9]))(?:(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{20}|[A-Za-z0-9]{32})[\w-]*)"
+    ),
 )
 HIDDEN = "[secret]"
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with ``[secret]`` in place of passwords and tokens in addresses, tokens of Hugging Face, wandb and
-    GitHub, and the values of the environment's ``KEYS``. Messages of other programs are shown, and logs of runs are
+    """``text`` with ``[secret]`` in place of passwords and tokens in addresses, of keys that their beginning tells
+    (Hugging Face's, wandb's, GitHub's, GitLab's, Slack's, AWS's, Google's, OpenAI's and alike), and of the values of
+    the environment's ``KEYS``. Messages of other programs are shown, and logs of runs are
     sent around."""
     for value in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in KEYS)):
         text = text.replace(value, HIDDEN)

@@ -62,7 +62,7 @@ def test_a_checkpoint_of_another_version_is_refused(tiny_llama, tmp_path):
     state = json.loads((path / "state.json").read_text())
     del state["sha256"]
     state["version"] = 2
-    (path / "state.json").write_text(json.dumps({**state, "sha256": checkpoint._seal(state)}))
+    (path / "state.json").write_text(json.dumps({**state, "sha256": checkpoint.seal_of(state)}))
     with pytest.raises(checkpoint.DamagedError, match="checkpoint version 2; this program reads version 3"):
         checkpoint.read_state(path)
 

@@ -147,7 +147,7 @@ def test_data_beside_the_configuration_is_found(tmp_path, monkeypatch):
     (tmp_path / "here" / "x.txt").write_text("text")
     (tmp_path / "here" / "mine.yaml").write_text(yaml.safe_dump(LEAST))
     monkeypatch.chdir(tmp_path)
-    assert config.load("here/mine.yaml").data.train == "here/x.txt"
+    assert config.load("here/mine.yaml").data.train[0].path == "here/x.txt"
 
 
 def test_methods_resolve():

@@ -53,7 +53,7 @@ def test_a_wrong_value_is_told_with_key_value_rule_and_remedy(name, field):
         assert rule
         assert re.search(r"[Ll]eave the key out|for example|Did you mean", remedy), line
         assert len(line) < 420, line
-    numeric = {int, float} & {getattr(one, "__origin__", one) for one in config.sections.members(field.annotation)}
+    numeric = {int, float} & {getattr(one, "__origin__", one) for one in config.schema.members(field.annotation)}
     if numeric or "Literal" in str(field.annotation) or field.annotation is bool:
         accepted = [kind for kind, value in WRONG.items() if not complaint(with_value(name, value))]
         assert set(accepted) <= {"null", "true", "half"}, accepted
@@ -62,7 +62,7 @@ def test_a_wrong_value_is_told_with_key_value_rule_and_remedy(name, field):
 
 def test_every_number_has_both_ends():
     for name, field in KEYS:
-        allowed = config.sections.members(field.annotation)
+        allowed = config.schema.members(field.annotation)
         for one in {int, float} & set(allowed):
             for far in (-(10**20), 10**20):
                 assert complaint(with_value(name, one(far))), f"{name} takes {far}"

@@ -35,7 +35,7 @@ def reseal(folder, state):
                 "pieces": [[len(content), hashlib.sha256(content).hexdigest()]],
             }
     state.pop("sha256", None)
-    (folder / "state.json").write_text(json.dumps({**state, "sha256": checkpoint._seal(state)}))
+    (folder / "state.json").write_text(json.dumps({**state, "sha256": checkpoint.seal_of(state)}))
 
 
 def change_a_tensor(folder, rng):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qgalore import config
 from qgalore.config import RULES
-from qgalore.config.sections import LowRankSection
+from qgalore.config.lowrank_section import LowRankSection
 from qgalore.errors import ConfigError
 from qgalore.lowrank import rules
 from qgalore.training import assemble

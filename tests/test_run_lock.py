@@ -2,11 +2,15 @@
 
 import errno
 import gc
+import json
 import os
+from pathlib import Path
 
 import pytest
 from helpers import another_process_holds
 
+from qgalore.data.paths import make_folder
+from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
 from qgalore.training import run_lock
 from qgalore.training.run_lock import RunLock
@@ -57,3 +61,60 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys, numb
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"):
         RunLock(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("beside", [(), ("notes.txt",)])
+def test_a_lock_that_nothing_came_of_is_taken_away(tmp_path, beside):
+    """With the folders that were made for it, and never with what lay there before or came since."""
+    for name in beside:
+        (tmp_path / name).touch()
+    RunLock(tmp_path).release()
+    assert os.listdir(tmp_path) == [*beside]
+    folder = tmp_path / "a" / "b"
+    for others, stays in (((), [*beside]), (("config.yaml",), ["a", *beside])):
+        lock = RunLock(folder, make_folder(folder))
+        for name in others:
+            (folder / name).touch()
+        lock.release()
+        assert sorted(os.listdir(tmp_path)) == stays
+    assert sorted(os.listdir(folder)) == [".lock", "config.yaml"]
+    (folder / "config.yaml").unlink()
+    RunLock(folder).release()
+    assert os.listdir(folder) == [".lock"], "it was there before"
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "stays"),
+    [
+        (["data.valid=gone.txt"], 2, set()),
+        (["model.overrides.hidden_size=7"], 2, set()),
+        (["data.train=late.jsonl", "data.valid=late.jsonl", "data.tokenizer=tokenizer"], 2, set()),
+        (["data.valid_fraction=0.0001", "data.valid=null", "data.tokenizer=tokenizer"], 2, {"own"}),
+    ],
+)
+def test_a_refused_start_leaves_nothing(tiny_run, more, code, stays):
+    """But for tokens in the cache, which the next start takes from there."""
+    train_tokenizer(["a row of a text"], vocab_size=300).save_pretrained("tokenizer")
+    rows = [json.dumps({"text": "a row"})] * 300 + ["{no row"]
+    Path("late.jsonl").write_text("\n".join(rows))
+    before = {path.name for path in Path().iterdir()}
+    found, _, err = tiny_run("run.dir=runs/of/mine", "data.cache_dir=own", *more)
+    assert found == code, err
+    assert {path.name for path in Path().iterdir()} - before == stays
+    Path("runs/of/mine/tiny").mkdir(parents=True)
+    assert tiny_run("run.dir=runs/of/mine", "data.cache_dir=own", *more)[0] == code
+    assert list(Path("runs").rglob("*")) == [Path("runs/of"), Path("runs/of/mine"), Path("runs/of/mine/tiny")]
+
+
+def test_a_lock_that_was_just_taken_away_is_none(tmp_path, monkeypatch):
+    """Between opening the file and locking it another process may delete it, and a third one make a new one."""
+    real = run_lock._lock
+
+    def late(descriptor):
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").touch()
+        real(descriptor)
+
+    monkeypatch.setattr(run_lock, "_lock", late)
+    with pytest.raises(ConfigError, match="is in use"):
+        RunLock(tmp_path)

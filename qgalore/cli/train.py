@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
         if team.leads:
             assemble.finish(made, made.loop.position.best_step)
     if team.leads:
-        print(f"done: {assemble.ending(settings, result, made.loop.position)}; everything is in {made.folder}")
+        said = assemble.ending(settings, result, made.loop.position, made.folder)
+        print(f"done: {said}; everything is in {made.folder}")
 
 
 def main(arguments: list[str], program: str = "qgalore train") -> int:

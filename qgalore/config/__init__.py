@@ -5,11 +5,12 @@ the method and the device decide. Nothing mutates a configuration afterwards, an
 """
 
 from ..combinations import RULES
+from .data_section import Source
 from .duration import asked, steps_of, with_steps
 from .mesh import Mesh
 from .reading import PACKAGED, dump, find, load, parse
 from .resolving import RESUMABLE, batch_major, differences, never_warm, remarks, resolve
-from .sections import METHODS, Config, Source, bytes_of
+from .sections import METHODS, Config, bytes_of
 
 __all__ = [
     "METHODS", "PACKAGED", "RESUMABLE", "RULES", "Config", "Mesh", "Source", "asked", "batch_major", "bytes_of",

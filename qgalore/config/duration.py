@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
-from .sections import Config, TrainSection
+from .sections import Config
+from .train_section import TrainSection
 
 
 def steps_of(train: TrainSection, samples: int) -> int:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from .. import combinations
 from . import duration, sharded, sources, streamed
-from .sections import ADAMS, METHODS, Config, TrainSection
+from .sections import ADAMS, METHODS, Config
+from .train_section import TrainSection
 
 # The keys behind the arguments of convert() and optimizer() for which conflicts are stated in ``combinations``.
 KEYS = combinations.Door(

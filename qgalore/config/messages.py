@@ -14,8 +14,9 @@ from pydantic_core import ErrorDetails
 
 from .. import plain_yaml
 from ..errors import without_secrets
-from .other_names import hint
-from .sections import Config, Section, members, section_in
+from .other_names import hint, hint_in_source
+from .schema import Section, members, section_in
+from .sections import Config
 
 MOST = 20  # problems told at once: a broken file has hundreds, and all from one cause
 
@@ -34,27 +35,28 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[st
 
 
 def field_at(path: tuple[Any, ...]) -> FieldInfo | None:
-    """The field that the names of ``path`` lead to: a section or a key; None if there is none of these names."""
+    """The field that the names of ``path`` lead to: a section or a key; None if there is none of these names. A place
+    in a list of sections, and a name in a mapping of them, belongs to the key that holds all."""
     section: type[Section] | None = Config
+    inner: type[Section] | None = None
     field: FieldInfo | None = None
     for name in path:
-        if isinstance(name, int):  # the place in a list of sections
+        if inner is not None:
+            section, inner = inner, None
             continue
         field = section.model_fields.get(name) if section is not None else None
         if field is None:
             return None
-        section = field.annotation if is_section(field.annotation) else section_in(field.annotation)
+        section = field.annotation if is_section(field.annotation) else None
+        inner = section_in(field.annotation)
     return field
 
 
 def problems_of(error: ValidationError, data: Any) -> list[str]:
     """One line for each key with which pydantic found fault in ``data``."""
     by_key: dict[tuple[Any, ...], ErrorDetails] = {}
-    found_at = [(_of_items(tuple(one["loc"])), one) for one in error.errors(include_url=False, include_context=False)]
-    in_lists = {location[:2] for location, _ in found_at if len(location) > 3}
-    for location, one in found_at:
-        if location[:2] in in_lists and len(location) < 4:  # it is no text either, and is not meant to be
-            continue
+    for one in error.errors(include_url=False, include_context=False):
+        location = tuple(one["loc"])
         unknown = one["type"] == "extra_forbidden"
         # Past a key, pydantic names members of unions and places in lists, which are no keys of ours.
         by_key.setdefault(location if unknown else _known_part(location), one)
@@ -64,14 +66,8 @@ def problems_of(error: ValidationError, data: Any) -> list[str]:
     return found
 
 
-def _of_items(location: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``location`` without the type that pydantic names between a key and the place in its list of sections."""
-    holder = field_at(location[:2]) if len(location) > 4 else None
-    return location[:2] + location[3:] if holder is not None and section_in(holder.annotation) else location
-
-
 def _known_part(location: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(location) > 3 and isinstance(location[2], int):
+    if len(location) > 3 and field_at(location[:4]) is not None:
         return location[:4]
     if len(location) > 1 and isinstance(location[0], str) and isinstance(location[1], int):  # in a list at the top
         return location[:1]
@@ -87,8 +83,9 @@ def _problem(location: tuple[Any, ...], error: ErrorDetails, data: Any) -> str:
     if error["type"] == "extra_forbidden":
         holder = field_at(location[:-1]) if location[:-1] else None
         section = holder.annotation if holder is not None else Config
-        section = section if is_section(section) else section_in(section)
-        siblings = section.model_fields if section is not None else ()
+        if (inner := section_in(section)) is not None:
+            return f"{name}: unknown key; {hint_in_source(_spelled(location), inner.model_fields)}"
+        siblings = section.model_fields if is_section(section) else ()
         return f"{name}: unknown key; {hint(_spelled(location), siblings, lambda: [k for k, _ in keys()])}"
     field = field_at(location)
     assert field is not None, f"the schema has no {name}"  # of all else pydantic says that it is forbidden
@@ -122,12 +119,13 @@ def _is_like_example(field: FieldInfo, value: Any) -> bool:
 
 
 def _spelled(location: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names of ``location``, with the place in a list behind that of the list: data, train[0], weight."""
+    """The names of ``location``, with the place in a list behind that of the list: data, train[0], weight. A set alone
+    has no name."""
     names: list[str] = []
     for part in location:
         if isinstance(part, int) and names:
             names[-1] += f"[{part}]"
-        else:
+        elif part != "":
             names.append(str(part))
     return tuple(names)
 
@@ -147,7 +145,9 @@ def _given(location: tuple[Any, ...], data: Any) -> bool:
 
 def _value_at(location: tuple[Any, ...], data: Any) -> Any:
     for part in location:
-        data = data[part]
+        # A path stands for a source, and a source for a list of one or for a set without a name.
+        if isinstance(data, list) or (isinstance(data, Mapping) and part in data):
+            data = data[part]
     return data
 
 

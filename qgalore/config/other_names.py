@@ -2,7 +2,7 @@
 torchtune."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 # Our key, and the names that others give it.
 _NAMES = {
@@ -151,11 +151,18 @@ _NONE_IN_SOURCES = {
 }
 
 
-def _hint_in_source(section: tuple[str, ...], plain: str, known: list[str]) -> str:
+def hint_in_source(location: tuple[str, ...], known: Collection[str]) -> str:
+    """As :func:`hint`, of a source of data, whose keys are ``known``."""
+    plain = _plain(location)
     if plain in _NONE_IN_SOURCES:
         return f"There is no such key, since {_NONE_IN_SOURCES[plain]}."
-    near = [_OF_SOURCES[plain]] if plain in _OF_SOURCES else difflib.get_close_matches(plain, known, n=1)
-    return f"did you mean {'.'.join([*section, near[0]])}?" if near else f"known here: {', '.join(known)}"
+    meant = _OF_SOURCES.get(plain, plain)
+    near = [meant] if meant in known else difflib.get_close_matches(plain, known, n=1)
+    return f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+
+
+def _plain(location: tuple[str, ...]) -> str:
+    return str(location[-1])[:80].lower().replace("-", "_")
 
 
 def hint(location: tuple[str, ...], siblings: Iterable[str], all_keys: Callable[[], Iterable[str]]) -> str:
@@ -164,9 +171,7 @@ def hint(location: tuple[str, ...], siblings: Iterable[str], all_keys: Callable[
     ``siblings`` are the names known in its section, ``all_keys()`` gives the dotted names of all keys.
     """
     section, name, known = location[:-1], str(location[-1])[:80], list(siblings)
-    plain = name.lower().replace("-", "_")
-    if section and section[-1].endswith("]"):
-        return _hint_in_source(section, plain, known)
+    plain = _plain(location)
     if plain in _NONE:
         return f"There is no such key, since {_NONE[plain]}."
     everywhere = list(all_keys())

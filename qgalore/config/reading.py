@@ -9,9 +9,11 @@ from pydantic import ValidationError
 from .. import plain_yaml
 from ..errors import ConfigError, counted
 from . import incompatible, secrets
+from .data_section import Source
 from .duration import asked
 from .messages import field_at, is_section, problems_of, short, shown
-from .sections import Config, is_textual
+from .schema import is_textual
+from .sections import Config
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # inside an installed package, beside it in the sources
@@ -124,12 +126,14 @@ def _expanded(path: str) -> str:
 
 
 def _anchor(path: Any, folder: Path) -> Any:
-    """A data path that does not exist as given but does beside the configuration file means the latter. Of a mapping
-    each value is a path, and of a list each source has one."""
+    """A data path that does not exist as given but does beside the configuration file means the latter. Sources
+    have one each."""
     if path is None:
         return None
+    if isinstance(path, Source):
+        return path.model_copy(update={"path": _anchor(path.path, folder)})
     if isinstance(path, list):
-        return [one.model_copy(update={"path": _anchor(one.path, folder)}) for one in path]
+        return [_anchor(one, folder) for one in path]
     if isinstance(path, dict):
         return {name: _anchor(one, folder) for name, one in path.items()}
     path = _expanded(path)

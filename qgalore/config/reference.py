@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 
 from .incompatible import TABLE
 from .messages import as_yaml, default_of, example_of, extra_of, is_section, keys, rule_of, words_of
-from .sections import METHODS, Config, members
+from .schema import members
+from .sections import METHODS, Config
 
 FAR = 2**20  # upper bounds from here on only keep out nonsense, and no user asks for them
 
@@ -29,7 +30,7 @@ train:
 _BEGINNING = """\
 # Configuration
 
-This page is generated from the schema in `qgalore/config/sections.py`. Do not edit it.
+This page is generated from the schema in `qgalore/config`. Do not edit it.
 Write it again with `python -m qgalore.config.reference > docs/configuration.md`.
 
 A configuration is a YAML file with the sections below. This is a whole one.

@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from ..combinations import RULES
 from ..errors import ConfigError
 from ..schedule_defaults import THRESHOLDS, longest_gap
+from .data_section import DataSection
 from .duration import asked
 from .incompatible import problems
-from .sections import METHODS, Config, DataSection
+from .sections import METHODS, Config
 
 
 def _micro_batches(config: Config, processes: int) -> int:
@@ -158,13 +159,12 @@ def _without_effect(config: Config) -> list[tuple[str, bool, str]]:
 
 def _text_keys_not_read(data: DataSection) -> Iterator[tuple[str, bool, str]]:
     """A ``text_key`` of a source that has no rows, or rows of conversations; as :func:`_without_effect`."""
-    for place, source in enumerate(() if isinstance(data.train, str) else data.train):
-        if source.text_key is None:
-            continue
-        name, task = f"data.train[{place}].text_key", source.task or data.task
-        yield name, task == "instruct", "with task: instruct"
-        is_one_text = source.path.lower().endswith((".txt", ".txt.gz"))
-        yield name, task == "text" and is_one_text, f"in {source.path}, which is one text without keys"
+    for key, source in data.all_sources.items():
+        if source.text_key != data.text_key:
+            name = f"{key}.text_key"
+            yield name, source.task != "text", f"with task: {source.task}"
+            is_one_text = source.path.lower().endswith((".txt", ".txt.gz"))
+            yield name, source.task == "text" and is_one_text, f"in {source.path}, which is one text without keys"
 
 
 def remarks(config: Config) -> list[str]:

@@ -1,6 +1,7 @@
 """What the sources of data, and labels in them, do not go with: a part of the table in ``incompatible``."""
 
-from .sections import Config, DataSection
+from .data_section import DataSection
+from .sections import Config
 
 
 def classified(config: Config) -> list[str]:
@@ -12,7 +13,7 @@ def classified(config: Config) -> list[str]:
     found = []
     if config.data.valid is None:
         found.append("data.valid: data.task: classify needs held-out data")
-    if isinstance(config.data.valid, dict):
+    elif "" not in config.data.valid:
         found.append("data.valid: data.task: classify has one held-out set; give its file alone, not a mapping")
     if config.model.path is None and config.data.tokenizer is None:
         found.append("data.tokenizer: data.task: classify needs one, or a model.path that has one")
@@ -28,16 +29,20 @@ def classified(config: Config) -> list[str]:
 
 
 def mixed(config: Config) -> list[str]:
-    """What a list of sources does not go with."""
+    """What sources, and keys of their own, do not go with."""
     data = config.data
-    if isinstance(data.train, str):
-        return []
+    if data.valid is not None and "" in data.valid and len(data.valid) > 1:
+        return ["data.valid: one of several held-out sets has no name; give it one"]
     if data.task == "classify":
-        return ["data.train: data.task: classify reads one file; put the examples into one, and name it as data.train"]
-    found = []
-    if data.task == "text" and any(source.task == "instruct" for source in data.train):
-        found.append(
-            "data.train: a source has task: instruct, and data.task is text, by which the exports have no end of an "
-            "answer; set data.task: instruct, and task: text for the sources of text"
-        )
-    return found
+        if len(data.train) > 1:
+            return ["data.train: data.task: classify reads one file; put the examples into one, and name that"]
+        own = [f"{key}.task" for key, source in data.all_sources.items() if source.task != data.task]
+        return [f"{name}: data.task: classify has labels in all files; leave this one out" for name in own]
+    if data.task == "instruct":
+        return []
+    return [
+        f"{key}: a source has task: instruct, and data.task is text, by which the exports have no end of an answer; "
+        "set data.task: instruct, and task: text for the sources of text"
+        for key, source in data.all_sources.items()
+        if source.task == "instruct"
+    ]

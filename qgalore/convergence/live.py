@@ -157,6 +157,10 @@ class Trackio:
 
     def end(self, code: int) -> None:
         self._package.finish()
+        # Its threads go on after an error and warn on standard error. No call returns it, and the run notes which.
+        noted = sorted(getattr(self._run, "_warned_failures", ()))
+        if lost := [name for name in noted if name.startswith(("write-logs", "persist-logs", "local-sender"))]:
+            raise RuntimeError(f"some figures could not be written ({', '.join(lost)}), see its own warning")
 
 
 TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}

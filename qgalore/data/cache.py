@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qgalore.data.checksums import file_digest, sync
+from qgalore.data.paths import drop_empty, make_folder
 from qgalore.data.sources import ENDINGS, fingerprint
 from qgalore.data.tokenizing import Totals, id_bound, id_dtype, leading_ids
 from qgalore.errors import ConfigError, counted
@@ -180,7 +181,7 @@ class _Folder:
     def build(self, dtype: np.dtype, write: Writer) -> Stored:
         """Make the token file in a folder of its own, and give it its name when all is on the disk."""
         building = self._folder.parent / f".building-{self._folder.name}-{uuid.uuid4().hex}"
-        building.mkdir(parents=True)
+        made = make_folder(building)
         try:
             totals = write(Paths.of(building), dtype, self._report)
             self._write_meta(building, totals, dtype)
@@ -193,6 +194,7 @@ class _Folder:
             return self._publish(building)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+            drop_empty(made[1:])
 
     def _write_meta(self, building: Path, totals: Totals, dtype: np.dtype) -> None:
         files = {}

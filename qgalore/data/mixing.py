@@ -9,14 +9,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from qgalore.data.documents import Documents
 from qgalore.data.order import SampleOrder
-from qgalore.data.packing import PackedSequences
 from qgalore.data.paths import looks_like_path
 from qgalore.data.sources import ENDINGS
 from qgalore.errors import ConfigError
@@ -68,10 +67,9 @@ class MixedOrder:
         return [self._first[source] + next(numbers[source]) for source in which], tuple(after for _, after in found)
 
     def drawn(self, positions: Positions) -> dict[str, int]:
-        """How many samples each source has given, by its name; empty if there is one alone."""
-        if len(self.orders) == 1:
-            return {}
-        return dict(zip(self.names, self._given(positions or self._beginning), strict=True))
+        """How many samples each source has given, by its name; one alone has none."""
+        given = self._given(positions or self._beginning)
+        return {name: count for name, count in zip(self.names, given, strict=True) if name}
 
     @property
     def _beginning(self) -> Positions:
@@ -90,14 +88,24 @@ class MixedOrder:
         return zip(self.orders, positions, strict=True)
 
 
+class Samples(Protocol):
+    """Training or held-out data."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Any) -> dict[str, Any]:
+        """The samples at ``indices``, on the CPU, as the loss takes them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Mixture:
-    """The samples of several sources, numbered through. ``names``, ``weights`` (whole numbers) and ``sources`` belong
-    together."""
+    """The samples of one source or several, numbered through. ``names``, ``weights`` (whole numbers) and ``sources``
+    belong together."""
 
     names: tuple[str, ...]
     weights: tuple[int, ...]
-    sources: tuple[PackedSequences, ...]
+    sources: tuple[Samples, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -111,7 +119,7 @@ class Mixture:
         raise IndexError(f"there are only {len(self)} samples")
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The samples at ``indices`` in their order, as :meth:`PackedSequences.batch` gives them."""
+        """The samples at ``indices`` in their order, as their sources give them."""
         places = [self.place(int(number)) for number in indices]
         used = sorted({source for source, _ in places})
         if len(used) == 1:
@@ -132,7 +140,9 @@ class Mixture:
 
 def names_of(paths: Sequence[str]) -> list[str]:
     """A name for each source: that of its file without the ending, or of its folder or dataset; of equal ones the
-    second is called NAME-2."""
+    second is called NAME-2. One alone has none, which is ""."""
+    if len(paths) == 1:
+        return [""]
     found: list[str] = []
     for path in paths:
         plain = path.rstrip("/\\").replace("\\", "/")

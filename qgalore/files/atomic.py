@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..data.paths import drop_empty, make_folder
 from ..errors import ConfigError
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
@@ -72,9 +73,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     its place; in between it has the hidden name ``.NAME.….old`` for a moment. Raises ``OSError``."""
     target = Path(os.path.realpath(path))
     fresh, old = _sibling(target, "tmp"), _sibling(target, "old")
+    made: list[Path] = []
     try:
         with plain_errors():
-            target.parent.mkdir(parents=True, exist_ok=True)
+            made = make_folder(target.parent)
             fresh.mkdir()
             yield fresh
             _settle_all(fresh)
@@ -90,6 +92,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         for gone in (fresh, old):
             shutil.rmtree(gone, ignore_errors=True)
+        drop_empty(made)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,15 +2,18 @@
 
 ``model.safetensors``: the model's state dict. ``optimizer.safetensors``: inner states and fp32 masters, named
 ``slot|kind|name``. ``state.json``: schedules, scalars, positions, the resolved configuration, the sizes of both files,
-the SHA-256 of each piece of them, and of itself. Tensors are written and read a piece at a time, so no second copy of
-the model exists. The processes of a job write into the same two files, which are those that one process would write.
+the SHA-256 of each piece of them, and of itself. The processes of a job write into the same two files, which are those
+that one process would write.
+
+Tensors are written a piece at a time, so no second copy of the model exists (:func:`save`). Where there is room for a
+copy, a :class:`Draft` is filled from that while training goes on. Both write the same bytes.
 """
 
-import hashlib
+import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..parallel import ALONE, Team, shards
 from ..parallel.kept import Kept
+from ..parallel.stages import Stages, complete
 from .atomic import sync_folder
 from .checkpoint_folder import (
     FILES,
@@ -35,22 +39,15 @@ from .checkpoint_folder import (
     step_of,
     steps_in,
 )
-from .filling import KINDS, flatten, load_into, load_model
-from .safetensors import Entries, Rows, Seal, altered, create, file_bytes, joined, write_share
+from .checkpoint_reading import VERSION, DamagedError, NewerError, examine, newest_in, newest_of, read_state, seal_of
+from .filling import flatten, load_into, load_model
+from .safetensors import Copied, Entries, Rows, Seal, create, file_bytes, joined, share_bytes, write_share
 
 __all__ = [
     "STATE", "DamagedError", "NewerError", "load_into", "load_model", "name_for", "newest_in", "newest_of", "prune",
     "read_state", "save", "set_aside", "step_of", "steps_in",
 ]  # fmt: skip
-VERSION = 3
-
-
-class DamagedError(ConfigError):
-    """A checkpoint that cannot be used: incomplete, altered, or of another version."""
-
-
-class NewerError(DamagedError):
-    """A checkpoint that a later version of this program wrote."""
+BEGINNING, END, OLD = "the beginning of a checkpoint", "the end of a checkpoint", "the old checkpoints"
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,10 +67,6 @@ def _needed_bytes(tensors: Entries) -> int:
     return file_bytes(tensors) + 256 * len(tensors)  # for what state.json says of them
 
 
-def _seal(document: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
 def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[str, Entries], dict[str, Any]]:
     """The tensors of each file, and the rest. States that were read come in another order, so those are sorted."""
     tensors, rest = flatten(optimizer_state)
@@ -90,39 +83,109 @@ def _rows(tensor: Tensor | Kept) -> Tensor | Rows:
     return Rows(shards.local(tensor), tensor.dtype, tuple(tensor.shape), shards.first_holders(tensor))
 
 
+class Draft:
+    """A checkpoint that all processes of ``team`` have begun: ``building`` is a hidden folder with files in their full
+    length, which nobody has filled. :func:`begin` makes one."""
+
+    def __init__(
+        self, folder: Path, building: Path, contents: dict[str, Entries], document: dict[str, Any], team: Team
+    ) -> None:
+        self.folder, self.building, self.document, self.team = folder, building, document, team
+        self._contents = contents
+        self._copies: dict[str, Copied] = {}
+
+    def copy_bytes(self) -> int:
+        """The host memory that :meth:`copy` takes in this process."""
+        return sum(share_bytes(held, self.team.rank, self.team.size) for held in self._contents.values())
+
+    def copy(self) -> bool:
+        """Copy what this process will write, and let go of the tensors, which may change from now on. False, with
+        nothing copied, if the system refuses the memory."""
+        try:
+            copies = {name: Copied(held, self.team.rank, self.team.size) for name, held in self._contents.items()}
+        except (MemoryError, RuntimeError):  # the second is PyTorch's, of both kinds of memory
+            return False
+        self._copies, self._contents = copies, {}
+        return True
+
+    @property
+    def locked(self) -> bool:
+        """Whether the copy is page-locked, which PyTorch then keeps for the next one."""
+        return any(copied.locked for copied in self._copies.values())
+
+    def stages(self) -> Stages:
+        """Each process fills its share, and rank 0 seals the folder and gives it its name."""
+        try:
+            shares = yield self._fill
+            yield partial(self._finish, shares)
+        except Exception:
+            if self.team.leads:
+                shutil.rmtree(self.building, ignore_errors=True)
+            raise
+
+    def _fill(self) -> dict[str, list[Seal]]:
+        with explained(self.folder):
+            team = self.team
+            copied = {name: held.write(self.building / name) for name, held in self._copies.items()}
+            here = {
+                name: write_share(self.building / name, c, team.rank, team.size) for name, c in self._contents.items()
+            }
+            return copied | here
+
+    def _finish(self, shares: list[dict[str, list[Seal]]]) -> None:
+        if not self.team.leads:
+            return
+        with explained(self.folder):
+            files = {name: _sealed(self.building / name, [share[name] for share in shares]) for name in FILES}
+            document = {**self.document, "files": files}
+            with (self.building / STATE).open("w", encoding="utf-8") as file:
+                json.dump({**document, "sha256": seal_of(document)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self.building)
+            self.building.rename(self.folder)
+            sync_folder(self.folder.parent)
+
+
 def save(
     folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any], team: Team = ALONE
 ) -> Path:
-    """Write ``folder`` (…/step-00000100), in every process of ``team`` its share: into a hidden sibling, fsync'd, which
-    rank 0 makes before and renames after. On every process raises :class:`ConfigError` on an I/O error in one, if the
-    disk is too full or not the same for all, naming the folder; the other checkpoints stay as they are.
-
-    A complete checkpoint of the same position already there is left: the state after a step does not depend on how
-    often it is reached. Anything else of that name is renamed to ``left-…``.
-    """
-    contents, rest = _contents(model, optimizer_state)
-    mine = fresh_sibling(folder, "tmp")  # rank 0's is everyone's, and new on every disk
-    try:
-        with team.together("the end of a checkpoint"), _explained(folder):
-            position = run_state.get("position")
-            building = team.of_first("the beginning of a checkpoint", partial(_begin, folder, mine, contents, position))
-            if building is None:
-                return folder
-            if not building.is_dir():
-                raise OSError(f"{building}, which rank 0 made, is not there; all processes must see one disk")
-            shares = {name: write_share(building / name, c, team.rank, team.size) for name, c in contents.items()}
-            shares = team.gather("what was written of a checkpoint", shares)
-            if team.leads:
-                files = {name: _sealed(building / name, [share[name] for share in shares]) for name in contents}
-                _finish(folder, building, {"version": VERSION, **run_state, "optimizer": rest, "files": files})
-    except Exception:
-        shutil.rmtree(mine, ignore_errors=True)
-        raise
+    """Write ``folder`` (…/step-00000100) now, in every process of ``team`` its share, as :func:`begin` says, and return
+    it. Raises as that does."""
+    draft = begin(folder, model, optimizer_state, run_state, team)
+    if draft is not None:
+        complete(END, draft.stages(), team)
     return folder
 
 
+def begin(
+    folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any], team: Team = ALONE
+) -> Draft | None:
+    """Begin to write ``folder`` (…/step-00000100) in every process of ``team``: into a hidden sibling, fsync'd, which
+    rank 0 makes now and renames at the end. On every process this and the draft's stages raise :class:`ConfigError` on
+    an I/O error in one, if the disk is too full or not the same for all, naming the folder; the other checkpoints stay
+    as they are.
+
+    A complete checkpoint of the same position already there is left, and None returned: the state after a step does not
+    depend on how often it is reached. Anything else of that name is renamed to ``left-…``.
+    """
+    contents, rest = _contents(model, optimizer_state)
+    document = copy.deepcopy({"version": VERSION, **run_state, "optimizer": rest})
+    mine = fresh_sibling(folder, "tmp")  # rank 0's is everyone's, and new on every disk
+    try:
+        with team.together(BEGINNING), explained(folder):
+            make = partial(_begin, folder, mine, contents, run_state.get("position"))
+            building = team.of_first(BEGINNING, make)
+            if building is not None and not building.is_dir():
+                raise OSError(f"{building}, which rank 0 made, is not there; all processes must see one disk")
+    except Exception:
+        shutil.rmtree(mine, ignore_errors=True)
+        raise
+    return None if building is None else Draft(folder, building, contents, document, team)
+
+
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -155,151 +218,54 @@ def _sealed(path: Path, shares: list[list[Seal]]) -> dict[str, Any]:
     return {"bytes": size, "pieces": joined(shares, size)}
 
 
-def _finish(folder: Path, building: Path, document: dict[str, Any]) -> None:
-    with (building / STATE).open("w", encoding="utf-8") as file:
-        json.dump({**document, "sha256": _seal(document)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(building)
-    building.rename(folder)
-    sync_folder(folder.parent)
-
-
 def prune(
-    newest: Path, keep_last: int, keep_every: int | None = None, keep_steps: Iterable[int] = (), team: Team = ALONE
+    newest: Path, keep_last: int, keep_every: int | None = None, keep_steps: Collection[int] = (), team: Team = ALONE
 ) -> None:
+    """Do now what :func:`pruning` says, in every process of ``team``."""
+    complete(OLD, pruning(newest, keep_last, keep_every, lambda: keep_steps, team), team)
+
+
+def pruning(
+    newest: Path,
+    keep_last: int,
+    keep_every: int | None = None,
+    keep_steps: Callable[[], Collection[int]] = tuple,
+    team: Team = ALONE,
+) -> Stages:
     """Delete the checkpoints beside ``newest`` that are older, but for the ``keep_last`` newest, itself included, those
-    of steps that are multiples of ``keep_every`` and those of ``keep_steps``. Called in every process of ``team``.
+    of steps that are multiples of ``keep_every`` and those that ``keep_steps()`` gives at rank 0.
 
     Before anything is deleted, ``newest`` is read again and held against its seals. Later checkpoints are of another
     course: they neither count nor go. Raises :class:`ConfigError` if it was not written as it should be, or on I/O.
     """
-    doomed = team.of_first("the old checkpoints", partial(_too_old, newest, keep_last, keep_every, set(keep_steps)))
-    if not doomed:
+
+    def led(work: Callable[[], Any]) -> Callable[[], Any]:
+        return work if team.leads else lambda: None
+
+    found = yield led(lambda: _too_old(newest, keep_last, keep_every, keep_steps()))
+    if not found[0]:
         return
-    try:
-        read_state(newest, team)
-    except DamagedError as error:
+    problems = yield lambda: examine(newest, team.rank, team.size)[1]
+    if first := next(filter(None, problems), None):
         raise ConfigError(
-            f"{newest} was written and does not read back as it was: {error}. Older checkpoints are kept. Check the "
+            f"{newest} was written and does not read back as it was: {first[1]}. Older checkpoints are kept. Check the "
             "disk, then go on with --resume auto"
-        ) from error
-    for old in doomed if team.leads else ():
+        )
+    yield led(partial(_remove_all, found[0]))
+
+
+def _remove_all(doomed: list[Path]) -> None:
+    for old in doomed:
         try:
             remove(old)
         except OSError as error:
             raise ConfigError(f"the old checkpoint {old} could not be deleted: {error}; delete it by hand") from error
 
 
-def _too_old(newest: Path, keep_last: int, keep_every: int | None, keep_steps: set[int]) -> list[Path]:
+def _too_old(newest: Path, keep_last: int, keep_every: int | None, keep_steps: Collection[int]) -> list[Path]:
     older = [path for path in steps_in(newest.parent) if number_of(path) < number_of(newest)]
     older = older[: max(0, len(older) + 1 - keep_last)]
     steps = {path: number_of(path) for path in older}
     return [
         path for path, step in steps.items() if step not in keep_steps and not (keep_every and step % keep_every == 0)
     ]
-
-
-def read_state(folder: Path, team: Team = ALONE) -> dict[str, Any]:
-    """``state.json`` of a checkpoint whose every byte is as it was written: each process of ``team`` looks at some of
-    them. Raises :class:`DamagedError` otherwise, on every process."""
-    state, problem = {}, None
-    try:
-        state = _document(folder)
-        for name in FILES:
-            _verify(folder / name, state["files"][name], team)
-    except DamagedError as error:
-        problem = type(error), str(error)
-    found = team.gather(f"the bytes of {folder.name}", problem)
-    if first := next(filter(None, found), None):
-        kind, message = first
-        raise kind(message)
-    return state
-
-
-def _document(folder: Path) -> dict[str, Any]:
-    """``state.json``, which is its own witness."""
-    if not folder.is_dir():
-        raise DamagedError(f"{folder} is not a complete checkpoint: it is no folder; give RUN/checkpoints/step-…")
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{folder} is not a complete checkpoint: {error}") from error
-    version = state.get("version") if isinstance(state, dict) else None
-    if type(version) is int and version > VERSION:
-        raise NewerError(
-            f"{folder} was written by a newer qgalore: its version is {version}, and this program reads {VERSION}; "
-            "update qgalore"
-        )
-    if version != VERSION:
-        raise DamagedError(f"{folder} has checkpoint version {version!r}; this program reads version {VERSION}")
-    if state.pop("sha256", None) != _seal(state):
-        raise DamagedError(f"{folder / STATE} was altered: its SHA-256 does not match")
-    if not _has_its_parts(state):
-        raise DamagedError(f"{folder / STATE} was not written by this program: a part is missing or of another kind")
-    return state
-
-
-def _has_its_parts(state: dict[str, Any]) -> bool:
-    """Whether what every reader relies on is of the right kind: the files with seals of all their bytes, the optimizer,
-    the position and, where there is one, the configuration."""
-    optimizer, files = state.get("optimizer"), state.get("files")
-    return (
-        isinstance(optimizer, dict)
-        and {"step_count", "groups", "slots"} <= optimizer.keys()
-        and isinstance(optimizer["slots"], dict)
-        and all(isinstance(slot, dict) for slot in optimizer["slots"].values())
-        and all(isinstance(slot.get(kind), dict) for slot in optimizer["slots"].values() for kind in KINDS)
-        and isinstance(files, dict)
-        and all(name in files and _is_seal(files[name]) for name in FILES)
-        and all(isinstance(state.get(key, {}), dict) for key in ("position", "config", "model_config"))
-    )
-
-
-def _is_seal(file: Any) -> bool:
-    if not isinstance(file, dict) or type(file.get("bytes")) is not int:
-        return False
-    pieces = file.get("pieces")
-    if pieces is None:
-        return isinstance(file.get("sha256"), str)
-    pairs = isinstance(pieces, list) and all(isinstance(piece, list) and len(piece) == 2 for piece in pieces)
-    counted = pairs and all(type(count) is int and count >= 0 for count, _ in pieces)
-    return counted and sum(count for count, _ in pieces) == file["bytes"]
-
-
-def _verify(path: Path, wanted: dict[str, Any], team: Team) -> None:
-    """This process's part of the file."""
-    try:
-        size = path.stat().st_size
-        if size != wanted["bytes"]:
-            raise DamagedError(f"{path} has {size:,} bytes instead of {wanted['bytes']:,}")
-        place = altered(path, wanted["pieces"], team.rank, team.size)
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    if place is not None:
-        raise DamagedError(f"{path} was altered: the SHA-256 of bytes {place[0]:,} to {place[1]:,} does not match")
-
-
-def newest_of(folders: list[Path], team: Team = ALONE) -> tuple[Path | None, dict[str, Any] | None, list[DamagedError]]:
-    """The last usable checkpoint of ``folders`` with its state (None, None if there is none), and what is wrong with
-    each one after it. All processes of ``team`` ask for the same ones and get the same answer."""
-    complaints = []
-    for path in reversed(folders):
-        try:
-            return path, read_state(path, team), complaints
-        except DamagedError as error:
-            complaints.append(error)
-    return None, None, complaints
-
-
-def newest_in(run: Path) -> Path:
-    """The newest usable checkpoint of the run in folder ``run``, for what reads a run from outside; later ones that
-    cannot be used are named. Raises :class:`ConfigError` if there is none."""
-    there = steps_in(run / "checkpoints")
-    found, _, complaints = newest_of(there)
-    for complaint in complaints if found is not None else ():
-        print(f"note: an unusable checkpoint is passed over: {complaint}", flush=True)
-    if found is None:
-        why = "".join(f"\n  {complaint}" for complaint in complaints) or " it has saved none yet"
-        raise ConfigError(f"{run / 'checkpoints'} holds no usable checkpoint (step-00000100 or the like):{why}")
-    return found

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -99,14 +99,42 @@ def write_share(
     """
     entries = _with_header(tensors, metadata)
     mine = [piece for piece in _cut(entries, size) if piece.owner == rank]
-    progress = _Progress(path, sum(piece.bytes for piece in mine))
-    bytes_of = lru_cache(maxsize=1)(lambda name: _bytes(name, entries[name]))
-    # Only for writing: a network file system then sends no byte that was not written here.
-    with os.fdopen(os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0)), "wb") as file:
-        seals = [_write(file, piece, bytes_of, progress) for piece in mine]
-        file.flush()
-        os.fsync(file.fileno())
-    return seals
+    chunks = zip((piece.offset for piece in mine), _chunks(entries, mine), strict=True)
+    return _fill(path, sum(piece.bytes for piece in mine), chunks)
+
+
+def share_bytes(tensors: Entries, rank: int = 0, size: int = 1) -> int:
+    """How many bytes :func:`write_share` writes, and a :class:`Copied` share holds."""
+    return sum(piece.bytes for piece in _cut(_with_header(tensors, None), size) if piece.owner == rank)
+
+
+class Copied:
+    """The share of a file that process ``rank`` of ``size`` writes, copied into host memory, so that ``tensors`` may
+    change before it is written. It is page-locked where they lie on a GPU, which then copies at full speed."""
+
+    def __init__(self, tensors: Entries, rank: int = 0, size: int = 1) -> None:
+        entries = _with_header(tensors, None)
+        mine = [piece for piece in _cut(entries, size) if piece.owner == rank]
+        self.locked = any(map(_is_on_gpu, entries.values()))
+        how = {"dtype": torch.uint8, "device": "cpu", "pin_memory": self.locked}
+        # All memory is asked for first: where there is none, nothing was copied in vain.
+        self._pieces = [(piece.offset, torch.empty(piece.bytes, **how)) for piece in mine]
+        for (_, memory), chunks in zip(self._pieces, _chunks(entries, mine), strict=True):
+            start = 0
+            for chunk in chunks:
+                memory[start : start + chunk.numel()].copy_(chunk, non_blocking=self.locked)
+                start += chunk.numel()
+        if self.locked:
+            torch.cuda.synchronize()
+
+    def write(self, path: Path) -> list[Seal]:
+        """The same as :func:`write_share`. The memory of a piece is given back when that is written."""
+        return _fill(path, sum(memory.numel() for _, memory in self._pieces), self._leaving())
+
+    def _leaving(self) -> Iterator[tuple[int, list[Tensor]]]:
+        while self._pieces:
+            offset, memory = self._pieces.pop(0)
+            yield offset, [memory]
 
 
 def joined(shares: Iterable[list[Seal]], size: int) -> list[tuple[int, str]]:
@@ -187,15 +215,39 @@ def _bytes(name: str, value: Tensor | Deferred | Rows) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _write(file: BinaryIO, piece: _Piece, bytes_of: Callable[[str], Tensor], progress: "_Progress") -> Seal:
-    digest = hashlib.sha256()
-    file.seek(piece.offset)
-    for name, start, stop in piece.parts:
-        chunk = bytes_of(name)[start:stop].cpu().numpy().data
-        file.write(chunk)
-        digest.update(chunk)
-        progress.add(len(chunk))
-    return piece.offset, piece.bytes, digest.hexdigest()
+def _is_on_gpu(value: Tensor | Deferred | Rows) -> bool:
+    here = value.here if isinstance(value, Rows) else value
+    return isinstance(here, Tensor) and here.is_cuda
+
+
+def _chunks(entries: Entries, pieces: Iterable[_Piece]) -> Iterator[Iterator[Tensor]]:
+    """For each piece its bytes, in chunks where they are."""
+    bytes_of = lru_cache(maxsize=1)(lambda name: _bytes(name, entries[name]))
+    for piece in pieces:
+        yield (bytes_of(name)[start:stop] for name, start, stop in piece.parts)
+
+
+def _fill(path: Path, total: int, pieces: Iterable[tuple[int, Iterable[Tensor]]]) -> list[Seal]:
+    """Write ``pieces`` of ``total`` bytes, each given as its place and its chunks, fsync'd; returns their seals."""
+    progress = _Progress(path, total)
+    # Only for writing: a network file system then sends no byte that was not written here.
+    with os.fdopen(os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0)), "wb") as file:
+        seals = [_write(file, offset, chunks, progress) for offset, chunks in pieces]
+        file.flush()
+        os.fsync(file.fileno())
+    return seals
+
+
+def _write(file: BinaryIO, offset: int, chunks: Iterable[Tensor], progress: "_Progress") -> Seal:
+    digest, count = hashlib.sha256(), 0
+    file.seek(offset)
+    for chunk in chunks:
+        data = chunk.cpu().numpy().data
+        file.write(data)
+        digest.update(data)
+        progress.add(len(data))
+        count += len(data)
+    return offset, count, digest.hexdigest()
 
 
 class _Progress:

@@ -137,7 +137,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
             self.hooks.refresh()
             return
         for tensor in self.tensors:
-            if tensor.name not in self._prepared | self.stepped:
+            if tensor.name not in self._prepared and tensor.name not in self.stepped:
                 self.prepare_tensor(tensor)
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ class TensorSteps:
         self.step_count = 0
         self.events: list[dict[str, Any]] = []
         self.observations: list[Observation] = []
-        self.stepped: set[str] = set()  # names, in the step that is being taken
+        self.stepped: dict[str, None] = {}  # names, in the step that is being taken and in its order
         self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
         self._records: dict[str, dict[str, Any] | None] = {}  # of refreshes by owners, and None for those of others
         self._squares: list[Tensor] = []
@@ -149,7 +149,7 @@ class TensorSteps:
             for some in together(tensor for tensor in tensors if not tensor.elsewhere):
                 self._apply(some)
         finally:  # all are sure to come here, and one that has failed is heard of later
-            self.stepped.update(tensor.name for tensor in tensors)
+            self.stepped |= dict.fromkeys(tensor.name for tensor in tensors)
             self.hand_out(tensors)
 
     def hand_out(self, tensors: Iterable[TrainedTensor], weights: bool = True) -> None:
@@ -174,7 +174,8 @@ class TensorSteps:
         own = {tensor.name: (tensor.outcome(), self._records[tensor.name]) for tensor in mine}
         told = self.team.gather("what the owners of weights have found out", (own, found))
         outcomes = {name: value for part, _ in told for name, value in part.items()}
-        self.observations = [observed.Told(row) for _, part in told for row in part.values()]
+        rows = {name: row for _, part in told for name, row in part.items()}
+        self.observations = [observed.Told(rows[name]) for name in self.stepped if name in rows]
         for tensor in self.tensors:
             if tensor.name in outcomes:
                 outcome, record = outcomes[tensor.name]
@@ -216,7 +217,7 @@ class TensorSteps:
         keys = [derive_key(self.seed, self.step_count, tensor.index) for tensor in tensors]
         tensors[0].step_together(tensors, *rates, keys)
         for tensor in tensors:
-            self.stepped.add(tensor.name)
+            self.stepped[tensor.name] = None
             if tensor.owner is not None:
                 tensor.finish_record()  # while its block is whole
             if (observation := tensor.observation()) is not None:

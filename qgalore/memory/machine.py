@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 LARGE_RUN = 2 << 30
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # where Linux shows a container its limits
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2 << 20  # glibc's name for: give larger blocks pages of their own
 
 
@@ -23,9 +24,9 @@ def available(device: torch.device) -> int | None:
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     except (OSError, StopIteration, ValueError):
         return None
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    limit, used = (_number(CONTROL_GROUP / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
-        free = min(free, limit - used)
+        free = min(free, limit - used + _dropped_at_need())
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + resident_set()
 
 
@@ -34,6 +35,16 @@ def _number(path: Path) -> int | None:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+def _dropped_at_need() -> int:
+    """Bytes of files that were read or written, which a control group counts as used and gives back when asked: after
+    a checkpoint all of that is left."""
+    try:
+        lines = (CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def resident_set() -> int:

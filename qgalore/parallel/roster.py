@@ -14,10 +14,12 @@ def fresh_store(store: dist.Store, rank: int, size: int, patience: timedelta) ->
     """A part of ``store`` in which only the ``size`` processes that live now have written.
 
     ``torchrun`` keeps one store over its restarts, and so the addresses of processes that it has ended: one started
-    again that reads such an address finds nobody there. Counts of restarts differ between machines. So each process
-    leaves a word of its own, rank 0 proposes the list of words, everyone whose word is in the list agrees to it, and
-    rank 0 settles it once all have: the dead do not answer. A list that was settled before is never met again, since
-    rank 0's own word is new.
+    again that reads such an address finds nobody there. Nor do its counts of restarts tell attempts apart: an agent
+    counts the failures of its own processes alone, so that counts differ between machines.
+
+    So each process leaves a word of its own, rank 0 proposes the list of words, everyone whose word is in the list
+    agrees to it, and rank 0 settles it once all have: the dead do not answer. A list that was settled before is never
+    met again, since rank 0's own word is new.
 
     Raises :class:`dist.DistStoreError` when not all have come within ``patience``.
     """

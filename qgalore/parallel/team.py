@@ -2,7 +2,8 @@
 
 Most operations begin with a *meeting*: each process says where it is, or that it failed. A process that waits for a
 gradient therefore learns of an error elsewhere instead of waiting for ever, and processes that came to different
-places, or no longer hold the same numbers, stop with both named. Meetings are 24 bytes a process, on the CPU.
+places, or no longer hold the same numbers, stop with both named. A meeting is one collective of 24 bytes a process, on
+the CPU. A number to be summed, or some flags, travel in it.
 
 Where everything that comes next is known beforehand, a *note* does instead, for which nobody waits when it is left. A
 process that has failed says so in its next note, and goes on taking part until the others have heard it.
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import reduce
+from operator import or_
 from typing import Any, TypeVar
 
 import torch
@@ -29,8 +32,18 @@ from .pending import Note, Pending, Sum
 from .telling import is_told, kind_of, reaching, told
 
 FAILED = 0
+WORD = 63  # flags that travel in a meeting
 PATIENCE = timedelta(minutes=30)  # the longest work of one process that the others wait for: a corpus, an evaluation
 T = TypeVar("T")
+
+
+@dataclass
+class Said:
+    """What this process says when it leaves a block with the others, and then the largest ``note`` of all; see
+    :meth:`Team.meet`."""
+
+    digest: float = 0.0
+    note: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,9 @@ class Team:
         """
         if self.size == 1:
             return note
-        rows = self._meeting(place, struct.unpack("<q", struct.pack("<d", digest))[0], note)
+        rows = self._meeting(place, _bits(digest), note)
         if len({row[1] for row in rows}) > 1:
-            found = [struct.unpack("<d", struct.pack("<q", row[1]))[0] for row in rows]
+            found = [_of_bits(row[1]) for row in rows]
             raise told(
                 RankError(
                     f"the processes hold different numbers at: {place} ({', '.join(f'{x!r}' for x in found)}): the "
@@ -125,11 +138,13 @@ class Team:
         )
 
     @contextmanager
-    def together(self, place: str) -> Iterator[None]:
-        """A block that all leave alike: at ``place``, or with the same error."""
+    def together(self, place: str) -> Iterator[Said]:
+        """A block that all leave alike: at ``place``, or with the same error. What it writes into the object that it
+        is given goes to the others with its end."""
         try:
-            yield
-            self.meet(place)
+            said = Said()
+            yield said
+            said.note = self.meet(place, digest=said.digest, note=said.note)
         except Exception as error:
             self.tell(error)
 
@@ -164,13 +179,9 @@ class Team:
         """The sum of ``value`` over the ranks, the same bits on each: added in their order. An int stays one."""
         if self.size == 1:
             return value
-        self.meet(place)
-        kind = torch.int64 if isinstance(value, int) else torch.float64
-        mine = torch.tensor([value], dtype=kind, device="cpu")
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        with reaching():
-            dist.all_gather(parts, mine)
-        return sum(part.item() for part in parts)
+        counts = isinstance(value, int)
+        rows = self._meeting(place, value if counts else _bits(value), 0)
+        return sum(row[1] if counts else _of_bits(row[1]) for row in rows)
 
     def lowest(self, place: str, holds: bool) -> int | None:
         """The lowest rank that ``holds`` something, None if none does."""
@@ -178,9 +189,14 @@ class Team:
         return self.size - note if note else None
 
     def any(self, place: str, flags: list[bool]) -> list[bool]:
-        """For each flag, whether a rank has set it. If all ranks have the same ones, nothing is sent but a meeting."""
+        """For each flag, whether a rank has set it. If all ranks have the same ones, or they are up to 63, nothing is
+        sent but a meeting."""
         if self.size == 1:
             return flags
+        if len(flags) <= WORD:
+            mine = sum(1 << place for place, flag in enumerate(flags) if flag)
+            held = reduce(or_, (row[1] for row in self._meeting(place, mine, len(flags))))
+            return [bool(held >> place & 1) for place in range(len(flags))]
         rows = self._meeting(place, _number(bytes(flags)), len(flags))
         if all(row[1:] == rows[0][1:] for row in rows):
             return flags
@@ -237,6 +253,15 @@ class Team:
 
 
 ALONE = Team()
+
+
+def _bits(value: float) -> int:
+    """The bits of ``value`` as a whole number."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _of_bits(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
 
 
 def _number(words: bytes) -> int:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import config as configuration
 from ..config import Config
+from ..convergence import live
 from ..errors import ConfigError, counted
 from ..lowrank.inner import checked
 from ..memory import plan as memory_plan
@@ -159,11 +160,14 @@ def _check_device(config: Config, device: torch.device) -> None:
         check_compiler(device)
 
 
-def _checked_tokenizer(config: Config, device: torch.device, team: Team) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, after a look at the device, and at the data and the model that it is for."""
+def _checked_tokenizer(
+    config: Config, device: torch.device, team: Team, kept: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, ``kept`` by the run before if there is one, after a look at the device, and at the data and
+    the model that it is for."""
     _check_device(config, device)
     check_data(config)
-    given = given_tokenizer(config)
+    given = given_tokenizer(config, kept)
     check_model(config, given)
     tokenizer = team.after_first("the tokenizer", lambda: build_tokenizer(config, given))
     if config.sample.prompt is not None:
@@ -188,10 +192,9 @@ def _make_ready(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizer
 
 def _enter(config: Config, resume: str | None, team: Team) -> tuple[Path, RunLock | None, tracking.Wanted]:
     """The run's folder, its lock, and the trackers asked for, whose packages are imported first."""
-    wanted = tracking.Wanted(config.tracking if team.leads else [])
+    trackers = live.make(config.tracking if team.leads else [])
     folder, lock = enter(config, resume, team)
-    wanted.look_into(folder)
-    return folder, lock, wanted
+    return folder, lock, tracking.Wanted(trackers, folder)
 
 
 def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
@@ -205,7 +208,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
     _announce(config, folder, device, team, remarks)
 
     # What can be known to be wrong is said before anything is tokenized or built.
-    tokenizer = _checked_tokenizer(config, device, team)
+    tokenizer = _checked_tokenizer(config, device, team, begin.tokenizer)
     begin.check_tokens(tokenizer)
     examples, vocabulary = _words(config, tokenizer)
     config, planned = settle(config, vocabulary, device, team.size)
@@ -237,7 +240,7 @@ def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
         data=settings.of_data(config, data, examples, loss, team, place.losses(order)),
         stepping=settings.of_steps(config),
         evaluating=settings.of_evaluations(config),
-        saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day)),
+        saving=settings.of_checkpoints(config, folder, _run_state(config, model, data, day), planned, device),
         faults=settings.of_faults(config, planned),
         order=order,
         start=start,

@@ -31,9 +31,6 @@ def check_data(config: Config) -> None:
     """Raise :class:`ConfigError`, naming the key, for paths that do not exist or are not read, and for a first row that
     is not of the kind that ``data.task`` needs; hub datasets are opened. And for a cache that cannot be made."""
     data = config.data
-    given = {key: (source, "train") for key, source in data.sources.items()}
-    for name, path in data.held_out.items():
-        given[f"data.valid.{name}".rstrip(".")] = (data.of_path(path), data.valid_split)
     for key in data.sources if data.max_tokens is None else ():
         needed_tokens(config, key)
     for key, source in data.sources.items():
@@ -42,7 +39,7 @@ def check_data(config: Config) -> None:
                 f"{key}: {source.path!r} does not exist. Several sources are a list here, such as "
                 f"data.train=[{', '.join(part.strip() for part in source.path.split(','))}]"
             )
-    for key, (source, _) in given.items():
+    for key, source in data.all_sources.items():
         if data.task != "classify" and looks_like_path(source.path, ENDINGS):
             endings = ROW_ENDINGS if source.task == "instruct" else ENDINGS
             try:
@@ -53,7 +50,8 @@ def check_data(config: Config) -> None:
                         f"{error} If it is text, all of which is learned, add task: text to it"
                     ) from error
                 raise
-    for key, (source, split) in given.items():
+    for key, source in data.all_sources.items():
+        split = "train" if key in data.sources else data.valid_split
         with_key(key, lambda source=source, split=split: next(_first(config, source, split), None))
     if data.tokenizer is not None and looks_like_path(data.tokenizer, (".json",)):
         path = Path(data.tokenizer).expanduser()

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
 from ..data.labelled import LabelledTexts, Labels, read_examples
-from ..data.mixing import MixedOrder
+from ..data.mixing import MixedOrder, Mixture
 from ..data.notes import Notes
 from ..errors import counted
 from ..evaluation.loss import Batches
@@ -35,7 +35,7 @@ class LabelledData:
 
     def data(self) -> Data:
         described = f"{len(self.train)} examples {self.train.digest()}"
-        return Data(self.train, {"": self.valid}, self.train.highest_id, described)
+        return Data(Mixture(("",), (1,), (self.train,)), {"": self.valid}, self.train.highest_id, described)
 
     def vocabulary(self, before: Vocabulary) -> Vocabulary:
         return replace(before, labels=self.labels, padding=self.train.pad_id)
@@ -46,29 +46,29 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
     data = config.data
     keys = {"text_keys": data.text_keys, "label_key": data.label_key, "header": data.header}
     examples = {}
-    for key in ("train", "valid"):
+    for key, source in data.all_sources.items():
         notes = Notes()
-        examples[key] = read_examples(getattr(data, key), notes=notes, **keys)
+        examples[key] = read_examples(source.path, notes=notes, **keys)
         for line in notes.lines():
-            say("note", f"data.{key}: {line}")
+            say("note", f"{key}: {line}")
     if data.max_tokens is not None:
         say("note", "data.max_tokens has no effect with data.task: classify, which reads all examples")
-    labels = Labels.of(examples["train"], data.label_type)
+    labels = Labels.of(examples["data.train"], data.label_type)
     texts = {}
     for key, rows in examples.items():
-        texts[key] = LabelledTexts(rows, labels.encode(rows, f"data.{key}"), tokenizer, data.sequence_length)
+        texts[key] = LabelledTexts(rows, labels.encode(rows, key), tokenizer, data.sequence_length)
         if texts[key].truncated:
-            many = counted(texts[key].truncated, f"example of data.{key} is", f"examples of data.{key} are")
+            many = counted(texts[key].truncated, f"example of {key} is", f"examples of {key} are")
             say("note", f"{many} cut to {data.sequence_length} tokens")
-    train = texts["train"]
+    train, valid = texts.values()
     epochs = epochs_of(config, len(train))
     kind = "numbers" if labels.names is None else f"{len(labels.names)} classes ({', '.join(labels.names[:8])})"
     say(
         "data",
         f"{counted(len(train), 'example')}, {counted(train.tokens, 'token')} ({epochs:.2f} epochs), labels: {kind}; "
-        f"held out: {len(texts['valid']):,}",
+        f"held out: {len(valid):,}",
     )
-    return LabelledData(train, texts["valid"], labels)
+    return LabelledData(train, valid, labels)
 
 
 def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int], MixedOrder]) -> parts.Data:

@@ -39,6 +39,7 @@ class Course:
             keep_last=saving.keep_last,
             keep_every=saving.keep_every,
             team=team,
+            room=saving.room,
         )
 
     @property
@@ -46,8 +47,8 @@ class Course:
         """The step of the best checkpoint, if that is kept."""
         return self.position.best_step if self.saving.keep_best else None
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state."""
+    def save(self, beside: bool = False) -> Path:
+        """Write a checkpoint of the present state; ``beside`` training, if there is room for a copy of it."""
         return self.keeper.save(
             self.position,
             self.model,
@@ -55,6 +56,7 @@ class Course:
             self.saving.run_state,
             best=self.best_step,
             for_rollback=self.saving.for_rollback,
+            beside=beside,
         )
 
     def record(self, row: Row, refreshes: Sequence[Row] = (), updates: Sequence[Row] = ()) -> None:

@@ -20,7 +20,7 @@ from ..data.conversations import conversations
 from ..data.labelled import LabelledTexts
 from ..data.mixing import Mixture, names_of
 from ..data.packing import PackedSequences
-from ..data.paths import looks_like_path
+from ..data.paths import drop_empty, looks_like_path, make_folder
 from ..data.sources import ENDINGS, ROW_ENDINGS, documents, fingerprint
 from ..data.templates import writes_date
 from ..data.tokenizer import add_tokens, load_tokenizer, train_tokenizer
@@ -29,7 +29,6 @@ from ..data.tokens import TokenFile
 from ..errors import ConfigError, counted
 from ..files import atomic
 from ..models import loading
-from .export import KEPT
 from .say import say
 from .sources import Reader, cut_tail, epochs_of, needed_tokens, say_shares, weights_of
 
@@ -50,9 +49,9 @@ def build_tokenizer(config: Config, given: PreTrainedTokenizerBase | None) -> Pr
     return tokenizer
 
 
-def given_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the configuration names, or the model's own, with ``data.added_tokens``; None if one is to be
-    trained.
+def given_tokenizer(config: Config, kept: Path | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the configuration names, or the model's own, or the one ``kept`` by the run before, with
+    ``data.added_tokens``; None if one is to be trained.
 
     Raises ConfigError where it cannot be loaded, and for a hub dataset on which none can be trained.
     """
@@ -66,9 +65,8 @@ def given_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
             loading.stored_config(loading.local_folder(config.model.path))
         say("tokenizer", f"the model's own, {config.model.path}")
         return added(load_tokenizer(config.model.path))
-    kept = Path(config.run.dir) / config.run.name / KEPT
-    if config.train.restart_schedule and kept.is_dir():
-        say("tokenizer", f"that of the run before, copied to {kept}")
+    if kept is not None:
+        say("tokenizer", f"that of the run before, {kept}")
         return added(load_tokenizer(str(kept)))
     for key, source in data.sources.items():
         if not looks_like_path(source.path, ENDINGS):
@@ -153,6 +151,7 @@ def _check(folder: Path) -> None:
 def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Put a trained tokenizer into the cache, whole or not at all."""
     building = folder.with_name(f".building-{folder.name}-{uuid.uuid4().hex}")
+    made = make_folder(building)
     try:
         tokenizer.save_pretrained(building)
         (building / _SUMS).write_text(json.dumps(_sums(building), indent=1) + "\n", encoding="utf-8")
@@ -169,6 +168,7 @@ def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         return None
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        drop_empty(made[1:])
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Data:
     former, and what a resumed run knows its data by: ``description`` by a look at some of them, ``checksum`` by every
     byte ("" for labelled examples)."""
 
-    train: PackedSequences | Mixture | LabelledTexts
+    train: Mixture
     valid: Mapping[str, PackedSequences | LabelledTexts]
     highest_id: int
     description: str
@@ -196,23 +196,19 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
         if data.valid is None:
             found, held_out[name] = cut_tail(config, key, found)
         tokens.append(found)
-    if len(tokens) == 1 and held_out:
-        held_out = {"": held_out[names[0]]}  # a set alone needs no name
-    for name, path in data.held_out.items():
-        limit = None if looks_like_path(path, ENDINGS) else HUB_VALIDATION_TOKENS
-        held_out[name] = reader.read(data.of_path(path), split=data.valid_split, max_tokens=limit)
+    for name, source in data.held_out.items():
+        limit = None if looks_like_path(source.path, ENDINGS) else HUB_VALIDATION_TOKENS
+        held_out[name] = reader.read(source, split=data.valid_split, max_tokens=limit)
         if held_out[name].checksum in [one.checksum for one in tokens]:
             say(
                 "note",
-                f"{path} is held out and trained on, so its loss says nothing of new text; name another file, or leave "
-                "data.valid out",
+                f"{source.path} is held out and trained on, so its loss says nothing of new text; name another file, "
+                "or leave data.valid out",
             )
     packed = tuple(reader.pack(one, key) for one, key in zip(tokens, data.sources, strict=True))
     valid = {name: reader.pack(part, f"data.valid.{name}".rstrip(".")) for name, part in held_out.items()}
-    train = packed[0]
-    if len(packed) > 1:
-        train = Mixture(tuple(names), tuple(weights_of(config)), packed)
-        say_shares(config, train, tokens)
+    train = Mixture(tuple(names), tuple(weights_of(config)), packed)
+    say_shares(config, train, tokens)
     say(
         "data",
         f"{counted(sum(len(one.tokens) for one in tokens), 'token')} in "

@@ -196,7 +196,10 @@ def settle(
         say("memory", f"auto → {describe(made)}")
     say("memory", f"planned peak {plan.human(found.total)} of {limit}")
     print(found, flush=True)
-    for line in remarks.of_plan(chosen, found):
+    elsewhere = device.type == "cuda" and not torch.cuda.is_available()
+    room = None if elsewhere else limit.room_for_copy(found, device, built=False)
+    copied = remarks.of_copy(found, processes // shares_of(chosen, processes), room)
+    for line in filter(None, [*remarks.of_plan(chosen, found), copied]):
         say("memory", line)
     if STREAM in made and limit.over(found) and (why := _why_not_streamed(config, found)):
         say("memory", f"{STREAM}=auto cannot help: {why}")

@@ -65,8 +65,14 @@ class Loop:
 
         A step whose loss or gradient is not finite is skipped; after ``max_skipped_in_a_row`` of them the state is
         saved and :class:`NumericalError` raised, as it is at the end if the last evaluation or a weight is not finite.
-        After a signal the state is saved and :class:`Interrupted` raised.
+        After a signal the state is saved and :class:`Interrupted` raised. Whatever ends it, no checkpoint is half
+        written then.
         """
+        with self.course.keeper.to_the_end():
+            return self._finite(self._take_steps() or self._evaluate())
+
+    def _take_steps(self) -> Evaluation | None:
+        """All that :meth:`run` does up to the last step; returns the last evaluation, if there was one."""
         course, last_step = self.course, self.stepping.max_steps
         progress = ProgressLine(last_step, unit=self.data.unit)
         self.model.train()
@@ -84,17 +90,15 @@ class Loop:
             if self.position.step == 0:
                 self._evaluate()  # no checkpoint belongs to it, so it is never the best
             while self.position.step < last_step and not self._stops_early():
-                row = self.recovery.guarded(self._step)
-                if row is None:
+                # whether to stop or, by the clock of the one that leads, to save: for all to agree at a step's end
+                taken = self.recovery.guarded(self._step, lambda: 2 * (stop.number or 0) + course.keeper.overdue)
+                if taken is None:
                     continue
+                row, note = taken
+                signalled, overdue = divmod(note, 2)
                 self._record(row, progress)
                 step = self.position.step
-                # what all must agree on: the gradients' norm, whose bits tell of any difference, and whether to stop
-                # or, by the clock of the one that leads, to save
-                note = 2 * (stop.number or 0) + course.keeper.overdue
-                signalled, overdue = divmod(
-                    self.team.meet(f"step {step}", digest=row["grad_norm"] or 0.0, note=note), 2
-                )
+                course.keeper.look()
                 last = save = step == last_step
                 if last or step % self.evaluating.every == 0:
                     latest = self._evaluate()
@@ -102,13 +106,13 @@ class Loop:
                     last = last or self._stops_early()
                     save = last or course.best_step == step
                 if save or course.keeper.due(step) or overdue or signalled:
-                    course.save()
+                    course.save(beside=not (last or signalled))  # what comes after those two needs it complete
                 if signalled and not last:
                     why = "the end of the program that reads its output" if signalled == NO_READER else "a signal"
                     raise Interrupted(f"stopped by {why}; step {step} is saved, go on with --resume auto", signalled)
         if self._stops_early():
             self._say_stopped()
-        return self._finite(latest or self._evaluate())
+        return latest
 
     def _record(self, row: dict[str, Any], progress: ProgressLine) -> None:
         events = self.course.drain_events()

@@ -4,6 +4,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import Config
 from ..data.mixing import MixedOrder, Mixture
 from ..data.order import SampleOrder
@@ -15,7 +17,8 @@ from ..quant.counter import derive_key
 from . import classification
 from .data import Data as BuiltData
 from .learning_rate import lr_at
-from .parts import Data, Evaluating, Faults, Samples, Saving, Stepping
+from .limits import Limit
+from .parts import Data, Evaluating, Faults, Saving, Stepping
 
 
 def of_data(
@@ -36,18 +39,13 @@ def of_data(
     return Data(data.train, data.valid, order_for, target_tokens, looking)
 
 
-def sample_order(train: Samples, seed: int, rollbacks: int = 0) -> MixedOrder:
-    """The order of the training samples in a run, after as many ``rollbacks``. The first source of several has the
-    order that it has alone."""
-    if not isinstance(train, Mixture):
-        return MixedOrder([_one_order(len(train), seed, rollbacks)])
+def sample_order(train: Mixture, seed: int, rollbacks: int = 0) -> MixedOrder:
+    """The order of the training samples in a run, after as many ``rollbacks``. The first source has the order that it
+    has alone."""
     keys = [(seed, rollbacks), *((seed, rollbacks, place) for place in range(1, len(train.sources)))]
-    orders = [_one_order(len(one), *key) for one, key in zip(train.sources, keys, strict=True)]
+    seeds = [derive_key(*key)[0] & 0xFFFFFFFF for key in keys]
+    orders = [SampleOrder(len(one), its) for one, its in zip(train.sources, seeds, strict=True)]
     return MixedOrder(orders, train.weights, train.names)
-
-
-def _one_order(samples: int, *key: int) -> SampleOrder:
-    return SampleOrder(samples, derive_key(*key)[0] & 0xFFFFFFFF)
 
 
 def of_steps(config: Config) -> Stepping:
@@ -68,7 +66,9 @@ def of_evaluations(config: Config) -> Evaluating:
     return Evaluating(train.eval_every, train.eval_batches, train.early_stopping)
 
 
-def of_checkpoints(config: Config, folder: Path, run_state: dict[str, Any]) -> Saving:
+def of_checkpoints(
+    config: Config, folder: Path, run_state: dict[str, Any], planned: Plan, device: torch.device
+) -> Saving:
     train = config.train
     return Saving(
         folder,
@@ -78,6 +78,7 @@ def of_checkpoints(config: Config, folder: Path, run_state: dict[str, Any]) -> S
         keep_every=train.keep_every,
         keep_best=train.keep_best,
         for_rollback=train.loss_spike == "rollback",
+        room=lambda: Limit.of(config, device).room_for_copy(planned, device),
     )
 
 

@@ -28,7 +28,7 @@ def of(config: Config) -> dict[str, Any]:
     fields of a card; the names of ``train`` and ``held_out``; and ``datasets``, those of them that are ids of the hub.
     Of a path on this machine the last part is named alone."""
     section = config.model
-    train, held_out = [source.path for source in config.data.sources.values()], list(config.data.held_out.values())
+    train, held_out = ([one.path for one in part.values()] for part in (config.data.sources, config.data.held_out))
     tables = (*ENDINGS, ".tsv", ".csv")
     hub = [source.partition(":")[0] for source in (*train, *held_out) if not looks_like_path(source, tables)]
     return {

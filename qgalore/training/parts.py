@@ -7,19 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.mixing import MixedOrder
+from ..data.mixing import MixedOrder, Samples
 
 Batch = dict[str, Tensor]
-
-
-class Samples(Protocol):
-    """Training or held-out data."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Any) -> Batch:
-        """The samples at ``indices``, on the CPU, as the loss takes them."""
-        ...
 
 
 class Evaluation(Protocol):
@@ -33,6 +23,12 @@ class Evaluation(Protocol):
 
 
 Evaluate = Callable[..., Evaluation]  # see Data
+Room = Callable[[], int | None]  # bytes of host memory for a copy of the state; None if that is not known
+
+
+def no_room() -> int:
+    """For a run whose checkpoints are written while training waits."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,8 @@ class Evaluating:
 @dataclass(frozen=True)
 class Saving:
     """What is kept in ``folder``, the run's own, and when (see :class:`keeping.Keeper`). ``run_state`` goes into every
-    checkpoint beside the position. ``for_rollback`` keeps the newest checkpoint that a rollback may return to."""
+    checkpoint beside the position. ``for_rollback`` keeps the newest checkpoint that a rollback may return to. While
+    one is written, training goes on from a copy of its state, if there is ``room()`` for that."""
 
     folder: Path
     run_state: dict[str, Any]
@@ -93,6 +90,7 @@ class Saving:
     keep_every: int | None = None
     keep_best: bool = False
     for_rollback: bool = False
+    room: Room = no_room
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..data.labelled import Labels
 from ..data.mixing import MixedOrder, Mixture
 from ..data.packing import IGNORED
 from ..errors import counted, printable
-from .parts import Batch, Samples
+from .parts import Batch
 
 _MARGIN = {True: "learned", False: "masked"}
 _COLOURS = {True: "\x1b[32m", False: "\x1b[2m"}  # on a terminal: green, and faint
@@ -98,15 +98,14 @@ def of_examples(tokenizer: PreTrainedTokenizerBase, labels: Labels) -> Lines:
     return lines
 
 
-def _origin(data: Samples, number: int) -> str:
+def _origin(data: Mixture, number: int) -> str:
     """Where a row comes from, in words."""
-    if not isinstance(data, Mixture):
-        return f"sample {number:,} of {len(data):,}"
-    source, inside = data.place(number)
-    return f"sample {inside:,} of {len(data.sources[source]):,} of {data.names[source]}"
+    place, inside = data.place(number)
+    name = data.names[place]
+    return f"sample {inside:,} of {len(data.sources[place]):,}" + (f" of {name}" if name else "")
 
 
-def rows(data: Samples, order: MixedOrder, count: int, shown: Lines) -> Iterator[str]:
+def rows(data: Mixture, order: MixedOrder, count: int, shown: Lines) -> Iterator[str]:
     """The lines of the first ``count`` rows in the ``order`` of training, or of all, if there are fewer."""
     numbers, _ = order.take((), min(count, len(data)))
     for place, number in enumerate(numbers, start=1):

@@ -31,15 +31,18 @@ class Recovery:
     order: Order
     device: torch.device
 
-    def guarded(self, take: Callable[[], Row]) -> Row | None:
-        """The record of the step that ``take()`` takes. A step that fails numerically is skipped; None if the run went
-        back instead. Raises :class:`DoesNotFitError` where memory runs out."""
+    def guarded(self, take: Callable[[], Row], note: Callable[[], int]) -> tuple[Row, int] | None:
+        """The record of the step that ``take()`` takes, and the largest ``note()`` of all processes at its end, where
+        they agree on its number and its gradients' norm too. A step that fails numerically is skipped; None if the run
+        went back instead. Raises :class:`DoesNotFitError` where memory runs out."""
         course, position = self.course, self.course.position
         if position.step in position.skip:
-            return self._skip(NumericalError("its gradient was not finite when it was first taken"))
+            return self._skip(NumericalError("its gradient was not finite when it was first taken"), note)
         try:
-            with course.team.together("the end of a step"):
-                return take()
+            with course.team.together(f"the end of step {position.step + 1}") as end:
+                row = take()
+                end.digest, end.note = row["grad_norm"], note()
+            return row, end.note
         except torch.OutOfMemoryError as error:
             raise DoesNotFitError(self._out_of_memory(str(error))) from error
         except RuntimeError as error:
@@ -52,7 +55,7 @@ class Recovery:
             if self.order.left_traces():
                 self._replay(error)
                 return None
-            return self._skip(error)
+            return self._skip(error, note)
 
     def check_spike(self, loss: float) -> None:
         """Look at the loss of a step before any weight moves. Raises :class:`Spike` if it is one that is not only to be
@@ -64,7 +67,7 @@ class Recovery:
                 raise spike
             print(f"warning: {spike} (train.loss_spike: warn)", flush=True)
 
-    def _skip(self, error: NumericalError) -> Row:
+    def _skip(self, error: NumericalError, note: Callable[[], int]) -> tuple[Row, int]:
         """Close the failed step without an update and go on with the next samples, or stop after too many."""
         course, where = self.course, self.course.position
         course.optimizer.skip()
@@ -85,7 +88,7 @@ class Recovery:
                 f"The last good weights are saved in {saved}. Lower train.lr, lengthen train.warmup_steps or set "
                 "train.clip_grad_norm"
             ) from error
-        return row
+        return row, course.team.meet(f"the end of step {where.step + 1}, skipped", note=note())
 
     def _roll_back(self, error: Spike) -> bool:
         """Return to the newest checkpoint and go on from it in another data order; False if that cannot be done."""

@@ -22,6 +22,21 @@ def of_plan(config: Config, found: plan.Plan) -> list[str]:
     return lines
 
 
+def of_copy(found: plan.Plan, writers: int, room: int | None) -> str | None:
+    """What one of so many ``writers`` of a checkpoint copies of the state that it keeps; None if there is no ``room``
+    for that on the host, which the run then says by itself. None is a room that is not known."""
+    kept = sum(found.resident.values())
+    if found.streamed is not None:
+        kept += found.streamed.host_bytes - sum(found.streamed.on_device().values())
+    size = kept // writers
+    if room is not None and size > room:
+        return None
+    size = plan.human(size)
+    if room is None:
+        return f"with {size} of the host's memory free for a copy, training goes on while a checkpoint is written"
+    return f"training goes on while a checkpoint is written from a copy, which takes {size} of the host's memory"
+
+
 def tokens_of_a_step(config: Config) -> int:
     """Those of one process, whose ``train.grad_accumulation`` is given."""
     return config.train.micro_batch_size * config.data.sequence_length * config.train.grad_accumulation

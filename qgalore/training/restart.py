@@ -6,7 +6,6 @@ position in the data, in the learning rate and among the evaluations begins at 0
 any other: its own checkpoints hold how many steps the optimizer had taken before.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,27 +123,14 @@ def _kept(source: Path) -> Path:
     return source.resolve().parent.parent / KEPT
 
 
-def bring_tokenizer(source: Path, config: Config, folder: Path, anew: bool, team: Team = ALONE) -> None:
-    """Copy the tokenizer that the run of ``source`` trained into ``folder``, where :func:`.data.given_tokenizer` looks
-    for it if none is named: one trained on new data would give ids another meaning."""
+def tokenizer_of(source: Path, config: Config) -> Path | None:
+    """The tokenizer of the run that made ``source``, if a restart is to take it because none is named: one trained on
+    new data would give ids another meaning. Raises :class:`ConfigError` if it is gone."""
     if not config.train.restart_schedule or config.data.tokenizer is not None or config.model.path is not None:
-        return
-    place = folder / KEPT
-
-    def copy() -> None:
-        if place.is_dir() and not anew:
-            return
-        try:
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(_kept(source), place)
-        except OSError as error:
-            raise ConfigError(
-                f"{source} comes without the tokenizer of its run, {_kept(source)} ({error}); name it as data.tokenizer"
-            ) from error
-
-    with team.together("the tokenizer of the run before"):
-        if team.leads:
-            copy()
+        return None
+    if not (kept := _kept(source)).is_dir():
+        raise ConfigError(f"{source} comes without the tokenizer of its run, {kept}; name it as data.tokenizer")
+    return kept
 
 
 def check_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> None:

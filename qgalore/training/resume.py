@@ -1,6 +1,7 @@
 """The folder of a run, and the checkpoint it goes on from."""
 
 import json
+import math
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import config as configuration
 from ..config import Config
+from ..convergence.records import held_out, read_run
+from ..data.paths import make_folder
 from ..errors import ConfigError
 from ..files import atomic, checkpoint
 from ..lowrank.optimizer import LowRankOptimizer
@@ -33,10 +36,10 @@ def enter(config: Config, resume: str | None, team: Team = ALONE) -> tuple[Path,
         check_asked(config, folder, resume)
         _check_meant(folder, resume)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            made = make_folder(folder)
         except OSError as error:
             raise ConfigError(f"the run folder {folder} cannot be made: {error}; set run.dir") from error
-        lock.append(RunLock(folder))
+        lock.append(RunLock(folder, made))
         holds_one = (folder / "metrics.jsonl").exists() or checkpoint.steps_in(folder / "checkpoints")
         if resume != "auto" and not _is_own(folder, resume) and holds_one:
             raise ConfigError(
@@ -249,12 +252,20 @@ def describe(
             keep_beside(config, model, tokenizer, fresh)
 
 
-def ending(config: Config, result: Any, position: Position) -> str:
-    """What the last line of a run says of its ``result``, the last evaluation: with ``export.which: best`` first of all
-    the loss of the weights that were exported."""
-    if config.export.which != "best" or position.best_step is None:
-        return str(result)
-    return (
-        f"the exported weights are the best, of step {position.best_step} with held-out loss {position.best_loss:.4f} "
-        f"(the last: {result})"
-    )
+def ending(config: Config, result: Any, position: Position, folder: Path) -> str:
+    """What the last line of the run in ``folder`` says of its ``result``, the last evaluation: with ``export.which:
+    best`` first of all the loss of the weights that were exported, and that the run did harm if all losses say so."""
+    said = str(result)
+    if config.export.which == "best" and position.best_step is not None:
+        said = (
+            f"the exported weights are the best, of step {position.best_step} with held-out loss "
+            f"{position.best_loss:.4f} (the last: {result})"
+        )
+    losses = dict(held_out(read_run(folder)).get("", ()))
+    before = losses.pop(0, math.inf)
+    if losses and min(losses.values()) > before:
+        said += (
+            f"; all held-out losses since are above the {before:.4f} before step 1, so the run made the model worse: "
+            "lower train.lr, or look at the data"
+        )
+    return said

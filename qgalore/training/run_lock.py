@@ -2,7 +2,8 @@
 
 The lock is a POSIX record lock (``fcntl``) on ``RUN/.lock``. The system drops it when its process ends, however that
 happens, so no stale lock can keep a run from going on. NFS passes such locks to its server; where a file system has
-none, a line says so. The processes that torchrun starts count as one: rank 0 holds the lock for all.
+none, a line says so. The processes that torchrun starts count as one: rank 0 holds the lock for all. A start that was
+refused takes the file away again, and the folders that were made for it.
 """
 
 import errno
@@ -13,25 +14,50 @@ import struct
 import sys
 import time
 import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
 
 NAME = ".lock"
-_held: dict[tuple[int, str], list[int]] = {}  # (process, path) → [descriptor, how many objects]
+_held: dict[tuple[int, str], "_Held"] = {}  # by process and path
+
+
+@dataclass
+class _Held:
+    """A lock's open file, what lay beside it, what was made for it (itself and folders, the innermost first), and how
+    many objects hold it."""
+
+    descriptor: int
+    beside: set[str]
+    made: list[Path]
+    objects: int = 0
+
+    def end(self, path: Path) -> None:
+        """Let go. What was made goes too, if nothing has come to lie beside it: the start was refused."""
+        with suppress(OSError):
+            if {*os.listdir(path.parent)} - {NAME} == self.beside:
+                for one in self.made:
+                    one.unlink() if one == path else one.rmdir()
+        os.close(self.descriptor)
 
 
 class RunLock:
     """The lock of a run's ``folder``, held until :meth:`release`, the end of this object or that of the process.
 
-    A process may hold the same one several times. Raises :class:`ConfigError` if another process holds it, or if the
-    folder cannot be written. ``works`` is False where the file system cannot lock, which is said.
+    ``made``: the folders that were made for it, the innermost first. A process may hold the same one several times.
+    Raises :class:`ConfigError` if another process holds it, or if the folder cannot be written. ``works`` is False
+    where the file system cannot lock, which is said.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, made: Sequence[Path] = ()) -> None:
         path = folder.resolve() / NAME
         key = (os.getpid(), str(path))
-        if key not in _held:
+        is_first = key not in _held
+        if is_first:
+            mine = [*([] if path.exists() else [path]), *made]
             try:
                 # Closing any descriptor of the file would drop the lock, so a process opens it only once.
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -42,15 +68,19 @@ class RunLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            _held[key] = [descriptor, 0]
-        _held[key][1] += 1
-        self.works = _works(_held[key][0])
+            _held[key] = _Held(descriptor, {*os.listdir(path.parent)} - {NAME}, mine)
+        _held[key].objects += 1
+        self.works = _works(_held[key].descriptor)
         self.release = weakref.finalize(self, _release, key)
+        if is_first and self.works:
+            self._sign(_held[key].descriptor, folder)
 
     def _take(self, descriptor: int, folder: Path) -> None:
         try:
             _lock(descriptor)
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as systems differ
+            if not os.path.samestat(os.fstat(descriptor), os.stat(folder / NAME)):
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError, FileNotFoundError):  # EAGAIN or EACCES; or it was just taken away
             raise ConfigError(
                 f"{folder} is in use: {_holder(descriptor)} trains this run and holds its lock. Wait for it, stop it, "
                 "or choose another run.name"
@@ -61,7 +91,8 @@ class RunLock:
                 "second process out of this run; start only one",
                 flush=True,
             )
-            return
+
+    def _sign(self, descriptor: int, folder: Path) -> None:
         about = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         text = json.dumps(about).encode()
         try:
@@ -100,9 +131,9 @@ def _holder(descriptor: int) -> str:
 
 def _release(key: tuple[int, str]) -> None:
     if key[0] == os.getpid() and key in _held:
-        _held[key][1] -= 1
-        if not _held[key][1]:
-            os.close(_held.pop(key)[0])
+        _held[key].objects -= 1
+        if not _held[key].objects:
+            _held.pop(key).end(Path(key[1]))
 
 
 def is_held(folder: Path) -> bool | None:

@@ -72,10 +72,8 @@ def needed_tokens(config: Config, key: str) -> int | None:
             f"train.epochs is {train.epochs:g}, and {key} {source.path!r} is a hub dataset, of which only as much is "
             "read as the run needs; say how much an epoch is with data.max_tokens, or give train.max_steps instead"
         )
-    drawn = samples_of(config, 1)
-    if len(config.data.sources) > 1:
-        weights = dict(zip(config.data.sources, weights_of(config), strict=True))
-        drawn = -(-drawn * weights[key] // sum(weights.values())) + 1
+    weights = dict(zip(config.data.sources, weights_of(config), strict=True))
+    drawn = -(-samples_of(config, 1) * weights[key] // sum(weights.values()))  # see mixing.turns
     return drawn * config.data.sequence_length + 1
 
 
@@ -110,7 +108,9 @@ def cut_tail(config: Config, key: str, tokens: TokenFile) -> tuple[TokenFile, To
 
 
 def say_shares(config: Config, mixture: Mixture, tokens: list[TokenFile]) -> None:
-    """A line about each source of a mixture: its size, its share of the samples, and how often it is seen."""
+    """A line about each source of several: its size, its share of the samples, and how often it is seen."""
+    if len(tokens) == 1:
+        return
     drawn, total = samples_of(config, len(mixture)), sum(mixture.weights)
     seen: dict[str, str] = {}  # names by the tokens
     for name, weight, samples, held in zip(mixture.names, mixture.weights, mixture.sources, tokens, strict=True):

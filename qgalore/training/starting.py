@@ -17,11 +17,13 @@ from .resume import check_same_bytes, check_same_run, checkpoint_to_resume, rest
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run starts from (None: from nothing), its state, and whether it begins ``anew`` on it."""
+    """The checkpoint that a run starts from (None: from nothing), its state, whether it begins ``anew`` on it, and the
+    ``tokenizer`` that comes with it, if the run takes that one."""
 
     source: Path | None
     saved: dict[str, Any] | None
     anew: bool
+    tokenizer: Path | None = None
 
     @property
     def past(self) -> dict[str, Any] | None:
@@ -55,5 +57,4 @@ def decide(config: Config, folder: Path, resume: str | None, team: Team) -> tupl
         restart.check(source, saved, config)
     else:
         config = check_same_run(source, saved, restart.as_before(source, saved, config))
-    restart.bring_tokenizer(source, config, folder, anew, team)
-    return config, Start(source, saved, anew)
+    return config, Start(source, saved, anew, restart.tokenizer_of(source, config))

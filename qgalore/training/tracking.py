@@ -67,17 +67,12 @@ NOWHERE = Tracking({}, live.Description("nowhere"))
 
 
 class Wanted:
-    """The trackers of those names, for a run that is still to be built. Raises :class:`ConfigError` for a package that
-    cannot be imported."""
+    """The ``trackers`` of a run that is still to be built in ``folder``, and whether it was tracked before. Raises
+    :class:`ConfigError` for a damaged file."""
 
-    def __init__(self, names: list[str]) -> None:
-        self._trackers, self._identity = live.make(names), None
-
-    def look_into(self, folder: Path) -> None:
-        """Find out whether the run of ``folder`` was tracked before. Raises :class:`ConfigError` for a damaged file."""
-        self._folder = folder
-        if self._trackers:
-            self._identity = kept_identity(folder)
+    def __init__(self, trackers: dict[str, live.Tracker], folder: Path) -> None:
+        self._trackers, self._folder = trackers, folder
+        self._identity = kept_identity(folder) if trackers else None
 
     def of(self, name: str, step: int, settings: dict[str, Any]) -> Tracking:
         """The tracking of the run ``name`` from ``step`` on, with its ``settings``. By its identity, which is kept in

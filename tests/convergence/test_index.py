@@ -131,7 +131,8 @@ def test_a_lock_is_seen_from_outside_and_from_inside(tmp_path):
     if sys.platform != "linux":
         assert run_lock.is_held(tmp_path) is None
         return
-    assert run_lock.is_held(tmp_path) is False, "the file stays, and nobody holds it"
+    assert run_lock.is_held(tmp_path) is False
+    (tmp_path / "config.yaml").write_text("")
     code = HOLD + "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -247,6 +247,22 @@ def test_the_board_forgets_steps_that_are_taken_again(tmp_path):
     assert board(tmp_path / "tensorboard")[0] == {"train/loss": {1: 1, 2: 2, 3: 30}}
 
 
+def test_trackio_says_if_it_could_not_write(tmp_path, trackers_offline, monkeypatch):
+    """Its threads swallow errors. If it ever tells them otherwise, this test does."""
+    import trackio
+
+    tracker = live.make(["trackio"])["trackio"]
+    tracker.begin(live.Description("run", tmp_path))
+    monkeypatch.setattr(trackio.run.SQLiteStorage, "bulk_log", staticmethod(_no_space))
+    tracker.send(1, {"train/loss": 1.0})
+    with pytest.warns(UserWarning, match="No space left"), pytest.raises(RuntimeError, match="could not be written"):
+        tracker.end(0)
+
+
+def _no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_package_that_is_not_there_is_missed_before_the_run_has_a_folder(tiny_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, out, err = tiny_run("tracking=[tensorboard, wandb]")

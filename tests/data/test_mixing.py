@@ -79,6 +79,9 @@ def test_one_source_is_that_source():
         (SampleOrder(7, 3).take((2, 5), 9)[1],),
     )
     assert MixedOrder([SampleOrder(7, 3)]).drawn(((2, 5),)) == {}
+    assert names_of(["a/tales.txt"]) == [""]
+    rows, alone = Mixture(("",), (1,), (packed(0, [40]),)), packed(0, [40])
+    assert all(torch.equal(rows.batch([3, 0])[name], value) for name, value in alone.batch([3, 0]).items())
 
 
 def test_positions_of_other_sources_are_refused():
@@ -176,13 +179,15 @@ def test_a_source_that_gives_nothing_and_one_given_twice_are_told(capsys):
     ("train", "data", "told"),
     [
         ([], {}, r"data\.train is \[\]; it must be a file, .* or a list of sources such as \[\{path"),
+        ({"path": "a", "weight": 0}, {}, r"data\.train\[0\]\.weight is 0; it must be a number above 0"),
+        ({"path": "a", "task": "text"}, {"task": "classify"}, r"data\.train\.task: data\.task: classify has labels"),
         ([{"path": "a", "weight": 0}], {}, r"data\.train\[0\]\.weight is 0; it must be a number above 0"),
         (["a", {"weight": 1}], {}, r"data\.train\[1\]\.path: missing.* for example path: my_text\.jsonl"),
         (["a", {"path": "b", "wieght": 1}], {}, r"train\[1\]\.wieght: unknown key; .* mean data\.train\[1\]\.weight"),
         ([{"path": "a", "probability": 1}], {}, r"\.probability: unknown key; did you mean data\.train\[0\]\.weight\?"),
         ([{"path": "a", "field": "x"}], {}, r"\.field: unknown key; did you mean data\.train\[0\]\.text_key\?"),
         ([{"path": "a", "type": "alpaca"}], {}, "no such key, since the keys of a row tell its layout"),
-        ([{"path": "a", "dtype": "x"}], {}, "known here: path, weight, text_key, task"),
+        ([{"path": "a", "dtype": "x"}], {}, "known here: path, text_key, task, weight"),
         ([{"path": "a", "task": "tekst"}], {}, r"data\.train\[0\]\.task is 'tekst'; it must be text or instruct"),
         (["a", {"path": "b", "task": "instruct"}], {}, "set data.task: instruct, and task: text for the sources"),
         (["a", "b"], {"task": "classify"}, "classify reads one file; put the examples into one"),

@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 
 from qgalore.errors import ConfigError, RankError
 from qgalore.files import checkpoint
+from qgalore.files.safetensors import Copied
 from qgalore.parallel import ALONE, job
+from qgalore.parallel.stages import Beside
+from qgalore.training.keeping import Keeper
+from qgalore.training.position import Position
 
 HOW = ("replicate", "shard")
 STEPS = [checkpoint.name_for(step) for step in (1, 2, 3)]
@@ -60,6 +64,82 @@ def test_any_number_of_processes_writes_the_same_files(tmp_path):
                 )
             for again in ("1-4", "4-2"):  # what is read comes in another order
                 assert_same(load_file(tmp_path / f"{how}-{again}" / STEPS[0] / name), load_file(one))
+
+
+def write_beside(where):
+    """Save the state after a step at once, and once more from a copy while the next step is taken, sums included."""
+    with job("cpu") as team:
+        for how in HOW:
+            save(where / f"{how}-now", how, team)
+            model, optimizer, order = chain_of(team, how, {})
+            take(order, 0)
+            path = where / f"{how}-beside" / STEPS[0]
+            draft = checkpoint.begin(path, model, optimizer.state_dict(), {"position": {}}, team)
+            assert draft.copy()
+            writing = Beside("a test", draft.stages(), team)
+            for step in (1, 2):
+                writing.look()
+                take(order, step)
+            writing.wait()
+            assert writing.look()
+
+
+def test_processes_write_the_same_files_beside_their_next_step(tmp_path):
+    run_in(2, write_beside, tmp_path)
+    for how in HOW:
+        for name in (*FILES, checkpoint.STATE):
+            now, beside = (tmp_path / f"{how}-{when}" / STEPS[0] / name for when in ("now", "beside"))
+            assert now.read_bytes() == beside.read_bytes(), (how, name)
+
+
+def keep_beside(where, how):
+    """What each process says to a second checkpoint, written beside training, in which rank 1 meets a full disk
+    ("full"), is lost ("lost"), or has no memory for its copy ("room")."""
+    with job("cpu") as team:
+        os.chdir(where)
+        model, optimizer = model_and_optimizer("shard", team, 1)
+        room = 0 if how == "room" and team.rank == 1 else 1 << 40
+        keeper = Keeper(Path(), save_every=1, keep_last=1, keep_every=None, team=team, room=lambda: room)
+        keeper.save(Position(step=1), model, optimizer, {})
+        write, limits = Copied.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def into_a_full_disk(copied, path):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            try:
+                return write(copied, path)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        if team.rank == 1:
+            Copied.write = {"full": into_a_full_disk, "lost": lambda *_: sys.exit(9), "room": write}[how]
+        keeper.save(Position(step=2), model, optimizer, {}, beside=True)
+        at_once = Path(STEPS[1]).exists()
+        try:
+            while keeper._writing is not None:
+                keeper.look()
+        except (ConfigError, RankError) as error:
+            if isinstance(error, ConfigError):
+                team.meet("afterwards")
+            return str(error), sorted(os.listdir())
+        return at_once, sorted(os.listdir())
+
+
+def test_a_full_disk_beside_training_is_said_by_all(tmp_path):
+    found = run_in(2, keep_beside, tmp_path, "full")
+    assert found[0][0].startswith("rank 1: ")
+    for message, there in found:
+        assert "step-00000002 could not be written: [Errno 27] File too large. Older checkpoints are intact" in message
+        assert there == [STEPS[0]]
+
+
+def test_a_process_lost_beside_training_costs_no_older_checkpoint(tmp_path):
+    (message, there), code = run_in(2, keep_beside, tmp_path, "lost")
+    assert (code, there) == (9, [STEPS[0]])
+    assert "another process of the job has ended" in message
+
+
+def test_all_wait_if_one_has_no_room_for_its_copy(tmp_path):
+    assert run_in(2, keep_beside, tmp_path, "room") == [(True, [STEPS[1]])] * 2
 
 
 def fail(where, how):

@@ -1,6 +1,9 @@
 """The processes of an attempt find each other on a store that attempts before it have used."""
 
 import random
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -55,3 +58,35 @@ def test_those_who_die_while_they_wait_are_not_waited_for(stores):
 def test_a_process_that_never_comes_is_an_error_in_time(stores):
     with pytest.raises(dist.DistStoreError, match=r"not all of 2 processes came within 0:00:00\.1"):
         fresh_store(stores(), 1, 2, timedelta(seconds=0.1))
+
+
+STARTED = """
+import os, sys, time
+count, port = (os.environ[name] for name in ("TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"))
+path = f"rank{os.environ['RANK']}"
+first = not os.path.exists(path)
+with open(path, "a") as file:
+    print(count, port, os.environ["TORCHELASTIC_USE_AGENT_STORE"], file=file)
+if first:  # one fails, and the other would go on
+    while len(os.listdir()) < 3:
+        time.sleep(0.02)
+    if os.environ["RANK"] == "0":
+        time.sleep(60)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_keeps_its_store_and_does_not_count_attempts(tmp_path):
+    """Why there is a roster at all. If this fails, a prefix for each count of restarts may do in its place."""
+    (tmp_path / "started.py").write_text(STARTED)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    meeting = ["--rdzv_id=mine", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--max-restarts=1", *meeting, "started.py"]
+    machines = [subprocess.Popen(torchrun, cwd=tmp_path, stderr=subprocess.DEVNULL) for _ in "ab"]
+    assert [machine.wait(timeout=100) for machine in machines] == [0, 0]
+    (whole, again), (failed, last) = ((tmp_path / f"rank{rank}").read_text().splitlines() for rank in range(2))
+    assert whole == again == failed, "the same count, port and store of the agent"
+    assert last == failed.replace("0", "1", 1), "who failed counts"
+    assert whole.endswith("True")

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_the_same_run_in_one_two_and_four_processes(folder):
     """As in ``test_runs``: losses differ by the order of fp32 sums. Evaluation is that of one process."""
     plain = [
         *SHARD,
+        "lowrank.proj_type=right",
         "method=galore",
         "lowrank.policy=fixed",
         "train.clip_grad_norm=0.5",
@@ -62,6 +64,40 @@ def test_the_same_run_in_one_two_and_four_processes(folder):
             assert abs(a["loss"] - b["loss"]) <= (1e-6 if a["step"] <= 3 else 1e-4) * a["loss"], (size, a["step"])
             assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-2 * a["grad_norm"], (size, a["step"])
         print(size, max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, other, strict=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["lowrank.rule=muon", "train.clip_grad_norm=0"],
+        ["lowrank.rule=fira", "train.full_gradients=keep", "train.clip_grad_norm=0.5"],
+        ["lowrank.embeddings=int8", "train.grad_accumulation=4"],
+        ["model.compute=int8", "lowrank.group_size=row", "train.activation_checkpointing=2"],
+        ["train.optimizer=torch.optim.Adafactor", "train.optimizer_options={eps: [null, 1.0]}", "lowrank.moments=keep"],
+        ["method=galore", "lowrank.proj_type=full", "train.optimizer=adamw4bit", "lowrank.stagger=false"],
+    ],
+    ids=["muon", "fira", "int8 embeddings", "int8 products", "adafactor", "both sides"],
+)
+def test_two_that_split_the_weights_have_the_bits_of_two_that_do_not(folder, options):
+    """A sum of two does not hang on its order. So losses, records and checkpoints are equal, to the bit."""
+    run = ["train.order=layer_major", "train.max_steps=4", "train.grad_accumulation=2", "lowrank.update_proj_gap=2"]
+    for how in ("replicate", "shard"):
+        arguments = [*run, *options, f"parallel={how}", f"run.name={how}"]
+        assert run_in(2, live, str(folder), arguments) == [(0, "")] * 2
+    for name in ("metrics.jsonl", "subspace.jsonl", "updates.jsonl"):
+        whole, split = (timeless(folder / "runs" / how / name) for how in ("replicate", "shard"))
+        assert split == whole
+        assert whole or name != "metrics.jsonl"
+    assert_same(state(folder / "runs/shard", 4), state(folder / "runs/replicate", 4))
+
+
+def timeless(path):
+    """The rows of a run's records, without what hangs on the machine, by step and layer."""
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    clocks = ("second", "memory_bytes")
+    found.sort(key=lambda row: (row["step"], row.get("layer", "")))
+    return [{name: value for name, value in row.items() if not any(c in name for c in clocks)} for row in found]
 
 
 @pytest.mark.slow

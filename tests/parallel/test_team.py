@@ -21,6 +21,9 @@ def operations():
             "total": team.total("c", 0.1 * (team.rank + 1)),
             "count": team.total("d", team.rank + 1),
             "any": team.any("e", [team.rank == 1, False]),
+            "word": team.any("h", [team.rank == place % 4 for place in range(63)]),
+            "more": team.any("i", [team.rank == place % 4 for place in range(64)]),
+            "negative": (team.total("j", -0.5 * team.rank), team.total("k", -team.rank)),
             "first": team.of_first("f", lambda: ("from", team.rank)),
             "note": team.meet("g", digest=0.5, note=team.rank),
         }
@@ -62,7 +65,8 @@ def test_operations_give_every_process_the_same():
     assert [result.pop("deal") for result in found] == [[0, 3], [1, 4], [2]]
     assert found[0] == found[1] == found[2]
     wanted = {"sum": [6.0, 6.0, 3.0], "received": [0.0, 0.0], "total": 0.1 + 0.2 + 0.1 * 3, "count": 6}
-    wanted |= {"any": [True, False], "first": ("from", 0), "note": 2}
+    wanted |= {"any": [True, False], "first": ("from", 0), "note": 2, "negative": (-1.5, -3)}
+    wanted |= {name: [place % 4 != 3 for place in range(n)] for name, n in (("word", 63), ("more", 64))}
     assert found[0] == wanted
 
 

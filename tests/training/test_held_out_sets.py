@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import rows
 
+from qgalore import config
 from qgalore.convergence import charts, table, tensorboard
 from qgalore.convergence.records import read_run
 from qgalore.convergence.summary import summarise
+from qgalore.errors import ConfigError
 from qgalore.evaluation.loss import Evaluation, evaluate, evaluate_sets
 from qgalore.models.loss import summed_loss, target_tokens
 
@@ -75,6 +77,7 @@ def test_each_set_is_told_by_name_from_before_the_first_step(tiny_run):
         assert not any(key.startswith("eval_loss/") for row in alone.values() for key in row)
         assert f"{name} {both[0][f'eval_loss/{name}']:.4f}" in out
     assert out.index("step 0/1 | held-out loss") < out.index("step 1/1 | loss")
+    assert (both[1]["eval_loss"] > both[0]["eval_loss"]) == ("worse" in out.splitlines()[-1])
     low, high = sorted(both[1][f"eval_loss/{name}"] for name in ("stories", "code"))
     assert low < both[1]["eval_loss"] < high
 
@@ -97,10 +100,15 @@ def test_each_set_is_told_by_name_from_before_the_first_step(tiny_run):
 def test_the_loss_before_the_first_step_is_never_the_best(tiny_run):
     """Whatever comes after it is worse, and still step 1 is the best: of step 0 there is no checkpoint."""
     worse = ("train.lr=0.3", "train.lr_schedule=constant", "train.warmup_steps=0", "train.max_steps=9")
-    code, _, err = tiny_run(*SHORT, *worse, "data.valid=code.txt", "train.keep_best=true", "train.early_stopping=2")
+    code, out, err = tiny_run(*SHORT, *worse, "data.valid=code.txt", "train.keep_best=true", "train.early_stopping=2")
     assert code == 0, err
     losses = {step: row["eval_loss"] for step, row in evaluations("tiny").items()}
     assert losses[0] == min(losses.values()), "the test wants a run that gets worse at once"
+    last_line = out.splitlines()[-1]
+    assert (
+        f"; all held-out losses since are above the {losses[0]:.4f} before step 1, so the run made the model"
+        in last_line
+    )
     last = max(losses)
     best = min(range(1, last + 1), key=losses.get)
     state = json.loads(Path(f"runs/tiny/checkpoints/step-{last:08d}/state.json").read_text())
@@ -125,6 +133,52 @@ def test_sets_that_cannot_be_read(tiny_run, valid, told):
     assert re.search(told, err), err
 
 
+def test_a_set_is_read_as_it_says_itself(tiny_run):
+    """The loss of rows under another key is that of the same text under the usual one, alone and beside others."""
+    texts = Path("stories.txt").read_text()
+    Path("rows.jsonl").write_text(json.dumps({"body": texts}) + "\n")
+    Path("usual.jsonl").write_text(json.dumps({"text": texts}) + "\n")
+    valid = "{own: {path: rows.jsonl, text_key: body}, usual: usual.jsonl}"
+    code, _, err = tiny_run(*SHORT, f"data.valid={valid}", "train.max_steps=1", "run.name=both")
+    assert code == 0, err
+    code, _, err = tiny_run(*SHORT, "data.valid={path: rows.jsonl, text_key: body}", "train.max_steps=1")
+    assert code == 0, err
+    for step, row in evaluations("both").items():
+        assert row["eval_loss/own"] == row["eval_loss/usual"] == evaluations("tiny")[step]["eval_loss"]
+    code, _, err = tiny_run(*SHORT, "data.valid={own: rows.jsonl}", "run.name=not")
+    assert (code, "data.valid.own: 'rows.jsonl' line 1 has no 'text'" in err) == (2, True)
+
+
+def test_conversations_are_held_out_beside_text(tiny_run):
+    """Text alone counts every token, and of conversations the answers do."""
+    talk = [{"prompt": f"Add {n} and 1.", "completion": f"{n + 1}."} for n in range(30)]
+    Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
+    sets = "data.valid={text: {path: stories.txt, task: text}, talk: talk.jsonl}"
+    code, _, err = tiny_run(*SHORT, "data.train=talk.jsonl", sets, "data.task=instruct", "data.sequence_length=32",
+                            "train.max_steps=1")  # fmt: skip
+    assert code == 0, err
+    assert {"eval_loss/text", "eval_loss/talk"} < evaluations("tiny")[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("valid", "told"),
+    [
+        ({"a": {"path": "a", "task": "x"}}, r"data\.valid\.a\.task is 'x'; it must be text or instruct"),
+        ({"path": "a", "task": "x"}, r"data\.valid\.task is 'x'"),
+        ({"a": {"path": "a", "weight": 2}}, r"data\.valid\.a\.weight: unknown key; known here: path, text_key, task"),
+        ({"a": {"path": "a", "field": "x"}}, r"data\.valid\.a\.field: unknown key; .* data\.valid\.a\.text_key"),
+        ({"a": {"text_key": "x"}}, r"data\.valid\.a\.path: missing"),
+        ({"a": {"path": "a", "task": "instruct"}}, r"data\.valid\.a: a source has task: instruct"),
+        ({"": "a", "b": "b"}, r"data\.valid: one of several held-out sets has no name"),
+        ({"task": {"path": ""}}, r"data\.valid\.task\.path is ''"),
+    ],
+)  # fmt: skip
+def test_sets_that_cannot_be(valid, told):
+    data = {"train": {"path": "a", "weight": 1}, "valid": valid}
+    with pytest.raises(ConfigError, match=told):
+        config.parse({"model": {"config": "llama_60m"}, "data": data, "train": {"lr": 0.1, "max_steps": 1}}, "here")
+
+
 def test_a_classifier_has_one_set(tiny_run):
     code, _, err = tiny_run(*SHORT, SETS, "data.task=classify", "data.tokenizer=x")
     assert code == 2
@@ -133,9 +187,8 @@ def test_a_classifier_has_one_set(tiny_run):
 
 def test_numbers_are_names_too(tiny_run):
     Path("2024").write_text("x")
-    from qgalore import config
-
-    assert config.load("tiny.yaml", ["data.valid={2023: 2024}"]).data.held_out == {"2023": "2024"}
+    held_out = config.load("tiny.yaml", ["data.valid={2023: 2024, b: {path: 007}}"]).data.held_out
+    assert {name: source.path for name, source in held_out.items()} == {"2023": "2024", "b": "007"}
 
 
 def test_a_perplexity_stays_short():

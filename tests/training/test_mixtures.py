@@ -7,6 +7,8 @@ import pytest
 from helpers import assert_same, final_state, rows
 from safetensors.torch import load_file
 
+from qgalore.files import checkpoint
+
 SHORT = ("data.vocab_size=320", "data.sequence_length=16", "data.valid_fraction=0.2", "sample.max_new_tokens=0",
          "train.lr_schedule=constant", "train.warmup_steps=0", "train.eval_every=3", "train.save_every=3",
          "train.lr=0.003")  # fmt: skip
@@ -26,11 +28,21 @@ def records(run):
 
 
 def test_a_mixture_of_one_source_is_that_source(tiny_run):
-    """In every bit of the records and of the export, whatever its weight is."""
+    """In every bit of the records and of the export, whatever its weight is. A checkpoint from before there were
+    mixtures, whose position was of one source, goes on as well."""
     for name, train in (("alone", "tales.txt"), ("mixed", "[{path: tales.txt, weight: 7}]")):
-        code, out, err = tiny_run(*SHORT, f"data.train={train}", f"run.name={name}", "train.max_steps=3")
+        run = (*SHORT, f"data.train={train}", f"run.name={name}")
+        code, out, err = tiny_run(*run, "train.max_steps=3", "export.formats=[]")
         assert code == 0, err
         assert "source:" not in out
+        path = Path(f"runs/{name}/checkpoints/step-00000003/state.json")
+        state = json.loads(path.read_text())
+        (state["position"]["sample"],) = state["position"]["sample"]
+        path.write_text(json.dumps({**state, "sha256": checkpoint._seal(state)}))
+        code, _, err = tiny_run(*run, "train.max_steps=4", "--resume", "auto")
+        assert code == 0, err
+    state = json.loads(Path("runs/alone/checkpoints/step-00000004/state.json").read_text())
+    assert state["config"]["data"]["train"] == "tales.txt", "it is written down as it was asked for"
     assert records("alone") == records("mixed")
     alone, mixed = (load_file(f"runs/{name}/export/hf/model.safetensors") for name in ("alone", "mixed"))
     assert_same(alone, mixed)

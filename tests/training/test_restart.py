@@ -75,7 +75,7 @@ def test_a_restarted_run_goes_on_like_any_other(run, again):
     other = ("run.name=b", "data.train=other.jsonl", "data.valid=other.jsonl", "train.eval_every=4")
     code, out, err = run(*other, *ANEW, *FROM, "train.max_steps=4")
     assert code == 0, err
-    assert "that of the run before, copied to runs/b/tokenizer" in out
+    assert "that of the run before, " in out
     unbroken, metrics = final_state("runs/b", 4), [row["loss"] for row in rows("runs/b/metrics.jsonl") if "lr" in row]
     shutil.rmtree("runs/b")
     assert run(*other, *ANEW, *FROM, "train.max_steps=2")[0] == 0
@@ -122,8 +122,7 @@ def test_what_is_refused(run, more, said):
     assert code == 2
     for part in said:
         assert part in err
-    if any(" → " in part for part in said):
-        assert not Path("runs/b/tokenizer").exists(), "nothing of the other run is copied before the answer is no"
+    assert not Path("runs/b").exists()
 
 
 @pytest.mark.slow
@@ -147,13 +146,13 @@ def test_a_step_that_is_taken_again_is_the_same(run, order, monkeypatch):
     assert run("run.name=b", *ANEW, *FROM, f"train.order={order}", "train.max_steps=4")[0] == 0
     guarded, failed = recovery.Recovery.guarded, []
 
-    def once(self, take):
+    def once(self, *how):
         if self.course.position.step == 2 and not failed:
             failed.append(self.course.keeper.newest())
             path, state, _ = failed[0]
             self.course.return_to(path, state)
             return None
-        return guarded(self, take)
+        return guarded(self, *how)
 
     monkeypatch.setattr(recovery.Recovery, "guarded", once)
     assert run("run.name=c", *ANEW, *FROM, f"train.order={order}", "train.max_steps=4")[0] == 0

@@ -1,0 +1,50 @@
+"""What the processes of a run say to each other in a step, and that they do not go on with different numbers."""
+
+from functools import partial
+
+from jobs import live
+from processes import run_in
+from torch import distributed as dist
+
+from qgalore.parallel import Team
+from qgalore.replacing import replaced
+from qgalore.training.stepping import LayerMajor
+
+WAITED_FOR = ("all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "all_reduce", "barrier")
+SHORT = ["train.order=layer_major", "train.max_steps=5", "train.eval_every=5", "train.save_every=5"]
+SHORT += ["train.eval_batches=1", "train.grad_accumulation=2", "lowrank.update_proj_gap=50", "sample.max_new_tokens=0"]
+
+
+def parting(folder, arguments):
+    """A run whose ranks 1 and above have another gradient norm in its fourth step: how it ends, and what each of its
+    collectives that are waited for is, or where all meet by it."""
+    said, meeting, take = [], Team._meeting, LayerMajor.take
+
+    def met(self, place, *words):
+        said.append(place)
+        return meeting(self, place, *words)
+
+    def sent(name, own, *given, async_op=False, **more):
+        if not async_op:
+            said.append(name)
+        return own(*given, async_op=async_op, **more) if name in ("all_gather", "all_reduce") else own(*given, **more)
+
+    def parted(self, step, *given):
+        loss, norm = take(self, step, *given)
+        return loss, norm + (step == 3 and self.optimizer.team.rank)
+
+    wires = [(dist, name, partial(sent, name, getattr(dist, name))) for name in WAITED_FOR]
+    with replaced([*wires, (Team, "_meeting", met), (LayerMajor, "take", parted)]):
+        return live(folder, arguments), said
+
+
+def test_a_step_agrees_once_at_its_end(folder):
+    ((code, words), said), other = run_in(2, parting, str(folder), SHORT)
+    assert (code, other) == (1, 1), words
+    assert "the processes hold different numbers at: the end of step 4 (" in words
+    third = said[said.index("the end of step 2") + 2 : said.index("the end of step 3") + 2]
+    # its targets, by which losses are divided; the loss, once all have gone forward; which tensors outside the blocks
+    # have gradients; and the end, with its number, gradients' norm, signals, clock and errors
+    wanted = ["the targets of a step", "the loss of a step", "the gradients of the epilogue"]
+    wanted += ["the gradients of the prologue", "the end of step 3"]
+    assert third == [word for place in wanted for word in (place, "all_gather")]
