@@ -123,8 +123,8 @@ def print_job(config: Config, vocabulary: Vocabulary, processes: int, found: Pla
     where = f": {inside} inside machines of {cards.per_machine}, {between} between them" if cards.machines > 1 else ""
     say("wire", f"{whole} sent by each of {processes} processes in a step, counted, not measured{where}")
     print(wire, flush=True)
-    together = human(cards.per_machine * found.host_total)
-    say("host", f"{counted(cards.per_machine, 'process', 'processes')} of one machine take {together} of its memory")
+    together, many = human(cards.per_machine * found.host_total), counted(cards.per_machine, "process", "processes")
+    say("host", f"{many} of one machine take {together} of its memory, without copies for checkpoints")
     if machines is not None:
         say("hidden", _not_counted(config, vocabulary, found) or _hidden(config, vocabulary, wire, machines))
 
