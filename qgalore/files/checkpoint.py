@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..parallel import ALONE, Team, shards
+from ..parallel import ALONE, Team, apart, shards
 from ..parallel.kept import Kept
 from ..parallel.stages import Stages, complete
 from .atomic import sync_folder
@@ -55,11 +55,13 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     kept = {}
     for name, value in tensors.items():
-        place = shards.local(value).data_ptr()
+        stored = apart.kept(value)
+        # Of a tensor that is split this process may hold no rows, and so no memory to tell it by.
+        place = id(stored) if shards.is_shared(stored) else stored.data_ptr()
         if value.numel() and place in seen:
             continue
         seen.add(place)
-        kept[name] = value.detach()
+        kept[name] = stored.detach()
     return kept
 
 
@@ -70,7 +72,7 @@ def _needed_bytes(tensors: Entries) -> int:
 def _contents(model: nn.Module, optimizer_state: dict[str, Any]) -> tuple[dict[str, Entries], dict[str, Any]]:
     """The tensors of each file, and the rest. States that were read come in another order, so those are sorted."""
     tensors, rest = flatten(optimizer_state)
-    files = dict(zip(FILES, (_unshared(model.state_dict()), dict(sorted(tensors.items()))), strict=True))
+    files = dict(zip(FILES, (_unshared(model.state_dict(keep_vars=True)), dict(sorted(tensors.items()))), strict=True))
     return {name: {key: _rows(value) for key, value in held.items()} for name, held in files.items()}, rest
 
 

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
 from ..lowrank.tensors.states import made_by_a_step
-from ..parallel import shards
+from ..parallel import apart, shards
 from ..parallel.kept import Kept
 
 KINDS = ("inner", "extra")  # of an optimizer's tensors: the inner optimizer's state, and all else
@@ -59,7 +59,7 @@ def _check_finite(name: str, value: Tensor) -> None:
 
 def first_not_finite(model: nn.Module) -> str | None:
     """The name of a tensor of ``model`` with a value that is not finite; None if there is none."""
-    for name, value in model.state_dict().items():
+    for name, value in apart.kept_in(model).items():
         here = shards.local(value)
         if here.is_floating_point() and not bool(torch.isfinite(here).all()):
             return name
@@ -207,7 +207,7 @@ def load_model(folder: Path, model: nn.Module) -> None:
         if not files:
             raise OSError("it has no model.safetensors")
         _fit_ranks(model, files)
-        own = model.state_dict()
+        own = apart.kept_in(model)
         loaded = set()
         for name, value in (item for path in files for item in _tensors(path)):
             if name not in own:
@@ -224,3 +224,4 @@ def load_model(folder: Path, model: nn.Module) -> None:
             loaded.add(here.data_ptr())
         if absent := [n for n, value in own.items() if value.numel() and shards.local(value).data_ptr() not in loaded]:
             raise ValueError(f"the checkpoint has no tensor {min(absent)}")
+        apart.drop_all(model)

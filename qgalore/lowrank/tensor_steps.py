@@ -67,7 +67,7 @@ class TensorSteps:
         self.tensors, self.seed, self.team, self.idle = tensors, seed, team, Idle(team)
         self.step_count = 0
         self.events: list[dict[str, Any]] = []
-        self.observations: list[Observation] = []
+        self.observations: list[Observation | observed.Told] = []
         self.stepped: dict[str, None] = {}  # names, in the step that is being taken and in its order
         self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
         self._records: dict[str, dict[str, Any] | None] = {}  # of refreshes by owners, and None for those of others

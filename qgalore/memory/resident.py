@@ -10,6 +10,7 @@ from ..lowrank.layers.bases import Basis
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
 from ..lowrank.tensors.splitting import places_in
+from ..parallel.shards import share
 
 KINDS = ("int8 weights", "weight scales", "bases", "trained in full", "moments", "fp32 masters", "buffers")
 
@@ -19,7 +20,10 @@ def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Colle
     ``streamed``: identities of storages that are elsewhere."""
     make_states(tensors)
     sizes = _model_bytes(model, streamed)
-    for tensor in (tensor for tensor in tensors if tensor.shards > 1 and tensor.module is not None):
+    for tensor in (tensor for tensor in tensors if tensor.shards > 1):
+        if tensor.module is None:
+            sizes["trained in full"] -= tensor.stored.nbytes - share(tensor.stored, 0, tensor.shards).nbytes
+            continue
         for place in places_in(tensor.module):
             sizes[_category(place.module, place.key, place.tensor)] -= place.nbytes - place.share(tensor.shards).nbytes
     of_rules = [tensor for tensor in tensors if tensor.keeps_whole]

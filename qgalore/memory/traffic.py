@@ -6,6 +6,7 @@ from ..lowrank.tensors.base import TrainedTensor
 
 COLLECTIVES = (
     "gather blocks",
+    "gather matrices",
     "all-reduce Δ gradients",
     "reduce Δ gradients",
     "all-reduce dense gradients",

@@ -14,6 +14,7 @@ from ..data.documents import Documents
 from ..errors import ConfigError
 from ..lowrank.layers import head as chunked
 from ..lowrank.layers.experts import Experts
+from ..parallel import apart
 from .attention import BY_DOCUMENT, implementation, takes_documents
 
 IGNORED = -100
@@ -79,10 +80,11 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """:func:`summed_loss` for a model that :func:`head_is_plain` approves: decoder, then head block by block."""
-    output = model.get_decoder()(**_inputs(model, batch))
+    output, head = model.get_decoder()(**_inputs(model, batch)), model.get_output_embeddings()
+    apart.gather_of(head)  # which is not called
     loss = chunked.chunked_cross_entropy(
         output[0].flatten(0, 1),
-        model.get_output_embeddings(),
+        head,
         batch["labels"].flatten(),
         ignored=IGNORED,
     )

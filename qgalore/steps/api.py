@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lowrank.optimizer import LowRankOptimizer
-from ..parallel.shards import Gathered
 from . import walk
 from .activations import Activations
 from .blocks import Run
 from .reducing import Steps
 from .trial import Loss, Trial, try_walk
-from .turns import AlwaysThere, Turns
+from .turns import AlwaysThere, Turns, gathered
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _walk(
         if layout is None:
             walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
             return found[0]
-        turns = turns or (Gathered(list(layout.blocks)) if team.size > 1 else AlwaysThere())
+        turns = turns or (gathered(layout) if team.size > 1 else AlwaysThere())
         kept = known.activations
         with Steps(optimizer, layout, keep=False, at_once=not turns.stays) as steps:
             walk.walk(

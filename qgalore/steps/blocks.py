@@ -32,6 +32,7 @@ class Layout:
     ``outputs``: how many values a block returns in a tuple, or None for a bare tensor. ``sides``: for each block the
     modules inside it whose outputs enter the loss by another way, as router logits do. ``outside``: the parameters
     that belong to no block. ``late``: the identities of parameters in several parts, which step when all are done.
+    ``before`` and ``behind``: of parameters that train there, in front of the blocks and behind them.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Layout:
     sides: list[list[nn.Module]] = field(default_factory=list)
     outside: list[nn.Parameter] = field(default_factory=list)
     late: set[int] = field(default_factory=set)
+    before: set[int] = field(default_factory=set)
+    behind: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -149,7 +149,7 @@ def _walked_loss(model: nn.Module, layout: Layout, run: Run) -> Tensor:
         _refuse_side_ways("what follows the blocks", reached, inputs)
         used.append(set(reached))
         layout.sides = [[m for m, o in side if _matters(o, reached)] for side in sides]
-    layout.late = _late(model, used)
+    layout.late, layout.before, layout.behind = _late(model, used), used[0], used[-1]
     return loss
 
 

@@ -3,11 +3,17 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from ..parallel import apart
+from ..parallel.shards import Gathered
+from .blocks import Layout
+
 
 class Turns(Protocol):
     """Called by a walk, always in this order; see :func:`walk.walk`.
 
-    ``begin`` before anything runs. ``enter`` before the first micro-batch goes through a block, in either direction.
+    ``begin`` before anything runs. ``enter`` before the first micro-batch goes through a block, in either direction;
+    also, with the number behind the last block, before what follows the blocks, and with −1 before the way back through
+    what comes before them.
     ``leave`` when the last one has; ``stepped`` says that this was the backward direction, and that the block's
     tensors have had their step in between. ``end`` when the step is over; ``whole`` is False if an error broke it off,
     maybe in the middle of a turn.
@@ -49,3 +55,10 @@ class AlwaysThere:
 
     def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
         """Nothing: no block has left."""
+
+
+def gathered(layout: Layout) -> Gathered:
+    """The turns of a model that processes split, or hold copies of."""
+    kept = {id(p): getattr(p, apart.KEPT) for p in layout.outside if hasattr(p, apart.KEPT)}
+    before, behind = ([kept[key] for key in kept if key in used] for used in (layout.before, layout.behind))
+    return Gathered(list(layout.blocks), before, behind)

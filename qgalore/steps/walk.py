@@ -67,6 +67,7 @@ def walk(
             turns.begin()
             going.forward()
             found: list[Tensor] = []
+            turns.enter(len(layout), backward=False)
             attempt(lambda: found.extend(map(going.epilogue, range(len(runs)))))
             settle()
             losses = torch.stack(found)
@@ -77,6 +78,7 @@ def walk(
                     attempt(partial(going.backward, number))
                     step(f"block {number}", [p for p in layout.blocks[number].parameters() if id(p) not in layout.late])
                     turns.leave(number, stepped=True)
+                turns.enter(-1, backward=True)
                 attempt(going.backward_of_prologue)
                 step("prologue", _complete(going.parameters()))
             else:

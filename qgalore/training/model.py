@@ -14,7 +14,7 @@ from ..lowrank.inner.checked import BUILTIN
 from ..lowrank.layers import lora
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
-from ..lowrank.tensors.splitting import split_rows
+from ..lowrank.tensors.splitting import split_outside, split_rows
 from ..models import classify, loading, streaming
 from ..models.causality import check_causal
 from ..models.compiling import blocks_of, compile_blocks
@@ -198,8 +198,10 @@ def build_model(
         if config.method == "lora":
             frozen = counted(len(report.converted), "weight is", "weights are")
             say("model", f"LoRA: {frozen} frozen; factors of rank {config.lowrank.rank} train")
-    if (mesh := config.parallel.over(team.size)).splits:
-        shard_model(model, mesh_of(team, mesh, device.type))
+    sizes = config.parallel.over(team.size)
+    mesh = mesh_of(team, sizes, device.type) if sizes.splits else None
+    if mesh is not None:
+        shard_model(model, mesh)
     place(model, device)
     if anew := streaming.fill(model, source, "model"):
         many = counted(
@@ -213,8 +215,16 @@ def build_model(
         names = ", ".join(uncalled[:5])
         many = counted(len(uncalled), "converted layer was", "converted layers were")
         say("note", f"{many} not called in a trial forward pass: {names}")
+    loss = _loss_of(config, model)
+    if mesh is not None:
+        split_outside(model, blocks_of(model), mesh)
+    return model, loss
+
+
+def _loss_of(config: Config, model: nn.Module) -> Loss:
+    """The loss of a built model, which is tried on it."""
     if config.data.task == "classify":
-        return model, classify.classification_loss
+        return classify.classification_loss
     check_causal(model)
     if (line := balance_line(model)) is not None:
         say("loss", line)
@@ -223,7 +233,7 @@ def build_model(
     loss = choose_loss(model)
     if loss is not chunked_loss:
         say("note", f"{type(model).__name__} changes its head's output: the loss keeps all logits at once")
-    return model, loss
+    return loss
 
 
 def balance_line(model: nn.Module) -> str | None:

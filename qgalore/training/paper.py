@@ -15,7 +15,7 @@ from ..lowrank.rules import RuleOptions
 from ..lowrank.subspace.policies import layers_at_once
 from ..lowrank.subspace.refresh import RefreshOptions
 from ..lowrank.tensors.base import TrainedTensor
-from ..lowrank.tensors.splitting import deal, places_in
+from ..lowrank.tensors.splitting import deal, matrices_outside, places_in
 from ..memory import machine, plan
 from ..memory.rehearsal import Order, PaperOptimizer, Step, on_paper_schedules
 from ..memory.stand_ins import Adam8bitShapes
@@ -134,10 +134,18 @@ def _say_once(text: str) -> None:
 def _split(model: torch.nn.Module, tensors: list[TrainedTensor], team: Team, shares: int, factory: Factory) -> Team:
     """Split what ``model``'s blocks store over so many ``shares``, and give each matrix an owner in ``team``: as seen
     by the process that owns most, which is returned."""
-    inside = {module for block in blocks_of(model) for module in block.modules()}
+    blocks = blocks_of(model)
+    inside = {module for block in blocks for module in block.modules()}
+    outside = {id(parameter) for parameter in matrices_outside(model, blocks)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    first = {id(p) for p in embedding.parameters()}
+    last = {id(p) for p in head.parameters()} if head is not None else set()
     for tensor in tensors:
-        if tensor.module in inside:
+        key = id(tensor.stored)
+        if tensor.module in inside or key in outside:
             tensor.shards = shares
+        if key in outside:  # before the blocks both ways, and behind them
+            tensor.gathered = 2 * (key in first) + (key in last or key not in first)
     load = deal(tensors, team, factory)
     most = replace(team, rank=load.index(max(load)))
     deal(tensors, most, factory)
@@ -145,9 +153,11 @@ def _split(model: torch.nn.Module, tensors: list[TrainedTensor], team: Team, sha
 
 
 def gathered(model: torch.nn.Module) -> int:
-    """Bytes of three of the largest block as it is stored: the one that works, the one that is coming, and the one
-    whose step waits for the sums of its gradients."""
-    return 3 * max(sum(place.nbytes for place in places_in(block)) for block in blocks_of(model))
+    """Bytes of what is whole at a time: three of the largest block as it is stored, which are the one that works, the
+    one that is coming, and the one whose step waits for the sums of its gradients; and what trains outside of them."""
+    blocks = blocks_of(model)
+    outside = sum(parameter.nbytes for parameter in matrices_outside(model, blocks))
+    return 3 * max(sum(place.nbytes for place in places_in(block)) for block in blocks) + outside
 
 
 def plan_for(

@@ -143,11 +143,13 @@ class LayerMajor:
         optimizer = self.optimizer
         pending = {tensor.name: tensor for tensor in optimizer.pending()}
 
-        def step_block(number: int) -> None:
-            own = (tensor.name for tensor in optimizer.tensors_of(self.layout.blocks[number]))
+        def step_part(number: int) -> None:
+            inside = number < len(self.layout)
+            parameters = self.layout.blocks[number].parameters() if inside else self.layout.outside
+            own = (tensor.name for tensor in optimizer.tensors_of(parameters))
             optimizer.move([pending.pop(name) for name in own if name in pending])
 
-        self.turns.visit(step_block, stepped=True)
+        self.turns.visit(step_part, stepped=True)
         optimizer.move(pending.values())
         optimizer.close()
 

@@ -9,11 +9,10 @@ from ..errors import ConfigError
 from ..lowrank.optimizer import LowRankOptimizer
 from ..models.loss import Loss
 from ..parallel import ALONE, Team
-from ..parallel.shards import Gathered
 from ..steps.activations import Activations
 from ..steps.blocks import Layout
 from ..steps.trial import try_walk
-from ..steps.turns import AlwaysThere, Turns
+from ..steps.turns import AlwaysThere, Turns, gathered
 from .parts import Samples, Stepping
 from .say import say
 from .stepping import BatchMajor, LayerMajor
@@ -83,4 +82,4 @@ def graphs_kept(config: Config, blocks: int) -> int:
 
 def turns_of(config: Config, layout: Layout, team: Team) -> Turns:
     """What happens around a block's turn in a walk: its weights are gathered, if processes split them."""
-    return Gathered(list(layout.blocks)) if config.parallel.over(team.size).splits else AlwaysThere()
+    return gathered(layout) if config.parallel.over(team.size).splits else AlwaysThere()

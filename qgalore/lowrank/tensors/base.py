@@ -104,6 +104,7 @@ class TrainedTensor(ABC):
     by_rows = True  # whether row i of Δ moves nothing but row i of what is stored
     deciding = ALONE  # the team, led by the process whose gradient gives a basis
     shards = 1  # among how many processes the rows of what is stored are split
+    gathered = 0  # times in a step that it is, outside of blocks
     owner: int | None = None  # the process that alone steps it, where weights are split; None: each steps its copy
     elsewhere = False  # whether that is another process than this one
 

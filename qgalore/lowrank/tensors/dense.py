@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ...parallel import apart, shards
 from ...parallel.handing import Handed
 from ...quant import dispatch
 from .base import TrainedTensor
@@ -18,6 +19,8 @@ class DenseTensor(TrainedTensor):
     def __init__(self, name: str, index: int, parameter: nn.Parameter) -> None:
         super().__init__(name, index, parameter.shape)
         self.parameter = parameter
+        self.rows = rows if shards.is_shared(rows := apart.kept(parameter)) else None
+        self.shards = shards.shards_of(rows)
         needs_master = parameter.dtype != torch.float32 and parameter.ndim < 2
         self.master = parameter.detach().to(torch.float32) if needs_master else None
 
@@ -53,7 +56,7 @@ class DenseTensor(TrainedTensor):
             self.parameter.copy_(self.master)
 
     def handed(self, owner: int, bases: bool, weights: bool = True) -> list[Handed]:
-        return [Handed(self.parameter.detach(), None, owner)] if weights else []
+        return [Handed(self.parameter.detach(), self.rows, owner)] if weights else []
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.master is None else {"master": self.master}
@@ -63,4 +66,6 @@ class DenseTensor(TrainedTensor):
         gradient, weight = float(self.parameter.numel() * dtype.itemsize), float(self.parameter.nbytes)
         if self.owner is None:
             return {"all-reduce dense gradients": gradient}
-        return {"reduce dense gradients": gradient, "broadcast matrices": weight}
+        if self.shards == 1:
+            return {"reduce dense gradients": gradient, "broadcast matrices": weight}
+        return {"gather matrices": self.gathered * weight, "reduce dense gradients": gradient, "hand out rows": weight}

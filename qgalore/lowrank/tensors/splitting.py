@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...parallel import Team, shards
+from ...parallel import Team, apart, shards
 from ..inner.checked import Factory
 from ..layers.linear import LowRankLinear
 from ..subspace import ranks
@@ -29,6 +29,20 @@ def split_rows(blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
     device memory is for ``models.streaming`` to give."""
     blocks = list(blocks)
     shards.shard(blocks, {_as_parameter(place) for block in blocks for place in places_in(block)}, mesh)
+
+
+def split_outside(model: nn.Module, blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
+    """The same of the matrices that train outside of ``blocks``, embeddings and head above all; once they are
+    filled."""
+    apart.set_apart(model, matrices_outside(model, blocks), mesh)
+
+
+def matrices_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The matrices that train in full outside of ``blocks``, each once."""
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    layers = (module for module in model.modules() if isinstance(module, LowRankLinear))
+    inside |= {id(leaf) for layer in layers for leaf in layer.leaves().values()}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and id(p) not in inside]
 
 
 def places_in(block: nn.Module) -> list[Place]:

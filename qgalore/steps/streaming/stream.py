@@ -107,7 +107,8 @@ class Stream:
 
     def enter(self, block: int, backward: bool) -> None:
         """Put ``block`` on the device, and begin to fetch the next one of the direction. Raises :class:`CopyError`."""
-        self._enter(block, backward, block - 1 if backward else block + 1)
+        if 0 <= block < len(self.blocks):
+            self._enter(block, backward, block - 1 if backward else block + 1)
 
     def _enter(self, block: int, whole: bool, ahead: int) -> None:
         """:meth:`enter` with the ``whole`` record or its weights alone, and the block ``ahead`` alike."""
