@@ -28,8 +28,8 @@ from .say import say
 USUAL, CARD = 8, "H100"  # cards in a machine, if there are as many, and which, if nothing else is said
 GATHER, REDUCE, HAND = "gather", "reduce", "hand"
 AGAIN = "gather again, to step"
-# Of collectives, or of their first words. What is handed out all wait for, and for what comes again alone.
-_KINDS = {"gather": GATHER, "hand": HAND, "broadcast": HAND, AGAIN: HAND}
+# Of collectives, or of their first words. All wait for what is handed out, and for all that is gathered but blocks.
+_KINDS = {"gather blocks": GATHER, "gather": HAND, "hand": HAND, "broadcast": HAND}
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class Wire:
 
 
 def wire_of(model: nn.Module, tensors: Sequence[TrainedTensor], gap: int, cards: Cards, clips: bool = False) -> Wire:
-    """What a step sends, of which every ``gap``-th one finds new bases (``traffic.payload``). If it ``clips``, blocks
-    that are split come once more, to step when all gradients are known."""
+    """What a step sends, of which every ``gap``-th one finds new bases (``traffic.payload``). If it ``clips``, all that
+    is split comes once more, to step when all gradients are known."""
     sizes = payload(tensors, gap)
-    gathered = sum(size for name, size in sizes.items() if name.split()[0] == GATHER)
-    again = {AGAIN: gathered / 2} if clips and gathered else {}
+    gathered = sizes.get("gather blocks", 0.0) / 2 + sum(t.stored.nbytes for t in tensors if t.gathered)
+    again = {AGAIN: gathered} if clips and gathered else {}
     return Wire(cards, all_sent(sizes | again, cards), busiest(blocks_of(model), tensors, cards.size))
 
 
