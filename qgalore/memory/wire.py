@@ -88,12 +88,11 @@ def all_sent(payload: Mapping[str, float], cards: Cards) -> dict[str, Sent]:
 
 
 def busiest(blocks: Sequence[nn.Module], tensors: Sequence[TrainedTensor], cards: int) -> float:
-    """How many times as much as the mean card the busiest owner of a block's matrices hands out, over all ``blocks``.
-    The largest matrix has one owner, and with few cards each owns an even part."""
-    sizes = []
-    for block in blocks:
-        inside = {id(parameter) for parameter in block.parameters()}
-        of_block = [tensor for tensor in tensors if any(id(leaf) in inside for leaf in tensor.leaves())]
-        sizes.append([tensor.stored.nbytes for tensor in of_block if tensor.group != "vector"])
-    whole = sum(map(sum, sizes))
-    return sum(max(cards * max(part, default=0), sum(part)) for part in sizes) / whole if whole else 1.0
+    """How many times as much as the mean card the busiest owner hands out, over all ``blocks`` and over the matrices
+    outside of them one by one. A block's largest matrix has one owner, and with few cards each owns an even part."""
+    place = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
+    parts: dict[int | str, list[int]] = {}
+    for tensor in (tensor for tensor in tensors if tensor.group != "vector"):
+        parts.setdefault(place.get(id(tensor.leaves()[0]), tensor.name), []).append(tensor.stored.nbytes)
+    whole = sum(map(sum, parts.values()))
+    return sum(max(cards * max(part), sum(part)) for part in parts.values()) / whole if whole else 1.0

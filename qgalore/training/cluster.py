@@ -27,7 +27,9 @@ from .say import say
 
 USUAL, CARD = 8, "H100"  # cards in a machine, if there are as many, and which, if nothing else is said
 GATHER, REDUCE, HAND = "gather", "reduce", "hand"
-_KINDS = {"gather": GATHER, "hand": HAND, "broadcast": HAND}  # of collectives, by their first words
+AGAIN = "gather again, to step"
+# Of collectives, or of their first words. All wait for what is handed out, and for all that is gathered but blocks.
+_KINDS = {"gather blocks": GATHER, "gather": HAND, "hand": HAND, "broadcast": HAND}
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ class Wire:
 
     def seconds(self, card: Card) -> tuple[float, float, float]:
         """On the wire of ``card``: forward, when blocks are gathered; until the end of the step, beside its work; and
-        for what owners hand out, which all wait for."""
+        for what all wait for, such as what owners hand out."""
         parts: dict[str, list[tuple[float, float]]] = {GATHER: [], REDUCE: [], HAND: []}
         for name, one in self.sent.items():
-            kind = _KINDS.get(name.split()[0], REDUCE)
+            kind = _KINDS.get(name) or _KINDS.get(name.split()[0], REDUCE)
             times = self.uneven if name.startswith(HAND) else 0.5 if kind == GATHER else 1.0
             parts[kind].append((one.inside * times, one.between * times))
         gathered, reduced, handed = (links.seconds(part, card.inside, card.between) for part in parts.values())
@@ -100,10 +102,13 @@ class Wire:
         return max(sent / work for sent, work in zip(self.seconds(card), token, strict=False))
 
 
-def wire_of(model: nn.Module, tensors: Sequence[TrainedTensor], gap: int, cards: Cards) -> Wire:
-    """What a step sends, of which every ``gap``-th one finds new bases (``traffic.payload``)."""
-    uneven = busiest(blocks_of(model), tensors, cards.size)
-    return Wire(cards, all_sent(payload(tensors, gap), cards), uneven)
+def wire_of(model: nn.Module, tensors: Sequence[TrainedTensor], gap: int, cards: Cards, clips: bool = False) -> Wire:
+    """What a step sends, of which every ``gap``-th one finds new bases (``traffic.payload``). If it ``clips``, all that
+    is split comes once more, to step when all gradients are known."""
+    sizes = payload(tensors, gap)
+    gathered = sizes.get("gather blocks", 0.0) / 2 + sum(t.stored.nbytes for t in tensors if t.gathered)
+    again = {AGAIN: gathered} if clips and gathered else {}
+    return Wire(cards, all_sent(sizes | again, cards), busiest(blocks_of(model), tensors, cards.size))
 
 
 def print_job(config: Config, vocabulary: Vocabulary, processes: int, found: Plan, machines: Machines | None) -> None:
@@ -112,13 +117,14 @@ def print_job(config: Config, vocabulary: Vocabulary, processes: int, found: Pla
     model, optimizer = on_paper(config, vocabulary, processes)
     optimizer.accumulate_in_fp32(config.train.order != "batch_major")
     cards = (machines or Machines()).cards(config, processes)
-    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards)
+    clips = config.train.clip_grad_norm > 0
+    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards, clips)
     inside, between, whole = (human(round(size)) for size in (wire.inside, wire.between, wire.inside + wire.between))
     where = f": {inside} inside machines of {cards.per_machine}, {between} between them" if cards.machines > 1 else ""
     say("wire", f"{whole} sent by each of {processes} processes in a step, counted, not measured{where}")
     print(wire, flush=True)
-    together = human(cards.per_machine * found.host_total)
-    say("host", f"{counted(cards.per_machine, 'process', 'processes')} of one machine take {together} of its memory")
+    together, many = human(cards.per_machine * found.host_total), counted(cards.per_machine, "process", "processes")
+    say("host", f"{many} of one machine take {together} of its memory, without copies for checkpoints")
     if machines is not None:
         say("hidden", _not_counted(config, vocabulary, found) or _hidden(config, vocabulary, wire, machines))
 
@@ -143,7 +149,7 @@ def _hidden(config: Config, vocabulary: Vocabulary, wire: Wire, machines: Machin
         over += f" inside a machine and {card.between.rate:g} GB/s ({card.between.name}) between machines"
     return (
         f"the work of a step hides what travels beside it from {enough:,.0f} tokens of a card on, and here are "
-        f"{tokens:,}. It waits {wire.seconds(card)[2]:.3f} s for what is handed out. By arithmetic, not measured, for "
+        f"{tokens:,}. It waits {wire.seconds(card)[2]:.3f} s for the rest. By arithmetic, not measured, for "
         f"the {card.name} with {over}"
     )
 
@@ -165,7 +171,8 @@ def figures(
     """The figures of a resolved ``config`` on so many ``processes``. ``token``: see :func:`seconds_of_a_token`."""
     model, optimizer = on_paper(config, vocabulary, processes)
     optimizer.accumulate_in_fp32(True)
-    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, machines.cards(config, processes))
+    cards, clips = machines.cards(config, processes), config.train.clip_grad_norm > 0
+    wire = wire_of(model, optimizer.tensors, config.lowrank.update_proj_gap, cards, clips)
     kept = sum(resident(model, optimizer.tensors).values())
     card = machines.linked_card()
     return Figures(kept, wire, wire.tokens_to_hide(card, token), wire.seconds(card)[2])

@@ -9,7 +9,7 @@ from qgalore.cli import plan, train
 from qgalore.errors import ConfigError
 from qgalore.memory.wire import Cards, Sent
 from qgalore.speed import links
-from qgalore.training.cluster import Machines, Wire
+from qgalore.training.cluster import AGAIN, Machines, Wire
 from qgalore.training.model import Vocabulary
 from qgalore.training.roofline import seconds_of_a_token
 
@@ -85,6 +85,22 @@ def test_tokens_hide_both_directions_but_not_what_owners_hand_out():
     assert wire.seconds(card) == pytest.approx((2.0, 2.0 + 3.0 + 1.0, 5.0 + 0.5))
     assert wire.tokens_to_hide(card, (0.5, 1.0)) == pytest.approx(6.0)
     assert wire.tokens_to_hide(card, (0.1, 1.0)) == pytest.approx(20.0)
+
+
+def test_clipped_steps_gather_split_blocks_once_more(capsys):
+    """Neither forward nor beside any work, so no token hides that. Whole blocks do not come at all."""
+    plain, clipped = (
+        printed(capsys, "--world-size", "4", "parallel=shard", f"train.clip_grad_norm={norm}") for norm in (0, 1)
+    )
+    twice, again = (
+        re.search(rf"^  {name} +([\d.]+) MiB$", clipped, flags=re.M)[1] for name in ("gather blocks", AGAIN)
+    )
+    assert float(twice) == pytest.approx(2 * float(again), abs=0.1)
+    assert AGAIN not in plain
+    assert tokens(plain) == tokens(clipped)
+    waits = [float(re.search(r"It waits ([\d.]+) s", shown)[1]) for shown in (plain, clipped)]
+    assert waits[0] < waits[1]
+    assert AGAIN not in printed(capsys, "--world-size", "4", "train.clip_grad_norm=1")
 
 
 def test_a_token_takes_as_long_as_its_products():
