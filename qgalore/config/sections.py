@@ -1,13 +1,13 @@
 """A configuration: its keys at the top, the short sections, and what each method means."""
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from .data_section import DataSection
 from .lowrank_section import LowRankSection
-from .schema import SIDE, Section, key, once
+from .schema import SIDE, Once, Section, key
 from .train_section import TrainSection
 
 
@@ -105,7 +105,7 @@ class MemorySection(Section):
 
 
 class ExportSection(Section):
-    formats: list[Literal["hf", "int8", "gguf"]] = key(
+    formats: Annotated[list[Literal["hf", "int8", "gguf"]], Once] = key(
         ["hf"],
         "What to write after training. `hf` is for transformers, `int8` for vLLM and `gguf` for llama.cpp.",
         example=["hf", "gguf"],
@@ -113,11 +113,6 @@ class ExportSection(Section):
     which: Literal["last", "best"] = key(
         "last", "Whether to export the last weights, or the best, which train.keep_best kept."
     )
-
-    @field_validator("formats")
-    @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
-        return once(value)
 
 
 class SampleSection(Section):
@@ -143,7 +138,7 @@ class Config(Section):
         "replicate",
         "How the processes that torchrun starts hold the model. Each has all of it, or some of its rows (`shard`).",
     )
-    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = key(
+    tracking: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], Once] = key(
         [], "Where the run's figures are shown while it trains. An empty list stands for its own files alone.",
         example=["tensorboard"],
     )  # fmt: skip
@@ -155,11 +150,6 @@ class Config(Section):
     memory: MemorySection = Field(MemorySection(), description="Limits of memory.")
     export: ExportSection = Field(ExportSection(), description="What is written after training.")
     sample: SampleSection = Field(SampleSection(), description="The text printed after training.")
-
-    @field_validator("tracking")
-    @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
-        return once(value)
 
 
 ADAMS = ("adamw8bit", "adamw4bit", "adamw")  # the inner optimizers with names of their own
