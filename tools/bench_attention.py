@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qgalore import config
 from qgalore.cli import arguments as kinds
 from qgalore.cli import door
-from qgalore.data.packing import PackedSequences
+from qgalore.data.mixing import Samples
 from qgalore.data.sources import documents
 from qgalore.errors import ConfigError
 from qgalore.models import attention
@@ -30,7 +30,7 @@ from qgalore.models import attention
 WAYS = ("sdpa", "auto")
 
 
-def documents_in_a_row(rows: PackedSequences) -> float:
+def documents_in_a_row(rows: Samples) -> float:
     """The mean over the training data."""
     found = [len(row) for n in range(len(rows)) for row in rows.batch([n])["documents"].lengths]
     return statistics.mean(found)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_serializer, field_validator
 
-from .schema import SIDE, Section, key, once
+from .schema import SIDE, Once, Section, key, once
 
 
 class Source(Section):
@@ -102,7 +102,7 @@ class DataSection(Section):
     header: bool = key(
         True, 'Whether the first line of a .tsv or .csv names its columns. If not, they are called "0", "1" and so on.'
     )
-    metric: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] = key(
+    metric: Annotated[list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]], Once] = key(
         [], "Metrics of held-out labels. An empty list stands for all that suit the labels.", example=["f1"]
     )
 
@@ -111,11 +111,6 @@ class DataSection(Section):
     def _tokens(cls, value: list[str]) -> list[str]:
         if any(not token.strip() for token in value):
             raise ValueError("a token is blank")
-        return once(value)
-
-    @field_validator("metric")
-    @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
         return once(value)
 
     @field_validator("train", mode="before")

@@ -4,7 +4,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 STEPS = 2**40  # more optimizer steps, tokens or saves than any run has
 SIDE = 2**20  # more rows, columns, tokens of a sequence or ranks than any model has
@@ -87,3 +87,6 @@ def once(values: list[str]) -> list[str]:
     if len(set(values)) < len(values):
         raise ValueError("a value is named twice")
     return values
+
+
+Once = AfterValidator(once)

@@ -1,14 +1,14 @@
 """A configuration: its keys at the top, the short sections, and what each method means."""
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from .data_section import DataSection
 from .lowrank_section import LowRankSection
 from .mesh import Mesh
-from .schema import SIDE, Section, key, once
+from .schema import SIDE, Once, Section, key
 from .train_section import TrainSection
 
 
@@ -106,7 +106,7 @@ class MemorySection(Section):
 
 
 class ExportSection(Section):
-    formats: list[Literal["hf", "int8", "gguf"]] = key(
+    formats: Annotated[list[Literal["hf", "int8", "gguf"]], Once] = key(
         ["hf"],
         "What to write after training. `hf` is for transformers, `int8` for vLLM and `gguf` for llama.cpp.",
         example=["hf", "gguf"],
@@ -114,11 +114,6 @@ class ExportSection(Section):
     which: Literal["last", "best"] = key(
         "last", "Whether to export the last weights, or the best, which train.keep_best kept."
     )
-
-    @field_validator("formats")
-    @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
-        return once(value)
 
 
 class SampleSection(Section):
@@ -147,7 +142,7 @@ class Config(Section):
         rule="replicate or shard, or a mapping that gives both a size from 1 to 65,536",
         example={"replicate": 2, "shard": 4},
     )  # fmt: skip
-    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = key(
+    tracking: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], Once] = key(
         [], "Where the run's figures are shown while it trains. An empty list stands for its own files alone.",
         example=["tensorboard"],
     )  # fmt: skip
@@ -159,11 +154,6 @@ class Config(Section):
     memory: MemorySection = Field(MemorySection(), description="Limits of memory.")
     export: ExportSection = Field(ExportSection(), description="What is written after training.")
     sample: SampleSection = Field(SampleSection(), description="The text printed after training.")
-
-    @field_validator("tracking")
-    @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
-        return once(value)
 
 
 ADAMS = ("adamw8bit", "adamw4bit", "adamw")  # the inner optimizers with names of their own

@@ -42,12 +42,12 @@ def points_of(rows: list[Row], key: str, scale: float = 1.0) -> Points:
     return [(row["step"], value * scale) for row in rows if (value := number(row, key)) is not None]
 
 
-def _band(label: str, points: Points, colour: int, style: str = "line") -> list[Series]:
+def _band(label: str, points: Points, colour: int) -> list[Series]:
     """The median over layers, and the band that holds the middle 80 %."""
     parts = binned(points, LAYER_BINS)
     cuts = [(a, quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9) for a, values in parts]
     band = Series(label, [(a, cut[0]) for a, cut in cuts], colour, upper=[cut[-1] for _, cut in cuts])
-    return [band, Series(label, [(a, median(values)) for a, values in parts], colour, style)]
+    return [band, Series(label, [(a, median(values)) for a, values in parts], colour)]
 
 
 def refresh_marks(run: Run) -> list[tuple[float, float, str]]:

@@ -53,7 +53,6 @@ class RunSummary:
     loss: float | None
     held_out: float | None
     tokens_per_second: float | None
-    step_seconds: float | None
     share: float | None
     layers: list[LayerSummary]
     total: LayerSummary | None
@@ -199,7 +198,6 @@ def summarise(run: Run) -> RunSummary:
         loss=fmean(losses[-LAST_LOSSES:]) if losses else None,
         held_out=_last(run.evaluations, "eval_loss"),
         tokens_per_second=median(rates) if rates else None,
-        step_seconds=seconds or None,
         share=total.seconds / seconds if total and seconds else None,
         layers=layers,
         total=total,

@@ -16,7 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import atomic
-from .safetensors import Deferred, file_bytes, write_safetensors
+from .safetensors import file_bytes, write_safetensors
 
 GENERATION = "generation_config.json"
 STORED = "qgalore"  # the quantization method that a converted model's own config names
@@ -173,8 +173,3 @@ def skeleton_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         skeleton = type(model)._from_config(plain_config(model), dtype=dtype)
     skeleton.tie_weights()
     return skeleton
-
-
-def deferred(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of ``entries``, made."""
-    return {n: e.make().cpu() if isinstance(e, Deferred) else e for n, e in entries.items()}

@@ -3,21 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import export_folder as folders
-from .export_tensors import dense_tensors, hub_tensors
+from .export_tensors import hub_tensors
 
 READERS = "transformers 4.48 or later, vLLM, and what else reads Hugging Face folders"
-
-
-def dense_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The model's tensors under their original names and layouts, floating-point ones in ``dtype``, on the CPU.
-
-    Int8 weights are dequantized in fp32 and rounded once to ``dtype``; a mixture's experts are stacked again.
-    """
-    return folders.deferred(dense_tensors(model, dtype))
 
 
 def save(

@@ -125,7 +125,7 @@ class Copied:
                 memory[start : start + chunk.numel()].copy_(chunk, non_blocking=self.locked)
                 start += chunk.numel()
         if self.locked:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
     def write(self, path: Path) -> list[Seal]:
         """The same as :func:`write_share`. The memory of a piece is given back when that is written."""

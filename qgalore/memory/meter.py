@@ -116,12 +116,3 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self.label = before
-
-    @contextmanager
-    def between(self) -> Iterator[None]:
-        """Inside, no micro-batch is at work."""
-        before, self.number = self.number, None
-        try:
-            yield
-        finally:
-            self.number = before

@@ -6,6 +6,8 @@ import qgalore
 from qgalore.data.tokenizer import train_tokenizer
 from qgalore.errors import ConfigError
 from qgalore.files import export_gguf, export_hf, export_int8
+from qgalore.files.export_tensors import dense_tensors
+from qgalore.files.safetensors import Deferred
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,12 @@ def cases(tiny_llama):
     yield GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=64))
 
 
+def dense_state(model, dtype=torch.bfloat16):
+    """What an export holds, by name."""
+    entries = dense_tensors(model, dtype)
+    return {name: one.make().cpu() if isinstance(one, Deferred) else one for name, one in entries.items()}
+
+
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["untied", "tied", "conv1d"])
 @pytest.mark.parametrize("embeddings", ["full", "int8"])
 def test_the_export_reloads_to_the_same_values(tiny_llama, tokenizer, tmp_path, index, embeddings):
@@ -41,12 +49,12 @@ def test_the_export_reloads_to_the_same_values(tiny_llama, tokenizer, tmp_path, 
     assert not info["unexpected_keys"]
     assert loaded.dtype == torch.bfloat16
     state = loaded.state_dict()
-    wanted = export_hf.dense_state(model)
+    wanted = dense_state(model)
     missing = set(state) - set(wanted)
     assert missing <= {"lm_head.weight"}  # tied: stored once
     for name, value in wanted.items():
         assert torch.equal(value, state[name]), name
-    exact = export_hf.dense_state(model, torch.float32)
+    exact = dense_state(model, torch.float32)
     assert all(torch.equal(wanted[n], exact[n].to(torch.bfloat16)) for n in wanted)
     ours = model(tokens).logits
     theirs = loaded.float()(tokens).logits

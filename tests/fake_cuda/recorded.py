@@ -15,9 +15,8 @@ from qgalore.replacing import replaced
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel is not launched on a GPU", allow_module_level=True)
 pytest.importorskip("triton")
+import kernel_forms
 from triton.runtime.jit import JITFunction
-
-from qgalore.quant import kernel_forms
 
 KINDS = {"int8": "*i8", "uint8": "*u8", "bfloat16": "*bf16", "float32": "*fp32"}
 ASIDE = ("enable_fp_fusion", "num_ctas")

@@ -133,7 +133,7 @@ def planned_and_real(where, arguments):
     from qgalore import config
     from qgalore.lowrank.layers.bases import Basis
     from qgalore.memory.resident import state_bytes
-    from qgalore.parallel import job, shards
+    from qgalore.parallel import apart, job, shards
 
     os.chdir(where)
     with job("cpu") as team, contextlib.redirect_stdout(io.StringIO()):
@@ -149,6 +149,9 @@ def planned_and_real(where, arguments):
         sides = [basis for basis in model.modules() if isinstance(basis, Basis)]
         bases = {shards.local(value) for basis in sides for value in (basis.codes, basis.scale) if value is not None}
         real["bases"] = sum(value.untyped_storage().nbytes() for value in bases)
+        dense = [apart.kept(p) for p in {t.stored for t in slots if t.module is None}]
+        turning = [value for name, value in model.named_buffers() if "inv_freq" in name]
+        real["trained in full"] = sum(shards.local(value).nbytes for value in (*dense, *turning))
         return {name: made.planned.resident[name] for name in real}, real
 
 
@@ -161,5 +164,9 @@ def test_what_each_process_keeps_is_what_the_plan_says(folder):
     moments = [real.pop("moments") for _, real in found]
     for planned, real in found:
         assert max(moments) == planned.pop("moments")  # of the process that owns most
-        assert real == planned == {name: size / 2 for name, size in alone.items() if name in real}
+        vectors = 5 * 64 * 4 + 2 * 8 * 4  # norms and the frequencies of positions, which are whole everywhere
+        dense = alone["trained in full"] - vectors
+        assert real == planned
+        assert real.pop("trained in full") == dense / 2 + vectors
+        assert real == {name: size / 2 for name, size in alone.items() if name in real}
     assert max(moments) < 0.6 * alone["moments"]

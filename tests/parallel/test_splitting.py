@@ -10,8 +10,8 @@ import qgalore
 from qgalore.config import Mesh
 from qgalore.errors import ConfigError
 from qgalore.lowrank.layers.linear import LowRankLinear
-from qgalore.lowrank.tensors.splitting import split_rows
-from qgalore.parallel import job, shards
+from qgalore.lowrank.tensors.splitting import split_outside, split_rows
+from qgalore.parallel import apart, job, shards
 from qgalore.parallel.handing import Handed
 from qgalore.parallel.mesh import mesh_of
 
@@ -79,6 +79,31 @@ def test_every_process_gets_its_rows_from_the_one_that_has_changed_them():
         [[14.0], [2], []],
     ]
     assert all(whole == [2.0] * 3 for _, whole in found)
+
+
+def apart_of():
+    """What a process keeps of a tied embedding of five rows between its uses, and what there is in one."""
+    with job("cpu") as team:
+        embedding, head = nn.Embedding(5, 2), nn.Linear(2, 5, bias=False)
+        head.weight = embedding.weight
+        with torch.no_grad():
+            embedding.weight.copy_(torch.arange(10.0).view(5, 2))
+        model = nn.ModuleDict({"embedding": embedding, "block": nn.Linear(2, 2), "head": head})
+        split_outside(model, [model["block"]], mesh_of(team, Mesh(1, team.size), "cpu"))
+        (one,) = apart.in_model(model)
+        found = [one.rows.to_local().numel(), embedding.weight.untyped_storage().nbytes(), embedding.weight.shape]
+        with torch.no_grad():
+            found.append(model["embedding"](torch.tensor([3])).tolist())
+            same = head.weight is embedding.weight and head.weight.untyped_storage().nbytes() >= 40
+            apart.drop_all(model)
+        return (*found, same, embedding.weight.untyped_storage().nbytes())
+
+
+def test_embeddings_have_no_memory_but_their_rows_between_their_uses():
+    found = run_in(SIZE, apart_of)
+    assert [kept for kept, *_ in found] == [4, 4, 2]
+    for _, before, shape, row, same, after in found:
+        assert (before, tuple(shape), row, same, after) == (4, (5, 2), [[6.0, 7.0]], True, 4)
 
 
 def owned(rule):

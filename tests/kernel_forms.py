@@ -4,8 +4,6 @@ A form is a kernel with the types of its arguments, its constants, and what Trit
 ``aligned`` forms are those of a model whose sides are multiples of 16, as all that are shipped have.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-
 import re
 import subprocess
 import tempfile
@@ -16,7 +14,7 @@ from typing import Any
 
 import triton.language as tl
 
-from . import kernels, kernels_products, kernels_write
+from qgalore.quant import kernels, kernels_products, kernels_write
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 _TYPES = {
