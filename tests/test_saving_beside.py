@@ -64,7 +64,8 @@ def test_every_kind_of_entry_is_copied_to_its_place(tmp_path, monkeypatch):
         "c.none": torch.empty(0, 4),
     }
     safetensors.write_safetensors(tmp_path / "whole", {**others, "d.rows": rows})
-    entries = [{**others, "d.rows": Rows(half.clone(), (6, 10))} for half in rows.chunk(2)]
+    parts = {"dtype": rows.dtype, "shape": (6, 10), "holders": ((0, rows[:2].nbytes), (1, rows[2:].nbytes))}
+    entries = [{**others, "d.rows": Rows(part.clone(), **parts)} for part in (rows[:2], rows[2:])]
     safetensors.create(tmp_path / "shared", entries[0])
     seals = []
     for rank in (0, 1):

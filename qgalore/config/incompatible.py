@@ -198,8 +198,7 @@ TABLE = (
     ),
     Conflict(
         ("parallel",),
-        "`shard` needs method `qgalore`, `galore` or `galore8bit`, a number as rank, layer-major steps, and blocks "
-        "that are not compiled.",
+        "`shard` needs method `qgalore`, `galore` or `galore8bit`, a number as rank, and layer-major steps.",
         sharded.problems,
     ),
     Conflict(

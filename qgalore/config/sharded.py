@@ -11,7 +11,6 @@ def problems(config: Config) -> list[str]:
     wanted = (
         ("method", config.method, trained, "qgalore, galore or galore8bit, which store the weights of blocks"),
         ("lowrank.rank", config.lowrank.rank, config.lowrank.rank != "auto", "a number, as rows have a fixed place"),
-        ("model.compile", config.model.compile, config.model.compile == "none", "none"),
         ("train.order", config.train.order, config.train.order != "batch_major", "layer_major"),
     )
     return [
