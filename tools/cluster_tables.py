@@ -110,7 +110,7 @@ def tables(options: argparse.Namespace) -> str:
     titles = (
         "GiB that the fullest card keeps between two steps → its planned peak with one sequence of 2,048 tokens:",
         "GiB that the mean card sends in a step, inside its machine + to others; the tokens of a card that hide what "
-        "travels beside work; the seconds that a step waits for what owners hand out:",
+        "travels beside work; the seconds that a step waits for what owners hand out and for embeddings and head:",
     )
     return "\n".join((titles[0], "", *head, *chain(*kept), "", titles[1], "", *head, *chain(*sent)))
 
