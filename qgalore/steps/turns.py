@@ -60,5 +60,7 @@ class AlwaysThere:
 def gathered(layout: Layout) -> Gathered:
     """The turns of a model that processes split, or hold copies of."""
     kept = {id(p): getattr(p, apart.KEPT) for p in layout.outside if hasattr(p, apart.KEPT)}
-    before, behind = ([kept[key] for key in kept if key in used] for used in (layout.before, layout.behind))
+    behind = [kept[key] for key in kept if key in layout.behind]
+    # What blocks alone use, by calling what has it, must be dropped too once it has changed.
+    before = [kept[key] for key in kept if key in layout.before or key not in layout.behind]
     return Gathered(list(layout.blocks), before, behind)

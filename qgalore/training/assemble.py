@@ -135,7 +135,7 @@ def _announce(config: Config, folder: Path, device: torch.device, team: Team, re
     if team.size > 1:
         part = f"{config.train.grad_accumulation // team.size} of {config.train.grad_accumulation} micro-batches each"
         mesh = config.parallel.over(team.size)
-        holds = "its rows of the low-rank layers, and all else," if mesh.splits else "the model"
+        holds = "its rows of all matrices, and the state of those that it owns," if mesh.splits else "the model"
         say("parallel", f"{team.size} processes, {config.parallel}: each holds {holds} and takes {part} in a step")
         on_each = on_this_machine(team.size)
         if on_each is not None and mesh.replicas > 1 and mesh.crosses(on_each):

@@ -14,6 +14,8 @@ from qgalore.lowrank.tensors.splitting import split_outside, split_rows
 from qgalore.parallel import apart, job, shards
 from qgalore.parallel.handing import Handed
 from qgalore.parallel.mesh import mesh_of
+from qgalore.steps.blocks import Layout
+from qgalore.steps.turns import gathered
 
 SIZE = 3
 
@@ -125,6 +127,15 @@ def test_matrices_are_dealt_evenly_and_only_their_owners_have_the_state():
     ((_, alone),) = run_in(1, owned, "muon")
     master = 4 * WIDTH  # of the bf16 vector, in both
     assert sum(here for _, here in found) == alone + master
+
+
+def test_of_what_is_apart_nothing_stays_whole_after_a_step():
+    one, two, amid = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    for name, parameter in {"one": one, "two": two, "amid": amid}.items():
+        setattr(parameter, apart.KEPT, name)
+    parts = {"outside": [one, two, amid], "before": {id(one)}, "behind": {id(one), id(two)}}
+    turns = gathered(Layout("blocks", nn.ModuleList(), None, **parts))
+    assert (turns.before, turns.behind) == (["one", "amid"], ["one", "two"])
 
 
 def refused(what):

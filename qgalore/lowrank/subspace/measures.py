@@ -116,7 +116,7 @@ def _count(codes: Tensor, code: Tensor, absmax: Tensor) -> tuple[int, int, int]:
 
 
 class Stored(Protocol):
-    """A weight and its bases as a trained tensor steps them: a whole layer's, or the rows of one process."""
+    """A weight and its bases, whole, as a trained tensor steps them."""
 
     @property
     def weight(self) -> Tensor: ...
