@@ -78,7 +78,6 @@ def test_all_problems_come_at_once_with_suggestions():
             {**SHARD, "method": "lora"},
             "method: lora does not go with parallel: shard; use qgalore",
         ),
-        ({**SHARD, "model": {"config": "llama_60m", "compile": "blocks"}}, "model.compile: blocks does not go"),
         ({**SHARD, "train": {**LEAST["train"], **PLAIN}}, "train.order: batch_major does not go with parallel: shard"),
         ({**change(export={"formats": ["int8"]}), "method": "galore"}, "int8 needs int8 weights"),
         (change(train={"betas": [0.9, 1.0]}), "train.betas is [0.9, 1.0]; it must be a list of two values"),

@@ -41,11 +41,12 @@ from .checkpoint_folder import (
 )
 from .checkpoint_reading import VERSION, DamagedError, NewerError, examine, newest_in, newest_of, read_state, seal_of
 from .filling import flatten, load_into, load_model
+from .mapping import map_model
 from .safetensors import Copied, Entries, Rows, Seal, create, file_bytes, joined, share_bytes, write_share
 
 __all__ = [
-    "STATE", "DamagedError", "NewerError", "load_into", "load_model", "name_for", "newest_in", "newest_of", "prune",
-    "read_state", "save", "set_aside", "step_of", "steps_in",
+    "STATE", "DamagedError", "NewerError", "load_into", "load_model", "map_model", "name_for", "newest_in", "newest_of",
+    "prune", "read_state", "save", "set_aside", "step_of", "steps_in",
 ]  # fmt: skip
 BEGINNING, END, OLD = "the beginning of a checkpoint", "the end of a checkpoint", "the old checkpoints"
 

@@ -20,6 +20,7 @@ from ..lowrank.tensors.base import TrainedTensor
 from ..lowrank.tensors.states import made_by_a_step
 from ..parallel import apart, shards
 from ..parallel.kept import Kept
+from .headers import TILE_ELEMENTS, is_finite
 
 KINDS = ("inner", "extra")  # of an optimizer's tensors: the inner optimizer's state, and all else
 
@@ -53,7 +54,8 @@ def _unflatten(tensors: Iterable[tuple[str, Tensor]], rest: dict[str, Any]) -> d
 
 
 def _check_finite(name: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    # In parts, which need little memory beside the tensor.
+    if not all(map(is_finite, value.reshape(-1).split(TILE_ELEMENTS))):
         raise ValueError(f"{name} holds values that are not finite")
 
 
@@ -67,7 +69,8 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _usable(folder: Path) -> Iterator[None]:
+def usable(folder: Path) -> Iterator[None]:
+    """Inside, what is wrong with the files of the checkpoint ``folder`` is raised as :class:`ConfigError`."""
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:
@@ -86,7 +89,7 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
     Raises :class:`ConfigError` if the tensors or numbers are those of another model, or are not finite.
     """
     load_model(folder, model)
-    with _usable(folder):
+    with usable(folder):
         mine = [tensor for tensor in optimizer.tensors if not tensor.elsewhere]
         others = {tensor.name for tensor in optimizer.tensors} - {tensor.name for tensor in mine}
         files = _tensors(folder / "optimizer.safetensors", lambda key: key.rsplit("|", 2)[0] not in others)
@@ -198,36 +201,51 @@ def _fit_ranks(model: nn.Module, files: list[Path]) -> None:
     """Give the layers of ``model`` whose rank is free to move the ranks that ``files`` have."""
     shapes = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # which needs no memory for the file, however large it is
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             module.fit(shapes, f"{name}.")
 
 
+def fitting(
+    folder: Path, model: nn.Module, read: Callable[[Path], Iterable[tuple[str, Tensor]]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every tensor that ``read`` finds in ``model.safetensors`` or its shards, behind the one of ``model`` that it is
+    for; of tied tensors one name is enough. Ranks that are free to move are set first. Raises ``OSError``, and
+    ``ValueError`` if they are those of another model, or hold values that are not finite."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise OSError("it has no model.safetensors")
+    _fit_ranks(model, files)
+    own = model.state_dict(keep_vars=True)
+    loaded = set()
+    for name, value in (item for path in files for item in read(path)):
+        if name not in own:
+            raise ValueError(f"the model has no tensor {name}")
+        if own[name].shape != value.shape or own[name].dtype != value.dtype:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)} {value.dtype} in the checkpoint and {tuple(own[name].shape)} "
+                f"{own[name].dtype} in the model"
+            )
+        _check_finite(name, value)
+        yield own[name], value
+        loaded.add(_place(own[name]))
+    if absent := [name for name, value in own.items() if value.numel() and _place(value) not in loaded]:
+        raise ValueError(f"the checkpoint has no tensor {min(absent)}")
+
+
+def _place(tensor: Tensor) -> int:
+    """Where the memory of ``tensor`` begins, which is that of the tensors tied to it. On the meta device, where there
+    is none, tied tensors are one object."""
+    return shards.local(apart.kept(tensor)).data_ptr() or id(tensor)
+
+
 def load_model(folder: Path, model: nn.Module) -> None:
     """Fill ``model`` alone from ``model.safetensors`` or its shards; of tied tensors one name is enough. Raises
     :class:`ConfigError` if the tensors are those of another model, or hold values that are not finite."""
-    with _usable(folder):
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise OSError("it has no model.safetensors")
-        _fit_ranks(model, files)
-        own = apart.kept_in(model)
-        loaded = set()
-        for name, value in (item for path in files for item in _tensors(path)):
-            if name not in own:
-                raise ValueError(f"the model has no tensor {name}")
-            if own[name].shape != value.shape or own[name].dtype != value.dtype:
-                raise ValueError(
-                    f"{name} is {tuple(value.shape)} {value.dtype} in the checkpoint and {tuple(own[name].shape)} "
-                    f"{own[name].dtype} in the model"
-                )
-            _check_finite(name, value)
-            here = shards.local(own[name])
-            with torch.no_grad():
-                here.copy_(shards.rows_of(own[name], value))
-            loaded.add(here.data_ptr())
-        if absent := [n for n, value in own.items() if value.numel() and shards.local(value).data_ptr() not in loaded]:
-            raise ValueError(f"the checkpoint has no tensor {min(absent)}")
-        apart.drop_all(model)
+    with usable(folder), torch.no_grad():
+        for mine, value in fitting(folder, model, _tensors):
+            stored = apart.kept(mine)
+            shards.local(stored).copy_(shards.rows_of(stored, value))
+    apart.drop_all(model)

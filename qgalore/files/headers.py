@@ -75,7 +75,7 @@ def entries(path: Path) -> dict[str, Entry]:
     if not path.is_file():
         raise ConfigError(f"{path.name} is missing: {path} is no file. Copy the folder again, whole")
     try:
-        with safe_open(path, framework="pt"):
+        with safe_open(path, framework="np"):  # which needs no memory for the file, however large it is
             pass  # opening it checks the header
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

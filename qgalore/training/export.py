@@ -95,17 +95,19 @@ def export(model: nn.Module, fmt: str, target: Path, run: Path, config: Config, 
 def finish(run, best_step: int | None) -> None:
     """What happens after the last step of a ``build.Run``: the exports and a sample, of the weights after
     ``best_step``, the best evaluation's, if ``export.which`` says so."""
-    model, position = run.model, run.loop.position
-    if any(shards.is_shared(parameter) for parameter in model.parameters()):  # every process has some rows of it
-        model, _ = restore_model(checkpoint.steps_in(run.folder / "checkpoints")[-1])
-        say("export", "of the last checkpoint, on the CPU")
+    model, position, source = run.model, run.loop.position, None
     if run.config.export.which == "best" and best_step is None:
         say("note", "no evaluation is known to be the best, so the last weights are exported")
     elif run.config.export.which == "best":
         source = run.folder / "checkpoints" / checkpoint.name_for(best_step)
         position = Position.read(checkpoint.read_state(source)["position"])  # raises for a damaged one
-        checkpoint.load_model(source, model)
         say("export", f"the best held-out loss's weights, {source}")
+    if any(shards.is_shared(parameter) for parameter in model.parameters()):  # every process has some rows of it
+        source = source or checkpoint.steps_in(run.folder / "checkpoints")[-1]
+        say("export", f"out of {source}, tensor by tensor, on the CPU")
+        model, _ = restore_model(source, mapped=True)
+    elif source is not None:
+        checkpoint.load_model(source, model)
     for fmt in run.config.export.formats:
         export(model, fmt, run.folder / "export" / fmt, run.folder, run.config, position)
     section = run.config.sample
@@ -129,13 +131,14 @@ def export_checkpoint(source: Path, fmt: str, target: Path) -> None:
         position = Position.read(state.get("position", {}))
     except ValueError as error:
         raise ConfigError(f"{source} cannot be used: its state.json says that {error}") from error
-    model, _ = restore_model(source)
+    model, _ = restore_model(source, mapped=True)
     config = configuration.parse(state["config"], str(source))
     export(model, fmt, target, source.resolve().parent.parent, config, position)
 
 
-def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a checkpoint (RUN/checkpoints/step-…), on the CPU, without its data or optimizer.
+def restore_model(source: Path, mapped: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a checkpoint (RUN/checkpoints/step-…), on the CPU, without its data or optimizer. The
+    tensors of a ``mapped`` model are read-only views of the checkpoint's file (see :mod:`..files.mapping`).
 
     Raises :class:`ConfigError` if the checkpoint is damaged or its run's tokenizer is gone.
     """
@@ -149,7 +152,10 @@ def restore_model(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     auto = {"auto": classify.AUTO} if config.data.task == "classify" else {}
     model = loading.skeleton_with_buffers(shape, dtype=getattr(torch, config.model.dtype), **auto)
     convert_as(config, model)
-    streaming.allocate(model, torch.device("cpu"))
     adapt_as(config, model)
-    checkpoint.load_model(source, model)
+    if mapped:
+        checkpoint.map_model(source, model)
+    streaming.allocate(model, torch.device("cpu"))  # of a mapped model only the zero leaves are left
+    if not mapped:
+        checkpoint.load_model(source, model)
     return model.eval(), load_tokenizer(str(source.resolve().parent.parent / KEPT))

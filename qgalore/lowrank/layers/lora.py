@@ -46,8 +46,11 @@ class LoraLinear(LowRankLinear):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + (α/r) B A (out, in), summed in fp32: what an export writes."""
-        product = self.lora_b.detach().float() @ self.lora_a.detach().float()
-        return super().dense_weight().add_(product, alpha=self.scaling).to(dtype)
+        # Copies, whose place in memory is aligned: the order of a product's sums may hang on that.
+        b, a = (factor.detach().to(torch.float32, copy=True) for factor in (self.lora_b, self.lora_a))
+        product = b @ a
+        # Written over the product: an fp32 weight is not copied before, and stays as it is.
+        return torch.add(super().dense_weight(), product, alpha=self.scaling, out=product).to(dtype)
 
 
 def attach(model: nn.Module, *, rank: int, alpha: float | None, dtype: torch.dtype, seed: int) -> int:
