@@ -94,6 +94,8 @@ def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) 
         _check_numbers(optimizer, saved)
         for tensor in mine:
             _check_tensor(tensor, saved["slots"][tensor.name])
+        for tensor in optimizer.tensors:
+            _check_progress(tensor, saved["slots"][tensor.name])
         optimizer.load_state_dict(saved)
         known: dict[Any, dict[str, Any]] = {}
         for tensor in mine:
@@ -110,7 +112,7 @@ def _check_numbers(optimizer, saved: dict[str, Any]) -> None:
 
 
 def _check_tensor(tensor: TrainedTensor, saved: dict[str, Any]) -> None:
-    """What a trained tensor copies, or builds its schedule from, before it does."""
+    """What a trained tensor copies, before it does."""
     wanted = tensor.tensors()
     if set(saved["extra"]) != set(wanted):
         raise ValueError(f"{tensor.name} has the state {sorted(saved['extra'])} instead of {sorted(wanted)}")
@@ -121,6 +123,10 @@ def _check_tensor(tensor: TrainedTensor, saved: dict[str, Any]) -> None:
         raise ValueError(
             f"{tensor.name} has the state of parts {sorted(numbers)}, and steps in {len(tensor.parts)} parts"
         )
+
+
+def _check_progress(tensor: TrainedTensor, saved: dict[str, Any]) -> None:
+    """What a trained tensor builds its schedule from, also where another process has its state."""
     if tensor.module is None:
         return
     now = tensor.progress()

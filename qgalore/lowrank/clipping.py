@@ -1,5 +1,6 @@
 """Clipping to a norm of the gradients of all tensors, some of which one process has for all."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,8 +13,10 @@ from .tensors.base import TrainedTensor
 def clip(parameters: Iterable[Tensor], owned: Sequence[TrainedTensor], limit: float, team: Team) -> float:
     """Scale the gradients of ``parameters`` so that their norm is at most ``limit``; the norm before it, as
     ``clip_grad_norm_`` gives it. Those of ``owned`` tensors are with one process of ``team`` each."""
+    parameters = list(parameters)
     if not owned:
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        here = [parameter for parameter in parameters if parameter.grad is not None]
+        return _scale(here, limit, torch.nn.utils.get_total_norm([p.grad for p in here if p.grad is not None]))
     elsewhere = {id(tensor.leaves()[0]) for tensor in owned if tensor.elsewhere}
     mine = {id(leaf) for tensor in owned if not tensor.elsewhere for leaf in tensor.leaves()}
     here, norms = [], []
@@ -29,6 +32,13 @@ def clip(parameters: Iterable[Tensor], owned: Sequence[TrainedTensor], limit: fl
             norms.append(torch.zeros((), device=parameter.device))
     found = torch.stack(norms)
     team.sum_("the norms of the gradients", [found])
-    norm = torch.linalg.vector_norm(found)
-    torch.nn.utils.clip_grads_with_norm_(here, limit, norm)
-    return float(norm)
+    return _scale(here, limit, torch.linalg.vector_norm(found))
+
+
+def _scale(parameters: list[Tensor], limit: float, norm: Tensor) -> float:
+    """Clip as ``clip_grad_norm_`` does. A ``norm`` that is not finite would spoil every gradient, and whoever looks for
+    the one that is to blame would find the first."""
+    found = float(norm)
+    if math.isfinite(found):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return found

@@ -228,9 +228,14 @@ class Team:
         return Pending() if self.size == 1 else Pending().begin(sums)
 
     def hand_out(self, handed: Sequence[Handed]) -> None:
-        """Give every rank what it keeps of tensors that one of them has changed. Nobody is met, as in :meth:`begin`."""
+        """Give every rank what it keeps of tensors that one of them has changed. Nobody is met, as in :meth:`begin`, so
+        one that fails here must end: the others wait for what it would send."""
         if self.size > 1:
-            hand_out(handed, self.rank, self.size)
+            try:
+                hand_out(handed, self.rank, self.size)
+            except Exception as error:
+                told(error)
+                raise
 
     def sum_(self, place: str, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in its own dtype; small ones of a dtype travel in one."""

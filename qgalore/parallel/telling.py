@@ -3,15 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from .. import errors
 from ..errors import RankError
 
 
 @contextmanager
 def reaching() -> Iterator[None]:
-    """A collective. One that fails has lost a process, which nobody need be told of."""
+    """A collective. One that fails has lost a process, which nobody need be told of; or it finds no memory here, and
+    the others find this process's connections closed as soon as it has ended."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        told(error)
+        raise
     except RuntimeError as error:  # gloo's and NCCL's errors are of this class
         raise told(
             RankError(

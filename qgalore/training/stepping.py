@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NumericalError
 from ..lowrank.optimizer import LowRankOptimizer
+from ..parallel.telling import is_told
 from ..quant.counter import derive_key
 from ..steps import walk
 from ..steps.activations import Activations
@@ -127,9 +128,10 @@ class LayerMajor:
                     settle=steps.raise_failure,
                 )
         except NotWalkableError as reason:
+            whole = " parallel=replicate" if any(t.owner is not None for t in self.optimizer.tensors) else ""
             raise ConfigError(
                 f"step {step + 1} cannot be walked block by block as the trial before the first step was: {reason}. "
-                "Go on with --resume auto train.order=batch_major"
+                f"Go on with --resume auto train.order=batch_major{whole}"
             ) from reason
         if clips:
             norm = self.optimizer.clip(self.model.parameters(), self.how.clip_grad_norm)
@@ -139,17 +141,30 @@ class LayerMajor:
         return loss[0], self.optimizer.grad_norm
 
     def _step_kept(self) -> None:
-        """Step by the gradients that were kept for the norm of all. Blocks that have left the device come back."""
+        """Step by the gradients that were kept for the norm of all. Blocks that have left the device come back. A
+        process that fails goes on taking part until all blocks have come, for the others do not meet before."""
         optimizer = self.optimizer
         pending = {tensor.name: tensor for tensor in optimizer.pending()}
+        failures: list[Exception] = []
 
         def step_part(number: int) -> None:
             inside = number < len(self.layout)
             parameters = self.layout.blocks[number].parameters() if inside else self.layout.outside
             own = (tensor.name for tensor in optimizer.tensors_of(parameters))
-            optimizer.move([pending.pop(name) for name in own if name in pending])
+            tensors = [pending.pop(name) for name in own if name in pending]
+            if failures:
+                optimizer.hand_out(tensors)
+                return
+            try:
+                optimizer.move(tensors)
+            except Exception as error:
+                if optimizer.team.size == 1 or is_told(error):
+                    raise
+                failures.append(error)
 
         self.turns.visit(step_part, stepped=True)
+        if failures:
+            raise failures[0]
         optimizer.move(pending.values())
         optimizer.close()
 

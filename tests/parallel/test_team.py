@@ -6,6 +6,7 @@ from processes import run_in
 
 from qgalore.errors import ConfigError, NumericalError, QGaloreError, RankError
 from qgalore.parallel import ALONE, job
+from qgalore.parallel.telling import is_told, reaching
 
 
 def operations():
@@ -104,6 +105,12 @@ def lose():
 def test_a_process_that_is_gone_is_noticed():
     found = run_in(2, lose)
     assert "another process of the job has ended" in found[0]
+
+
+def test_a_process_without_memory_says_so_and_blames_no_other():
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as error, reaching():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert is_told(error.value)  # it cannot take part any more, so it ends without a meeting
 
 
 def test_alone_nothing_is_sent():

@@ -60,7 +60,7 @@ class ProjectedTensor(TrainedTensor):
 
     def arm(self, step: int) -> None:
         """Δ, or the probe where a refresh is due. Products of integers are tried again where one is."""
-        self.finish_record()
+        self.end_record()
         if self.frozen():
             return
         due = self.projected and self.schedule.due(step)
@@ -222,6 +222,13 @@ class ProjectedTensor(TrainedTensor):
             (row, before), self._unfinished = self._unfinished, None
             row |= measures.int8_change(self.module, before)
             row["seconds"] += time.perf_counter() - started
+
+    def end_record(self) -> None:
+        """Between two steps. What one process steps for all was looked at while it was whole, or its step never came:
+        then nobody else would come to look, and this process would wait for the rows of the others."""
+        if self.owner is not None:
+            self._unfinished = None
+        self.finish_record()
 
     def handed(self, owner: int, bases: bool, weights: bool = True) -> list[Handed]:
         return [place.handed(owner) for place in (*self._bases * bases, *self._weights * weights)]

@@ -51,7 +51,7 @@ class WholeTensor(ProjectedTensor):
 
     def arm(self, step: int) -> None:
         """Always the probe."""
-        self.finish_record()
+        self.end_record()
         self.current_step = step
         if self.frozen():
             return
