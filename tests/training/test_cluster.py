@@ -90,7 +90,7 @@ def test_tokens_hide_both_directions_but_not_what_owners_hand_out():
 def test_clipped_steps_gather_what_is_split_once_more(capsys):
     """Neither forward nor beside any work, so no token hides that. What is whole does not come at all."""
     plain, clipped = (
-        printed(capsys, *"--world-size 4 --link-inside 0.01 parallel=shard".split(), f"train.clip_grad_norm={norm}")
+        printed(capsys, "--world-size", "4", "--link-inside", "0.01", "parallel=shard", f"train.clip_grad_norm={norm}")
         for norm in (0, 1)
     )
     twice, again = (
