@@ -58,7 +58,9 @@ def test_a_folder_is_replaced_whole(tmp_path):
     with pytest.raises(FileNotFoundError), atomic.replacing_folder(target) as fresh:
         (fresh / "half").rename(fresh / "gone" / "whole")
     assert (target / "inner" / "two").read_text() == "two"
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "plain"}
+    with pytest.raises(FileNotFoundError), atomic.replacing_folder(tmp_path / "new" / "inner" / "out") as fresh:
+        (fresh / "half").rename(fresh / "gone")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "plain"}, "folders made for it go with it"
 
 
 def test_links_stay_links(tmp_path):
