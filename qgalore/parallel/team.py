@@ -232,7 +232,7 @@ class Team:
         one that fails here must end: the others wait for what it would send."""
         if self.size > 1:
             try:
-                hand_out(handed, self.rank, self.size)
+                hand_out(handed, self.rank)
             except Exception as error:
                 told(error)
                 raise
