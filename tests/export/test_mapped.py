@@ -176,6 +176,7 @@ def deepened(source, shape):
     return checkpoint.save(source.with_name("step-00000009"), model, empty, {**run_state, "model_config": noted})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_holds_few_tensors_at_a_time(tiny_run, tmp_path):
     code, _, err = tiny_run("train.max_steps=1", "export.formats=[]", "sample.max_new_tokens=0")
