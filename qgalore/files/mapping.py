@@ -9,6 +9,7 @@ import mmap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,13 @@ def map_model(folder: Path, model: nn.Module) -> None:
     Raises as :func:`.filling.load_model`.
     """
     with usable(folder):
-        views: dict[int, Tensor] = {}
+        views: dict[int, Any] = {}  # a parameter for a parameter, a buffer for a buffer
         for mine, value in fitting(folder, model, _views):
             is_parameter = isinstance(mine, nn.Parameter)
             views[id(mine)] = nn.Parameter(value, mine.requires_grad) if is_parameter else value
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 table.update({key: views[id(tensor)] for key, tensor in table.items() if id(tensor) in views})
 
 

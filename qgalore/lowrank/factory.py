@@ -251,7 +251,6 @@ def optimizer(
     )
     _tell_of_layers(model, dense)
     modules = stepped_layers(model)
-    split = _are_split(modules, stepping)
     _tell_of_rounding(find, [m for m in modules.values() if m.weight_scale is not None])
     check_rule(rule, rank, stepping, full_gradients, modules)
     check_momentum(rule, momentum, mu, modules)
@@ -263,7 +262,7 @@ def optimizer(
     )
     require(bool(tensors), "the model's trainable tensor count", 0, "at least 1: nothing would be trained")
     steps.check(tensors, rotates=moments == "rotate")
-    if split:
+    if _are_split(modules, stepping):
         deal(tensors, team, steps.factory)
     made = LowRankOptimizer(
         tensors,

@@ -4,12 +4,15 @@ Sums, broadcasts and gathering go round a ring of their processes, as NCCL sends
 from each process to each other one. All figures are of the mean card: owners differ in what they send.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..lowrank.tensors.base import TrainedTensor
+
+HANDED, PASSED = "hand out rows", "pass rows on"
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,20 @@ class Cards:
         return sum(map(self.across_ring, self.copies())) / self.replicas
 
     def across_pairs(self) -> float:
-        """The share of all pairs of cards that are in different machines."""
-        if self.size == 1:
+        """The share of all pairs of cards of one copy that are in different machines, on average over the copies."""
+        pairs = self.shards * (self.shards - 1)
+        if not pairs:
             return 0.0
-        full, rest = divmod(self.size, self.per_machine)
-        together = full * self.per_machine * (self.per_machine - 1) + rest * (rest - 1)
-        return 1.0 - together / (self.size * (self.size - 1))
+        inside = 0
+        for copy in self.copies():
+            counts = Counter(n // self.per_machine for n in copy)
+            inside += sum(count * (count - 1) for count in counts.values())
+        return 1.0 - inside / (pairs * self.replicas)
+
+    def across_shares(self) -> float:
+        """:meth:`across_ring` of the cards that have the same share in each copy, on average."""
+        shares = (range(share, self.size, self.shards) for share in range(self.shards))
+        return sum(map(self.across_ring, shares)) / self.shards
 
 
 @dataclass(frozen=True)
@@ -69,13 +80,15 @@ class Sent:
 def sent(collective: str, size: float, cards: Cards) -> Sent:
     """What the mean card sends in a step for ``size`` bytes of ``collective``, whose first word says what is done with
     them. All-reduce: each byte goes round twice. Gather: those of a copy go round its cards. Hand: an owner gives each
-    other card its share."""
+    other card of its copy its share. Pass: such a share goes round the cards that keep it in other copies."""
     kind = collective.split()[0]
     all_but_one = (cards.size - 1) / cards.size
     if kind == "gather":
         whole, across = size * (cards.shards - 1) / cards.shards, cards.across_copies()
     elif kind == "hand":
-        whole, across = size * all_but_one / cards.shards, cards.across_pairs()
+        whole, across = size * (cards.shards - 1) / cards.shards / cards.size, cards.across_pairs()
+    elif kind == "pass":
+        whole, across = size / cards.shards * (cards.replicas - 1) / cards.replicas, cards.across_shares()
     else:
         rounds = 2 if kind == "all-reduce" else 1
         whole, across = rounds * size * all_but_one, cards.across_ring(range(cards.size))
@@ -83,8 +96,12 @@ def sent(collective: str, size: float, cards: Cards) -> Sent:
 
 
 def all_sent(payload: Mapping[str, float], cards: Cards) -> dict[str, Sent]:
-    """:func:`sent` for each collective of a ``payload`` (``traffic.payload``)."""
-    return {name: sent(name, size, cards) for name, size in payload.items()}
+    """:func:`sent` for each collective of a ``payload`` (``traffic.payload``). What owners hand out is passed on in a
+    mesh of several copies."""
+    sizes = dict(payload)
+    if HANDED in sizes and cards.replicas > 1:
+        sizes[PASSED] = sizes[HANDED]
+    return {name: sent(name, size, cards) for name, size in sizes.items()}
 
 
 def busiest(blocks: Sequence[nn.Module], tensors: Sequence[TrainedTensor], cards: int) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..parallel import apart
-from ..parallel.shards import Gathered
+from ..parallel.gathered import Gathered
 from .blocks import Layout
 
 

@@ -29,7 +29,7 @@ USUAL, CARD = 8, "H100"  # cards in a machine, if there are as many, and which, 
 GATHER, REDUCE, HAND = "gather", "reduce", "hand"
 AGAIN = "gather again, to step"
 # Of collectives, or of their first words. All wait for what is handed out, and for all that is gathered but blocks.
-_KINDS = {"gather blocks": GATHER, "gather": HAND, "hand": HAND, "broadcast": HAND}
+_KINDS = {"gather blocks": GATHER, "gather": HAND, "hand": HAND, "pass": HAND, "broadcast": HAND}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from ..lowrank.inner.checked import BUILTIN
 from ..lowrank.layers import lora
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.optimizer import LowRankOptimizer
-from ..lowrank.tensors.splitting import split_outside, split_rows
 from ..models import classify, loading, streaming
 from ..models.causality import check_causal
 from ..models.compiling import blocks_of, compile_blocks
@@ -22,13 +21,10 @@ from ..models.convert import ConversionReport, convert
 from ..models.loss import Loss, balance_weight, check_isolation, choose_loss, chunked_loss, uncalled_layers
 from ..models.recompute import checkpoint_blocks
 from ..parallel import ALONE, Team
-from ..parallel.mesh import mesh_of
+from . import split
 from .attending import attend_as
 from .say import say
 from .vocabulary import Vocabulary, check_added, may_grow, rows_wanted, say_rows
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def architecture(config: Config, vocabulary: Vocabulary, report: Callable[[str], None]) -> nn.Module:
@@ -158,18 +154,6 @@ def compile_as(config: Config, model: nn.Module) -> None:
         say("compile", f"{count} blocks, at the first step without a refresh in them; evaluation is not compiled")
 
 
-def shard_model(model: nn.Module, mesh: "DeviceMesh") -> None:
-    """Split what the low-rank layers of a model's blocks store, on the meta device, so that no process ever holds it
-    all. Raises :class:`ConfigError` without such blocks."""
-    blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
-    if not blocks:
-        raise ConfigError(
-            f"parallel: shard gathers weights block by block, and {type(model).__name__} has no blocks that are known; "
-            "use parallel: replicate"
-        )
-    split_rows(blocks, mesh)
-
-
 def build_model(
     config: Config,
     vocabulary: Vocabulary,
@@ -198,10 +182,9 @@ def build_model(
         if config.method == "lora":
             frozen = counted(len(report.converted), "weight is", "weights are")
             say("model", f"LoRA: {frozen} frozen; factors of rank {config.lowrank.rank} train")
-    sizes = config.parallel.over(team.size)
-    mesh = mesh_of(team, sizes, device.type) if sizes.splits else None
+    mesh = split.mesh_for(config, team, device)
     if mesh is not None:
-        shard_model(model, mesh)
+        split.split_blocks(model, mesh)
     place(model, device)
     if anew := streaming.fill(model, source, "model"):
         many = counted(
@@ -217,7 +200,7 @@ def build_model(
         say("note", f"{many} not called in a trial forward pass: {names}")
     loss = _loss_of(config, model)
     if mesh is not None:
-        split_outside(model, blocks_of(model), mesh)
+        split.split_outside(model, blocks_of(model), mesh)
     return model, loss
 
 

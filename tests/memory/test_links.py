@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qgalore import config
-from qgalore.memory.wire import Cards, Sent, busiest, sent
+from qgalore.memory.wire import Cards, Sent, all_sent, busiest, sent
 from qgalore.models.compiling import blocks_of
 from qgalore.training.model import Vocabulary
 from qgalore.training.paper import on_paper
@@ -59,11 +59,20 @@ def test_what_goes_to_or_from_an_owner_passes_every_other_card_once(sizes, colle
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_an_owner_hands_each_card_its_rows_of_its_copy(sizes):
+def test_an_owner_hands_each_card_of_its_copy_its_rows_and_these_pass_them_on(sizes):
     cards = Cards(*sizes)
-    pairs = permutations(range(cards.size), 2)
+    groups = [list(copy) for copy in cards.copies()]
+    pairs = [pair for group in groups for pair in permutations(group, 2)]
     messages = [(owner, other, 24.0 / cards.size / cards.shards) for owner, other in pairs]
     assert same(sent("hand out rows", 24.0, cards), mean(messages, cards))
+    messages = []
+    for first in range(cards.replicas):  # whoever's copy the owner is in: on average over all of them
+        for share in range(cards.shards):
+            chain = [(first + k) % cards.replicas * cards.shards + share for k in range(cards.replicas)]
+            size = 24.0 / cards.shards / cards.replicas
+            messages += [(one, other, size) for one, other in pairwise(chain)]
+    assert same(sent("pass rows on", 24.0, cards), mean(messages, cards))
+    assert ("pass rows on" in all_sent({"hand out rows": 24.0}, cards)) == (cards.replicas > 1)
 
 
 def test_copies_that_fit_into_a_machine_are_gathered_inside_it():
@@ -74,7 +83,7 @@ def test_copies_that_fit_into_a_machine_are_gathered_inside_it():
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 12))
 def test_one_machine_has_no_network(replicas, shards, spare):
     cards = Cards(replicas, shards, replicas * shards + spare)
-    for name in ("gather blocks", "all-reduce x", "reduce x", "broadcast x", "hand out rows"):
+    for name in ("gather blocks", "all-reduce x", "reduce x", "broadcast x", "hand out rows", "pass rows on"):
         assert sent(name, 1.0, cards).between == 0.0
     assert cards.machines == 1
 

@@ -20,9 +20,9 @@ from qgalore.config import Mesh
 from qgalore.lowrank.layers.linear import LowRankLinear
 from qgalore.lowrank.tensors.splitting import split_rows
 from qgalore.parallel import job, shards
+from qgalore.parallel.gathered import Gathered
 from qgalore.parallel.kept import Kept
 from qgalore.parallel.mesh import mesh_of
-from qgalore.parallel.shards import Gathered
 from qgalore.steps.trial import try_walk
 from qgalore.steps.turns import AlwaysThere
 from qgalore.training.parts import Stepping

@@ -8,7 +8,8 @@ import torch
 from ..inner.checked import Factory
 from ..subspace import ranks
 from ..subspace.moments import BLOCK
-from .base import STEPS_ON, Scratch, TrainedTensor
+from .base import STEPS_ON, TrainedTensor
+from .parts import Scratch
 
 
 def attach(tensors: list[TrainedTensor], factory: Factory, part_elements: int) -> list[Scratch]:

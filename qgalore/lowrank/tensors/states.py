@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .base import Part
+from .parts import Part
 
 
 def made_by_a_step(part: Part) -> dict[str, Any]:
