@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, distributed
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,11 +25,12 @@ from qgalore.cli.train import main
 from qgalore.training.loop import Loop
 from qgalore.training.records import memory_row
 
-# By a part of its name: where a collective keeps what the process brings, and how often each byte of that is sent.
+# By a part of its name without underscores: where a collective of c10d keeps what the process brings, and how often
+# each byte of that is sent. Functional collectives, which DTensor uses, have it in the first place.
 KINDS = {
     "allreduce": (0, lambda n: 2 * (n - 1) / n),
     "allgather": (1, lambda n: n - 1),
-    "reduce_scatter": (1, lambda n: (n - 1) / n),
+    "reducescatter": (1, lambda n: (n - 1) / n),
     "alltoall": (1, lambda n: (n - 1) / n),
     "broadcast": (0, lambda n: (n - 1) / n),
     "reduce": (0, lambda n: (n - 1) / n),
@@ -43,18 +45,24 @@ class Wire(TorchDispatchMode):
         self.sent: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self._count(func._schema.name.partition("::")[2].strip("_"), args)
+        functional = func.namespace == "_c10d_functional"
+        sends = not functional or not func.__name__.startswith(("wait", "_wrap"))
+        if func.namespace in ("c10d", "_c10d_functional") and sends:
+            self._count(func.__name__.partition(".")[0].replace("_", ""), args, functional)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: tuple[Any, ...]) -> None:
+    def _count(self, name: str, args: tuple[Any, ...], functional: bool) -> None:
         kind = next((kind for kind in KINDS if kind in name), None)
         if kind is None:
             self.sent[f"not counted: {name}"] += 1
             return
         place, times = KINDS[kind]
-        size = next(distributed.ProcessGroup.unbox(one).size() for one in args if isinstance(one, torch.ScriptObject))
-        brought = sum(leaf.nbytes for leaf in tree_leaves(args[place]) if isinstance(leaf, Tensor))
+        if functional:
+            group = distributed_c10d._resolve_process_group([one for one in args if isinstance(one, str)][-1])
+        else:
+            group = next(distributed.ProcessGroup.unbox(one) for one in args if isinstance(one, torch.ScriptObject))
+        size, given = group.size(), args[0 if functional else place]
+        brought = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
         self.sent[kind] += round(brought * times(size))
 
 
