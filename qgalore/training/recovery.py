@@ -116,7 +116,7 @@ class Recovery:
                 f"{error}. No usable checkpoint is left in {course.keeper.folder} to replay from "
                 f"({'; '.join(map(str, complaints)) or 'all are gone'}), though one was written before the first step; "
                 "find out what changes that folder, or set train.order=batch_major with "
-                "train.stepping=deferred, which looks at all gradients before it steps"
+                "train.stepping=deferred and parallel=replicate, which looks at all gradients before it steps"
             ) from error
         where = course.position
         course.return_to(found, state, order=where.order, skip=[*where.skip, where.step])

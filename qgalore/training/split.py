@@ -1,5 +1,6 @@
 """A run's model split over processes, if ``parallel`` asks for that."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,11 +28,17 @@ def mesh_for(config: Config, team: Team, device: torch.device) -> "DeviceMesh | 
 
 def split_blocks(model: nn.Module, mesh: "DeviceMesh") -> None:
     """Split what the low-rank layers of a model's blocks store, on the meta device, so that no process ever holds it
-    all. Raises :class:`ConfigError` without such blocks."""
+    all. Raises :class:`ConfigError` without such blocks, or if they have layers in common."""
     blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
     if not blocks:
         raise ConfigError(
             f"parallel: shard gathers weights block by block, and {type(model).__name__} has no blocks that are known; "
             "use parallel: replicate"
+        )
+    counts = Counter(module for block in blocks for module in block.modules() if isinstance(module, LowRankLinear))
+    if counts.most_common(1)[0][1] > 1:
+        raise ConfigError(
+            f"parallel: shard gathers weights block by block, and blocks of {type(model).__name__} have layers in "
+            "common; use parallel: replicate"
         )
     split_rows(blocks, mesh)

@@ -5,6 +5,7 @@ import torch
 from jobs import RANK, WIDTH, Chain, chain_of
 from processes import run_in
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import qgalore
 from qgalore.config import Mesh
@@ -16,6 +17,7 @@ from qgalore.parallel.handing import Handed
 from qgalore.parallel.mesh import mesh_of
 from qgalore.steps.blocks import Layout
 from qgalore.steps.turns import gathered
+from qgalore.training.split import split_blocks
 
 SIZE = 3
 
@@ -154,3 +156,19 @@ def refused(what):
 def test_what_cannot_be_split_is_refused():
     assert "stepping" in run_in(2, refused, "stepping")[0]
     assert "a number" in run_in(2, refused, "rank")[0]
+
+
+class Block(GradientCheckpointingLayer):
+    """A block around a layer, which other blocks may have too."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+def test_blocks_that_have_a_layer_in_common_are_not_split():
+    layer = LowRankLinear(torch.zeros(4, 4), None, rank=2)
+    with pytest.raises(ConfigError, match="have layers in common; use parallel: replicate"):
+        split_blocks(nn.ModuleList([Block(layer), Block(layer)]), None)
+    with pytest.raises(ConfigError, match="has no blocks that are known"):
+        split_blocks(nn.ModuleList([layer]), None)
