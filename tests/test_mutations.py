@@ -47,7 +47,7 @@ MUTATIONS = {
         ("tests/quant/test_dense.py::test_bf16_tiles_do_not_show",),
     ),
     "the same rounding bits in each part": Mutation(
-        "first_row=self.first_row + first,", "first_row=self.first_row,", (PARTS,)
+        "            first_row=first,\n            rounding", "            first_row=0,\n            rounding", (PARTS,)
     ),
     "the gradient of a refresh step in the basis before it is rounded": Mutation(
         "            self.adopt(found, stored, first)\n",
