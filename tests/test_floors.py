@@ -81,7 +81,7 @@ def test_the_page_of_the_architecture_has_these_floors():
 
 def test_nobody_outside_asks_what_kind_of_tensor_it_is():
     """What a trained tensor does differently it does itself."""
-    kinds = {"DenseTensor", "ProjectedTensor", "WholeTensor", "ShardedTensor", "AdaptiveTensor"}
+    kinds = {"DenseTensor", "ProjectedTensor", "WholeTensor", "AdaptiveTensor"}
     for path in MODULES:
         if "tensors" in path.relative_to(PACKAGE).parts:
             continue
