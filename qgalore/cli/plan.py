@@ -7,7 +7,6 @@ from . import door
 
 EXAMPLES = """
   %(prog)s --config llama7b_16gb.yaml
-  %(prog)s --config llama7b_16gb.yaml --world-size 4 train.grad_accumulation=4
   %(prog)s --config llama7b_16gb.yaml --world-size 16 --card A100 --link-between 12.5 train.grad_accumulation=16
 """
 

@@ -51,9 +51,7 @@ def test_huge_and_unknown_values_still_fit():
     )  # fmt: skip
     unknown = summary.LayerSummary("b", "b", 1, None, None, 0, None, 0, None, None, None, None, None, 0, 0.0, None)
     run = records.Run(None, "a-name-longer-than-the-column-has-room", {}, [{"step": 10**7, "lr": 1}], [], [], 0)
-    one = summary.RunSummary(
-        run, 2.0, None, 1e7, 1e6, 0.01, [huge, unknown], summary.together("total", [huge, unknown])
-    )
+    one = summary.RunSummary(run, 2.0, None, 1e6, 0.01, [huge, unknown], summary.together("total", [huge, unknown]))
     for text in (table.run_table(one, table.layer_lines(one)), table.runs_table([one, one])):
         assert max(map(len, text.splitlines())) <= table.WIDTH
     assert table.layer_lines(one)[1].split() == ["b", "-", "-", "0", *["-"] * 6, "0.00s", "-"]
