@@ -97,6 +97,8 @@ class Loop:
                 row, note = taken
                 signalled, overdue = divmod(note, 2)
                 self._record(row, progress)
+                if self.team.size == 1:  # nobody else has to be asked about a signal that came since
+                    signalled = signalled or stop.number or 0
                 step = self.position.step
                 course.keeper.look()
                 last = save = step == last_step
