@@ -103,7 +103,8 @@ class TensorSteps:
         if first_from is not None and tensor.awaits_refresh() and tensor.seeks_first_basis():
             self.refresh_tensor(tensor, first_from)
         if self.team.size > 1:
-            tensor.sum_over(self.team)
+            self.team.meet(f"the gradient of {tensor.name}")
+            self.team.begin(tensor.to_sum()).wait()
         self.prepare_summed(tensor)
         return True
 

@@ -9,7 +9,7 @@ from ...quant import basis
 from ..inner.checked import Factory
 from ..subspace import moments, ranks, refresh
 from ..subspace.refresh import Found, Sides
-from .parts import Part, Scratch
+from .base import Part, Scratch
 from .projected import ProjectedTensor
 
 

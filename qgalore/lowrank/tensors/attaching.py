@@ -8,8 +8,7 @@ import torch
 from ..inner.checked import Factory
 from ..subspace import ranks
 from ..subspace.moments import BLOCK
-from .base import STEPS_ON, TrainedTensor
-from .parts import Scratch
+from .base import STEPS_ON, Scratch, TrainedTensor
 
 
 def attach(tensors: list[TrainedTensor], factory: Factory, part_elements: int) -> list[Scratch]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .parts import Part
+from .base import Part
 
 
 def made_by_a_step(part: Part) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ...lowrank.layers.bases import Basis
 from ...lowrank.layers.linear import LowRankLinear
-from ...lowrank.tensors.base import STEPS_ON, TrainedTensor
-from ...lowrank.tensors.parts import SHARED_STATE, Part
+from ...lowrank.tensors.base import SHARED_STATE, STEPS_ON, Part, TrainedTensor
 from ...lowrank.tensors.states import made_by_a_step
 
 GROUPS = ("bases", "weights", "state")
