@@ -85,7 +85,9 @@ def test_several_write_the_file_that_one_writes(tmp_path, monkeypatch, piece, si
     for rank in reversed(range(size)):
         mine = dict(whole)
         for name in ("split", "flat"):
-            mine[name] = Rows(whole[name].chunk(size)[rank].clone(), tuple(whole[name].shape))
+            parts = whole[name].chunk(size)
+            holders = tuple((number, part.nbytes) for number, part in enumerate(parts))
+            mine[name] = Rows(parts[rank].clone(), whole[name].dtype, tuple(whole[name].shape), holders)
         shares.append(write_share(path, mine, rank, size))
     content = one.read_bytes()
     assert path.read_bytes() == content
@@ -102,3 +104,17 @@ def test_several_write_the_file_that_one_writes(tmp_path, monkeypatch, piece, si
         found = [altered(path, pieces, rank, 3) for rank in range(3)]
         (bad,) = [span for span in found if span is not None]
         assert bad[0] <= place < bad[1]
+
+
+def test_what_one_process_holds_and_what_some_hold_no_rows_of(tmp_path):
+    whole = {"few": torch.arange(6.0).view(2, 3), "one": torch.arange(5), "all": torch.ones(3)}
+    write_safetensors(tmp_path / "one", whole)
+    create(tmp_path / "three", whole)
+    shares = []
+    for rank in range(3):
+        few = Rows(whole["few"][rank : rank + 1], torch.float32, (2, 3), ((0, 12), (1, 12), (2, 0)))
+        one = Rows(whole["one"] if rank == 1 else None, torch.int64, (5,), ((1, 40),))
+        shares.append(write_share(tmp_path / "three", {"few": few, "one": one, "all": whole["all"]}, rank, 3))
+    content = (tmp_path / "one").read_bytes()
+    assert (tmp_path / "three").read_bytes() == content
+    joined(shares, len(content))
