@@ -38,7 +38,7 @@ def test_a_mixture_of_one_source_is_that_source(tiny_run):
         path = Path(f"runs/{name}/checkpoints/step-00000003/state.json")
         state = json.loads(path.read_text())
         (state["position"]["sample"],) = state["position"]["sample"]
-        path.write_text(json.dumps({**state, "sha256": checkpoint._seal(state)}))
+        path.write_text(json.dumps({**state, "sha256": checkpoint.seal_of(state)}))
         code, _, err = tiny_run(*run, "train.max_steps=4", "--resume", "auto")
         assert code == 0, err
     state = json.loads(Path("runs/alone/checkpoints/step-00000004/state.json").read_text())
