@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from qgalore.data.tokenizer import train_tokenizer
+from qgalore.steps.streaming.stream import Stream
 
 WORDS = ("red", "green", "blue", "warm", "cold", "day", "night", "sun", "moon", "sea")
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -148,6 +149,25 @@ def test_resuming_gives_the_same_bits(classify_run):
     code, _, err = classify_run("run.name=half", "train.lr_schedule=constant", "--resume", "auto")
     assert code == 2
     assert "other tokens" in err
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_streamed_blocks_come_once_for_several_held_out_batches(classify_run, monkeypatch, kind):
+    """Three batches in each of three evaluations; the figures are those of a model that is always there."""
+    visits, own = [], Stream.visit
+    monkeypatch.setattr(Stream, "visit", lambda self, *what, **how: visits.append(how) or own(self, *what, **how))
+    run = (f"model.path={kind}", "train.grad_accumulation=2", "train.max_steps=4", "train.eval_every=2")
+    for name, stream in (("there", "none"), ("streamed", "weights")):
+        code, _, err = classify_run(*run, f"run.name={name}", f"memory.stream={stream}", "export.formats=[]")
+        assert code == 0, err
+    assert visits == [{"stepped": False}] * 3
+    clocks = ("second", "memory")
+    there, streamed = (
+        [{k: v for k, v in row.items() if not any(c in k for c in clocks)} for row in rows(name)]
+        for name in ("there", "streamed")
+    )
+    assert streamed == there
+    assert sum("eval_loss" in row for row in there) == 3
 
 
 @pytest.mark.parametrize("method", ["adamw", "galore"])

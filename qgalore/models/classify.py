@@ -1,7 +1,9 @@
 """Sequence classification and regression: the model, its loss, and what it gets right."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from ..errors import ConfigError, counted
 from ..evaluation import metrics
+from ..evaluation.loss import Losses, one_by_one
 from . import streaming
 from .folder import load_buffers, stored
 from .growing import extended
@@ -123,15 +126,26 @@ class LabelEvaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Sequence[Callable[[], dict[str, Tensor]]], names: Sequence[str], device: torch.device
+    model: nn.Module,
+    batches: Sequence[Callable[[], dict[str, Tensor]]],
+    names: Sequence[str],
+    device: torch.device,
+    losses: Losses = one_by_one,
 ) -> LabelEvaluation:
-    """Loss and the metrics ``names`` over all rows of ``batches`` (each a function that makes one), without dropout."""
-    was_training = model.training
+    """Loss and the metrics ``names`` over all rows of ``batches`` (each a function that makes one), without dropout.
+    ``losses``: how a model is run on several batches; here it gives their logits."""
+    was_training, waiting = model.training, deque[Tensor]()
+
+    def runs() -> Iterator[Callable[[], Tensor]]:
+        for make in batches:
+            batch = {name: value.to(device) for name, value in make().items()}
+            waiting.append(batch["labels"])
+            yield partial(logits_of, model, batch)
+
     model.eval()
     total, predicted, true = 0.0, [], []
-    for make in batches:
-        batch = {name: value.to(device) for name, value in make().items()}
-        logits, labels = logits_of(model, batch), batch["labels"]
+    for logits in losses(runs()):
+        labels = waiting.popleft()
         total += float(label_loss(logits, labels))
         predicted.append((logits.squeeze(-1) if labels.is_floating_point() else logits.argmax(-1)).cpu().numpy())
         true.append(labels.cpu().numpy())

@@ -13,7 +13,7 @@ from ..data.labelled import LabelledTexts, Labels, read_examples
 from ..data.mixing import MixedOrder, Mixture
 from ..data.notes import Notes
 from ..errors import counted
-from ..evaluation.loss import Batches
+from ..evaluation.loss import Batches, Losses, one_by_one
 from ..evaluation.metrics import OF_CLASSES, OF_NUMBERS
 from ..models import classify
 from . import parts
@@ -71,12 +71,15 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
     return LabelledData(train, valid, labels)
 
 
-def loop_data(config: Config, examples: LabelledData, order_for: Callable[[int], MixedOrder]) -> parts.Data:
-    """Labelled data as the loop takes them: with how to count and to evaluate."""
+def loop_data(
+    config: Config, examples: LabelledData, order_for: Callable[[int], MixedOrder], losses: Losses = one_by_one
+) -> parts.Data:
+    """Labelled data as the loop takes them: with how to count and to evaluate. ``losses``: how the held-out batches go
+    through the model."""
     labels = examples.labels
     known = OF_NUMBERS if labels.names is None else OF_CLASSES
     names = config.data.metric or list(known)
-    looking = partial(_evaluate, names=names)
+    looking = partial(_evaluate, names=names, losses=losses)
     return parts.Data(examples.train, {"": examples.valid}, order_for, classify.rows_in, looking, unit="rows")
 
 

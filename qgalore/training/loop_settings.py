@@ -32,7 +32,7 @@ def of_data(
     """What is trained on and held out. ``losses``: how the held-out batches go through the model."""
     order_for = cache(partial(sample_order, data.train, config.run.seed))
     if examples is not None:
-        return classification.loop_data(config, examples, order_for)
+        return classification.loop_data(config, examples, order_for, losses)
     # A pass that gathers weights must be the same in all processes, so there each evaluates all of the data.
     team = ALONE if config.parallel.over(team.size).splits else team
     looking = partial(evaluate_sets, summed_loss=loss, target_tokens=target_tokens, team=team, losses=losses)
