@@ -10,11 +10,13 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from helpers import assert_same
 from jobs import codes, live, rows, state
 from processes import run_in
 from safetensors.torch import load_file
+from test_classify import write_body, write_table
 
 from qgalore.training import assemble
 
@@ -76,8 +78,9 @@ def test_the_same_run_in_one_two_and_four_processes(folder):
         ["model.compute=int8", "lowrank.group_size=row", "train.activation_checkpointing=2"],
         ["train.optimizer=torch.optim.Adafactor", "train.optimizer_options={eps: [null, 1.0]}", "lowrank.moments=keep"],
         ["method=galore", "lowrank.proj_type=full", "train.optimizer=adamw4bit", "lowrank.stagger=false"],
+        ["model.compile=blocks", "lowrank.update_proj_gap=4"],
     ],
-    ids=["muon", "fira", "int8 embeddings", "int8 products", "adafactor", "both sides"],
+    ids=["muon", "fira", "int8 embeddings", "int8 products", "adafactor", "both sides", "compiled"],
 )
 def test_two_that_split_the_weights_have_the_bits_of_two_that_do_not(folder, options):
     """A sum of two does not hang on its order. So losses, records and checkpoints are equal, to the bit."""
@@ -90,6 +93,26 @@ def test_two_that_split_the_weights_have_the_bits_of_two_that_do_not(folder, opt
         assert split == whole
         assert whole or name != "metrics.jsonl"
     assert_same(state(folder / "runs/shard", 4), state(folder / "runs/replicate", 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_two_that_split_a_classifier_have_the_bits_of_two_that_do_not(tmp_path, kind):
+    write_table(tmp_path / "train.tsv", 60, 1)
+    write_table(tmp_path / "dev.tsv", 20, 2)
+    write_body(tmp_path / kind, kind)
+    data = {"task": "classify", "train": "train.tsv", "valid": "dev.tsv", "text_keys": ["one", "two"]}
+    train = {"max_steps": 4, "micro_batch_size": 4, "grad_accumulation": 2, "lr": 0.003, "eval_every": 2}
+    config = {"device": "cpu", "model": {"path": kind}, "data": data, "train": train, "export": {"formats": []}}
+    config["lowrank"] = {"rank": 8, "update_proj_gap": 3}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    for how in ("replicate", "shard"):
+        arguments = ["data.sequence_length=64", f"parallel={how}", f"run.name={how}"]
+        assert run_in(2, live, str(tmp_path), arguments) == [(0, "")] * 2
+    whole, split = (timeless(tmp_path / "runs" / how / "metrics.jsonl") for how in ("replicate", "shard"))
+    assert split == whole
+    assert any("eval_loss" in row for row in whole)
+    assert_same(state(tmp_path / "runs/shard", 4), state(tmp_path / "runs/replicate", 4))
 
 
 def timeless(path):

@@ -9,13 +9,13 @@ weights) is None. Nothing here changes training or draws from its random streams
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...quant.int8 import dequantize
-from ..layers.bases import Basis
+from ..layers.linear import LowRankLinear
 from .moments import BLOCK
 from .search import LinAlgError
 from .sides import squared_lengths
@@ -115,19 +115,6 @@ def _count(codes: Tensor, code: Tensor, absmax: Tensor) -> tuple[int, int, int]:
     return zeros, ends, len(places)
 
 
-class Stored(Protocol):
-    """A weight and its bases, whole, as a trained tensor steps them."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def weight_scale(self) -> Tensor | None: ...
-    @property
-    def left(self) -> Basis | None: ...
-    @property
-    def right(self) -> Basis | None: ...
-
-
 @dataclass(frozen=True)
 class Lines:
     """A few rows (``dim`` 0) or columns (1) of an int8 weight as they were before a merge, with all their scales."""
@@ -138,7 +125,7 @@ class Lines:
     scale: Tensor
 
 
-def lines_before(stored: Stored, number: int) -> Lines | None:
+def lines_before(stored: LowRankLinear, number: int) -> Lines | None:
     """Copy sample lines of ``stored``, chosen by ``number``; None if its weight is not int8.
 
     Lines lie along the side that has a basis, so that the update of each one lies in that basis' span.
@@ -194,7 +181,7 @@ def noise_share(change: Tensor, before: Tensor, basis: Tensor) -> float | None:
     return min(1.0, float(noise.square().sum()) / total * length / (length - rank))
 
 
-def int8_change(stored: Stored, before: Lines | None) -> dict[str, float | None]:
+def int8_change(stored: LowRankLinear, before: Lines | None) -> dict[str, float | None]:
     """What the merge since :func:`lines_before` did to the sampled lines: share of integers that changed, share of
     groups that were given a new scale, and :func:`noise_share`. All None for a weight that is not int8."""
     if before is None:
