@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..lowrank.layers.linear import LowRankLinear
 from .nested import replaced, tensors_in
 
 Run = Callable[[], Tensor]  # the model and its loss on one micro-batch, a scalar
@@ -30,7 +31,8 @@ class Layout:
     """The parts of a model that can be walked: its ``blocks``, in the order in which they are called.
 
     ``outputs``: how many values a block returns in a tuple, or None for a bare tensor. ``sides``: for each block the
-    modules inside it whose outputs enter the loss by another way, as router logits do. ``outside``: the parameters
+    modules inside it whose outputs enter the loss by another way, as router logits do. ``unread``: for each block the
+    layers whose outputs no gradient reads (see the module of that name). ``outside``: the parameters
     that belong to no block. ``late``: the identities of parameters in several parts, which step when all are done.
     ``before`` and ``behind``: of parameters that train there, in front of the blocks and behind them.
     """
@@ -39,6 +41,7 @@ class Layout:
     blocks: nn.ModuleList
     outputs: int | None = None
     sides: list[list[nn.Module]] = field(default_factory=list)
+    unread: list[list[LowRankLinear]] = field(default_factory=list)
     outside: list[nn.Parameter] = field(default_factory=list)
     late: set[int] = field(default_factory=set)
     before: set[int] = field(default_factory=set)

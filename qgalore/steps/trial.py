@@ -13,6 +13,7 @@ from . import blocks
 from .blocks import Layout, NotWalkableError, Run
 from .nested import leaves_of, tensors_in
 from .prologue import prologue
+from .unread import noted_outputs, unread
 
 Loss = Callable[[nn.Module, Any], Tensor]
 TOLERANCE = 1e-5  # of the losses, relative: the same kernels on the same values, but some add in no fixed order
@@ -133,7 +134,9 @@ def _walked_loss(model: nn.Module, layout: Layout, run: Run) -> Tensor:
         for number, block in enumerate(layout.blocks):
             inputs.append(hidden.detach().requires_grad_())
             _seed(number + 1)
-            output, found = blocks.run_block(layout, number, start.calls[number], inputs[-1], start.autocast)
+            with noted_outputs(block) as made:
+                output, found = blocks.run_block(layout, number, start.calls[number], inputs[-1], start.autocast)
+            layout.unread.append(unread(block, made, output, blocks.with_gradient(found)))
             if output.shape != hidden.shape:
                 raise NotWalkableError(f"block {number} turns {tuple(hidden.shape)} into {tuple(output.shape)}")
             reached = leaves_of([output, *blocks.with_gradient(found)])

@@ -20,6 +20,7 @@ from .activations import Activations
 from .blocks import Layout, Run
 from .prologue import Start, prologue
 from .turns import AlwaysThere, Turns
+from .unread import left_out
 
 Reseed = Callable[[int, int], None]  # of a micro-batch, by its place in the sequence of runs, and a part of the model
 Decide = Callable[[Tensor], bool]
@@ -231,7 +232,7 @@ class _Pass:
             return self.kept.graphs.get(block, number)
         hidden = self._leaf(self.kept.inputs.get(block, number, ahead=ahead), block)
         self.reseed(number, block + 1)
-        with torch.enable_grad():
+        with torch.enable_grad(), left_out(self.layout.unread[block]):
             output, sides = self._run(block, number, hidden)
         return hidden, output, blocks.with_gradient(sides)
 

@@ -27,6 +27,11 @@ def _output(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
     return nn.functional.linear(x, stored_weight(weight, scale, x.dtype, x), None if bias is None else bias.to(x.dtype))
 
 
+def _zeros(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
+    """In the place of an output that nobody reads."""
+    return x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+
 def _input_gradient(
     grad_output: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool | Choice
 ) -> Tensor:
@@ -47,16 +52,18 @@ def _input_gradient(
 
 class _DeltaLinear(torch.autograd.Function):
     """Y = X Wᵀ + b; backward gives dX, db and whichever of dΔ, dprobe is asked for. A float W lives only inside each
-    call. ``int8``: whether the output is a product of integers, and the same, or a trial, for dX."""
+    call. ``multiply``: of x, weight, its scale and bias, the output. ``int8``: whether dX is a product of integers, or
+    how to find that out."""
 
     @staticmethod
-    def forward(ctx, x, weight, weight_scale, bias, left, left_scale, right, right_scale, delta, probe, fmt, int8):
+    def forward(
+        ctx, x, weight, weight_scale, bias, left, left_scale, right, right_scale, delta, probe, fmt, multiply, int8
+    ):
         ctx.save_for_backward(x, weight, weight_scale, left, left_scale, right, right_scale)
         ctx.fmt = fmt
         ctx.delta_dtype = delta.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.int8_gradient = int8[1]
-        multiply = int8_products.output if int8[0] else _output
+        ctx.int8_gradient = int8
         return multiply(x, weight, weight_scale, bias)
 
     @staticmethod
@@ -82,23 +89,26 @@ class _DeltaLinear(torch.autograd.Function):
             if right is not None:
                 columns = columns @ dispatch.decode(right, right_scale, weight.shape[1], ctx.fmt, x.dtype).T
             grad_delta = (rows.T @ columns).to(ctx.delta_dtype)
-        return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None, None
+        return grad_x, None, None, grad_bias, None, None, None, None, grad_delta, grad_probe, None, None, None
 
 
-def delta_linear(x: Tensor, operands: tuple, products: Products | None = None) -> Tensor:
+def delta_linear(x: Tensor, operands: tuple, products: Products | None = None, unread: bool = False) -> Tensor:
     """Y = X Wᵀ + b for :meth:`LowRankLinear.operands`, in x's dtype, or autocast's. ``products``: which of the products
-    with W run on integers; None for neither. A trial of them that is due is made if gradients are wanted."""
+    with W run on integers; None for neither. A trial of them that is due is made if gradients are wanted. ``unread``:
+    return zeros, with the gradients of Y."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if products is None:
-        return _DeltaLinear.apply(x, *operands, (False, False))
+        return _DeltaLinear.apply(x, *operands, _zeros if unread else _output, False)
     # Whether a product of integers is close enough was measured before, or is measured on this batch. A pass without
     # gradients measures nothing.
     output, gradient = products.output, products.gradient
     if products.due and torch.is_grad_enabled():
-        if output.due:
+        if output.due and not unread:
             stored = operands[:3]
             output.settle(lambda: _output(x, *stored), lambda: int8_products.output(x, *stored))
         # A first layer, whose input needs no gradient, has no second product to try.
         gradient.due &= x.requires_grad
-    return _DeltaLinear.apply(x, *operands, (bool(output.int8), gradient if gradient.due else bool(gradient.int8)))
+    multiply = int8_products.output if output.int8 else _output
+    int8 = gradient if gradient.due else bool(gradient.int8)
+    return _DeltaLinear.apply(x, *operands, _zeros if unread else multiply, int8)

@@ -47,6 +47,8 @@ class LowRankLinear(nn.Module):
     right: Basis | None
     rank: int | None
     products: Products | None = None
+    # Whether nobody reads the output's values now, only its gradient (see ``steps.unread``): it is zeros then.
+    unread: bool = False
     # The name of int8 codes in a state dict. qgalore.convert gives one that no other reader takes for weights.
     code_key = "weight"
     # Stated here too, for kinds with a constructor of their own.
@@ -152,7 +154,7 @@ class LowRankLinear(nn.Module):
         return (*constant, self.delta, self.probe, self.basis_format)
 
     def forward(self, x: Tensor) -> Tensor:
-        return delta_linear(x, self.operands(), self.products)
+        return delta_linear(x, self.operands(), self.products, self.unread)
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """The zero leaves by name: memoryless, neither stored nor counted as weights."""
