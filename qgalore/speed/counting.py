@@ -5,7 +5,7 @@ is counted as one launch each, with the bytes that it reads and writes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
 from ..quant import dispatch, int8_products
 from ..replacing import replaced
+from ..steps.unread import noted_outputs, unread
 
 _NO_WORK = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 _BACKWARD = 2.5  # an attention's backward pass, in forward passes: five products where there are two
@@ -184,17 +185,9 @@ def count(
     device, as the memory plan has them; ``recomputed``: whether blocks run again in the backward pass.
     ``stand_in``: lets attention run without values."""
     _listen(model, tensors)
-    meter, inside = _Meter(), Counts()
-    started: list[Counts] = []
-
-    def leave(*_) -> None:
-        nonlocal inside
-        inside = inside + meter.here + started.pop() * -1.0
-
-    handles = [b.register_forward_pre_hook(lambda *_: started.append(meter.here * 1.0)) for b in blocks]
-    handles += [block.register_forward_hook(leave) for block in blocks]
+    meter = _Meter()
     with stand_in, _kernels_counted(meter):
-        with meter:
+        with meter, _run_again(meter, blocks) as again:
             value = loss(model, batch)
             value.backward()
         meter.here.attention += meter.later
@@ -203,11 +196,35 @@ def count(
             if tensor.gradient() is not None:
                 meter.here = meter.here + _step(tensor)
         update = meter.here
-    for handle in handles:
-        handle.remove()
     # One read for each block, the prologue and the epilogue; the losses; and the norm that is logged.
     update.waits += len(blocks) + 4
-    return passes * micro_batches + inside * (micro_batches if recomputed else 0) + update
+    return passes * micro_batches + sum(again, Counts()) * (micro_batches if recomputed else 0) + update
+
+
+@contextmanager
+def _run_again(meter: _Meter, blocks: list[nn.Module]) -> Iterator[list[Counts]]:
+    """Inside, every block that runs adds to the list what it takes to run it again, without its unread products."""
+    found: list[Counts] = []
+    taken: dict[nn.Module, Counts] = {}
+
+    def enter(module: nn.Module, _: tuple) -> None:
+        taken[module] = meter.here * -1.0
+
+    def leave(module: nn.Module, _: tuple, output: Any) -> None:
+        taken[module] = taken[module] + meter.here
+        if module in made:
+            first = output if isinstance(output, Tensor) else output[0]
+            spared = [taken[layer] for layer in unread(module, made[module], first, ())]
+            found.append(taken[module] + sum(spared, Counts()) * -1.0)
+
+    with ExitStack() as inside:
+        made = {block: inside.enter_context(noted_outputs(block)) for block in blocks}
+        layers = [m for block in blocks for m in block.modules() if isinstance(m, LowRankLinear)]
+        handles = [module.register_forward_pre_hook(enter) for module in (*blocks, *layers)]
+        handles += [module.register_forward_hook(leave) for module in (*blocks, *layers)]
+        yield found
+        for handle in handles:
+            handle.remove()
 
 
 def _step(tensor: TrainedTensor) -> Counts:
