@@ -15,7 +15,7 @@ FIGURES = [
     ("AdamW, bf16 (GaLore 2, introduction)", 58.0, "0.75"),
     ("8-bit GaLore, per-layer updates (its README)", 21.3, "0.6"),
     ("Q-GaLore's own code (its scripts)", 15.1, "0.45"),
-    ("qgalore, rank 1024 (plan, 12.9 GiB)", 13.9, "#1f6f5c"),
+    ("qgalore, rank 1024 (plan, 12.5 GiB)", 13.5, "#1f6f5c"),
     ("qgalore, rank 512 (plan, 10.6 GiB)", 11.3, "#2f9c82"),
 ]
 
