@@ -97,8 +97,6 @@ def _is_seal(file: Any) -> bool:
     if not isinstance(file, dict) or type(file.get("bytes")) is not int:
         return False
     pieces = file.get("pieces")
-    if pieces is None:
-        return isinstance(file.get("sha256"), str)
     pairs = isinstance(pieces, list) and all(isinstance(piece, list) and len(piece) == 2 for piece in pieces)
     counted = pairs and all(type(count) is int and count >= 0 for count, _ in pieces)
     return counted and sum(count for count, _ in pieces) == file["bytes"]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ def whole(folder: Path) -> Iterator[Path]:
     does. If the block raises, ``folder`` stays as it was.
     """
     empty = not folder.exists() or not any(folder.iterdir())
-    place = folder if empty else folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    place = folder if empty else atomic.sibling(folder, "tmp")
     try:
         with atomic.replacing_folder(place) as building:
             yield building
@@ -75,9 +74,7 @@ def write(
 ) -> None:
     """Write ``entries`` (safetensors, streamed), ``config.json``, the generation config and the tokenizer into
     ``folder``, which exists. Raises ``OSError``, before the first tensor if the disk has no room for them."""
-    needed, free = file_bytes(entries, _METADATA), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
+    atomic.need_room(file_bytes(entries, _METADATA), folder)
     config = plain_config(model)
     config.dtype, config.architectures = dtype, [type(model).__name__]
     if quantization is not None:

@@ -5,8 +5,6 @@ every bf16 scale in [2⁻¹⁷, 65280] is exact in fp16, so q and scale survive;
 written in bf16, and said. Embeddings and head are bf16 unless they are int8 too, vectors fp32.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.checksums import sync
 from ..errors import ConfigError
 from ..lowrank.layers.linear import LowRankLinear
-from . import gguf_shapes, gguf_tokens
+from . import atomic, gguf_shapes, gguf_tokens
 from .export_tensors import other_tensors
 from .gguf_shapes import Keys, rope_order
 from .gguf_tokens import Tokens
@@ -151,9 +150,7 @@ def save(
         report(note)
     entries = list(_entries(model, keys, report))
     folder.mkdir(parents=True, exist_ok=True)
-    needed, free = _BESIDE + sum(entry.nbytes for entry in entries), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
+    atomic.need_room(_BESIDE + sum(entry.nbytes for entry in entries), folder)
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, keys.shape.name)
     try:
@@ -170,5 +167,4 @@ def save(
             writer.write_tensor_data(entry.make())
     finally:
         writer.close()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)

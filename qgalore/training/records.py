@@ -95,7 +95,7 @@ class Records:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         with atomic.explained(
-            str(self.path), "checkpoints so far are intact; free space, then go on with --resume auto"
+            str(self.path), "Checkpoints so far are intact; free space, then go on with --resume auto"
         ):
             yield
 

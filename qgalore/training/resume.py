@@ -244,7 +244,7 @@ def describe(
     """Write what the run is made of into its folder, each file whole or not at all. One process of ``team`` does so."""
     if not team.leads:
         return
-    with atomic.explained(f"the run folder {folder}", "free space or set run.dir, then go on with --resume auto"):
+    with atomic.explained(f"the run folder {folder}", "Free space or set run.dir, then go on with --resume auto"):
         atomic.write_text(folder / "config.yaml", configuration.dump(config))
         atomic.write_text(folder / "plan.json", json.dumps(plan, indent=1))
         atomic.write_text(folder / origins.NAME, json.dumps(origins.of(config), indent=1))

@@ -82,7 +82,7 @@ class Wanted:
             return NOWHERE
         identity = self._identity or uuid.uuid4().hex[:16]
         if self._identity is None:
-            with atomic.explained(str(self._folder / NAME), "free space or set run.dir"):
+            with atomic.explained(str(self._folder / NAME), "Free space or set run.dir"):
                 atomic.write_text(self._folder / NAME, json.dumps({"identity": identity}) + "\n")
         resumed = self._identity is not None
         return Tracking(self._trackers, live.Description(name, self._folder, None, identity, settings, step, resumed))

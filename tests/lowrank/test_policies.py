@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import QUICK, assert_same, loss_of, stored, train
+from helpers import QUICK, assert_same, loss_of, save_checkpoint, stored, train
 
 from qgalore import config
 from qgalore.files import checkpoint
@@ -122,7 +122,7 @@ def test_a_run_goes_on_after_a_checkpoint(tiny_llama, token_batches, device, pol
     batches = token_batches(device, 12)
     model, opt = built(tiny_llama, device, policy)
     train(model, opt, batches[:7])
-    saved = checkpoint.save(tmp_path / "step-00000007", model, opt.state_dict(), {})
+    saved = save_checkpoint(tmp_path / "step-00000007", model, opt.state_dict(), {})
     twin, other = built(tiny_llama, device, policy)
     checkpoint.load_into(saved, checkpoint.read_state(saved), twin, other)
     fused, third = built(tiny_llama, device, policy, stepping="fused")
