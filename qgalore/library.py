@@ -96,8 +96,7 @@ class _Saving:
         **options: Any,
     ) -> None:
         """As :func:`save` writes it. A folder called checkpoint-… is Trainer's, to resume from: it gets the model's own
-        tensors, under a model type that ``from_pretrained`` does not take. Raises :class:`ConfigError` for what a
-        converted model cannot do and if the folder cannot be written."""
+        tensors, under a model type that ``from_pretrained`` does not take. Raises :class:`ConfigError`."""
         model = self._model()
         own = {value.data_ptr() for value in model.state_dict().values()}
         asked = {"push_to_hub": push_to_hub, "variant": variant, "distributed_checkpoint": distributed_checkpoint}

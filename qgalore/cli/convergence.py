@@ -132,6 +132,4 @@ def show(options: argparse.Namespace) -> None:
         mirror(options)
 
 
-def main(arguments: list[str], program: str = "qgalore convergence") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: show(options))
+main = door.program("qgalore convergence", parse, show)

@@ -188,6 +188,4 @@ def run(options: argparse.Namespace) -> None:
     print(f"written to {options.json}")
 
 
-def main(arguments: list[str], program: str = "qgalore evaluate") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: run(options))
+main = door.program("qgalore evaluate", parse, run)

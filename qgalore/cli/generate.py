@@ -95,6 +95,4 @@ def generate(options: argparse.Namespace) -> None:
     print(printable(tokenizer.decode(output[0], skip_special_tokens=True)))
 
 
-def main(arguments: list[str], program: str = "qgalore generate") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: generate(options))
+main = door.program("qgalore generate", parse, generate)

@@ -79,6 +79,12 @@ def loss(run: Run) -> str:
     return plot.lines(title, series, STEP, "loss, nats per token", steps_of(run), marks=refresh_marks(run))
 
 
+def loss_picture(train: Points, held_out: Points) -> str:
+    """The losses of a run as a picture by itself (SVG), for a model card."""
+    series = [Series("training loss", thinned(train), 0, "faint"), Series("held-out loss", held_out, 1)]
+    return plot.picture([one for one in series if one.points], "optimizer step", "loss")
+
+
 def _steps_of_all(runs: list[Run]) -> tuple[float, float]:
     found = [steps_of(run) for run in runs]
     return min(first for first, _ in found), max(last for _, last in found)

@@ -209,10 +209,7 @@ def lines(
     series = [one for one in series if one.points]
     if not series:
         return ""
-    xs = [a for one in series for a, _ in one.points]
-    ys = [b for one in series for _, b in one.points] + [top for one in series for top in one.upper]
-    x = Axis(*(x_limits or padded(xs, 0.01)), LEFT, WIDTH - RIGHT)
-    y = Axis(*(y_limits or ((min(ys), max(ys)) if base != 1 else padded(ys))), HEIGHT - BOTTOM, TOP, base)
+    x, y = _axes(series, x_limits, y_limits, base)
     parts = _grid(x, y, x_label, y_label, HEIGHT)
     for at, share, words in marks:
         length = (HEIGHT - BOTTOM - TOP) / 5 * min(1.0, share)
@@ -225,6 +222,24 @@ def lines(
         parts += _draw(one, labels.index(one.label), x, y)
     data = _data(series, labels, x, y, (x_label, y_label))
     return figure(title, WIDTH, HEIGHT, parts, _switches(series, labels), data)
+
+
+def _axes(series: list[Series], x_limits=None, y_limits=None, base: int = 1) -> tuple[Axis, Axis]:
+    xs = [a for one in series for a, _ in one.points]
+    ys = [b for one in series for _, b in one.points] + [top for one in series for top in one.upper]
+    x = Axis(*(x_limits or padded(xs, 0.01)), LEFT, WIDTH - RIGHT)
+    return x, Axis(*(y_limits or ((min(ys), max(ys)) if base != 1 else padded(ys))), HEIGHT - BOTTOM, TOP, base)
+
+
+def picture(series: list[Series], x_label: str, y_label: str) -> str:
+    """A drawing of ``series``, each of which has a point, as a file of its own (SVG)."""
+    x, y = _axes(series)
+    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--page)"/>', *_grid(x, y, x_label, y_label, HEIGHT)]
+    for place, one in enumerate(series):
+        parts += _draw(one, place, x, y)
+        parts.append(text(LEFT + 8 + 120 * place, TOP + 14, one.label, extra=f' style="fill:var(--s{one.colour})"'))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+    return "\n".join([f'{head} role="img">', f"<style>{STYLE}</style>", *parts, "</svg>"]) + "\n"
 
 
 def figure(title: str, width: float, height: float, parts: list[str], legend: str, data: dict, note: str = "") -> str:

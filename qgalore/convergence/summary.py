@@ -16,10 +16,10 @@ LAST_LOSSES = 10  # train losses averaged for the summary: one batch's loss says
 class LayerSummary:
     """One layer, or several of one kind together (``layers`` of them). None: not recorded.
 
-    ``done`` and ``fixed`` are refreshes and those that a schedule of fixed gaps would have made; ``gap`` in steps;
-    ``energy`` and ``energy_before`` the gradient's energy in the new basis and in the old one, at the last refresh;
-    ``settled`` how many layers have a gap grown to its limit (``at_limit`` of them) or a last similarity at the
-    threshold; ``saved_seconds`` the refreshes skipped at the mean price of those done.
+    ``fixed``: refreshes that a schedule of fixed gaps would have made; ``energy`` and ``energy_before`` the gradient's
+    in the new basis and in the old one, at the last refresh; ``settled`` how many layers have a gap grown to its limit
+    (``at_limit`` of them) or a last similarity at the threshold; ``saved_seconds`` the refreshes skipped at the mean
+    price of those done.
     """
 
     name: str
@@ -47,7 +47,7 @@ class LayerSummary:
 @dataclass(frozen=True)
 class RunSummary:
     """A run in one line. ``loss`` is the mean of the last ``LAST_LOSSES`` train losses, ``share`` that of step time
-    spent in refreshes, ``tokens_per_second`` the median over steps, ``held_out_sets`` the last loss of each set."""
+    spent in refreshes, ``tokens_per_second`` the median over steps."""
 
     run: Run
     loss: float | None
@@ -75,6 +75,11 @@ def by_layer(rows: Iterable[Row]) -> dict[str, list[Row]]:
     kinds = list(dict.fromkeys(kind_of(layer) for layer in found))[::-1]
     indices = {layer: tuple(int(part) for part in re.findall(r"\d+", layer)) for layer in found}
     return dict(sorted(found.items(), key=lambda item: (kinds.index(kind_of(item[0])), indices[item[0]])))
+
+
+def shape_of(row: Row) -> tuple[int, int] | None:
+    shape = row.get("shape")
+    return tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None
 
 
 def _last(rows: list[Row], key: str) -> float | None:
@@ -109,13 +114,12 @@ def summarise_layer(run: Run, layer: str, rows: list[Row]) -> LayerSummary:
     grown = None not in (schedule, gap, limit) and gap > schedule.base_gap
     at_limit = bool(grown and gap >= limit)
     similar = similarity is not None and isinstance(threshold, (int, float)) and similarity >= threshold
-    shape = rows[-1].get("shape")
     rank = number(rows[-1], "rank")
     return LayerSummary(
         name=layer,
         kind=kind_of(layer),
         layers=1,
-        shape=tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None,
+        shape=shape_of(rows[-1]),
         rank=None if rank is None else int(rank),
         done=len(done),
         fixed=fixed,

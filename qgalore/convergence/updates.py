@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from .records import Row, Run, number
-from .summary import by_layer, kind_of
+from .summary import by_layer, kind_of, shape_of
 from .table import figure, heading, line
 
 SMALLEST_ERROR = 1e-6  # of a momentum, for a logarithmic scale; cosines in fp32 are no finer
@@ -44,12 +44,11 @@ def momentum_error(row: Row) -> float | None:
 
 
 def _of_layer(name: str, rows: list[Row]) -> Updates:
-    shape = rows[-1].get("shape")
     cosines = [value for row in rows if (value := number(row, "momentum_cosine")) is not None]
     return Updates(
         name=name,
         kind=kind_of(name),
-        shape=tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None,
+        shape=shape_of(rows[-1]),
         looks=len(rows),
         update=relative(rows[-1]),
         cosine=cosines[-1] if cosines else None,

@@ -35,8 +35,7 @@ def explained(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise as ``OSError`` what safetensors and tokenizers raise for one: SafetensorError, or a bare Exception whose
-    text ends in "(os error N)"."""
+    """Raise as ``OSError`` what safetensors and tokenizers raise for one, whose text ends in "(os error N)"."""
     try:
         yield
     except Exception as error:
@@ -50,10 +49,8 @@ def plain_errors() -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A context whose value is a hidden sibling of the file ``path``, empty, to be written. At its end the sibling is
-    fsync'd, given the permissions that the umask asks for, and renamed to ``path``; after an error it is deleted.
-
-    A ``path`` that is a link keeps being one: the file it points to is replaced. Raises ``OSError``.
-    """
+    fsync'd, given the permissions that the umask asks for, and renamed to ``path``, or to what that links to; after an
+    error it is deleted. Raises ``OSError``."""
     target = Path(os.path.realpath(path))
     fresh = sibling(target, "tmp")
     try:
@@ -116,8 +113,8 @@ def write_report(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed process left of its writes in ``folder``: only names that this module gives. For callers
-    who know that nobody writes there now."""
+    """Delete what a killed process left of its writes in ``folder``, for callers who know that nobody writes there
+    now."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():

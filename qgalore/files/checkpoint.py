@@ -2,11 +2,10 @@
 
 ``model.safetensors``: the model's state dict. ``optimizer.safetensors``: inner states and fp32 masters, named
 ``slot|kind|name``. ``state.json``: schedules, scalars, positions, the resolved configuration, the sizes of both files,
-the SHA-256 of each piece of them, and of itself. The processes of a job write into the same two files, which are those
-that one process would write.
+the SHA-256 of each piece of them, and of itself. The files do not tell how many processes wrote them.
 
 Tensors are written a piece at a time, so no second copy of the model exists. Where there is room for a copy, a
-:class:`Draft` is filled from that while training goes on. Both write the same bytes.
+:class:`Draft` is filled from that while training goes on.
 """
 
 import copy
@@ -87,8 +86,8 @@ def _rows(tensor: Tensor | Kept) -> Tensor | Rows:
 
 
 class Draft:
-    """A checkpoint that all processes of ``team`` have begun: ``building`` is a hidden folder with files in their full
-    length, which nobody has filled. :func:`begin` makes one."""
+    """A checkpoint that :func:`begin` made in all processes of ``team``: ``building`` is a hidden folder with files in
+    their full length, which nobody has filled."""
 
     def __init__(
         self, folder: Path, building: Path, contents: dict[str, Entries], document: dict[str, Any], team: Team
@@ -153,10 +152,9 @@ class Draft:
 def begin(
     folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any], team: Team = ALONE
 ) -> Draft | None:
-    """Begin to write ``folder`` (…/step-00000100) in every process of ``team``: into a hidden sibling, fsync'd, which
-    rank 0 makes now and renames at the end. On every process this and the draft's stages raise :class:`ConfigError` on
-    an I/O error in one, if the disk is too full or not the same for all, naming the folder; the other checkpoints stay
-    as they are.
+    """Begin to write ``folder`` (…/step-00000100) in every process of ``team``: into a hidden sibling, which rank 0
+    makes now and renames at the end. On every process this and the draft's stages raise :class:`ConfigError` on an I/O
+    error in one; the other checkpoints stay as they are.
 
     A complete checkpoint of the same position already there is left, and None returned: the state after a step does not
     depend on how often it is reached. Anything else of that name is renamed to ``left-…``.
@@ -211,7 +209,7 @@ def pruning(
     of steps that are multiples of ``keep_every`` and those that ``keep_steps()`` gives at rank 0.
 
     Before anything is deleted, ``newest`` is read again and held against its seals. Later checkpoints are of another
-    course: they neither count nor go. Raises :class:`ConfigError` if it was not written as it should be, or on I/O.
+    course: they neither count nor go. Raises :class:`ConfigError`.
     """
 
     def led(work: Callable[[], Any]) -> Callable[[], Any]:

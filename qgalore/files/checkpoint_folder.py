@@ -35,10 +35,8 @@ def number_of(path: Path) -> int:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The checkpoints under ``folder``, oldest first; they may yet be damaged (``checkpoint.read_state``).
-
-    Raises :class:`ConfigError` if the folder is there and cannot be listed: what is in it is then unknown.
-    """
+    """The checkpoints under ``folder``, oldest first; they may yet be damaged. Raises :class:`ConfigError` if the
+    folder cannot be listed: what is in it is then unknown."""
     try:
         with os.scandir(folder) as entries:
             found = [folder / entry.name for entry in entries if entry.is_dir()]
@@ -52,8 +50,7 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def move_aside(path: Path, name: str | None = None) -> Path:
-    """Rename ``path`` to ``left-NAME``, or ``left-NAME-2`` and so on where that is taken; returns the new path. NAME is
-    its own, if none is given."""
+    """Rename ``path`` to ``left-NAME``, or ``left-NAME-2`` and so on where that is taken; returns the new path."""
     name = f"left-{name or path.name}"
     number, target = 1, path.with_name(name)
     while os.path.lexists(target):

@@ -30,7 +30,7 @@ def whole(folder: Path) -> Iterator[Path]:
 
     A folder that does not exist or is empty appears by one renaming. In one that holds other files each file of the
     same name is replaced at once, and weights of an earlier save that are not written anew are deleted, as transformers
-    does. If the block raises, ``folder`` stays as it was.
+    does.
     """
     empty = not folder.exists() or not any(folder.iterdir())
     place = folder if empty else atomic.sibling(folder, "tmp")
@@ -73,7 +73,7 @@ def write(
     max_shard_size: int | str | None = None,
 ) -> None:
     """Write ``entries`` (safetensors, streamed), ``config.json``, the generation config and the tokenizer into
-    ``folder``, which exists. Raises ``OSError``, before the first tensor if the disk has no room for them."""
+    ``folder``, which exists. Raises ``OSError``."""
     atomic.need_room(file_bytes(entries, _METADATA), folder)
     config = plain_config(model)
     config.dtype, config.architectures = dtype, [type(model).__name__]

@@ -63,8 +63,7 @@ class _Entry:
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Keys, Tokens]:
-    """What the file says besides its tensors. Raises :class:`ConfigError` for an architecture or a tokenizer that the
-    export does not know, or if the package gguf is missing."""
+    """What the file says besides its tensors. Raises :class:`ConfigError` for what the export does not know."""
     _library()
     keys = gguf_shapes.describe(model.config)
     return keys, gguf_tokens.describe(tokenizer, model.config.vocab_size, _ends(model))
@@ -142,8 +141,7 @@ def _values(value: Deferred, order: Tensor | None, plus: float) -> np.ndarray:
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Callable[[str], None] = print
 ) -> None:
-    """Write ``folder/model.gguf``, tokenizer included, a tensor at a time. Raises :class:`ConfigError` for an
-    architecture or a tokenizer that it does not know or if the package gguf is missing, ``OSError``."""
+    """Write ``folder/model.gguf``, tokenizer included, a tensor at a time. Raises as :func:`check`, and ``OSError``."""
     gguf = _library()
     keys, tokens = check(model, tokenizer)
     for note in dict.fromkeys([*keys.notes, *tokens.notes]):

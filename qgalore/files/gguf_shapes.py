@@ -65,8 +65,8 @@ def rope_order(heads: int, rows: int) -> Tensor:
 
 
 def describe(config: PretrainedConfig) -> Keys:
-    """The keys for a model of ``config``. Raises :class:`ConfigError` for an architecture that llama.cpp or this export
-    does not know, and for a field that llama.cpp computes otherwise."""
+    """The keys for a model of ``config``. Raises :class:`ConfigError` for what llama.cpp does not know or computes
+    otherwise."""
     shape = SHAPES.get(config.model_type)
     if shape is None:
         raise ConfigError(f"the GGUF export knows {', '.join(SHAPES)}, not {config.model_type}; {REMEDY}")

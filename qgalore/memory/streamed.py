@@ -97,8 +97,8 @@ def on_paper(
     state: bool,
     clips: bool = False,
 ) -> Streamed:
-    """The records of ``blocks`` of a converted ``model`` on the meta device, with the optimizer's ``state`` for them or
-    without. ``clips``: as in :class:`Streamed`."""
+    """The records of ``blocks`` of a converted ``model`` on the meta device, with the optimizer's ``state`` or
+    without."""
     elsewhere, known = used_elsewhere(model, blocks), {}
     records, weights = [], []
     chosen = orthogonal_work.experts_of_a_token(model)

@@ -124,9 +124,8 @@ def stored(
     """A source of ``model``'s parameters (see :mod:`.streaming`) from ``tensors``, those of ``folder``'s files.
 
     Names may differ by the base model's prefix; tensors without use are reported. Parameters in ``optional`` are left
-    out where the files have none that fits. Raises :class:`ConfigError` for mismatched shapes and for two candidates
-    that differ, and :class:`CannotStreamError` if some parameter has no tensor under its own name: transformers may
-    know another.
+    out where the files have none that fits. Raises :class:`ConfigError` for files of another model, and
+    :class:`CannotStreamError` if a parameter has no tensor under its own name: transformers may know another.
     """
     prefix = f"{model.base_model_prefix}."
     aliases: dict[int, list[str]] = {}

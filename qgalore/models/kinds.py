@@ -35,8 +35,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_folder(source: str) -> bool:
-    """Whether ``model.path`` is a local folder, not a hub id. Raises :class:`ConfigError` for one without a model, for
-    an adapter and for a GGUF file."""
+    """Whether ``model.path`` is a local folder, not a hub id. Raises :class:`ConfigError` for what is no whole
+    model."""
     path = Path(source).expanduser()
     if source.endswith(".gguf") or (path.is_dir() and not (path / "config.json").is_file() and _has(path, "*.gguf")):
         raise ConfigError(

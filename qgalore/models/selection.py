@@ -39,10 +39,8 @@ def heads(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def linear_layers(model: nn.Module, patterns: Patterns, skipped: dict[str, str]) -> Named:
-    """(name, module) of every linear layer to convert; the others go to ``skipped`` with the reason.
-
-    Raises :class:`ConfigError` for a pattern that matches no layer of the model.
-    """
+    """(name, module) of every linear layer to convert; the others go to ``skipped`` with the reason. Raises
+    :class:`ConfigError` for a pattern that matches no layer of the model."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     names = [name for name, _ in layers]
     names += [n for n, m in model.named_modules() if experts.problem(m) is None or conv.problem(m) is None]

@@ -135,10 +135,8 @@ def _untied(model: nn.Module) -> Iterator[dict[int, _Recipe]]:
 
 
 def compute_buffers(model: nn.Module) -> None:
-    """Give the buffers of a model on the meta device their values; parameters stay as they are.
-
-    Raises :class:`CannotStreamError` if its ``initialize_weights`` does not make them all.
-    """
+    """Give the buffers of a model on the meta device their values; parameters stay as they are. Raises
+    :class:`CannotStreamError` if its ``initialize_weights`` does not make them all."""
     _initialise(model, None)
 
 
@@ -214,11 +212,8 @@ def _real(tensor: Tensor, device: torch.device) -> Tensor:
 @torch.no_grad()
 def fill(model: nn.Module, source: Source, report: str) -> list[str]:
     """Store every tensor of ``source`` in ``model``, converted or not, a few rows at a time; ``report`` labels the
-    progress bar of a large model. Returns the names of int8 weights whose scales ``model`` has no place for: they were
-    quantized anew.
-
-    Raises :class:`ConfigError` for values that are not finite and for tensors that ``source`` lacks.
-    """
+    progress bar of a large model. Returns the names of int8 weights that were quantized anew, since ``model`` groups
+    them otherwise. Raises :class:`ConfigError` for values that are not finite and for tensors that ``source`` lacks."""
     layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     made = {id(value) for layer in layers for value in (*layer.leaves().values(), layer.weight_scale)}  # not stored
     made |= {id(value) for module in model.modules() if isinstance(module, Basis) for value in module.parameters()}

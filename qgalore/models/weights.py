@@ -20,11 +20,8 @@ def stored_tensors(
     folder: Path, fields: dict[str, Any], report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Entry]:
     """The tensors that transformers would read from ``folder``, whose ``config.json`` is ``fields``, by name; those of
-    qgalore's int8 export under the names of the weights that they stand for.
-
-    What is left unread is reported. Raises :class:`ConfigError` for a folder without weights or with damaged files, for
-    a missing shard, and where two files disagree about a tensor.
-    """
+    qgalore's int8 export under the names of the weights that they stand for. What is left unread is reported. Raises
+    :class:`ConfigError` for damaged or missing files, and where two disagree."""
     try:
         files, index = _files(folder, fields)
         found = _joined(files)
