@@ -76,6 +76,14 @@ def distance(model, other, start):
     return gap / sum(float((b - c).square().sum()) for _, b, c in pairs) ** 0.5
 
 
+def assert_header_is(plan, path):
+    """Every line of a printed ``plan`` stands in the header of the configuration ``path``."""
+    printed = [line.split() for line in plan.splitlines() if line.startswith("  ")]
+    header = [line[1:].split() for line in path.read_text().splitlines() if line.startswith("#")]
+    assert len(printed) > 8
+    assert [line for line in printed if line not in header] == []
+
+
 def save_checkpoint(folder, model, optimizer_state, run_state, team=ALONE):
     """Write a checkpoint now, as a run does; returns ``folder``."""
     draft = checkpoint.begin(folder, model, optimizer_state, run_state, team)

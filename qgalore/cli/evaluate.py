@@ -135,7 +135,6 @@ def stored_classes(source: Path) -> list[str]:
 
 
 def measured(source: Path, manager, options: argparse.Namespace):
-    """(the name of what was loaded from ``source``, what was measured of it)."""
     from .measures import measure
 
     model, tokenizer, name = load(source)

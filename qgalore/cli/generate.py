@@ -64,7 +64,6 @@ def check_folder(folder: Path) -> None:
 
 
 def load(folder: Path):
-    """(model, tokenizer) of a Hugging Face folder."""
     from ..data.tokenizer import load_tokenizer
     from ..models.loading import pretrained
 

@@ -54,7 +54,6 @@ class Mesh:
 
     @property
     def written(self) -> str | dict[str, int]:
-        """As a configuration has it."""
         sizes = (self.replicas, self.shards)
         return self.NAMES[sizes.index(ALL)] if ALL in sizes else dict(zip(self.NAMES, sizes, strict=True))
 

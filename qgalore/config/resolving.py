@@ -207,9 +207,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """``key: saved value → value now`` for every key that differs and that a resumed run may not change."""
-    # Runs made while lowrank.similarity was a key have saved it as null, which meant nothing.
-    if isinstance(low := saved.get("lowrank"), dict) and low.get("similarity", ...) is None:
-        saved = {**saved, "lowrank": {key: value for key, value in low.items() if key != "similarity"}}
     # Runs made before model.attention was a key kept documents apart by a mask.
     if isinstance(model := saved.get("model"), dict):
         saved = {**saved, "model": {"attention": "sdpa", **model}}

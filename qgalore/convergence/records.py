@@ -61,7 +61,6 @@ def number(row: Row, key: str) -> float | None:
 
 
 def numbers(row: Row, key: str) -> list[float] | None:
-    """``row[key]`` as a list of finite numbers, or None."""
     value = row.get(key)
     if not isinstance(value, list) or not value:
         return None

@@ -52,7 +52,6 @@ def document(title: str, body: str, reload_seconds: int | None = None) -> str:
 
 
 def section(summary: RunSummary) -> str:
-    """Tables and figures of one run."""
     run = summary.run
     parts = [f"<pre>{escape(table.run_table(summary, table.layer_lines(summary)))}</pre>"]
     parts += [f"<pre>{escape(table.LEGEND)}</pre>"] if summary.total else []

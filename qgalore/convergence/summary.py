@@ -101,7 +101,6 @@ def _schedule(rows: list[Row]) -> LazySchedule | None:
 
 
 def summarise_layer(run: Run, layer: str, rows: list[Row]) -> LayerSummary:
-    """One layer's rows as a :class:`LayerSummary`."""
     done = _decided(rows)
     schedule = _schedule(rows)
     fixed = None if schedule is None else schedule.fixed_refreshes(run.step)
@@ -191,7 +190,6 @@ def step_times(run: Run) -> list[tuple[int, float]]:
 
 
 def summarise(run: Run) -> RunSummary:
-    """Everything the tables show of ``run``."""
     layers = [summarise_layer(run, layer, rows) for layer, rows in by_layer(run.refreshes).items()]
     total = together("total", layers) if layers else None
     losses = [loss for row in run.train if (loss := number(row, "loss")) is not None]

@@ -135,7 +135,6 @@ def _group_label(kind: str, group: list[LayerSummary]) -> str:
 
 
 def state(summary: RunSummary) -> str:
-    """One or two lines about the run as a whole."""
     run = summary.run
     of = "" if run.max_steps is None else f" of {run.max_steps}"
     parts = [f"{run.name}: step {run.step}{of}{'' if run.finished else ', not finished'}"]
@@ -165,7 +164,6 @@ def run_table(summary: RunSummary, lines: list[str]) -> str:
 
 
 def runs_table(summaries: list[RunSummary]) -> str:
-    """Several runs, a line each."""
     lines = heading(RUN_COLUMNS)
     for summary in summaries:
         run, total = summary.run, summary.total

@@ -18,7 +18,6 @@ HEALTH += ("int8_changed", "int8_rescaled", "int8_noise_share")
 
 
 def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step) of all rows of ``run``; see :func:`of_rows`."""
     return of_rows([*run.train, *run.evaluations], run.refreshes, run.updates)
 
 

@@ -65,8 +65,6 @@ def summarise(run: Run) -> dict[str, list[Updates]]:
 
 
 def together(kind: str, layers: list[Updates]) -> Updates:
-    """Layers of one kind as one."""
-
     def known(key: str) -> list[float]:
         return [value for layer in layers if (value := getattr(layer, key)) is not None]
 

@@ -35,7 +35,6 @@ class Rendered:
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``tokenizer`` has a chat template."""
     return bool(tokenizer.chat_template)
 
 

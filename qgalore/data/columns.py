@@ -40,7 +40,6 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[t
 
 
 def parquet_names(path: Path) -> list[str]:
-    """The names of a parquet file's columns."""
     import pyarrow
     import pyarrow.parquet
 

@@ -53,7 +53,6 @@ class InstructTotals(Totals):
         return f"{super().summary()}; {notes}"
 
     def close(self, notes: Notes) -> None:
-        """Gather what is to be told."""
         self.remarks = list(notes.lines())
         if self.endless:
             self.remarks.append(

@@ -101,7 +101,6 @@ def examples_of(
 
 
 def _cell(row: dict[str, Any], key: str, where: str) -> str:
-    """What stands under ``key`` as text."""
     value = row.get(key)
     if value is None:
         raise ConfigError(

@@ -74,7 +74,6 @@ class MixedOrder:
         return ((0, 0),) * len(self.orders)
 
     def _given(self, positions: Positions) -> list[int]:
-        """How many samples each source has given."""
         return [order.n_samples * epoch + index for order, (epoch, index) in self._each(positions)]
 
     def _each(self, positions: Positions) -> Iterator[tuple[SampleOrder, tuple[int, int]]]:
@@ -87,8 +86,6 @@ class MixedOrder:
 
 
 class Samples(Protocol):
-    """Training or held-out data."""
-
     def __len__(self) -> int: ...
 
     def batch(self, indices: Any) -> dict[str, Any]:

@@ -27,7 +27,6 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's chat template writes today's date."""
     return bool(tokenizer.chat_template) and _ANY_TODAY.search(template_text(tokenizer)) is not None
 
 

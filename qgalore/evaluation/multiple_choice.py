@@ -48,7 +48,6 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """The share of questions that are answered right."""
         return sum(self.right()) / len(self.questions)
 
     @property
@@ -58,7 +57,6 @@ class Scores:
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing."""
         return sum(1 / len(question.choices) for question in self.questions) / len(self.questions)
 
     def standard_error(self, accuracy: float) -> float:

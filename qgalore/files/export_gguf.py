@@ -78,7 +78,6 @@ def _ends(model: PreTrainedModel) -> list[int]:
 
 
 def _entries(model: PreTrainedModel, keys: Keys, report: Callable[[str], None]) -> Iterator[_Entry]:
-    """Every tensor of the file."""
     gguf = _library()
     config, shape = model.config, keys.shape
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[shape.name]

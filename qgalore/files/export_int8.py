@@ -55,7 +55,6 @@ def int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def _heads(model: nn.Module) -> set[str]:
-    """The names of the output layer."""
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
     return {name for name, module in model.named_modules() if head is not None and module is head}

@@ -122,7 +122,6 @@ def _check_fields(config: PretrainedConfig, shape: Shape) -> None:
 
 
 def _windows(config: PretrainedConfig, keys: Keys) -> None:
-    """Context length, sliding windows and caps of logits."""
     longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or []
     if config.model_type in ("gemma2", "gemma3_text"):
@@ -147,7 +146,6 @@ def _windows(config: PretrainedConfig, keys: Keys) -> None:
 
 
 def _rotations(config: PretrainedConfig, keys: Keys) -> None:
-    """Rotary embeddings."""
     rope = dict(config.rope_parameters)
     if "full_attention" in rope:
         local, rope = rope["sliding_attention"] or {}, dict(rope["full_attention"])

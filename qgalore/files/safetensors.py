@@ -82,7 +82,6 @@ def create(path: Path, tensors: Entries, metadata: dict[str, str] | None = None)
 
 
 def file_bytes(tensors: Entries, metadata: dict[str, str] | None = None) -> int:
-    """The length of the file."""
     return sum(value.nbytes for value in _with_header(tensors, metadata).values())
 
 

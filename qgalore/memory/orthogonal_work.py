@@ -90,7 +90,6 @@ def recomputed(model: nn.Module) -> float:
 
 
 def line(work: Work, tokens: int) -> str:
-    """What the plan says of it."""
     enough = work.tokens_for(LIMIT)
     now = f"orthogonalisation is {work.share(tokens):.1%} of a step's arithmetic at {tokens:,} tokens a step"
     return f"{now}; it is below {LIMIT:.0%} from {enough:,.0f} tokens on"

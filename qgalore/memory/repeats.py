@@ -23,7 +23,6 @@ class Repeats:
         self._made: dict[Any, Made] = {}
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """``func`` of these arguments."""
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _kind(func)

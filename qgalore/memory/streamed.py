@@ -34,7 +34,6 @@ class Streamed:
 
     @property
     def slot_bytes(self) -> int:
-        """Of one slot."""
         return max(record.nbytes for record in self.records)
 
     def on_device(self) -> dict[str, int]:
@@ -132,7 +131,6 @@ def check_blocks(model: nn.Module, layout: Layout | None, blocks: Sequence[nn.Mo
 
 
 def _not_walked(model: nn.Module, why: str) -> str:
-    """What to say of a model whose blocks cannot be streamed."""
     return (
         f"memory.stream needs a model whose blocks are called one after the other, and {type(model).__name__} is not "
         f"such a one: {why}. Set memory.stream=none"

@@ -100,7 +100,6 @@ def rehearsal_loss(outputs: int) -> Callable[[nn.Module, dict[str, Tensor]], Ten
 
 
 def rows_in(batch: dict[str, Tensor]) -> int:
-    """How many labels ``batch`` has."""
     return len(batch["labels"])
 
 

@@ -46,7 +46,6 @@ def check_compiler(device: torch.device) -> None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a transformers model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

@@ -34,7 +34,6 @@ class _Stack:
         return kinds.pop() if len(kinds) == 1 else None
 
     def rows(self, a: int, b: int) -> Tensor:
-        """Rows a … b−1 of them all."""
         found, first = [], 0
         for part in self.parts:
             low, high = max(a - first, 0), min(b - first, part.shape[0])

@@ -82,12 +82,7 @@ def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """:func:`summed_loss` for a model that :func:`head_is_plain` approves: decoder, then head block by block."""
     output, head = model.get_decoder()(**_inputs(model, batch)), model.get_output_embeddings()
     apart.gather_of(head)  # which is not called
-    loss = chunked.chunked_cross_entropy(
-        output[0].flatten(0, 1),
-        head,
-        batch["labels"].flatten(),
-        ignored=IGNORED,
-    )
+    loss = chunked.chunked_cross_entropy(output[0].flatten(0, 1), head, batch["labels"].flatten(), ignored=IGNORED)
     return _balanced(model, batch, loss, output)
 
 

@@ -28,7 +28,6 @@ class Packed:
 
     @property
     def groups(self) -> int:
-        """How many scales a row has."""
         return self.scales.shape[1]
 
     def codes(self, a: int, b: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +42,6 @@ class Packed:
         return codes, scales
 
     def rows(self, a: int, b: int) -> Tensor:
-        """Rows a … b−1 in fp32."""
         return dequantize(*self.codes(a, b))
 
 

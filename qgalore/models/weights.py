@@ -86,13 +86,9 @@ def _nothing(folder: Path) -> str:
             f"it has no .safetensors file; {pickles[0]} is a pickle, which can run any program when read: convert it "
             "once, in a place you trust, with transformers' save_pretrained"
         )
-    if _any(folder, "*.gguf"):
+    if kinds.has(folder, "*.gguf"):
         return "it holds a GGUF model, which cannot be trained. Start from the folder that it was made from"
     return "it has no .safetensors file. Copy the weights into it"
-
-
-def _any(folder: Path, pattern: str) -> bool:
-    return next(folder.glob(pattern), None) is not None
 
 
 def _inside(folder: Path, name: Any, what: str) -> Path:
@@ -155,6 +151,5 @@ def _stale(folder: Path, found: dict[str, Entry]) -> str:
 
 
 def _unread(folder: Path, files: list[Path]) -> list[str]:
-    """Names of other files with weights."""
     others = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return sorted(path.name for path in others if path not in files)

@@ -197,16 +197,6 @@ def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device
     assert seen == [pytest.approx(search.captured_energy(matrix, side), rel=1e-5)]
 
 
-def test_a_run_that_saved_the_old_key_as_null_goes_on():
-    """``similarity`` was a key, null unless somebody gave it; one that was given is told."""
-    now = config.resolve(config.load("quickstart.yaml", []), "cpu", False)
-    saved = now.model_dump(mode="json")
-    saved["lowrank"]["similarity"] = None
-    assert config.differences(saved, now) == []
-    saved["lowrank"]["similarity"] = "first_vector"
-    assert config.differences(saved, now) == ["lowrank.similarity: 'first_vector' → None"]
-
-
 def test_a_key_that_the_policy_does_not_read_is_named():
     assert any(
         "lowrank.queue_size has no effect with policy: energy" in line
