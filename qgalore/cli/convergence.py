@@ -72,8 +72,7 @@ def look(options: argparse.Namespace) -> bool:
 def _tables(summaries: list["RunSummary"], kinds: bool) -> str:
     from ..convergence import table, updates
 
-    lines = table.kind_lines if kinds else table.layer_lines
-    shown = [table.run_table(one, lines(one)) for one in summaries]
+    shown = [table.run_table(one, table.layer_lines(one, kinds)) for one in summaries]
     if any(one.total for one in summaries):
         shown.append(table.LEGEND)
     shown += [text for one in summaries if (text := updates.table(one.run, kinds))]

@@ -1,9 +1,10 @@
 """What a run's refresh records say, by layer, by kind of layer and in all."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
+from typing import Any
 
 from ..lowrank.subspace.schedule import LazySchedule
 from ..schedule_defaults import longest_gap
@@ -134,40 +135,26 @@ def summarise_layer(run: Run, layer: str, rows: list[Row]) -> LayerSummary:
     )
 
 
+Rule = Callable[[list], Any]
+
+
+def combined(layers: Sequence[Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Each figure of several layers by its rule, from those that have it; None if none has."""
+    known = {key: [value for layer in layers if (value := getattr(layer, key)) is not None] for key in rules}
+    return {key: rules[key](values) if values else None for key, values in known.items()}
+
+
+def the_same(values: list) -> Any:
+    """What all of ``values`` are, or None."""
+    return values[0] if len(set(values)) == 1 else None
+
+
 def together(name: str, layers: list[LayerSummary]) -> LayerSummary:
     """Several layers as one: counts and seconds added, gap the median, the other figures averaged."""
-
-    def known(key: str) -> list:
-        return [value for layer in layers if (value := getattr(layer, key)) is not None]
-
-    def same(key: str):
-        values = {getattr(layer, key) for layer in layers}
-        return values.pop() if len(values) == 1 else None
-
-    def mean(key: str) -> float | None:
-        return fmean(known(key)) if known(key) else None
-
-    def total(key: str):
-        return sum(known(key)) if known(key) else None
-
-    return LayerSummary(
-        name=name,
-        kind=name,
-        layers=len(layers),
-        shape=same("shape"),
-        rank=round(mean("rank")) if known("rank") else None,
-        done=total("done"),
-        fixed=total("fixed"),
-        failed=total("failed"),
-        gap=median(known("gap")) if known("gap") else None,
-        similarity=mean("similarity"),
-        energy=mean("energy"),
-        energy_before=mean("energy_before"),
-        settled=total("settled"),
-        at_limit=total("at_limit"),
-        seconds=total("seconds"),
-        saved_seconds=total("saved_seconds"),
-    )
+    rules: dict[str, Rule] = {"shape": the_same, "rank": lambda ranks: round(fmean(ranks)), "gap": median}
+    rules |= dict.fromkeys(("done", "fixed", "failed", "settled", "at_limit", "seconds", "saved_seconds"), sum)
+    rules |= dict.fromkeys(("similarity", "energy", "energy_before"), fmean)
+    return replace(layers[0], name=name, kind=name, layers=len(layers), **combined(layers, rules))
 
 
 def by_kind(layers: Iterable[LayerSummary]) -> dict[str, list[LayerSummary]]:

@@ -93,9 +93,10 @@ def _is_seal(file: Any) -> bool:
     if not isinstance(file, dict) or type(file.get("bytes")) is not int:
         return False
     pieces = file.get("pieces")
-    pairs = isinstance(pieces, list) and all(isinstance(piece, list) and len(piece) == 2 for piece in pieces)
-    counted = pairs and all(type(count) is int and count >= 0 for count, _ in pieces)
-    return counted and sum(count for count, _ in pieces) == file["bytes"]
+    if not isinstance(pieces, list) or not all(isinstance(piece, list) and len(piece) == 2 for piece in pieces):
+        return False
+    counts = [count for count, _ in pieces]
+    return all(type(count) is int and count >= 0 for count in counts) and sum(counts) == file["bytes"]
 
 
 def _verify(path: Path, wanted: dict[str, Any], rank: int, size: int) -> None:

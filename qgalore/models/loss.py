@@ -206,10 +206,8 @@ def check_isolation(model: nn.Module, sequence_length: int) -> None:
 @torch.no_grad()
 def uncalled_layers(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     """Names of the layers of type ``kind`` that a forward pass over two tokens does not call: the model may read their
-    ``weight`` directly, and then they never train. A mixture's experts, which wait for tokens, are not meant.
-
-    Raises :class:`ConfigError` if the model cannot run with its layers replaced.
-    """
+    ``weight`` directly, and then they never train. Raises :class:`ConfigError` if it cannot run with its layers
+    replaced."""
     waiting = {part for module in model.modules() if isinstance(module, Experts) for part in module.modules()}
     names = {m: name for name, m in model.named_modules() if isinstance(m, kind) and m not in waiting}
     called = set()

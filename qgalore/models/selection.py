@@ -69,11 +69,8 @@ def _unfit(module: nn.Module, users: int) -> str | None:
 
 
 def stacked_experts(model: nn.Module, patterns: Patterns, skipped: dict[str, str]) -> Named:
-    """(name, module) of every experts module to convert; those that the patterns leave go to ``skipped``.
-
-    Raises :class:`ConfigError` for other trainable tensors of more than two dimensions, which would silently train in
-    full, and with them most of such a model.
-    """
+    """(name, module) of every experts module to convert; those that the patterns leave go to ``skipped``. Raises
+    :class:`ConfigError` for other trainable tensors of more than two dimensions, which would silently train in full."""
     for name, module in list(model.named_modules()):
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.ndim > 2 and min(p.shape) > 1}
         if isinstance(module, CONVOLUTION) or not any(p.requires_grad for p in own.values()):

@@ -117,8 +117,7 @@ def initialisation(model: nn.Module, seed: int) -> Source:
 
 @contextmanager
 def _untied(model: nn.Module) -> Iterator[dict[int, _Recipe]]:
-    """Shared tensors apart, as transformers has them while it initialises: the first of their names decides. Gives
-    recipes for the other places."""
+    """Shared tensors apart, as transformers has them while it initialises. Gives recipes for the other places."""
     seen: set[int] = set()
     swapped = []
     for module in model.modules():

@@ -27,11 +27,11 @@ def stored_tensors(
         found = _joined(files)
         if index is None and (folder / INDEX).is_file():
             report(_stale(folder, found))
+        found = unpacked(found) if kinds.is_int8_export(fields) else found
     except (ConfigError, OSError) as error:
         raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {error}") from error
     if unread := _unread(folder, files):
         report(f"{len(unread)} files in {folder} hold weights that are not read, for example {unread[0]}")
-    found = unpacked(folder, found) if kinds.is_int8_export(fields) else found
     _refuse_codes(folder, found)
     return found
 
@@ -92,8 +92,8 @@ def _nothing(folder: Path) -> str:
 
 
 def _inside(folder: Path, name: Any, what: str) -> Path:
-    """The file ``name`` of ``folder``. Raises :class:`ConfigError` for a name that leads out of it, or to a file that
-    is not there or not of a kind that is read."""
+    """The file ``name`` of ``folder``. Raises :class:`ConfigError` for one that leads out of it, or that is not
+    read."""
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise ConfigError(f"{what} names {name!r}, which is no file in this folder")
     if not name.endswith((".safetensors", ".safetensors.index.json")):

@@ -39,8 +39,9 @@ def _encode(module: ModuleType, device: torch.device) -> Pairs:
         vectors[2] = _integers(dim, top=6) + 0.5
         # A scale of exactly 1, so that the other values are ties.
         vectors[2, ::32] = 7.0
-        made = module.encode_int4(vectors.to(device), int8.group_size_for(dim))
-        yield from zip(made, basis.encode(vectors, "int4"), strict=True)
+        codes, scale = basis.encode(vectors, "int4")
+        assert scale is not None, "int4 has scales"
+        yield from zip(module.encode_int4(vectors.to(device), int8.group_size_for(dim)), (codes, scale), strict=True)
 
 
 def _decode(module: ModuleType, device: torch.device) -> Pairs:

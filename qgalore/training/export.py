@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -13,7 +12,7 @@ from ..data.chat import answer_ends
 from ..data.packing import IGNORED
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
-from ..files import checkpoint, export_gguf, export_hf, export_int8, model_card
+from ..files import atomic, checkpoint, export_gguf, export_hf, export_int8, model_card
 from ..files import export_folder as folders
 from ..lowrank.layers.lora import LoraLinear
 from ..models import classify, loading, streaming
@@ -75,18 +74,13 @@ def export(model: nn.Module, fmt: str, target: Path, run: Path, config: Config, 
         mine = f"{target / model_card.CARD} was not written by qgalore, or was changed since"
         say("note", f"{mine}, so it stays; delete it to get a new one with the next export")
         described = None
-    try:
-        with folders.whole(target) as building:
-            EXPORTS[fmt].save(model, tokenizer, building)
-            if fmt != "gguf":
-                folders.take_along(kept, building)
-            if described is not None:
-                described.write(building)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"the export {target} could not be written: {error}. The checkpoints are intact; free space or choose "
-            "another folder, then export with tools/export.py"
-        ) from error
+    remedy = "The checkpoints are intact; free space or choose another folder, then export with tools/export.py"
+    with atomic.explained(f"the export {target}", remedy), folders.whole(target) as building:
+        EXPORTS[fmt].save(model, tokenizer, building)
+        if fmt != "gguf":
+            folders.take_along(kept, building)
+        if described is not None:
+            described.write(building)
     say("export", f"{target}, for {EXPORTS[fmt].READERS}")
 
 
