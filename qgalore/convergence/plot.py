@@ -8,6 +8,7 @@ All coordinates lie inside the view box by construction: values are clamped.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -26,8 +27,9 @@ def _palette(colours: Sequence[str]) -> str:
     return "".join(f"--s{i}:{colour};" for i, colour in enumerate(colours))
 
 
+_BY_DAY = f"--ink:#1c1c1c;--faint:#8a8a8a;--rule:#dddddd;--page:#ffffff;{_palette(_LIGHT)}"
 STYLE = (
-    f":root{{color-scheme:light dark;--ink:#1c1c1c;--faint:#8a8a8a;--rule:#dddddd;--page:#ffffff;{_palette(_LIGHT)}}}"
+    f":root{{color-scheme:light dark;{_BY_DAY}}}"
     "@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--faint:#9a9a9a;--rule:#3a3a3a;--page:#161616;"
     f"{_palette(_DARK)}}}}}"
     "svg{max-width:100%;height:auto}svg text{font:12px sans-serif;fill:var(--ink)}"
@@ -237,9 +239,13 @@ def picture(series: list[Series], x_label: str, y_label: str) -> str:
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--page)"/>', *_grid(x, y, x_label, y_label, HEIGHT)]
     for place, one in enumerate(series):
         parts += _draw(one, place, x, y)
-        parts.append(text(LEFT + 8 + 120 * place, TOP + 14, one.label, extra=f' style="fill:var(--s{one.colour})"'))
+        colour = f' style="fill:var(--s{one.colour})"'
+        parts.append(text(WIDTH - RIGHT - 8 - 110 * place, TOP + 16, one.label, "end", colour))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
-    return "\n".join([f'{head} role="img">', f"<style>{STYLE}</style>", *parts, "</svg>"]) + "\n"
+    drawn = "\n".join([f'{head} role="img" aria-label="{y_label}">', f"<style>{STYLE}</style>", *parts, "</svg>\n"])
+    for name, colour in re.findall(r"(--\w+):(#\w+)", _BY_DAY):  # not every program that draws a file knows variables
+        drawn = drawn.replace(f"var({name})", colour)
+    return drawn
 
 
 def figure(title: str, width: float, height: float, parts: list[str], legend: str, data: dict, note: str = "") -> str:
