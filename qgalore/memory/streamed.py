@@ -34,6 +34,7 @@ class Streamed:
 
     @property
     def slot_bytes(self) -> int:
+        """Of one slot."""
         return max(record.nbytes for record in self.records)
 
     def on_device(self) -> dict[str, int]:
@@ -96,8 +97,8 @@ def on_paper(
     state: bool,
     clips: bool = False,
 ) -> Streamed:
-    """The records of ``blocks`` of a converted ``model`` on the meta device, with the optimizer's ``state`` or
-    without."""
+    """The records of ``blocks`` of a converted ``model`` on the meta device, with the optimizer's ``state`` for them or
+    without. ``clips``: as in :class:`Streamed`."""
     elsewhere, known = used_elsewhere(model, blocks), {}
     records, weights = [], []
     chosen = orthogonal_work.experts_of_a_token(model)
@@ -131,6 +132,7 @@ def check_blocks(model: nn.Module, layout: Layout | None, blocks: Sequence[nn.Mo
 
 
 def _not_walked(model: nn.Module, why: str) -> str:
+    """What to say of a model whose blocks cannot be streamed."""
     return (
         f"memory.stream needs a model whose blocks are called one after the other, and {type(model).__name__} is not "
         f"such a one: {why}. Set memory.stream=none"
