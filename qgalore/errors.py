@@ -80,10 +80,9 @@ HIDDEN = "[secret]"
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with ``[secret]`` in place of passwords and tokens in addresses, of keys that their beginning tells
-    (Hugging Face's, wandb's, GitHub's, GitLab's, Slack's, AWS's, Google's, OpenAI's and alike), and of the values of
-    the environment's ``KEYS``. Messages of other programs are shown, and logs of runs are
-    sent around."""
+    """``text`` with ``[secret]`` in place of passwords and tokens in addresses, of keys that their beginning tells, and
+    of the values of the environment's ``KEYS``. Messages of other programs are shown, and logs of runs are sent
+    around."""
     for value in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in KEYS)):
         text = text.replace(value, HIDDEN)
     for kind in _SECRETS:

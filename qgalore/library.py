@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
-from .files import checkpoint, export_hf
+from .files import atomic, checkpoint, export_hf
 from .files import export_folder as folders
 from .files.safetensors import write_safetensors
 from .hugging_face import fused_heads
@@ -96,8 +96,7 @@ class _Saving:
         **options: Any,
     ) -> None:
         """As :func:`save` writes it. A folder called checkpoint-… is Trainer's, to resume from: it gets the model's own
-        tensors, under a model type that ``from_pretrained`` does not take. Raises :class:`ConfigError` for what a
-        converted model cannot do and if the folder cannot be written."""
+        tensors, under a model type that ``from_pretrained`` does not take. Raises :class:`ConfigError`."""
         model = self._model()
         own = {value.data_ptr() for value in model.state_dict().values()}
         asked = {"push_to_hub": push_to_hub, "variant": variant, "distributed_checkpoint": distributed_checkpoint}
@@ -130,11 +129,8 @@ def _save_stored(model: PreTrainedModel, folder: Path) -> None:
 @contextmanager
 def _writing(folder: Path) -> Iterator[Path]:
     """Where to write ``folder``'s files; they appear together. Raises :class:`ConfigError` if they cannot."""
-    try:
-        with folders.whole(folder) as building:
-            yield building
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{folder} could not be written: {error}; free space or give another folder") from error
+    with atomic.explained(str(folder), "Free space or give another folder"), folders.whole(folder) as building:
+        yield building
 
 
 @contextmanager

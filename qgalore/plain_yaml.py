@@ -99,13 +99,9 @@ def write(data: Any) -> str:
 
 
 def read(text: str, is_text: Callable[[Path], bool] = lambda path: False) -> Any:
-    """The value that ``text`` holds, of dictionaries, lists, texts, numbers, truth values and None.
-
-    ``is_text(path)`` says of a value, by the keys that lead to it, that it is text: ``name: 2024`` is then "2024".
-    Raises :class:`NotReadable` for what is no YAML, and for what YAML allows but a configuration does not need: keys
-    given twice or that are lists, tags, values that hold themselves, great depth, length or expansion, control
-    characters.
-    """
+    """The value that ``text`` holds, of dictionaries, lists, texts, numbers, truth values and None. ``is_text(path)``
+    says of a value, by the keys that lead to it, that it is text: ``name: 2024`` is then "2024". Raises
+    :class:`NotReadable`."""
     if len(text) > MAX_CHARACTERS:
         raise NotReadable(f"it has {len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
     reader = None

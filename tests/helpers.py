@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import qgalore
 from qgalore.data.tokenizer import train_tokenizer
+from qgalore.files import checkpoint
+from qgalore.parallel import ALONE
+from qgalore.parallel.stages import complete
 from qgalore.training.run_lock import RunLock
 
 QUICK = {"rank": 8, "basis_format": "int4"}
@@ -71,6 +74,27 @@ def distance(model, other, start):
     ]
     gap = sum(float((a - b).square().sum()) for a, b, _ in pairs) ** 0.5
     return gap / sum(float((b - c).square().sum()) for _, b, c in pairs) ** 0.5
+
+
+def assert_header_is(plan, path):
+    """Every line of a printed ``plan`` stands in the header of the configuration ``path``."""
+    printed = [line.split() for line in plan.splitlines() if line.startswith("  ")]
+    header = [line[1:].split() for line in path.read_text().splitlines() if line.startswith("#")]
+    assert len(printed) > 8
+    assert [line for line in printed if line not in header] == []
+
+
+def save_checkpoint(folder, model, optimizer_state, run_state, team=ALONE):
+    """Write a checkpoint now, as a run does; returns ``folder``."""
+    draft = checkpoint.begin(folder, model, optimizer_state, run_state, team)
+    if draft is not None:
+        complete(checkpoint.END, draft.stages(), team)
+    return folder
+
+
+def prune_checkpoints(newest, keep_last, keep_every=None, keep_steps=(), team=ALONE):
+    """Delete old checkpoints now, as a run does after it has saved ``newest``."""
+    complete("the old checkpoints", checkpoint.pruning(newest, keep_last, keep_every, lambda: keep_steps, team), team)
 
 
 @contextmanager

@@ -32,9 +32,9 @@ def test_a_file_is_replaced_and_looks_like_any_other(tmp_path):
 def test_an_error_leaves_the_old_content(tmp_path):
     path = tmp_path / "a"
     atomic.write_text(path, "old")
-    message = r"the record could not be written: .*too large.*; free space"
+    message = r"the record could not be written: .*too large.*\. Free space"
     refused = pytest.raises(ConfigError, match=message)
-    with refused, atomic.explained("the record", "free space"), no_file_larger_than(100):
+    with refused, atomic.explained("the record", "Free space"), no_file_larger_than(100):
         atomic.write_text(path, "x" * 200)
     with pytest.raises(OSError, match="too large"), atomic.replacing(path) as fresh, no_file_larger_than(100):
         save_file({"w": torch.zeros(100)}, fresh)  # SafetensorError, in the library's own words

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import mutate, no_file_larger_than, trained
+from helpers import mutate, no_file_larger_than, prune_checkpoints, save_checkpoint, trained
 from safetensors.torch import load_file
 
 from qgalore.errors import ConfigError
@@ -33,7 +33,7 @@ def everything(model, opt):
 @pytest.mark.parametrize("embeddings", ["full", "int8"])
 def test_round_trip_is_bit_for_bit(tiny_llama, tmp_path, dtype, tied, embeddings):
     model, opt = trained(tiny_llama, dtype, tie_word_embeddings=tied, embeddings=embeddings)
-    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    path = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     wanted = {name: value.clone() for name, value in everything(model, opt).items()}
     other, fresh = trained(tiny_llama, dtype, steps=1, tie_word_embeddings=tied, embeddings=embeddings)
     state = checkpoint.read_state(path)
@@ -48,7 +48,7 @@ def test_round_trip_is_bit_for_bit(tiny_llama, tmp_path, dtype, tied, embeddings
 
 def test_the_files_are_safetensors_and_json(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, tie_word_embeddings=True)
-    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    path = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
     read = load_file(path / "model.safetensors")
     assert set(model.state_dict()) - set(read) == {"lm_head.weight"}  # tied: stored once
@@ -58,7 +58,7 @@ def test_the_files_are_safetensors_and_json(tiny_llama, tmp_path):
 
 def test_a_checkpoint_of_another_version_is_refused(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
-    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    path = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     state = json.loads((path / "state.json").read_text())
     del state["sha256"]
     state["version"] = 2
@@ -69,7 +69,7 @@ def test_a_checkpoint_of_another_version_is_refused(tiny_llama, tmp_path):
 
 def test_another_models_checkpoint_is_refused(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama)
-    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    path = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     for changes, message in (
         ({"num_hidden_layers": 1}, "no tensor"),
         ({"intermediate_size": 128}, "in the checkpoint"),
@@ -82,7 +82,7 @@ def test_another_models_checkpoint_is_refused(tiny_llama, tmp_path):
 def test_no_mutation_is_loaded_or_crashes(tiny_llama, tmp_path):
     """300 damaged copies: every one is refused with a message, and the undamaged one before it is found instead."""
     model, opt = trained(tiny_llama, num_hidden_layers=1)
-    good = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    good = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     bad = tmp_path / "step-00000002"
     rng = random.Random(0)
     for case in range(300):
@@ -152,21 +152,21 @@ def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, kind, again):
         at += 1
         folder = tmp_path / str(at)
         for step in (1, 2):
-            checkpoint.save(folder / checkpoint.name_for(step), model, state, TEXT)
+            save_checkpoint(folder / checkpoint.name_for(step), model, state, TEXT)
         if again:
             (folder / checkpoint.name_for(3)).mkdir()
         try:
             with Fault(at, FAULTS[kind]) as fault:
-                checkpoint.save(folder / checkpoint.name_for(3), model, state, TEXT)
-                checkpoint.prune(folder / checkpoint.name_for(3), 2)
+                save_checkpoint(folder / checkpoint.name_for(3), model, state, TEXT)
+                prune_checkpoints(folder / checkpoint.name_for(3), 2)
             finished = fault.seen < at
         except (ConfigError, Crash):
             assert fault.seen >= at
         found, document, _ = checkpoint.newest_of(checkpoint.steps_in(folder))
         assert found is not None
         assert document["position"] == TEXT["position"]
-        checkpoint.save(folder / checkpoint.name_for(4), model, state, TEXT)
-        checkpoint.prune(folder / checkpoint.name_for(4), 2)
+        save_checkpoint(folder / checkpoint.name_for(4), model, state, TEXT)
+        prune_checkpoints(folder / checkpoint.name_for(4), 2)
         assert checkpoint.newest_of(checkpoint.steps_in(folder))[0].name == checkpoint.name_for(4)
         assert not list(folder.glob(".*"))
     assert at > 8
@@ -176,10 +176,10 @@ def test_every_file_operation_may_fail_once(tiny_llama, tmp_path, kind, again):
 def test_a_disk_that_fills_up_while_writing(tiny_llama, tmp_path, limit):
     """The operating system refuses to let any file grow past ``limit`` bytes."""
     model, opt = trained(tiny_llama, num_hidden_layers=1)
-    good = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    good = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     refused = pytest.raises(ConfigError, match=r"could not be written.*Older checkpoints are intact")
     with refused, no_file_larger_than(limit):
-        checkpoint.save(tmp_path / "step-00000002", model, opt.state_dict(), TEXT)
+        save_checkpoint(tmp_path / "step-00000002", model, opt.state_dict(), TEXT)
     assert list(tmp_path.iterdir()) == [good]
     assert checkpoint.newest_of([good])[0] == good
 
@@ -189,15 +189,15 @@ def test_free_space_is_checked_before_writing(tiny_llama, tmp_path, monkeypatch)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ConfigError, match=r"needs .* MiB and the disk has 0\.0 MiB free"):
-        checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+        save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_prune_keeps_the_newest(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
     for step in (1, 5, 10, 100):
-        checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
-    checkpoint.prune(tmp_path / checkpoint.name_for(100), 2)
+        save_checkpoint(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
+    prune_checkpoints(tmp_path / checkpoint.name_for(100), 2)
     assert [p.name for p in checkpoint.steps_in(tmp_path)] == ["step-00000010", "step-00000100"]
 
 
@@ -208,19 +208,19 @@ def test_pruning_counts_older_ones_and_verifies_the_newest_first(tiny_llama, tmp
         return [checkpoint.step_of(p) for p in checkpoint.steps_in(tmp_path)]
 
     for step in (1, 2, 3, 9):
-        checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
+        save_checkpoint(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
     newest = tmp_path / checkpoint.name_for(3)
-    checkpoint.prune(newest, 7)  # more than there are
+    prune_checkpoints(newest, 7)  # more than there are
     assert names() == [1, 2, 3, 9]
     good = (newest / "model.safetensors").read_bytes()
     (newest / "model.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(ConfigError, match=r"does not read back as it was: .*was altered.*Older checkpoints are kept"):
-        checkpoint.prune(newest, 1)
+        prune_checkpoints(newest, 1)
     assert names() == [1, 2, 3, 9]
     (newest / "model.safetensors").write_bytes(good)
-    checkpoint.prune(newest, 2, keep_steps=[1])
+    prune_checkpoints(newest, 2, keep_steps=[1])
     assert names() == [1, 2, 3, 9]
-    checkpoint.prune(newest, 1, keep_steps=[1])
+    prune_checkpoints(newest, 1, keep_steps=[1])
     assert names() == [1, 3, 9]  # 9 is later: of another course, neither counted nor deleted
 
 
@@ -235,10 +235,10 @@ def test_nothing_that_is_not_ours_is_deleted(tiny_llama, tmp_path, capsys):
         (tmp_path / name / "model.safetensors").write_text("half")
     (tmp_path / ".step-00000003.deleted" / "mine.txt").write_text("mine")
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
+        save_checkpoint(tmp_path / checkpoint.name_for(step), model, opt.state_dict(), TEXT)
     (tmp_path / "step-00000001" / "notes.txt").write_text("mine")
     assert [checkpoint.step_of(p) for p in checkpoint.steps_in(tmp_path)] == [1, 2, 3]
-    checkpoint.prune(tmp_path / "step-00000003", 1)
+    prune_checkpoints(tmp_path / "step-00000003", 1)
     left = {"left-step-00000001", "left-step-00000003"}
     assert {p.name for p in tmp_path.iterdir()} == {*theirs, *left, "step-00000003"}
     assert all((tmp_path / name / "kept").read_text() == "mine" for name in theirs)
@@ -247,7 +247,7 @@ def test_nothing_that_is_not_ours_is_deleted(tiny_llama, tmp_path, capsys):
     (tmp_path / "step-00000003").rename(tmp_path / "step-00000004")
     assert checkpoint.set_aside(tmp_path, 3) == [tmp_path / "left-step-00000004"]
     (tmp_path / "step-00000005").write_text("a file of that name")
-    checkpoint.save(tmp_path / "step-00000005", model, opt.state_dict(), TEXT)
+    save_checkpoint(tmp_path / "step-00000005", model, opt.state_dict(), TEXT)
     assert (tmp_path / "left-step-00000005").read_text() == "a file of that name"
 
 
@@ -263,9 +263,9 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
 
 def test_another_position_under_the_same_name_is_kept_aside(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
-    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    path = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     other = {**TEXT, "position": {**TEXT["position"], "order": 1}}
-    checkpoint.save(path, model, opt.state_dict(), other)
+    save_checkpoint(path, model, opt.state_dict(), other)
     assert checkpoint.read_state(path)["position"]["order"] == 1
     assert checkpoint.read_state(tmp_path / "left-step-00000001")["position"] == TEXT["position"]
 
@@ -281,7 +281,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tiny_llama, tmp_path, ba
         where = f"{slot}|inner|absmax2"
     else:
         model.state_dict()[where].view(-1)[-1] = bad
-    path = checkpoint.save(tmp_path / "step-00000001", model, state, TEXT)
+    path = save_checkpoint(tmp_path / "step-00000001", model, state, TEXT)
     other, fresh = trained(tiny_llama, num_hidden_layers=1)
     with pytest.raises(ConfigError, match=re.escape(f"{where} holds values that are not finite")):
         checkpoint.load_into(path, checkpoint.read_state(path), other, fresh)
@@ -291,7 +291,7 @@ def test_the_newest_usable_checkpoint_of_a_run(tiny_llama, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"no usable checkpoint.*saved none yet"):
         checkpoint.newest_in(tmp_path)
     model, opt = trained(tiny_llama, num_hidden_layers=1)
-    path = checkpoint.save(tmp_path / "checkpoints" / "step-00000001", model, opt.state_dict(), TEXT)
+    path = save_checkpoint(tmp_path / "checkpoints" / "step-00000001", model, opt.state_dict(), TEXT)
     (tmp_path / "checkpoints" / "step-00000002").mkdir()
     assert checkpoint.newest_in(tmp_path) == path
     assert "step-00000002 is not a complete checkpoint" in capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_the_newest_usable_checkpoint_of_a_run(tiny_llama, tmp_path, capsys):
 
 def test_a_complete_checkpoint_of_the_step_is_left_alone(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
-    path = checkpoint.save(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
+    path = save_checkpoint(tmp_path / "step-00000001", model, opt.state_dict(), TEXT)
     before = (path / "model.safetensors").stat().st_mtime_ns
-    checkpoint.save(path, model, opt.state_dict(), TEXT)
+    save_checkpoint(path, model, opt.state_dict(), TEXT)
     assert (path / "model.safetensors").stat().st_mtime_ns == before

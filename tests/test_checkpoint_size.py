@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import save_checkpoint
 from safetensors.torch import save_file
 
 import qgalore
@@ -43,7 +44,7 @@ def test_saving_a_billion_weights_makes_no_second_copy(tmp_path):
         for part in slot.parts:
             part.step(torch.zeros_like(part.leaf), 1e-3)  # states as after a step
     folder, figures = tmp_path / "step-00000001", {}
-    saved = measured(lambda: checkpoint.save(folder, model, opt.state_dict(), {"position": {}}))
+    saved = measured(lambda: save_checkpoint(folder, model, opt.state_dict(), {"position": {}}))
     size = sum(file.stat().st_size for file in folder.iterdir())
     figures["save (fsync, SHA-256)"] = saved
     figures["verify"] = measured(lambda: checkpoint.read_state(folder))

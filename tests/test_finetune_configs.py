@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import assert_header_is
 
 from qgalore import config
 from qgalore.data.conversations import conversations
@@ -44,8 +45,12 @@ def test_a_32b_streams_its_blocks_and_moments_within_its_budgets(tmp_path):
     assert kept + sum(found.on_device().values()) < 3.2 * GIB
 
 
+# All but the one whose plan the README's own command prints, which test_readme.py holds to its header.
+HEADERS = [path for path in sorted(config.PACKAGED.glob("*b_*gb.yaml")) if path.name != "llama7b_16gb.yaml"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(config.PACKAGED.glob("*b_*gb.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.stem)
 def test_headers_are_what_plan_prints(path, tmp_path, capsys):
     given = []
     if path.stem.startswith("finetune_"):
@@ -53,10 +58,7 @@ def test_headers_are_what_plan_prints(path, tmp_path, capsys):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **PRESETS[preset]}))
         given = [f"model.path={tmp_path}"]
     assemble.plan(config.load(str(path), given))
-    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    header = [line[1:].split() for line in path.read_text().splitlines() if line.startswith("#")]
-    assert len(printed) > 8
-    assert [line for line in printed if line not in header] == []
+    assert_header_is(capsys.readouterr().out, path)
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "qwen2.5_7b", "qwen3_32b"])

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import mutate, trained
+from helpers import mutate, save_checkpoint, trained
 from safetensors.torch import load_file, save_file
 
 from qgalore.errors import ConfigError, NumericalError
@@ -98,13 +98,13 @@ def use(folder, model, opt):
     opt.step()
     opt.refresh_counts(), opt.waiting()
     json.dumps({"position": vars(position)})
-    checkpoint.save(folder.parent / "after" / folder.name, model, opt.state_dict(), {"position": vars(position)})
+    save_checkpoint(folder.parent / "after" / folder.name, model, opt.state_dict(), {"position": vars(position)})
 
 
 @pytest.fixture
 def good(tiny_llama, tmp_path):
     model, opt = trained(tiny_llama, num_hidden_layers=1)
-    return model, opt, checkpoint.save(tmp_path / "good" / "step-00000002", model, opt.state_dict(), TEXT)
+    return model, opt, save_checkpoint(tmp_path / "good" / "step-00000002", model, opt.state_dict(), TEXT)
 
 
 @pytest.mark.slow

@@ -4,19 +4,26 @@ Each entry replaces one line in a copy of the package and runs the tests that ar
 without it. ``python tests/test_mutations.py`` prints the whole list with what came out.
 """
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = "tests/lowrank/test_method.py::test_default_galore_is_the_page"
 PARTS = "tests/lowrank/test_method.py::test_parts_are_the_page_too"
+OUTPUT = "output.txt"
+LIBRARIES = ["torch", "transformers.models.llama.modeling_llama", "bitsandbytes.optim", "scipy.stats", "hypothesis"]
 PROCESSES = "tests/parallel/test_walk_in_processes.py::test_where_sums_are_exact_the_number_of_processes_does_not_show"
 
 
@@ -166,8 +173,9 @@ def place_of(line: str) -> Path:
     return next(iter(held))
 
 
-def run(mutation: Mutation, folder: Path, mutated: bool) -> subprocess.CompletedProcess:
-    """The tests of ``mutation`` on a copy of the repository in ``folder``."""
+def run(mutation: Mutation, folder: Path, mutated: bool) -> tuple[int, str]:
+    """The exit code and the output of the tests of ``mutation`` on a copy of the repository in ``folder``. A server
+    that has imported the libraries, and nothing of ours, forks each process for them."""
     source = place_of(mutation.line)
     for name in ("qgalore", "tests", "configs", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
@@ -176,9 +184,43 @@ def run(mutation: Mutation, folder: Path, mutated: bool) -> subprocess.Completed
     if mutated:
         copy = folder / source.relative_to(ROOT)
         copy.write_text(source.read_text().replace(mutation.line, mutation.wrong))
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *mutation.tests]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    server = started()
+    server.stdin.write(json.dumps([str(folder), mutation.tests]) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline()), (folder / OUTPUT).read_text()
+
+
+@cache
+def started() -> subprocess.Popen:
+    """The server, which ends when this process closes its input."""
+    command = [sys.executable, "-B", __file__, "serve"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def serve() -> None:
+    """Fork a process for each line of standard input, and print the exit code of its tests."""
+    for name in LIBRARIES:
+        import_module(name)
+    sys.path.remove(str(ROOT / "tests"))
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            live(*json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def live(folder: str, tests: list[str]) -> NoReturn:
+    """Run ``tests`` in ``folder`` and leave with their exit code."""
+    signal.alarm(600)
+    os.chdir(folder)
+    output = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(output, number)
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = folder
+    code = pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def test_every_mutation_has_its_place():
@@ -190,24 +232,24 @@ def test_every_mutation_has_its_place():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_named_tests_notice(name, tmp_path):
-    done = run(MUTATIONS[name], tmp_path, mutated=True)
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "AssertionError" in done.stdout or "assert " in done.stdout  # it was the value that was noticed
+    code, out = run(MUTATIONS[name], tmp_path, mutated=True)
+    assert code == 1, out[-3000:]
+    assert "AssertionError" in out or "assert " in out  # it was the value that was noticed
 
 
 @pytest.mark.slow
 def test_the_named_tests_pass_without(tmp_path):
     names = tuple(dict.fromkeys(test for mutation in MUTATIONS.values() for test in mutation.tests))
-    done = run(Mutation(next(iter(MUTATIONS.values())).line, "", names), tmp_path, mutated=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    code, out = run(Mutation(next(iter(MUTATIONS.values())).line, "", names), tmp_path, mutated=False)
+    assert code == 0, out[-3000:]
 
 
 def main() -> None:
     for name, mutation in MUTATIONS.items():
         with tempfile.TemporaryDirectory() as folder:
-            done = run(mutation, Path(folder), mutated=True)
-        print(f"{'noticed' if done.returncode == 1 else 'NOT NOTICED':<12}{name}", flush=True)
+            code, _ = run(mutation, Path(folder), mutated=True)
+        print(f"{'noticed' if code == 1 else 'NOT NOTICED':<12}{name}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["serve"] else main()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_header_is
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
@@ -189,6 +190,7 @@ def test_the_plan_command_prints_the_peak_of_the_table(tmp_path):
     printed = run(PLAN, tmp_path)
     name = PLAN.split("--config ")[1].split()[0]
     assert to_tenths(re.search(r"planned peak (\S+ GiB)", printed)[1]) == peaks()[name][1]
+    assert_header_is(printed, config.PACKAGED / name)
     assert not any(tmp_path.iterdir()), "a plan writes nothing"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, final_state, no_file_larger_than, trained
+from helpers import assert_same, final_state, no_file_larger_than, save_checkpoint, trained
 
 from qgalore.errors import ConfigError, NumericalError
 from qgalore.files import checkpoint, safetensors
@@ -40,7 +40,7 @@ def test_what_changes_after_the_copy_is_not_in_the_files(tiny_llama, tmp_path, m
     monkeypatch.setattr(safetensors, "PIECE", 5000)  # many pieces, and tensors that lie in two of them
     model, opt = trained(tiny_llama, torch.bfloat16, tie_word_embeddings=True)
     run_state, state = {**TEXT, "position": {"step": 1, "losses": [2.0]}}, opt.state_dict()
-    checkpoint.save(tmp_path / "now" / "step-00000001", model, state, run_state)
+    save_checkpoint(tmp_path / "now" / "step-00000001", model, state, run_state)
     draft = checkpoint.begin(tmp_path / "later" / "step-00000001", model, state, run_state)
     size = draft.copy_bytes()
     assert draft.copy()

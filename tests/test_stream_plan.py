@@ -125,6 +125,7 @@ def test_a_model_that_is_walked_otherwise_is_refused(layout, found):
 
 DEEP = ("model.overrides={num_hidden_layers: 4, vocab_size: 512}", "data.sequence_length=128", "lowrank.rank=64")
 WORDS = Vocabulary(512, None, None)
+CHOICES = ("none", "weights", "all")
 
 
 def deep(*overrides: str):
@@ -152,22 +153,16 @@ def sized(settings, **limits: int):
 
 @pytest.mark.slow
 def test_what_does_not_fit_on_the_device_may_wait_on_the_host():
-    """Both choices, with the bytes that each then takes."""
-    settings = deep()
-    none, weights = (plan_for(changed(settings, {"memory.stream": choice}), WORDS, "cuda") for choice in
-                     ("none", "weights"))  # fmt: skip
-    said = refusal(sized(settings, budget=(none.total + weights.total) // 2))
-    for choice in ("weights", "all"):
-        assert f"\n  memory.stream={choice}  → {taken(settings, memory__stream=choice)}" in said
-
-
-@pytest.mark.slow
-def test_the_host_must_have_room_for_what_is_proposed():
-    settings = deep()
-    none, weights, everything = (plan_for(changed(settings, {"memory.stream": choice}), WORDS, "cuda") for choice in
-                                 ("none", "weights", "all"))  # fmt: skip
+    """Both choices, with the bytes that each then takes; and of these what the host has room for."""
+    plans = {choice: plan_for(changed(deep(), {"memory.stream": choice}), WORDS, "cuda") for choice in CHOICES}
+    none, weights, everything = plans.values()
     budget, room = (none.total + weights.total) // 2, (weights.host_total + everything.host_total) // 2
-    said = refusal(sized(settings, budget=budget, host_budget=room))
+    said = refusal(sized(deep(), budget=budget))
+    for choice in ("weights", "all"):
+        found = plans[choice]
+        figures = f"{human(found.total)} and {human(found.host_total)} of host memory"
+        assert f"\n  memory.stream={choice}  → {figures}" in said
+    said = refusal(sized(deep(), budget=budget, host_budget=room))
     assert "memory.stream=weights  →" in said
     assert "memory.stream=all" not in said
 

@@ -128,6 +128,4 @@ def chat(options: argparse.Namespace) -> None:
             exchange(message, conversation, terminal)
 
 
-def main(arguments: list[str], program: str = "qgalore chat") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: chat(options))
+main = door.program("qgalore chat", parse, chat)

@@ -101,6 +101,4 @@ def write(options: argparse.Namespace, summaries: list, results: list, failures:
     print(f"written: {options.out}/comparison.md, comparison.csv, comparison.html")
 
 
-def main(arguments: list[str], program: str = "qgalore compare") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: compare(options))
+main = door.program("qgalore compare", parse, compare)

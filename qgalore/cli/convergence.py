@@ -72,8 +72,7 @@ def look(options: argparse.Namespace) -> bool:
 def _tables(summaries: list["RunSummary"], kinds: bool) -> str:
     from ..convergence import table, updates
 
-    lines = table.kind_lines if kinds else table.layer_lines
-    shown = [table.run_table(one, lines(one)) for one in summaries]
+    shown = [table.run_table(one, table.layer_lines(one, kinds)) for one in summaries]
     if any(one.total for one in summaries):
         shown.append(table.LEGEND)
     shown += [text for one in summaries if (text := updates.table(one.run, kinds))]
@@ -132,6 +131,4 @@ def show(options: argparse.Namespace) -> None:
         mirror(options)
 
 
-def main(arguments: list[str], program: str = "qgalore convergence") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: show(options))
+main = door.program("qgalore convergence", parse, show)

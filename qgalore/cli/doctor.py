@@ -32,6 +32,4 @@ def run(options: argparse.Namespace) -> int:
     return 0 if doctor.examine(device, names) else 1
 
 
-def main(arguments: list[str], program: str = "qgalore doctor") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: run(options))
+main = door.program("qgalore doctor", parse, run)

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -37,6 +38,18 @@ def leave(work: Callable[[], int | None], interrupted: str | None = None) -> int
         return 128 + signal.SIGINT
     except OSError as error:
         return _told(ConfigError(_of_the_system(error)))
+
+
+def program(
+    name: str, parse: Callable, run: Callable[[Namespace], int | None], interrupted: str | None = None
+) -> Callable[..., int]:
+    """The ``main(arguments, program)`` of a command: ``parse`` its arguments, then ``run`` what they ask for."""
+
+    def main(arguments: list[str], program: str = name) -> int:
+        options = parse(arguments, program)
+        return leave(lambda: run(options), interrupted)
+
+    return main
 
 
 def _told(error: QGaloreError) -> int:

@@ -135,7 +135,6 @@ def stored_classes(source: Path) -> list[str]:
 
 
 def measured(source: Path, manager, options: argparse.Namespace):
-    """(the name of what was loaded from ``source``, what was measured of it)."""
     from .measures import measure
 
     model, tokenizer, name = load(source)
@@ -188,6 +187,4 @@ def run(options: argparse.Namespace) -> None:
     print(f"written to {options.json}")
 
 
-def main(arguments: list[str], program: str = "qgalore evaluate") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: run(options))
+main = door.program("qgalore evaluate", parse, run)

@@ -40,6 +40,4 @@ def export(options: argparse.Namespace) -> None:
         print(f"push: done, {upload.upload(options.out, to)}", flush=True)
 
 
-def main(arguments: list[str], program: str = "qgalore export") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: export(options))
+main = door.program("qgalore export", parse, export)

@@ -64,7 +64,6 @@ def check_folder(folder: Path) -> None:
 
 
 def load(folder: Path):
-    """(model, tokenizer) of a Hugging Face folder."""
     from ..data.tokenizer import load_tokenizer
     from ..models.loading import pretrained
 
@@ -95,6 +94,4 @@ def generate(options: argparse.Namespace) -> None:
     print(printable(tokenizer.decode(output[0], skip_special_tokens=True)))
 
 
-def main(arguments: list[str], program: str = "qgalore generate") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: generate(options))
+main = door.program("qgalore generate", parse, generate)

@@ -55,6 +55,4 @@ def run(options: argparse.Namespace) -> None:
     assemble.plan(config.load(options.config, options.overrides), options.world_size, machines)
 
 
-def main(arguments: list[str], program: str = "qgalore plan") -> int:
-    options = parse(arguments, program)
-    return door.leave(lambda: run(options))
+main = door.program("qgalore plan", parse, run)

@@ -33,6 +33,9 @@ def parse(arguments: list[str], program: str) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # against fragmentation: refreshes and blocks of the vocabulary ask for memory in many sizes
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if options.plan:
         plan.run(options)
         return
@@ -60,9 +63,4 @@ def run(options: argparse.Namespace) -> None:
         print(f"done: {said}; everything is in {made.folder}")
 
 
-def main(arguments: list[str], program: str = "qgalore train") -> int:
-    options = parse(arguments, program)
-    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # against fragmentation: refreshes and blocks of the vocabulary ask for memory in many sizes
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    return door.leave(lambda: run(options), INTERRUPTED)
+main = door.program("qgalore train", parse, run, INTERRUPTED)

@@ -30,8 +30,8 @@ class Failure:
 
 @dataclass
 class Runner:
-    """Runs jobs of one comparison. ``config``: the base file; ``shared``: overrides of all; ``out``: where their run
-    folders go; ``train``: the command that trains; ``expected``: how many jobs there will be, for the time left."""
+    """Runs jobs of one comparison. ``config``: the base file; ``shared``: overrides of all; ``train``: the command that
+    trains; ``expected``: how many jobs there will be, for the time left."""
 
     config: Path
     shared: tuple[str, ...]

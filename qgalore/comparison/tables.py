@@ -81,7 +81,6 @@ def markdown(summaries: list[Summary], failures: list[Failure]) -> str:
 
 
 def csv_rows(results: list[Result]) -> str:
-    """Every finished run as a line."""
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
     head = ("variant", "overrides", "lr", "seed", "eval_loss", "eval_perplexity", "steps", "tokens")

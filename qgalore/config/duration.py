@@ -17,10 +17,8 @@ def steps_of(train: TrainSection, samples: int) -> int:
 
 
 def with_steps(config: Config, samples: int) -> Config:
-    """``config`` with its steps and those of its warm-up as numbers, for a run on so many training ``samples``.
-
-    What was asked for stays beside them; :func:`asked` takes the numbers out again.
-    """
+    """``config`` with its steps and those of its warm-up as numbers, for a run on so many training ``samples``. What
+    was asked for stays beside them; :func:`asked` takes the numbers out again."""
     train = config.train
     found = {"max_steps": steps_of(train, samples)}
     if train.warmup_ratio is not None:

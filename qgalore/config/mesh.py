@@ -33,10 +33,8 @@ class Mesh:
         return self.shards != 1
 
     def over(self, processes: int) -> "Mesh":
-        """The mesh of so many ``processes``, whose number is the product of its sizes. One process is a mesh of one.
-
-        Raises :class:`ConfigError` for sizes with another product.
-        """
+        """The mesh of so many ``processes``, whose number is the product of its sizes. Raises :class:`ConfigError` for
+        another."""
         if processes == 1:
             return Mesh(1, 1)
         if ALL in (self.replicas, self.shards):
@@ -56,7 +54,6 @@ class Mesh:
 
     @property
     def written(self) -> str | dict[str, int]:
-        """As a configuration has it."""
         sizes = (self.replicas, self.shards)
         return self.NAMES[sizes.index(ALL)] if ALL in sizes else dict(zip(self.NAMES, sizes, strict=True))
 

@@ -237,7 +237,6 @@ def kind_of(annotation: Any, limits: Any = (), far: float = math.inf) -> str:
 
 
 def words_of(one: Any) -> tuple[Any, ...]:
-    """The values that a type names."""
     return typing.get_args(one) if typing.get_origin(one) is Literal else getattr(one, "NAMES", ())
 
 

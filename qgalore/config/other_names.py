@@ -1,4 +1,4 @@
-"""What people call our keys elsewhere: names of transformers, TRL, Axolotl, LLaMA-Factory, unsloth, litgpt, nanoGPT and
+"""What people call our keys elsewhere: in transformers, TRL, Axolotl, LLaMA-Factory, unsloth, litgpt, nanoGPT,
 torchtune."""
 
 import difflib
@@ -167,9 +167,7 @@ def _plain(location: tuple[str, ...]) -> str:
 
 def hint(location: tuple[str, ...], siblings: Iterable[str], all_keys: Callable[[], Iterable[str]]) -> str:
     """What to say of an unknown key: which one is meant, by meaning first and then by spelling, or why there is none.
-
-    ``siblings`` are the names known in its section, ``all_keys()`` gives the dotted names of all keys.
-    """
+    ``siblings`` are the names known in its section, ``all_keys()`` gives the dotted names of all keys."""
     section, name, known = location[:-1], str(location[-1])[:80], list(siblings)
     plain = _plain(location)
     if plain in _NONE:

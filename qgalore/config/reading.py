@@ -126,8 +126,7 @@ def _expanded(path: str) -> str:
 
 
 def _anchor(path: Any, folder: Path) -> Any:
-    """A data path that does not exist as given but does beside the configuration file means the latter. Sources
-    have one each."""
+    """A data path that does not exist as given but does beside the configuration file means the latter."""
     if path is None:
         return None
     if isinstance(path, Source):

@@ -55,7 +55,6 @@ _METHODS = """\
 
 
 def page() -> str:
-    """The page as Markdown."""
     inner = {name: field for name, field in Config.model_fields.items() if is_section(field.annotation)}
     links = [f"[{name}](#{name})" for name in inner]
     example = "".join(f"    {line}\n" for line in EXAMPLE.splitlines())

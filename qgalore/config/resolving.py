@@ -33,8 +33,8 @@ def _micro_batches(config: Config, processes: int) -> int:
 
 
 def batch_major(config: Config, why: str, processes: int = 1) -> Config:
-    """``config`` with batch-major steps, which it takes because of ``why`` alone. Raises :class:`ConfigError` if it
-    asks for something that only layer-major steps can do."""
+    """``config`` with batch-major steps, because of ``why``. Raises :class:`ConfigError` if it asks for something that
+    only layer-major steps can do."""
     config = config.model_copy(update={"train": config.train.model_copy(update={"order": "batch_major"})})
     if found := problems(config):
         raise ConfigError(f"the steps are batch-major, because {why}\n" + "\n".join(f"  {line}" for line in found))
@@ -44,8 +44,7 @@ def batch_major(config: Config, why: str, processes: int = 1) -> Config:
 
 def resolve(config: Config, device: str, bf16: bool, processes: int = 1) -> Config:
     """Fill in what ``method``, ``device`` ("cuda" or "cpu"; ``bf16``: the device computes in it) and the number of
-    processes decide. Raises :class:`ConfigError` for a mesh of another number, or micro-batches that these cannot
-    share."""
+    processes decide. Raises :class:`ConfigError` for a number that does not go with the mesh or the micro-batches."""
     if config.model.attention == "flex" and device == "cpu":
         raise ConfigError(
             "model.attention is flex, which has no backward pass on a CPU; set model.attention=auto, or train on a GPU"
@@ -208,9 +207,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """``key: saved value → value now`` for every key that differs and that a resumed run may not change."""
-    # Runs made while lowrank.similarity was a key have saved it as null, which meant nothing.
-    if isinstance(low := saved.get("lowrank"), dict) and low.get("similarity", ...) is None:
-        saved = {**saved, "lowrank": {key: value for key, value in low.items() if key != "similarity"}}
     # Runs made before model.attention was a key kept documents apart by a mask.
     if isinstance(model := saved.get("model"), dict):
         saved = {**saved, "model": {"attention": "sdpa", **model}}

@@ -20,11 +20,9 @@ def key(
     unset: str | None = None,
     **limits: Any,
 ) -> Any:
-    """A key's default (``...``: none, it must be given) and what docs and messages say of it.
-
-    ``unit``: of its value; ``rule``: what a value must be, where types and ``limits`` do not say it; ``example``: a
-    value to show, where the default shows none; ``unset``: what None stands for.
-    """
+    """A key's default (``...``: none, it must be given) and what docs and messages say of it. ``rule``: what a value
+    must be, where types and ``limits`` do not say it; ``example``: a value to show, where the default shows none;
+    ``unset``: what None stands for."""
     extra = {"unit": unit, "rule": rule, "example": example, "unset": unset}
     return Field(default, description=meaning, json_schema_extra=extra, **limits)
 

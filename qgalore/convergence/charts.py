@@ -61,7 +61,6 @@ def refresh_marks(run: Run) -> list[tuple[float, float, str]]:
 
 
 def _held_out_series(run: Run, label: str, colour: int) -> list[Series]:
-    """A line for the held-out loss, and one for each held-out set with a name."""
     sets = held_out(run).items()
     return [
         Series(f"{label}, {name}" if name else label, list(points), colour + i) for i, (name, points) in enumerate(sets)
@@ -79,13 +78,18 @@ def loss(run: Run) -> str:
     return plot.lines(title, series, STEP, "loss, nats per token", steps_of(run), marks=refresh_marks(run))
 
 
+def loss_picture(train: Points, held_out: Points) -> str:
+    """The losses of a run as a picture by itself (SVG), for a model card."""
+    series = [Series("training loss", thinned(train), 0, "faint"), Series("held-out loss", held_out, 1)]
+    return plot.picture([one for one in series if one.points], "optimizer step", "loss")
+
+
 def _steps_of_all(runs: list[Run]) -> tuple[float, float]:
     found = [steps_of(run) for run in runs]
     return min(first for first, _ in found), max(last for _, last in found)
 
 
 def losses_of(runs: list[Run]) -> str:
-    """Held-out losses of several runs: a line for each run, and for each of its named held-out sets."""
     series = [one for colour, run in enumerate(runs) for one in _held_out_series(run, run.name, colour)]
     several = [Series(one.label, one.points, colour) for colour, one in enumerate(series)]
     return plot.lines("Held-out loss of all runs", several, STEP, "loss, nats per token", _steps_of_all(runs))
@@ -128,11 +132,19 @@ def _value_at(track: Points, step: float) -> float | None:
     return next((value for at, value in reversed(track) if at <= step), None)
 
 
+def _bands(run: Run, title: str, y_label: str, labels: dict[str, str]) -> str:
+    """Shares over the layers refreshed in a step, in percent; ``labels`` by the keys of the records."""
+    series = [
+        one
+        for colour, (key, label) in enumerate(labels.items())
+        for one in _band(label, points_of(run.refreshes, key, 100), colour)
+    ]
+    return plot.lines(f"{title}, median over layers and the middle 80 %", series, STEP, y_label, steps_of(run))
+
+
 def energy(run: Run) -> str:
-    after, before = points_of(run.refreshes, "energy", 100), points_of(run.refreshes, "energy_before", 100)
-    series = [*_band("new basis", after, 0), *_band("old basis, just before", before, 1)]
-    title = "Gradient energy captured at a refresh, median over layers and the middle 80 %"
-    return plot.lines(title, series, STEP, "energy, % of ‖G‖²", steps_of(run))
+    labels = {"energy": "new basis", "energy_before": "old basis, just before"}
+    return _bands(run, "Gradient energy captured at a refresh", "energy, % of ‖G‖²", labels)
 
 
 QUANTILES = ("smallest", "25 %", "median", "75 %", "largest")
@@ -164,20 +176,14 @@ def int8(run: Run) -> str:
         "int8_rescaled": "groups given a new scale",
         "int8_noise_share": "rounding noise in the change (energy)",
     }
-    points = [(label, points_of(run.refreshes, key, 100)) for key, label in labels.items()]
-    series = [one for i, (label, found) in enumerate(points) for one in _band(label, found, i)]
-    title = "int8 weights in the step of a refresh, median over layers and the middle 80 %"
-    return plot.lines(title, series, STEP, "share, %", steps_of(run))
+    return _bands(run, "int8 weights in the step of a refresh", "share, %", labels)
 
 
 def moments(run: Run) -> str:
-    series = []
-    which = [(moment, what) for moment in ("first", "second") for what in ("zero", "saturated")]
-    for colour, (moment, what) in enumerate(which):
-        key = f"moment{1 if moment == 'first' else 2}_{what}"
-        series += _band(f"{moment} moment, {what}", points_of(run.refreshes, key, 100), colour)
+    numbered = {"1": "first moment", "2": "second moment"}
+    labels = {f"moment{n}_{what}": f"{name}, {what}" for n, name in numbered.items() for what in ("zero", "saturated")}
     title = "Zero and saturated codes of 8-bit moments before a refresh (0.39 % saturate by construction)"
-    return plot.lines(title, series, STEP, "share of codes, %", steps_of(run))
+    return _bands(run, title, "share of codes, %", labels)
 
 
 def throughput(run: Run) -> str:

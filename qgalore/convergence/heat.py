@@ -26,7 +26,6 @@ class Scale:
         return shade(Axis(self.low, self.high, 0.0, 1.0, self.base)(value))
 
     def legend(self) -> list[float]:
-        """Six values from low to high for the legend."""
         if self.base == 1:
             return [self.low + i / 5 * (self.high - self.low) for i in range(6)]
         return [self.low * (self.high / self.low) ** (i / 5) for i in range(6)]

@@ -20,11 +20,9 @@ PATIENCE = 30.0  # seconds that the end of a run waits for a service, and twice 
 
 @dataclass(frozen=True)
 class Description:
-    """What a tracker is told of a run: its name, what it is made of, and the ``step`` it goes on from.
-
-    ``identity`` is the same for every part of a run that was resumed; None is a run of its own. ``folder`` takes files
-    of the tracker, where the environment names no other place. ``project`` None leaves that to the environment.
-    """
+    """What a tracker is told of a run: its name, what it is made of, and the ``step`` it goes on from. ``identity`` is
+    the same for every part of a run that was resumed. ``folder`` takes files of the tracker, and ``project`` holds the
+    run, where the environment names no other."""
 
     name: str
     folder: Path | None = None
@@ -36,8 +34,7 @@ class Description:
 
 
 class Tracker(Protocol):
-    """One package. Making the object imports it and raises :class:`ConfigError` if that cannot be done; what else goes
-    wrong is the package's own exception."""
+    """One package. Making the object imports it and raises :class:`ConfigError` if that cannot be done."""
 
     def begin(self, run: Description) -> None: ...
 
@@ -167,6 +164,5 @@ TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
 def make(names: list[str], asked: str = "tracking: {}") -> dict[str, Tracker]:
-    """The trackers of those names. Raises :class:`ConfigError` for a package that cannot be imported; ``asked`` is how
-    a message calls the wish for one."""
+    """The trackers of those names. ``asked`` is how a message calls the wish for one. Raises :class:`ConfigError`."""
     return {name: TRACKERS[name](asked.format(name)) for name in names}

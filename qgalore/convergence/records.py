@@ -18,9 +18,7 @@ LARGEST = 1e300  # beyond it a record is damaged: sums of such numbers are no lo
 @dataclass(frozen=True)
 class Run:
     """A run folder as read: its resolved configuration ({} if there is none) and its rows in the order of steps.
-
-    ``unreadable`` counts damaged lines; the last line of a file does not count, a run in progress is writing it.
-    """
+    ``unreadable`` counts damaged lines, but for the last of a file, which a run in progress is writing."""
 
     folder: Path
     name: str
@@ -63,7 +61,6 @@ def number(row: Row, key: str) -> float | None:
 
 
 def numbers(row: Row, key: str) -> list[float] | None:
-    """``row[key]`` as a list of finite numbers, or None."""
     value = row.get(key)
     if not isinstance(value, list) or not value:
         return None
@@ -100,10 +97,8 @@ def find_runs(folder: Path, depth: int = DEPTH) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; files that are not there yet count as empty.
-
-    Raises :class:`ConfigError` if ``folder`` does not exist, is not a folder or holds no run.
-    """
+    """Read a run folder; files that are not there yet count as empty. Raises :class:`ConfigError` if it holds no
+    run."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"{folder} {what}; give a run's folder, such as runs/quickstart")

@@ -1,7 +1,5 @@
 """The page of one or several runs: one HTML file with its style, its script and its values, and no address of another.
-
-The plots are drawn here and need no script. The script adds what the pointer is on, and legends that can be switched.
-"""
+The plots are drawn here. The script adds what the pointer is on, and legends that can be switched."""
 
 from functools import cache
 from html import escape
@@ -54,7 +52,6 @@ def document(title: str, body: str, reload_seconds: int | None = None) -> str:
 
 
 def section(summary: RunSummary) -> str:
-    """Tables and figures of one run."""
     run = summary.run
     parts = [f"<pre>{escape(table.run_table(summary, table.layer_lines(summary)))}</pre>"]
     parts += [f"<pre>{escape(table.LEGEND)}</pre>"] if summary.total else []

@@ -1,9 +1,10 @@
 """What a run's refresh records say, by layer, by kind of layer and in all."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
+from typing import Any
 
 from ..lowrank.subspace.schedule import LazySchedule
 from ..schedule_defaults import longest_gap
@@ -16,10 +17,10 @@ LAST_LOSSES = 10  # train losses averaged for the summary: one batch's loss says
 class LayerSummary:
     """One layer, or several of one kind together (``layers`` of them). None: not recorded.
 
-    ``done`` and ``fixed`` are refreshes and those that a schedule of fixed gaps would have made; ``gap`` in steps;
-    ``energy`` and ``energy_before`` the gradient's energy in the new basis and in the old one, at the last refresh;
-    ``settled`` how many layers have a gap grown to its limit (``at_limit`` of them) or a last similarity at the
-    threshold; ``saved_seconds`` the refreshes skipped at the mean price of those done.
+    ``fixed``: refreshes that a schedule of fixed gaps would have made; ``energy`` and ``energy_before`` the gradient's
+    in the new basis and in the old one, at the last refresh; ``settled`` how many layers have a gap grown to its limit
+    (``at_limit`` of them) or a last similarity at the threshold; ``saved_seconds`` the refreshes skipped at the mean
+    price of those done.
     """
 
     name: str
@@ -47,7 +48,7 @@ class LayerSummary:
 @dataclass(frozen=True)
 class RunSummary:
     """A run in one line. ``loss`` is the mean of the last ``LAST_LOSSES`` train losses, ``share`` that of step time
-    spent in refreshes, ``tokens_per_second`` the median over steps, ``held_out_sets`` the last loss of each set."""
+    spent in refreshes, ``tokens_per_second`` the median over steps."""
 
     run: Run
     loss: float | None
@@ -77,6 +78,11 @@ def by_layer(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return dict(sorted(found.items(), key=lambda item: (kinds.index(kind_of(item[0])), indices[item[0]])))
 
 
+def shape_of(row: Row) -> tuple[int, int] | None:
+    shape = row.get("shape")
+    return tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None
+
+
 def _last(rows: list[Row], key: str) -> float | None:
     return next((value for row in reversed(rows) if (value := number(row, key)) is not None), None)
 
@@ -96,7 +102,6 @@ def _schedule(rows: list[Row]) -> LazySchedule | None:
 
 
 def summarise_layer(run: Run, layer: str, rows: list[Row]) -> LayerSummary:
-    """One layer's rows as a :class:`LayerSummary`."""
     done = _decided(rows)
     schedule = _schedule(rows)
     fixed = None if schedule is None else schedule.fixed_refreshes(run.step)
@@ -109,13 +114,12 @@ def summarise_layer(run: Run, layer: str, rows: list[Row]) -> LayerSummary:
     grown = None not in (schedule, gap, limit) and gap > schedule.base_gap
     at_limit = bool(grown and gap >= limit)
     similar = similarity is not None and isinstance(threshold, (int, float)) and similarity >= threshold
-    shape = rows[-1].get("shape")
     rank = number(rows[-1], "rank")
     return LayerSummary(
         name=layer,
         kind=kind_of(layer),
         layers=1,
-        shape=tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None,
+        shape=shape_of(rows[-1]),
         rank=None if rank is None else int(rank),
         done=len(done),
         fixed=fixed,
@@ -131,40 +135,26 @@ def summarise_layer(run: Run, layer: str, rows: list[Row]) -> LayerSummary:
     )
 
 
+Rule = Callable[[list], Any]
+
+
+def combined(layers: Sequence[Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Each figure of several layers by its rule, from those that have it; None if none has."""
+    known = {key: [value for layer in layers if (value := getattr(layer, key)) is not None] for key in rules}
+    return {key: rules[key](values) if values else None for key, values in known.items()}
+
+
+def the_same(values: list) -> Any:
+    """What all of ``values`` are, or None."""
+    return values[0] if len(set(values)) == 1 else None
+
+
 def together(name: str, layers: list[LayerSummary]) -> LayerSummary:
     """Several layers as one: counts and seconds added, gap the median, the other figures averaged."""
-
-    def known(key: str) -> list:
-        return [value for layer in layers if (value := getattr(layer, key)) is not None]
-
-    def same(key: str):
-        values = {getattr(layer, key) for layer in layers}
-        return values.pop() if len(values) == 1 else None
-
-    def mean(key: str) -> float | None:
-        return fmean(known(key)) if known(key) else None
-
-    def total(key: str):
-        return sum(known(key)) if known(key) else None
-
-    return LayerSummary(
-        name=name,
-        kind=name,
-        layers=len(layers),
-        shape=same("shape"),
-        rank=round(mean("rank")) if known("rank") else None,
-        done=total("done"),
-        fixed=total("fixed"),
-        failed=total("failed"),
-        gap=median(known("gap")) if known("gap") else None,
-        similarity=mean("similarity"),
-        energy=mean("energy"),
-        energy_before=mean("energy_before"),
-        settled=total("settled"),
-        at_limit=total("at_limit"),
-        seconds=total("seconds"),
-        saved_seconds=total("saved_seconds"),
-    )
+    rules: dict[str, Rule] = {"shape": the_same, "rank": lambda ranks: round(fmean(ranks)), "gap": median}
+    rules |= dict.fromkeys(("done", "fixed", "failed", "settled", "at_limit", "seconds", "saved_seconds"), sum)
+    rules |= dict.fromkeys(("similarity", "energy", "energy_before"), fmean)
+    return replace(layers[0], name=name, kind=name, layers=len(layers), **combined(layers, rules))
 
 
 def by_kind(layers: Iterable[LayerSummary]) -> dict[str, list[LayerSummary]]:
@@ -187,7 +177,6 @@ def step_times(run: Run) -> list[tuple[int, float]]:
 
 
 def summarise(run: Run) -> RunSummary:
-    """Everything the tables show of ``run``."""
     layers = [summarise_layer(run, layer, rows) for layer, rows in by_layer(run.refreshes).items()]
     total = together("total", layers) if layers else None
     losses = [loss for row in run.train if (loss := number(row, "loss")) is not None]

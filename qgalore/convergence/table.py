@@ -1,6 +1,8 @@
 """Summaries as text of at most ``WIDTH`` columns. A value that is not known shows as "-"."""
 
 import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..errors import counted, printable
 from .summary import LayerSummary, RunSummary, by_kind, together
@@ -103,7 +105,7 @@ def _layer_line(label: str, layer: LayerSummary) -> str:
     return line(cells, LAYER_COLUMNS)
 
 
-def _indices(layer: LayerSummary) -> str:
+def _indices(layer: Any) -> str:
     """What tells a layer from the others of its kind: its name without the kind."""
     return layer.name.removesuffix(layer.kind).rstrip(".").split(".", 1)[-1] or layer.name
 
@@ -112,30 +114,24 @@ def heading(columns: tuple[tuple[str, int], ...]) -> list[str]:
     return [line([name for name, _ in columns], columns), "-" * sum(abs(width) for _, width in columns)]
 
 
-def kind_lines(summary: RunSummary) -> list[str]:
-    """The table of one run with a line for each kind of layer."""
-    groups = by_kind(summary.layers)
-    return [_layer_line(_group_label(kind, group), together(kind, group)) for kind, group in groups.items()]
-
-
-def layer_lines(summary: RunSummary) -> list[str]:
-    """The table of one run with a line for each layer, under a line for its kind."""
+def grouped(groups: Mapping[str, list], kinds: bool, together: Callable, line: Callable[[str, Any], str]) -> list[str]:
+    """A ``line`` for each kind of layer; unless ``kinds`` alone are wanted, one for each of its layers below it."""
     lines = []
-    for kind, group in by_kind(summary.layers).items():
-        if len(group) == 1:
-            lines.append(_layer_line(group[0].name, group[0]))
+    for kind, layers in groups.items():
+        if len(layers) == 1:
+            lines.append(line(layers[0].name, layers[0]))
             continue
-        lines.append(_layer_line(_group_label(kind, group), together(kind, group)))
-        lines += [_layer_line(f"  {_indices(layer)}", layer) for layer in group]
+        lines.append(line(f"{kind} ({len(layers)})", together(kind, layers)))
+        lines += [] if kinds else [line(f"  {_indices(layer)}", layer) for layer in layers]
     return lines
 
 
-def _group_label(kind: str, group: list[LayerSummary]) -> str:
-    return f"{kind} ({len(group)})" if len(group) > 1 else group[0].name
+def layer_lines(summary: RunSummary, kinds: bool = False) -> list[str]:
+    """The lines of one run, for each layer or for each kind of layer."""
+    return grouped(by_kind(summary.layers), kinds, together, _layer_line)
 
 
 def state(summary: RunSummary) -> str:
-    """One or two lines about the run as a whole."""
     run = summary.run
     of = "" if run.max_steps is None else f" of {run.max_steps}"
     parts = [f"{run.name}: step {run.step}{of}{'' if run.finished else ', not finished'}"]
@@ -154,7 +150,7 @@ def state(summary: RunSummary) -> str:
 
 
 def run_table(summary: RunSummary, lines: list[str]) -> str:
-    """State and table (``lines`` from :func:`layer_lines` or :func:`kind_lines`) of one run."""
+    """State and table (``lines`` from :func:`layer_lines`) of one run."""
     if summary.total is None:
         method = summary.run.config.get("method")
         why = f" (method {printable(method)})" if isinstance(method, str) else ""
@@ -165,7 +161,6 @@ def run_table(summary: RunSummary, lines: list[str]) -> str:
 
 
 def runs_table(summaries: list[RunSummary]) -> str:
-    """Several runs, a line each."""
     lines = heading(RUN_COLUMNS)
     for summary in summaries:
         run, total = summary.run, summary.total

@@ -18,17 +18,15 @@ HEALTH += ("int8_changed", "int8_rescaled", "int8_noise_share")
 
 
 def scalars(run: Run) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step) of all rows of ``run``; see :func:`of_rows`."""
     return of_rows([*run.train, *run.evaluations], run.refreshes, run.updates)
 
 
 def of_rows(
     metrics: Sequence[Row], refreshes: Sequence[Row], updates: Sequence[Row]
 ) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step): ``train/…``, ``held_out/…``, ``drawn/…``, ``KEY/LAYER`` for the figures of a layer's refresh
-    or update, and ``health/…``, the mean over the layers refreshed in a step.
-
-    The rows are those of metrics.jsonl, subspace.jsonl and updates.jsonl; all refreshes of a step come together."""
+    """(tag, value, step) of rows of metrics.jsonl, subspace.jsonl and updates.jsonl: ``train/…``, ``held_out/…``,
+    ``drawn/…``, ``KEY/LAYER`` for the figures of a layer's refresh or update, and ``health/…``, the mean over the
+    layers refreshed in a step. All refreshes of a step come together."""
     for row in metrics:
         known = {f"train/{key}": key for key in TRAIN}
         known |= {f"held_out/{key}": key for key in row if key.startswith(EVALUATION)}
@@ -57,10 +55,8 @@ def inside(name: str) -> str:
 
 
 def write(run: Run, folder: Path) -> int:
-    """Write an event file under ``folder`` / the run's name; returns the number of scalars.
-
-    Raises :class:`ConfigError` if ``tensorboard`` is not installed or the folder cannot be written.
-    """
+    """Write an event file under ``folder`` / the run's name; returns the number of scalars. Raises
+    :class:`ConfigError`."""
     package = live.imported("torch.utils.tensorboard", "--tensorboard")
     count = 0
     try:

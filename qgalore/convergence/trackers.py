@@ -11,11 +11,8 @@ PACKAGES = ("trackio", "wandb")  # those that take a project's name
 
 
 def send(run: Run, package: str, project: str) -> int:
-    """Log every scalar of ``run``, step by step, as the run of that name in ``project``; returns their number.
-
-    Where they go (a local store, a server, offline files) is the package's own setting. Raises :class:`ConfigError` if
-    the package is not installed or refuses.
-    """
+    """Log every scalar of ``run``, step by step, as the run of that name in ``project``; returns their number. Raises
+    :class:`ConfigError` if the package is not installed or refuses."""
     tracker = live.make([package], "--{}")[package]
     steps: dict[int, dict[str, float]] = defaultdict(dict)
     for tag, value, step in scalars(run):

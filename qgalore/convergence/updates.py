@@ -1,11 +1,11 @@
 """What a run's records of updates say: how far a step moves the weights, and what the code of a momentum costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from .records import Row, Run, number
-from .summary import by_layer, kind_of
-from .table import figure, heading, line
+from .summary import by_layer, combined, kind_of, shape_of, the_same
+from .table import figure, grouped, heading, line
 
 SMALLEST_ERROR = 1e-6  # of a momentum, for a logarithmic scale; cosines in fp32 are no finer
 COLUMNS = (("layer", -34), ("shape", 14), ("looks", 8), ("update", 12), ("cosine", 10), ("lowest", 10))
@@ -44,12 +44,11 @@ def momentum_error(row: Row) -> float | None:
 
 
 def _of_layer(name: str, rows: list[Row]) -> Updates:
-    shape = rows[-1].get("shape")
     cosines = [value for row in rows if (value := number(row, "momentum_cosine")) is not None]
     return Updates(
         name=name,
         kind=kind_of(name),
-        shape=tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None,
+        shape=shape_of(rows[-1]),
         looks=len(rows),
         update=relative(rows[-1]),
         cosine=cosines[-1] if cosines else None,
@@ -66,21 +65,8 @@ def summarise(run: Run) -> dict[str, list[Updates]]:
 
 
 def together(kind: str, layers: list[Updates]) -> Updates:
-    """Layers of one kind as one."""
-
-    def known(key: str) -> list[float]:
-        return [value for layer in layers if (value := getattr(layer, key)) is not None]
-
-    shapes = {layer.shape for layer in layers}
-    means = {key: fmean(known(key)) if known(key) else None for key in ("update", "cosine")}
-    return Updates(
-        name=f"{kind} ({len(layers)})",
-        kind=kind,
-        shape=shapes.pop() if len(shapes) == 1 else None,
-        looks=sum(layer.looks for layer in layers),
-        lowest=min(known("lowest"), default=None),
-        **means,
-    )
+    rules = {"shape": the_same, "looks": sum, "update": fmean, "cosine": fmean, "lowest": min}
+    return replace(layers[0], name=f"{kind} ({len(layers)})", kind=kind, **combined(layers, rules))
 
 
 def _line(label: str, layer: Updates) -> str:
@@ -97,12 +83,5 @@ def _line(label: str, layer: Updates) -> str:
 
 def table(run: Run, kinds: bool) -> str:
     """A line for each kind of layer, and for each layer unless ``kinds``; "" if nothing was recorded."""
-    lines = []
-    for kind, layers in summarise(run).items():
-        if len(layers) == 1:
-            lines.append(_line(layers[0].name, layers[0]))
-            continue
-        lines.append(_line(f"{kind} ({len(layers)})", together(kind, layers)))
-        if not kinds:
-            lines += [_line(f"  {layer.name.removesuffix(kind).rstrip('.')}", layer) for layer in layers]
+    lines = grouped(summarise(run), kinds, together, _line)
     return "\n".join([*heading(COLUMNS), *lines, "", LEGEND]) if lines else ""

@@ -62,8 +62,6 @@ def cache_inputs(
     endings: tuple[str, ...] = ENDINGS,
 ) -> dict[str, Any]:
     """What tokens of any kind depend on, for :func:`cached`. Raises ConfigError for what no tokens can be made of."""
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or not set.")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"tokenizer {tokenizer.name_or_path!r} has no end-of-document token; set eos_token in its "
@@ -102,12 +100,8 @@ def cached(
     report: Report,
 ) -> Stored:
     """The token file in ``cache_dir`` that was made of ``inputs`` (JSON; they name its folder), or ``write`` makes it.
-
-    Every byte of a file that is found is compared with the checksum taken when it was written, and its largest id with
-    the vocabulary of ``tokenizer``; if something differs, that is reported and the file made again. Conversations have
-    a ``row_length`` in ``inputs``. Raises ConfigError as ``write`` does, and for a ``cache_dir`` that cannot be
-    written.
-    """
+    A damaged one is reported and made again. Conversations have a ``row_length`` in ``inputs``. Raises ConfigError as
+    ``write`` does, and for a ``cache_dir`` that cannot be written."""
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir).expanduser() / key[:32]
     here = _Folder(folder, inputs, id_bound(tokenizer), report)

@@ -35,7 +35,6 @@ class Rendered:
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``tokenizer`` has a chat template."""
     return bool(tokenizer.chat_template)
 
 
@@ -47,14 +46,11 @@ def encode(
 ) -> list[Rendered]:
     """The conversations of ``batch`` (each with its place, for errors) rendered with the tokenizer's chat template.
 
-    The text is tokenized whole, as it is. A token is part of an answer if it begins in one; an answer is what the
-    template writes for an assistant's turn after the prompt for it, up to the mark that ends the turn. Answers that are
-    blank, or not to be learned, do not count.
+    The text is tokenized whole, as it is. A token is part of an answer if it begins in one; see :func:`answer_spans`.
     Where the template has ``{% generation %}`` blocks, these say what an answer is. ``day`` is the date for a template
     that writes today's. ``longest``: characters of a conversation beyond which nothing is tokenized.
 
-    Raises ConfigError for a tokenizer without a template or without character offsets, for a conversation that the
-    template refuses, and where the template writes a turn so that the answer cannot be found in the whole.
+    Raises ConfigError for a tokenizer or a template by which answers cannot be found.
     """
     template = Template(tokenizer, day)
     if not tokenizer.is_fast:
@@ -84,11 +80,8 @@ def _marks_are_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
 
 
 def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of the tokens that end an assistant's turn as conversations are trained; [] if there are none.
-
-    It is the last token that is learned of an answer, if that is a token of its own (an added one, such as
-    ``<|im_end|>``) and not a piece of text. Only meant for a tokenizer whose chat template was trained with.
-    """
+    """The ids of the tokens that end an assistant's turn, for a tokenizer whose chat template was trained with: the
+    last token that is learned of an answer, if that is an added one and not a piece of text."""
     if not has_template(tokenizer) or not tokenizer.is_fast:
         return []
     question, answer = Turn(role="user", content="Hello"), Turn(role="assistant", content="word")

@@ -37,12 +37,10 @@ def content_digest(path: Path, report: Callable[[str], None]) -> str:
 
 def sync(path: Path) -> None:
     """Have a file, or a folder's names, on the disk itself. Raises OSError."""
-    try:
-        number = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        if os.name == "nt":  # which opens no folders
-            return
-        raise
+    if os.name == "nt" and path.is_dir():  # which opens no folders; its renames are journalled
+        return
+    # Windows only syncs what was opened for writing, and no folder can be.
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         os.fsync(number)
     finally:

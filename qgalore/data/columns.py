@@ -12,10 +12,8 @@ _BYTES = 1 << 24  # of a batch, by what the file says of its size
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[dict[str, Any], str]]:
-    """(row, where it stands) of a parquet file; of ``columns`` alone, if they are given and exist.
-
-    Raises ConfigError for a file that is damaged, text that is not UTF-8, and a value longer than ``MAX_LINE`` bytes.
-    """
+    """(row, where it stands) of a parquet file; of ``columns`` alone, if they are given and exist. Raises
+    ConfigError."""
     # pyarrow takes a good part of a second to import and only this reader needs it.
     import pyarrow
     import pyarrow.parquet
@@ -42,7 +40,6 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[t
 
 
 def parquet_names(path: Path) -> list[str]:
-    """The names of a parquet file's columns."""
     import pyarrow
     import pyarrow.parquet
 

@@ -32,12 +32,9 @@ _CALLED = (("instruction", ("question", "query")), ("input", ("context",)), ("ou
 
 
 def conversations(source: str, *, split: str = "train", notes: Notes | None = None) -> Iterator[tuple[Messages, str]]:
-    """Stream the conversations of ``source`` (see ``sources.rows``), each with a description of its place.
-
-    A conversation is a list of ``{"role": "system" | "user" | "assistant", "content": text}``, never empty; an answer
-    that is not to be learned also has ``"learn": False``. notes: gets what is left out, changed or not read.
-    Raises ConfigError as ``rows`` and ``messages_of`` do, and for a source without a row.
-    """
+    """Stream the conversations of ``source`` (see ``sources.rows``), each with a description of its place, as
+    :func:`messages_of` reads them; never an empty one. notes: gets what is left out, changed or not read. Raises
+    ConfigError."""
     notes = Notes() if notes is None else notes
     found = False
     for row, where in rows(source, split=split, notes=notes):
@@ -50,14 +47,12 @@ def conversations(source: str, *, split: str = "train", notes: Notes | None = No
 def messages_of(row: dict[str, Any], where: str, notes: Notes | None = None) -> Messages:
     """The conversation in ``row``, which is at ``where``: the first of these layouts that its keys match.
 
-    ``messages``: role and content, or ``conversations``: from and value, with ShareGPT's names of roles (either pair
-    of keys in either list); ``prompt`` and ``completion``, texts or lists of turns, of which those of the prompt are
-    not learned; Alpaca's ``instruction``, ``input`` (may be absent or empty) and ``output``, with the earlier questions
-    and answers in ``history``. Beside any of them ``system`` is the first turn, and a false ``train`` or a ``weight``
-    of 0 says that none of the answers is learned. ``notes`` counts keys that are not read.
+    ``messages``: role and content, or ``conversations``: from and value, with ShareGPT's names of roles; ``prompt`` and
+    ``completion``, texts or lists of turns, of which those of the prompt are not learned; Alpaca's ``instruction``,
+    ``input`` and ``output``, with earlier questions and answers in ``history``. Beside any of them ``system`` is the
+    first turn, and a false ``train`` or a ``weight`` of 0 says that none of the answers is learned.
 
-    Raises ConfigError, naming the place and what was expected, for any other row, and for keys with a meaning that is
-    not supported, such as tools, images and answers to be avoided.
+    Raises ConfigError for any other row, and for keys with a meaning that is not supported, such as tools and images.
     """
     notes = Notes() if notes is None else notes
     if row.get("tools") not in (None, [], "", "[]"):

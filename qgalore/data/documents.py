@@ -35,12 +35,10 @@ class Documents(BlockMask):
 
     @property
     def ndim(self) -> int:
-        """Four."""
         return len(self.shape)
 
     @property
     def whole(self) -> bool:
-        """Whether every row is one document."""
         return all(len(row) <= 1 for row in self.lengths)
 
     def to(self, *_: Any, **__: Any) -> "Documents":

@@ -11,10 +11,8 @@ from qgalore.errors import ConfigError
 
 
 def dataset_rows(source: str, split: str, endings: tuple[str, ...]) -> Iterator[tuple[dict, str]]:
-    """(row, where it stands) of ``source``, an id with an optional config: ``"allenai/c4:en"``.
-
-    endings: of local files that would do instead, for the message. Raises ConfigError for whatever goes wrong.
-    """
+    """(row, where it stands) of ``source``, an id with an optional config: ``"allenai/c4:en"``. endings: of local files
+    that would do instead, for the message. Raises ConfigError for whatever goes wrong."""
     # datasets takes about a second to import and only this reader needs it.
     import datasets
 
@@ -39,11 +37,9 @@ def dataset_rows(source: str, split: str, endings: tuple[str, ...]) -> Iterator[
 
 
 def _let_go() -> None:
-    """Wait until Arrow's threads have let go of the files of streams that were left early.
-
-    A thread that still wants the interpreter when it ends aborts the whole program (Arrow's issue 45214), after
-    everything was done and said. Registered anew by each stream, so that it runs before what ``datasets`` registers.
-    """
+    """Wait until Arrow's threads have let go of the files of streams that were left early. One that still wants the
+    interpreter when it ends aborts the whole program (Arrow's issue 45214). Registered anew by each stream, so that it
+    runs before what ``datasets`` registers."""
     gc.collect()
     time.sleep(0.1)  # they need the interpreter for a few microseconds each
 

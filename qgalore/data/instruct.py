@@ -18,7 +18,7 @@ from qgalore.data.conversations import Messages, conversations
 from qgalore.data.notes import Notes
 from qgalore.data.sources import ROW_ENDINGS
 from qgalore.data.templates import writes_date
-from qgalore.data.tokenizing import Progress, Totals, id_bound, special_tokens
+from qgalore.data.tokenizing import Progress, Totals, check_ids, id_bound, special_tokens
 from qgalore.data.tokens import TokenFile
 from qgalore.errors import ConfigError, counted
 
@@ -53,7 +53,6 @@ class InstructTotals(Totals):
         return f"{super().summary()}; {notes}"
 
     def close(self, notes: Notes) -> None:
-        """Gather what is to be told."""
         self.remarks = list(notes.lines())
         if self.endless:
             self.remarks.append(
@@ -80,16 +79,12 @@ def conversations_to_disk(
     day: date | None = None,
     report: Callable[[str], None] = print,
 ) -> TokenFile:
-    """Tokenize the conversations of ``source`` (see ``conversations``) into ``cache_dir``, or reuse what is there.
+    """Tokenize the conversations of ``source`` into ``cache_dir``, or reuse what is there.
 
     As ``tokens.tokenize_to_disk``, with three differences. Beside the tokens answers.bin holds a byte for each, 1 where
-    it is an assistant's to say (see ``chat.encode``). The file is made of rows of ``sequence_length`` tokens: each
-    conversation lies within one, cut short if it is longer, and end-of-text tokens that are no targets fill the row.
-    And ``max_tokens``, which stops reading there, cuts nothing: it is passed by up to 1,024 conversations.
-    The chat template belongs to the key, and so does ``day``, the date for a template that writes one (None: today).
-
-    Raises ConfigError as ``tokenize_to_disk``, ``conversations`` and ``chat.encode`` do, and if no conversation has
-    an answer.
+    it is an assistant's to say. Each conversation lies within one row of ``sequence_length`` tokens, cut short if it is
+    longer, and end-of-text tokens that are no targets fill the row. And ``max_tokens`` cuts nothing: it is passed by up
+    to 1,024 conversations. ``day``: the date for a chat template that writes one (None: today).
     """
     inputs = cache_inputs(source, tokenizer, split=split, max_tokens=max_tokens, report=report, endings=ROW_ENDINGS)
     template = hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()
@@ -164,11 +159,7 @@ class _Writer:
         empty = length - len(ids)
         ids = np.pad(ids, (0, empty), constant_values=self._tokenizer.eos_token_id)
         ends[-1] = totals.tokens + length
-        if not 0 <= ids.min() <= ids.max() < self._bound:
-            raise ConfigError(
-                f"the tokenizer {self._tokenizer.name_or_path!r} gives the ids {ids.min()} to {ids.max()}, and its "
-                f"vocabulary has {self._bound}; its files do not belong together."
-            )
+        check_ids(ids, self._bound, self._tokenizer)
         tokens.write(ids.astype(self._dtype).tobytes())
         answers.write(np.pad(marks, (0, empty)).astype(np.uint8).tobytes())
         totals.offsets.extend(ends.tolist())

@@ -39,9 +39,7 @@ class Labels:
     @classmethod
     def of(cls, examples: Sequence[Example], kind: str) -> "Labels":
         """The labels that occur, whole numbers in their order, anything else alphabetically. ``kind``: class | number.
-
-        Raises :class:`ConfigError` for fewer than two classes.
-        """
+        Raises :class:`ConfigError` for fewer than two classes."""
         if kind == "number":
             return cls(None)
         found = {example.label for example in examples}
@@ -79,12 +77,9 @@ def _number(text: str, key: str) -> float:
 def read_examples(
     source: str, *, text_keys: Sequence[str], label_key: str, header: bool = True, notes: Notes | None = None
 ) -> list[Example]:
-    """The rows of a local ``.tsv`` (unquoted, as GLUE's), ``.csv``, ``.jsonl``, ``.json`` or ``.parquet``, all but the
-    last optionally ``.gz``. Without ``header`` a table's columns are called "0", "1", …. notes: gets what was changed.
-
-    Raises :class:`ConfigError` for a file that is missing, empty or unreadable, for a row without a wanted key, and for
-    texts and labels that are lists or objects.
-    """
+    """The rows of a local file with one of ``tables.ENDINGS``. Without ``header`` a table's columns are called "0",
+    "1", …. notes: gets what was changed. Raises :class:`ConfigError` for rows that are no examples, and if there are
+    none."""
     found = list(examples_of(source, text_keys=text_keys, label_key=label_key, header=header, notes=notes))
     if not found:
         raise ConfigError(f"data source {source!r} has no rows")
@@ -106,7 +101,6 @@ def examples_of(
 
 
 def _cell(row: dict[str, Any], key: str, where: str) -> str:
-    """What stands under ``key`` as text."""
     value = row.get(key)
     if value is None:
         raise ConfigError(
@@ -120,10 +114,8 @@ def _cell(row: dict[str, Any], key: str, where: str) -> str:
 
 
 class LabelledTexts:
-    """Tokenized examples with their labels, padded on the right to the longest of a batch.
-
-    ``truncated`` counts examples cut to ``max_length`` tokens (of a pair the longer text is cut first).
-    """
+    """Tokenized examples with their labels, padded on the right to the longest of a batch. ``truncated`` counts those
+    that were cut to ``max_length`` tokens (of a pair the longer text is cut first)."""
 
     def __init__(
         self, examples: Sequence[Example], labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_length: int

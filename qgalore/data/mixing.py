@@ -56,10 +56,8 @@ class MixedOrder:
         self._first = list(itertools.accumulate((order.n_samples for order in self.orders), initial=0))
 
     def take(self, positions: Positions, count: int) -> tuple[list[int], Positions]:
-        """The ``count`` sample numbers from ``positions`` on, and the positions after them.
-
-        Raises ConfigError for positions that these sources do not have, ValueError for a negative ``count``.
-        """
+        """The ``count`` sample numbers from ``positions`` on, and the positions after them. Raises ConfigError for
+        positions that these sources do not have."""
         positions = positions or self._beginning
         which = list(itertools.islice(turns(self.weights, self._given(positions)), count))
         found = [order.take(at, which.count(source)) for source, (order, at) in enumerate(self._each(positions))]
@@ -76,7 +74,6 @@ class MixedOrder:
         return ((0, 0),) * len(self.orders)
 
     def _given(self, positions: Positions) -> list[int]:
-        """How many samples each source has given."""
         return [order.n_samples * epoch + index for order, (epoch, index) in self._each(positions)]
 
     def _each(self, positions: Positions) -> Iterator[tuple[SampleOrder, tuple[int, int]]]:
@@ -89,8 +86,6 @@ class MixedOrder:
 
 
 class Samples(Protocol):
-    """Training or held-out data."""
-
     def __len__(self) -> int: ...
 
     def batch(self, indices: Any) -> dict[str, Any]:
@@ -100,8 +95,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Mixture:
-    """The samples of one source or several, numbered through. ``names``, ``weights`` (whole numbers) and ``sources``
-    belong together."""
+    """The samples of one source or several, numbered through. ``weights`` are whole numbers."""
 
     names: tuple[str, ...]
     weights: tuple[int, ...]

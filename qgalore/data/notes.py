@@ -57,7 +57,6 @@ class Notes:
         self.ignored[key] = (count + 1, first)
 
     def lines(self) -> Iterator[str]:
-        """A sentence for each kind of thing that was noticed."""
         if self.left_out or self.hidden:
             names = ", ".join(self.left_out[:_NAMES_SHOWN]) + (", …" if len(self.left_out) > _NAMES_SHOWN else "")
             hidden = f"{self.hidden} hidden ones" if self.hidden else ""

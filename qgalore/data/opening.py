@@ -115,10 +115,8 @@ def text_chunks(path: Path) -> Iterator[str]:
 
 
 def in_pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """One document as pieces of at most ``PIECE`` characters, all but the last of them :class:`Unfinished`.
-
-    They are cut between words, where there are any.
-    """
+    """One document as pieces of at most ``PIECE`` characters, cut between words where there are any, all but the last
+    of them :class:`Unfinished`."""
     rest = ""
     for chunk in chunks:
         rest += chunk

@@ -6,19 +6,10 @@ from qgalore.errors import ConfigError
 
 
 class SampleOrder:
-    """Independent permutations of ``n_samples`` sample indices, one an epoch, each drawn from (``seed``, epoch).
-
-    Holds no state but the permutation of the epoch last asked for (int64, ``n_samples`` long). NumPy may change what a
-    generator draws in a later version, so an order is only promised for one NumPy version.
-
-    Raises ConfigError for ``n_samples`` below 1 and for a ``seed`` outside 0 .. 2**64 - 1.
-    """
+    """Independent permutations of ``n_samples`` sample indices, one an epoch, each drawn from (``seed`` below 2⁶⁴,
+    epoch). NumPy may change what a generator draws, so an order is only promised for one NumPy version."""
 
     def __init__(self, n_samples: int, seed: int):
-        if n_samples < 1:
-            raise ConfigError(f"n_samples is {n_samples}; an order needs at least 1 sample: give more data.")
-        if not 0 <= seed < 2**64:
-            raise ConfigError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
         self.n_samples = n_samples
         self.seed = seed
         self._epoch = -1
@@ -26,18 +17,13 @@ class SampleOrder:
 
     def take(self, position: tuple[int, int], count: int) -> tuple[list[int], tuple[int, int]]:
         """The ``count`` sample indices from ``position`` (epoch, index in the epoch) on, and the position after them.
-
-        Goes on into the next epochs as needed; the returned index is below ``n_samples``.
-        Raises ConfigError for a position that these samples do not have, ValueError for a negative ``count``.
-        """
+        Raises ConfigError for a position that these samples do not have."""
         epoch, index = position
         if epoch < 0 or not 0 <= index < self.n_samples:
             raise ConfigError(
                 f"data position (epoch {epoch}, index {index}) is not one of {self.n_samples} samples an epoch; "
                 "resume with the data, sequence_length and split the checkpoint was made with."
             )
-        if count < 0:
-            raise ValueError(f"count is {count}; it must not be negative")
         taken: list[int] = []
         while len(taken) < count:
             part = self._epoch_permutation(epoch)[index : index + count - len(taken)]

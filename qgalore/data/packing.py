@@ -1,59 +1,40 @@
 """Fixed-length training rows cut from a flat stream of tokens."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from qgalore.data.documents import Documents
+from qgalore.data.tokens import TokenFile
 from qgalore.errors import ConfigError
 
-from .documents import Documents
-
 IGNORED = -100  # the label that torch's cross entropy and transformers leave out
-
-
-class TokenStream(Protocol):
-    """What packing needs of a token file: tokens (n,) of any integer dtype, offsets (documents + 1,) int64; for
-    conversations answers (n,) bool, the only targets, and row_length, of the rows they are laid out in."""
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    answers: np.ndarray | None
-    row_length: int | None
 
 
 class PackedSequences:
     """Rows of ``sequence_length`` (L) tokens with their targets, documents following each other without padding.
 
-    Sample i covers tokens i*L .. i*L + L: its first L are the inputs, its last L the targets. ``len()`` is the number
-    of samples; ``dropped_tokens`` the tokens after the last whole window. Conversations come laid out in rows of L:
-    there sample i is row i, and only tokens of answers are targets.
+    Sample i covers tokens i*L .. i*L + L: its first L are the inputs, its last L the targets. Conversations come laid
+    out in rows of L: there sample i is row i, and only tokens of answers are targets.
 
-    document_attention: ``"isolated"``: positions restart at 0 where a document starts (a document cut by the row's
-        start begins at 0 there), and the target of a document's last token, which is another document's first, is
-        ignored. transformers then keeps documents apart on its own, for any batch size with sdpa, eager and flex
-        attention and for batch size 1 with flash attention, if and only if the model is called with these
-        ``position_ids``, no ``attention_mask`` and ``use_cache=False``: a cache, the default of most configurations,
-        switches this off without a word.
-        ``"joined"``: positions run through the row and every token may see all before it.
-    with_documents: isolated batches also hold ``documents``, for an attention that asks for them.
-
-    Raises ConfigError for data shorter than one window, a ``sequence_length`` below 1, another ``document_attention``.
+    document_attention ``"isolated"``: positions restart at 0 where a document starts, and the target of a document's
+    last token is ignored. transformers then keeps documents apart on its own if and only if the model is called with
+    these ``position_ids``, no ``attention_mask`` and ``use_cache=False``: a cache, the default of most configurations,
+    switches this off without a word. ``"joined"``: every token may see all before it in its row. with_documents:
+    isolated batches also hold ``documents``, for an attention that asks for them. Raises ConfigError for data shorter
+    than one window.
     """
 
     def __init__(
         self,
-        tokens: TokenStream,
+        tokens: TokenFile,
         *,
         sequence_length: int,
         document_attention: Literal["isolated", "joined"] = "isolated",
         with_documents: bool = False,
     ):
-        if sequence_length < 1:
-            raise ConfigError(f"sequence_length is {sequence_length}; it must be at least 1.")
-        if document_attention not in ("isolated", "joined"):
-            raise ConfigError(f"document_attention is {document_attention!r}; it must be 'isolated' or 'joined'.")
         total = len(tokens.tokens)
         self._answers = tokens.answers
         if tokens.row_length not in (None, sequence_length):
@@ -71,7 +52,6 @@ class PackedSequences:
         self.sequence_length = sequence_length
         self.document_attention = document_attention
         self.with_documents = with_documents and document_attention == "isolated"
-        self.dropped_tokens = total - (self._n_samples * sequence_length + seen_after)
         self._tokens = tokens.tokens
         self._offsets = np.asarray(tokens.offsets)
 
@@ -79,13 +59,12 @@ class PackedSequences:
         return self._n_samples
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The samples at ``indices``: ``input_ids``, ``labels``, ``position_ids``, each int64 (len(indices), L) on CPU.
-
-        ``documents`` beside them, where they were asked for, is a :class:`Documents`.
+        """The samples at ``indices``: ``input_ids``, ``labels``, ``position_ids``, each int64 (len(indices), L) on CPU,
+        and ``documents``, where they were asked for.
 
         ``labels[b, t]`` is the target of ``input_ids[b, t]`` (already shifted: transformers' own ``labels`` argument
-        would shift it again), or -100. In isolated mode a row of one-token documents has no other label, so a mean
-        over the labels that count must allow for none. Raises IndexError for an index outside 0 .. len() - 1.
+        would shift it again), or -100. In isolated mode a row of one-token documents has no other label, so a mean over
+        the labels that count must allow for none. Raises IndexError.
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
         if rows.size and not (rows.min() >= 0 and rows.max() < self._n_samples):

@@ -30,8 +30,7 @@ def check_room(
     max_tokens: int | None,
 ) -> None:
     """Raise :class:`ConfigError` if the disk of ``folder`` has not even half the room that the tokens of ``source``
-    take, of ``token_bytes`` each, by a look at the beginnings of its files. Others than .txt and .jsonl count nothing.
-    """
+    take, by a look at the beginnings of its files. Others than .txt and .jsonl count nothing."""
     if not looks_like_path(source, ENDINGS):
         return
     paths = [path for path in local_files(source, ENDINGS, Notes()) if path.name.lower().endswith(_READ)]

@@ -22,12 +22,8 @@ ENDINGS = (".txt", ".txt.gz", *ROW_ENDINGS)
 
 class DocumentStream(Iterator[str]):
     """Iterator over the non-blank documents of one source. A long document comes in pieces, all but its last
-    ``opening.Unfinished``.
-
-    Attributes ``documents`` (given out so far), ``blank`` (skipped so far: empty, only white space, or null) and
-    ``notes``. Raises ConfigError at the end of a source that held no document, and from the reader for unreadable
-    input.
-    """
+    ``opening.Unfinished``. ``blank`` counts documents skipped so far. Raises ConfigError at the end of a source that
+    held no document, and from the reader for unreadable input."""
 
     def __init__(self, source: str, texts: Iterator[str | None], notes: Notes | None = None):
         self.documents = 0
@@ -59,15 +55,13 @@ def _pieces(text: Any) -> Iterator[str | None]:
 
 
 def documents(source: str, *, text_key: str = "text", split: str = "train") -> DocumentStream:
-    """Stream the documents of ``source``, blank ones skipped and counted (see DocumentStream).
+    """Stream the documents of ``source``, blank ones skipped and counted.
 
-    source: a file (.txt, .txt.gz: one document; .jsonl, .jsonl.gz, .json, .json.gz, .parquet: one document a row), a
-        folder (every such file below it in sorted order, hidden ones left out), or a Hugging Face dataset id with an
-        optional config, ``"allenai/c4:en"``, which is streamed. Endings may be written in capitals.
-    text_key: the key or column that holds the text. split: only for Hugging Face datasets.
-
-    Raises ConfigError at once for a path that does not exist or has nothing readable, and while iterating for bytes
-    that are not UTF-8, invalid JSON, rows without ``text_key``, a damaged file, a source without text, a Hub failure.
+    source: a file (.txt, .txt.gz: one document; of ``ROW_ENDINGS``: one document a row), a folder (every such file
+    below it in sorted order, hidden ones left out), or a Hugging Face dataset id with an optional config,
+    ``"allenai/c4:en"``, which is streamed. text_key: the key or column that holds the text. split: only for Hugging
+    Face datasets. Raises ConfigError at once for a path that has nothing readable, and while iterating for damaged
+    input.
     """
     notes = Notes()
     if looks_like_path(source, ENDINGS):
@@ -79,29 +73,20 @@ def documents(source: str, *, text_key: str = "text", split: str = "train") -> D
 
 
 def rows(source: str, *, split: str = "train", notes: Notes | None = None) -> Iterator[tuple[dict, str]]:
-    """Stream the rows of ``source`` as they are, each with a description of its place (file and line, item or row).
-
-    source: a file (.jsonl, .jsonl.gz; .json, .json.gz: an array of objects, or lines as .jsonl has; .parquet), a
-        folder of such files in sorted order, or a Hugging Face dataset id with an optional config, as for
-        ``documents``. split: only for Hugging Face datasets. notes: gets what is left out or changed.
-
-    Raises ConfigError as ``documents`` does, and for a file without rows.
-    """
+    """Stream the rows of ``source``, which is as for :func:`documents` but for .txt, each with a description of its
+    place. notes: gets what is left out or changed. Raises ConfigError as that does."""
     notes = Notes() if notes is None else notes
     if not looks_like_path(source, ENDINGS):
         return dataset_rows(source, split, ROW_ENDINGS)
     files = local_files(source, ROW_ENDINGS, notes)
-    return (found for path in files for found in _file_rows(path, notes))
+    return (found for path in files for found in file_rows(path, notes))
 
 
 def fingerprint(
     source: str, endings: tuple[str, ...] = ENDINGS, *, report: Callable[[str], None] = lambda line: None
 ) -> str:
-    """What ``source`` holds now, for cache keys: a digest of its files' names and contents, or the dataset id.
-
-    Large files take about a second for each GB; ``report`` gets a line now and then. Raises ConfigError as
-    ``documents`` does for a path that does not exist or has nothing readable.
-    """
+    """What ``source`` holds now, for cache keys: a digest of its files' names and contents, or the dataset id. Large
+    files take about a second for each GB. Raises ConfigError."""
     if not looks_like_path(source, ENDINGS):
         return source
     root = Path(source).expanduser()
@@ -118,9 +103,7 @@ def fingerprint(
 
 def local_files(source: str, endings: tuple[str, ...], notes: Notes) -> list[Path]:
     """The files of a local ``source`` that end in one of ``endings``; ``notes`` gets those of a folder that do not.
-
-    Raises ConfigError for a path that does not exist or has nothing readable.
-    """
+    Raises ConfigError if there are none."""
     root = Path(source).expanduser()
     listing = ", ".join(endings)
     if not exists(root):
@@ -191,7 +174,7 @@ def _file_texts(path: Path, text_key: str, notes: Notes) -> Iterator[Any]:
             raise _no_text_key(text_key, names, repr(str(path)))
         found = parquet_rows(path, [text_key])
     else:
-        found = _file_rows(path, notes)
+        found = file_rows(path, notes)
     for row, where in found:
         yield _row_text(row, text_key, where)
 
@@ -200,7 +183,8 @@ def _dataset_texts(source: str, split: str, text_key: str) -> Iterator[str | Non
     return (_row_text(row, text_key, where) for row, where in dataset_rows(source, split, ENDINGS))
 
 
-def _file_rows(path: Path, notes: Notes) -> Iterator[tuple[dict, str]]:
+def file_rows(path: Path, notes: Notes) -> Iterator[tuple[dict, str]]:
+    """The rows of one file, as :func:`rows` gives them."""
     name = path.name.lower()
     if name.endswith(".parquet"):
         yield from parquet_rows(path)

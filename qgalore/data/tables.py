@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qgalore.data.columns import parquet_names, parquet_rows
-from qgalore.data.jsons import json_rows, jsonl_rows
 from qgalore.data.notes import Notes, listed
 from qgalore.data.opening import byte_lines, decode
+from qgalore.data.sources import file_rows
 from qgalore.errors import ConfigError
 
 ENDINGS = (
@@ -19,10 +19,7 @@ _LONGEST_CELL = 1 << 24  # characters
 
 def table_rows(path: Path, header: bool, wanted: Sequence[str], notes: Notes) -> Iterator[tuple[dict[str, Any], str]]:
     """(row, where it stands) of a file with one of ``ENDINGS``. Without ``header`` the columns of a .tsv or .csv are
-    called "0", "1", …. Of a parquet file only the columns ``wanted`` are read.
-
-    Raises ConfigError for whatever is not a row of a table.
-    """
+    called "0", "1", …. Of a parquet file only the columns ``wanted`` are read. Raises ConfigError."""
     name = path.name.lower().removesuffix(".gz")
     if name.endswith(".parquet"):
         names = parquet_names(path)
@@ -32,10 +29,7 @@ def table_rows(path: Path, header: bool, wanted: Sequence[str], notes: Notes) ->
             )
         yield from parquet_rows(path, list(wanted))
     elif name.endswith((".jsonl", ".json")):
-        for row, where in (jsonl_rows if name.endswith(".jsonl") else json_rows)(path, notes):
-            if not isinstance(row, dict):
-                raise ConfigError(f"{where} is a JSON {type(row).__name__}; every row must be one JSON object")
-            yield row, where
+        yield from file_rows(path, notes)
     else:
         yield from _separated(path, header, name.endswith(".tsv"), wanted)
 

@@ -27,7 +27,6 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's chat template writes today's date."""
     return bool(tokenizer.chat_template) and _ANY_TODAY.search(template_text(tokenizer)) is not None
 
 
@@ -94,11 +93,8 @@ class Template:
         return text[: max(text.find(_PROBE), 0)]
 
     def ending(self, before: Sequence[Turn], where: str) -> Ending:
-        """What is written after an answer that follows ``before`` and is the last turn.
-
-        Raises ConfigError where the next prompt is written whether it is asked for or not, and cannot be told from a
-        mark at the answer's end.
-        """
+        """What is written after an answer that follows ``before`` and is the last turn. Raises ConfigError where the
+        next prompt is written unasked and cannot be told from a mark at the answer's end."""
         text = self.render([*before, Turn(role="assistant", content=_PROBE)], where)
         place = text.rfind(_PROBE)
         tail = text[place + len(_PROBE) :] if place >= 0 else ""

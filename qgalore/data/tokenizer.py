@@ -20,10 +20,9 @@ _KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 def load_tokenizer(name_or_path: str, *, report: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder, in a single ``tokenizer.json``, or of a Hugging Face model id.
 
-    A ``tokenizer.json`` without a ``tokenizer_config.json`` beside it does not say which token ends a document: the one
-    that ``config.json`` names, or one with a usual name, is then taken, and a line printed. The same holds for a
-    ``vocab.json`` and ``merges.txt``, which are read as GPT-2's kind. Never runs code that comes with a tokenizer.
-    Raises ConfigError for a path that does not exist, a folder or file without a usable tokenizer, a Hub failure.
+    A ``tokenizer.json`` alone does not say which token ends a document: the one that ``config.json`` names, or one with
+    a usual name, is then taken, and a line printed. So it is with a ``vocab.json`` and ``merges.txt``, read as GPT-2's
+    kind. Never runs code that comes with a tokenizer. Raises ConfigError.
     """
     if not looks_like_path(name_or_path, (".json",)):
         return _from_pretrained(name_or_path, "Without network give a local folder or tokenizer.json, or set HF_HOME.")
@@ -61,21 +60,14 @@ def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, show_progress: bool = False, report: Callable[[str], None] = print
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with at most ``vocab_size`` tokens, the same for the same texts.
-
-    Any text round-trips, since every byte is a token. ``<|endoftext|>`` (id 0) is bos, eos and pad.
-    ``show_progress`` draws the library's own bars on standard error.
-    Prints the size reached when the texts have too few repeated pairs for ``vocab_size``.
-    Raises ConfigError for ``vocab_size`` below 257 and for texts without a single character.
-    """
+    ``<|endoftext|>`` (id 0) is bos, eos and pad. ``show_progress`` draws the library's own bars on standard error.
+    Raises ConfigError for ``vocab_size`` below 257 and for texts without a single character."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
             f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {SMALLEST_VOCABULARY}: the 256 bytes "
             f"and {END_OF_TEXT}."
         )
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         # A pair seen once would make a token that is never trained.
@@ -101,6 +93,14 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
 
 
 def _from_folder(folder: Path, report: Callable[[str], None]) -> PreTrainedTokenizerBase:
@@ -150,10 +150,7 @@ def _from_merges(folder: Path) -> PreTrainedTokenizerFast:
             f"the vocab.json and merges.txt in {str(folder)!r} are no byte-level BPE ({type(error).__name__}: {error})"
             "; give a folder with a tokenizer.json."
         ) from error
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend = _byte_level(model)
     backend.add_special_tokens([name for name in _KNOWN_ENDS if backend.token_to_id(name) is not None])
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 

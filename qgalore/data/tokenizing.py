@@ -46,6 +46,15 @@ def id_bound(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
 
 
+def check_ids(ids: np.ndarray, bound: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError for ``ids`` of ``tokenizer`` that are not below its ``bound``."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() < bound:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name_or_path!r} gives the ids {ids.min()} to {ids.max()}, and its vocabulary "
+            f"has {bound}; its files do not belong together."
+        )
+
+
 def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
     """uint16 when every id of ``tokenizer`` fits it, else uint32."""
     return np.dtype(np.uint16 if id_bound(tokenizer) <= 2**16 else np.uint32)
@@ -75,11 +84,8 @@ def write_tokens(
     max_tokens: int | None,
     report: Callable[[str], None],
 ) -> Totals:
-    """Tokenize ``stream`` into ``tokens_path``, flat ids of ``dtype``, and ``offsets_path``, int64 .npy.
-
-    dtype: as ``id_dtype`` says. Documents that yield no token count as blank. Raises ConfigError when no token came of
-    all of them, whatever ``stream`` raises, and OSError from writing.
-    """
+    """Tokenize ``stream`` into ``tokens_path``, flat ids of ``dtype``, and ``offsets_path``, int64 .npy. Documents that
+    yield no token count as blank. Raises ConfigError when no token came of all of them, and OSError."""
     totals = Totals()
     offsets = [np.zeros(1, dtype=np.int64)]
     encoder = _Encoder(tokenizer)
@@ -165,11 +171,7 @@ class _Encoder:
         self._count(encoded)
         # int64 first, so that an id that does not fit is noticed and never wrapped.
         flat = np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64)
-        if len(flat) and not 0 <= flat.min() <= flat.max() < self._bound:
-            raise ConfigError(
-                f"the tokenizer {self._tokenizer.name_or_path!r} gives the ids {flat.min()} to {flat.max()}, and its "
-                f"vocabulary has {self._bound}; its files do not belong together."
-            )
+        check_ids(flat, self._bound, self._tokenizer)
         return flat, np.array(lengths, dtype=np.int64)
 
     def _count(self, encoded: list[list[int]]) -> None:
@@ -196,11 +198,8 @@ class _Encoder:
 
 
 class Progress:
-    """A bar on a terminal, elsewhere a line now and then.
-
-    what: its name. line: gives what is to be said so far; count: how many of ``unit`` there are. Both are asked when
-    ``step`` is called.
-    """
+    """A bar on a terminal, elsewhere a line now and then. ``line`` gives what is to be said so far, and ``count`` how
+    many of ``unit`` there are."""
 
     def __init__(
         self,

@@ -14,7 +14,6 @@ from qgalore.data.cache import Paths, cache_inputs, cached
 from qgalore.data.room import check_room
 from qgalore.data.sources import documents
 from qgalore.data.tokenizing import Totals, write_tokens
-from qgalore.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,8 @@ class TokenFile:
     """Tokens of consecutive documents, or a part of them; nothing is copied.
 
     tokens: (n,) uint16 or uint32, read from disk as needed. offsets: (n_documents + 1,) int64, document i is
-    ``tokens[offsets[i]:offsets[i + 1]]``, offsets[0] is 0 and offsets[-1] is n. vocab_high: the largest id in the
-    whole file, so a bound for every part of it. checksum: of every byte of the whole file.
-
-    Of conversations also: answers: (n,) bool, whether a token is an assistant's to say; row_length: documents lie
+    ``tokens[offsets[i]:offsets[i + 1]]``. vocab_high: the largest id in the whole file, so a bound for every part of
+    it. Of conversations also answers: (n,) bool, whether a token is an assistant's to say; row_length: documents lie
     within rows of so many tokens, which fill the file.
     """
 
@@ -53,20 +50,17 @@ class TokenFile:
         return found.hexdigest()
 
     def split_tail(self, fraction: float) -> tuple[TokenFile, TokenFile]:
-        """The front for training and the tail, about ``fraction`` of the tokens, for validation, as views.
+        """The front for training and the tail, about ``fraction`` of the tokens, for validation, as views. There are
+        two tokens, or rows, at least.
 
-        Cuts where a document starts, at the tail of at least ``fraction`` when there is one of at most twice that,
-        else at one of at least half of it; when documents are too long for either, inside a document. Conversations
-        are cut between rows.
-        Raises ConfigError unless 0 < ``fraction`` < 1 and both parts get a token.
+        Cuts where a document starts, at the tail of at least ``fraction`` when there is one of at most twice that, else
+        at one of at least half of it; when documents are too long for either, inside a document. Conversations are cut
+        between rows.
         """
-        if not 0 < fraction < 1:
-            raise ConfigError(f"the validation fraction is {fraction}; it must lie between 0 and 1, as 0.01 does.")
         total = len(self.tokens)
-        if total < 2:
-            raise ConfigError(f"{total} tokens cannot be split into training and validation; give more data.")
         if self.row_length is not None:
-            cut = self.row_length * _rows_before(total // self.row_length, fraction)
+            rows = total // self.row_length
+            cut = self.row_length * (rows - min(max(round(rows * fraction), 1), rows - 1))
         else:
             cut = self._cut(total, min(max(round(total * fraction), 1), total - 1))
         before, after = self.offsets[self.offsets < cut], self.offsets[self.offsets > cut]
@@ -87,13 +81,6 @@ class TokenFile:
         return total - wanted
 
 
-def _rows_before(rows: int, fraction: float) -> int:
-    """How many of ``rows`` rows of conversations are for training when ``fraction`` of them is held out."""
-    if rows < 2:
-        raise ConfigError(f"{rows} row of conversations cannot be split into training and validation; give more data.")
-    return rows - min(max(round(rows * fraction), 1), rows - 1)
-
-
 def tokenize_to_disk(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,15 +94,10 @@ def tokenize_to_disk(
     """Tokenize ``source`` (see ``sources.documents``) into ``cache_dir``, or reuse what is there for the same input.
 
     Each document is its tokens without the tokenizer's own special tokens, then eos; and bos first if the tokenizer
-    itself puts it before a text. ``max_tokens`` stops reading there, cutting the last document short.
-    A folder of ``cache_dir`` named by the key holds tokens.bin (uint16 up to 65536 ids, else uint32), offsets.npy
-    (int64) and meta.json, which has checksums of them (see ``cache.cached``); it appears complete or not at all, so
-    several processes may build it at once. A killed process leaves a folder ``.building-...`` behind, which may be
-    deleted. The key is made of the files' contents; a Hugging Face dataset is keyed by its id alone, so what changed on
-    the Hub since is not seen. Prints what was done and noticed, and tokens/s about every 10 seconds.
-
-    Raises ConfigError as ``documents`` does, for a tokenizer without eos, ``max_tokens`` below 1, a source without a
-    token, and a ``cache_dir`` that cannot be written (disk full, permissions) or surely has no room (``check_room``).
+    itself puts it before a text. ``max_tokens`` stops reading there, cutting the last document short. The folder (see
+    ``cache.cached``) appears complete or not at all, so several processes may build it at once. Its key is made of the
+    files' contents; a Hugging Face dataset is keyed by its id alone, so what changed on the Hub since is not seen.
+    Raises ConfigError as ``documents`` does, for a tokenizer without eos, a source without a token, and a full disk.
     """
     inputs = cache_inputs(source, tokenizer, split=split, max_tokens=max_tokens, report=report)
     inputs["text_key"] = text_key

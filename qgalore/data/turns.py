@@ -88,10 +88,8 @@ def refuse_keys(row: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
 
 
 def learns(row: dict[str, Any], where: str) -> bool | None:
-    """What the flags of a turn or a row say; None if there are none. Raises ConfigError for shares and contradictions.
-
-    1, 1.0 and true: it is to be learned; 0, 0.0 and false: it is not.
-    """
+    """What the flags of a turn or a row say, by 1 or true and 0 or false; None if there are none. Raises ConfigError
+    for shares and contradictions."""
     given = {key: row[key] for key in FLAGS if row.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -104,10 +102,8 @@ def learns(row: dict[str, Any], where: str) -> bool | None:
 
 
 def text_of(value: Any, where: str, key: str) -> str:
-    """A text, or the texts of a list of parts, each on lines of its own as servers of chat models join them.
-
-    Raises ConfigError for anything else, an image for instance.
-    """
+    """A text, or the texts of a list of parts, each on lines of its own as servers of chat models join them. Raises
+    ConfigError for anything else, an image for instance."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

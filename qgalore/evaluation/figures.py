@@ -45,7 +45,7 @@ def shown(value: float, error: float | None, digits: int, sign: str = "") -> str
 def difference(before: Figure, after: Figure) -> Difference:
     """What changed from ``before`` to ``after``. Where the value of every item is known the standard error is that of
     the mean of their differences: items that both models find hard cancel. Otherwise it is that of two independent
-    figures, which is too large rather than too small."""
+    figures."""
     if (before.items, before.over) != (after.items, after.over):
         return Difference(before, after, None, None)
     error = None

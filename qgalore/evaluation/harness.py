@@ -40,9 +40,7 @@ class Metric:
 
 def find(names: Sequence[str], include: Path | None) -> Any:
     """lm-eval's manager of tasks, which knows all of ``names``. ``include``: a folder with task files of one's own.
-
-    Raises :class:`ConfigError` if lm-eval is not installed or a task is not known.
-    """
+    Raises :class:`ConfigError`."""
     missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--tasks needs lm-eval, and the package {missing[0]} is not installed. Run: {_INSTALL}")
@@ -78,9 +76,7 @@ def run(
 ) -> list[Metric]:
     """Every metric of the tasks ``names`` under ``model`` (causal, on any device), as lm-eval's ``simple_evaluate``
     finds them. ``limit``: documents of a task, at most; ``shots``: examples shown, None for the task's own number.
-
-    Raises :class:`ConfigError` for whatever lm-eval, a task or its data set does not take.
-    """
+    Raises :class:`ConfigError`."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -48,7 +48,6 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """The share of questions that are answered right."""
         return sum(self.right()) / len(self.questions)
 
     @property
@@ -58,7 +57,6 @@ class Scores:
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing."""
         return sum(1 / len(question.choices) for question in self.questions) / len(self.questions)
 
     def standard_error(self, accuracy: float) -> float:
@@ -67,11 +65,11 @@ class Scores:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a .jsonl(.gz) file.
+    """The questions of a .jsonl(.gz) file. Raises ConfigError, naming the line, for what is none.
 
     A row has ``question``, ``choices`` (texts) and ``answer`` (the index of the right one from 0, its letter from A, or
-    its text), asked as "Question: …\\nAnswer:"; a ``passage`` goes before it. Or ``query``, which is read as it
-    stands, ``choices`` and ``gold``. Raises ConfigError, naming the line, for other rows.
+    its text), asked as "Question: …\\nAnswer:"; a ``passage`` goes before it. Or ``query``, which is read as it stands,
+    ``choices`` and ``gold``.
     """
     found = [_question(row, where) for row, where in rows(str(path))]
     if not found:
@@ -114,10 +112,8 @@ def _index(answer: Any, choices: list[str], key: str, where: str) -> int:
 
 
 def with_examples(questions: Sequence[Question], shots: int) -> list[Question]:
-    """All but the first ``shots`` questions, each behind those first ones with their right answers.
-
-    Raises ConfigError if that leaves none.
-    """
+    """All but the first ``shots`` questions, each behind those first ones with their right answers. Raises ConfigError
+    if that leaves none."""
     if not 0 <= shots < len(questions):
         raise ConfigError(
             f"shots is {shots}; it must be from 0 to {len(questions) - 1}, which leaves a question to ask."
@@ -136,9 +132,8 @@ def score(
     """The log-likelihood of every choice behind its prompt and a space, under ``model`` (causal, on any device).
 
     The tokens that count are those of prompt and choice together, from the first that the prompt alone does not have.
-    Texts begin with bos if the tokenizer itself puts it there, as in training. What is longer than the model's
-    positions loses its beginning. Texts of like length go together, padded at the end, which causal attention does not
-    see. Raises ConfigError for a choice that has no room, and for likelihoods that are not finite.
+    What is longer than the model's positions loses its beginning. Texts of like length go together, padded at the end,
+    which causal attention does not see. Raises ConfigError.
     """
     items, cut = _encoded(tokenizer, questions, getattr(model.config, "max_position_embeddings", None))
     order = sorted(range(len(items)), key=lambda place: -len(items[place][0]))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..data.checksums import sync
 from ..data.paths import drop_empty, make_folder
 from ..errors import ConfigError
 
@@ -24,18 +25,17 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 @contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the block into :class:`ConfigError`: "``what`` could not be written: …; ``remedy``"."""
+    """Turn an ``OSError`` of the block into :class:`ConfigError`: "``what`` could not be written: …. ``remedy``"."""
     try:
         with plain_errors():
             yield
     except OSError as error:
-        raise ConfigError(f"{what} could not be written: {error}; {remedy}") from error
+        raise ConfigError(f"{what} could not be written: {error}. {remedy}") from error
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise as ``OSError`` what safetensors and tokenizers raise for one: SafetensorError, or a bare Exception whose
-    text ends in "(os error N)"."""
+    """Raise as ``OSError`` what safetensors and tokenizers raise for one, whose text ends in "(os error N)"."""
     try:
         yield
     except Exception as error:
@@ -49,12 +49,10 @@ def plain_errors() -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A context whose value is a hidden sibling of the file ``path``, empty, to be written. At its end the sibling is
-    fsync'd, given the permissions that the umask asks for, and renamed to ``path``; after an error it is deleted.
-
-    A ``path`` that is a link keeps being one: the file it points to is replaced. Raises ``OSError``.
-    """
+    fsync'd, given the permissions that the umask asks for, and renamed to ``path``, or to what that links to; after an
+    error it is deleted. Raises ``OSError``."""
     target = Path(os.path.realpath(path))
-    fresh = _sibling(target, "tmp")
+    fresh = sibling(target, "tmp")
     try:
         with plain_errors():
             fresh.open("xb").close()
@@ -62,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield fresh
             _settle(fresh, mode)
             fresh.replace(target)
-            sync_folder(target.parent)
+            sync(target.parent)
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -72,7 +70,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """The same for a folder with all that is in it. A folder that stood there is deleted, after the new one has taken
     its place; in between it has the hidden name ``.NAME.….old`` for a moment. Raises ``OSError``."""
     target = Path(os.path.realpath(path))
-    fresh, old = _sibling(target, "tmp"), _sibling(target, "old")
+    fresh, old = sibling(target, "tmp"), sibling(target, "old")
     made: list[Path] = []
     try:
         with plain_errors():
@@ -88,7 +86,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 if old.exists():
                     old.rename(target)
                 raise
-            sync_folder(target.parent)
+            sync(target.parent)
     finally:
         for gone in (fresh, old):
             shutil.rmtree(gone, ignore_errors=True)
@@ -115,8 +113,8 @@ def write_report(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed process left of its writes in ``folder``: only names that this module gives. For callers
-    who know that nobody writes there now."""
+    """Delete what a killed process left of its writes in ``folder``, for callers who know that nobody writes there
+    now."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
@@ -125,36 +123,30 @@ def sweep(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk. Windows opens no folders; its renames are journalled."""
-    if os.name != "nt":
-        _fsync(path, os.O_RDONLY)
+def need_room(needed: int, folder: Path) -> None:
+    """Raise ``OSError`` if the disk of ``folder`` has not so many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
 
 
-def _sibling(path: Path, ending: str) -> Path:
+def sibling(path: Path, ending: str) -> Path:
+    """A hidden name beside ``path`` that nobody has, and that is known as ours by its form."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{ending}")
 
 
 def _settle(path: Path, mode: int) -> None:
     """Permissions as for an ordinary new file (safetensors' own writer leaves 0600), and bytes that are on the disk."""
     path.chmod(mode & 0o7777)
-    _fsync(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    sync(path)
 
 
 def _settle_all(folder: Path) -> None:
-    probe = _sibling(folder / "probe", "tmp")
+    probe = sibling(folder / "probe", "tmp")
     probe.touch(exist_ok=False)
     mode = probe.stat().st_mode
     probe.unlink()
     for place, _, names in os.walk(folder):
         for name in names:
             _settle(Path(place, name), mode)
-        sync_folder(Path(place))
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(Path(place))

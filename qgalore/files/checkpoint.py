@@ -2,35 +2,34 @@
 
 ``model.safetensors``: the model's state dict. ``optimizer.safetensors``: inner states and fp32 masters, named
 ``slot|kind|name``. ``state.json``: schedules, scalars, positions, the resolved configuration, the sizes of both files,
-the SHA-256 of each piece of them, and of itself. The processes of a job write into the same two files, which are those
-that one process would write.
+the SHA-256 of each piece of them, and of itself. The files do not tell how many processes wrote them.
 
-Tensors are written a piece at a time, so no second copy of the model exists (:func:`save`). Where there is room for a
-copy, a :class:`Draft` is filled from that while training goes on. Both write the same bytes.
+Tensors are written a piece at a time, so no second copy of the model exists. Where there is room for a copy, a
+:class:`Draft` is filled from that while training goes on.
 """
 
 import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..data.checksums import sync
 from ..errors import ConfigError
 from ..parallel import ALONE, Team, apart, shards
 from ..parallel.kept import Kept
-from ..parallel.stages import Stages, complete
-from .atomic import sync_folder
+from ..parallel.stages import Stages
+from . import atomic
 from .checkpoint_folder import (
     FILES,
     STATE,
     clear_leftovers,
-    fresh_sibling,
     move_aside,
     name_for,
     number_of,
@@ -46,9 +45,9 @@ from .safetensors import Copied, Entries, Rows, Seal, create, file_bytes, joined
 
 __all__ = [
     "STATE", "DamagedError", "NewerError", "load_into", "load_model", "map_model", "name_for", "newest_in", "newest_of",
-    "prune", "read_state", "save", "set_aside", "step_of", "steps_in",
+    "read_state", "set_aside", "step_of", "steps_in",
 ]  # fmt: skip
-BEGINNING, END, OLD = "the beginning of a checkpoint", "the end of a checkpoint", "the old checkpoints"
+BEGINNING, END = "the beginning of a checkpoint", "the end of a checkpoint"
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,8 +86,8 @@ def _rows(tensor: Tensor | Kept) -> Tensor | Rows:
 
 
 class Draft:
-    """A checkpoint that all processes of ``team`` have begun: ``building`` is a hidden folder with files in their full
-    length, which nobody has filled. :func:`begin` makes one."""
+    """A checkpoint that :func:`begin` made in all processes of ``team``: ``building`` is a hidden folder with files in
+    their full length, which nobody has filled."""
 
     def __init__(
         self, folder: Path, building: Path, contents: dict[str, Entries], document: dict[str, Any], team: Team
@@ -145,36 +144,24 @@ class Draft:
                 json.dump({**document, "sha256": seal_of(document)}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            sync_folder(self.building)
+            sync(self.building)
             self.building.rename(self.folder)
-            sync_folder(self.folder.parent)
-
-
-def save(
-    folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any], team: Team = ALONE
-) -> Path:
-    """Write ``folder`` (…/step-00000100) now, in every process of ``team`` its share, as :func:`begin` says, and return
-    it. Raises as that does."""
-    draft = begin(folder, model, optimizer_state, run_state, team)
-    if draft is not None:
-        complete(END, draft.stages(), team)
-    return folder
+            sync(self.folder.parent)
 
 
 def begin(
     folder: Path, model: nn.Module, optimizer_state: dict[str, Any], run_state: dict[str, Any], team: Team = ALONE
 ) -> Draft | None:
-    """Begin to write ``folder`` (…/step-00000100) in every process of ``team``: into a hidden sibling, fsync'd, which
-    rank 0 makes now and renames at the end. On every process this and the draft's stages raise :class:`ConfigError` on
-    an I/O error in one, if the disk is too full or not the same for all, naming the folder; the other checkpoints stay
-    as they are.
+    """Begin to write ``folder`` (…/step-00000100) in every process of ``team``: into a hidden sibling, which rank 0
+    makes now and renames at the end. On every process this and the draft's stages raise :class:`ConfigError` on an I/O
+    error in one; the other checkpoints stay as they are.
 
     A complete checkpoint of the same position already there is left, and None returned: the state after a step does not
     depend on how often it is reached. Anything else of that name is renamed to ``left-…``.
     """
     contents, rest = _contents(model, optimizer_state)
     document = copy.deepcopy({"version": VERSION, **run_state, "optimizer": rest})
-    mine = fresh_sibling(folder, "tmp")  # rank 0's is everyone's, and new on every disk
+    mine = atomic.sibling(folder, "tmp")  # rank 0's is everyone's, and new on every disk
     try:
         with team.together(BEGINNING), explained(folder):
             make = partial(_begin, folder, mine, contents, run_state.get("position"))
@@ -187,15 +174,11 @@ def begin(
     return None if building is None else Draft(folder, building, contents, document, team)
 
 
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"the checkpoint {folder} could not be written: {error}. Older checkpoints are intact; free space or set "
-            "another run.dir, then continue with --resume auto"
-        ) from error
+def explained(folder: Path) -> AbstractContextManager[None]:
+    return atomic.explained(
+        f"the checkpoint {folder}",
+        "Older checkpoints are intact; free space or set another run.dir, then continue with --resume auto",
+    )
 
 
 def _begin(folder: Path, building: Path, contents: dict[str, Entries], position: dict[str, Any] | None) -> Path | None:
@@ -207,9 +190,7 @@ def _begin(folder: Path, building: Path, contents: dict[str, Entries], position:
             return None
         print(f"note: what stands under the name {folder} is kept as {move_aside(folder)}", flush=True)
     clear_leftovers(folder.parent)
-    needed, free = sum(map(_needed_bytes, contents.values())), shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
+    atomic.need_room(sum(map(_needed_bytes, contents.values())), folder.parent)
     building.mkdir()
     for name, tensors in contents.items():
         create(building / name, tensors)
@@ -221,25 +202,14 @@ def _sealed(path: Path, shares: list[list[Seal]]) -> dict[str, Any]:
     return {"bytes": size, "pieces": joined(shares, size)}
 
 
-def prune(
-    newest: Path, keep_last: int, keep_every: int | None = None, keep_steps: Collection[int] = (), team: Team = ALONE
-) -> None:
-    """Do now what :func:`pruning` says, in every process of ``team``."""
-    complete(OLD, pruning(newest, keep_last, keep_every, lambda: keep_steps, team), team)
-
-
 def pruning(
-    newest: Path,
-    keep_last: int,
-    keep_every: int | None = None,
-    keep_steps: Callable[[], Collection[int]] = tuple,
-    team: Team = ALONE,
+    newest: Path, keep_last: int, keep_every: int | None, keep_steps: Callable[[], Collection[int]], team: Team
 ) -> Stages:
     """Delete the checkpoints beside ``newest`` that are older, but for the ``keep_last`` newest, itself included, those
     of steps that are multiples of ``keep_every`` and those that ``keep_steps()`` gives at rank 0.
 
     Before anything is deleted, ``newest`` is read again and held against its seals. Later checkpoints are of another
-    course: they neither count nor go. Raises :class:`ConfigError` if it was not written as it should be, or on I/O.
+    course: they neither count nor go. Raises :class:`ConfigError`.
     """
 
     def led(work: Callable[[], Any]) -> Callable[[], Any]:

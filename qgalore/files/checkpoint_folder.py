@@ -6,10 +6,10 @@ keeps there, hidden folders of file servers and version control included, stays 
 
 import os
 import re
-import uuid
 from pathlib import Path
 
 from ..errors import ConfigError
+from .atomic import sibling
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 STATE = "state.json"
@@ -35,10 +35,8 @@ def number_of(path: Path) -> int:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The checkpoints under ``folder``, oldest first; they may yet be damaged (``checkpoint.read_state``).
-
-    Raises :class:`ConfigError` if the folder is there and cannot be listed: what is in it is then unknown.
-    """
+    """The checkpoints under ``folder``, oldest first; they may yet be damaged. Raises :class:`ConfigError` if the
+    folder cannot be listed: what is in it is then unknown."""
     try:
         with os.scandir(folder) as entries:
             found = [folder / entry.name for entry in entries if entry.is_dir()]
@@ -51,14 +49,8 @@ def steps_in(folder: Path) -> list[Path]:
     return sorted((path for path in found if step_of(path) is not None), key=number_of)
 
 
-def fresh_sibling(path: Path, ending: str) -> Path:
-    """A hidden name beside ``path`` that nobody has, and that :func:`clear_leftovers` knows as ours."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{ending}")
-
-
 def move_aside(path: Path, name: str | None = None) -> Path:
-    """Rename ``path`` to ``left-NAME``, or ``left-NAME-2`` and so on where that is taken; returns the new path. NAME is
-    its own, if none is given."""
+    """Rename ``path`` to ``left-NAME``, or ``left-NAME-2`` and so on where that is taken; returns the new path."""
     name = f"left-{name or path.name}"
     number, target = 1, path.with_name(name)
     while os.path.lexists(target):
@@ -76,7 +68,7 @@ def set_aside(folder: Path, step: int) -> list[Path]:
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that no moment shows half of it under its own name. Raises ``OSError``."""
     if not folder.is_symlink():  # somebody moved it elsewhere and wants it there
-        _clear(folder.rename(fresh_sibling(folder, "old")))
+        _clear(folder.rename(sibling(folder, "old")))
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -1,7 +1,4 @@
-"""Reading checkpoints: which can be used, and what is wrong with the others.
-
-``state.json`` is its own witness, and it vouches for every piece of the other two files.
-"""
+"""Reading checkpoints: ``state.json`` is its own witness, and it vouches for every piece of the other two files."""
 
 import hashlib
 import json
@@ -78,8 +75,7 @@ def _document(folder: Path) -> dict[str, Any]:
 
 
 def _has_its_parts(state: dict[str, Any]) -> bool:
-    """Whether what every reader relies on is of the right kind: the files with seals of all their bytes, the optimizer,
-    the position and, where there is one, the configuration."""
+    """Whether what every reader relies on is of the right kind."""
     optimizer, files = state.get("optimizer"), state.get("files")
     return (
         isinstance(optimizer, dict)
@@ -97,11 +93,10 @@ def _is_seal(file: Any) -> bool:
     if not isinstance(file, dict) or type(file.get("bytes")) is not int:
         return False
     pieces = file.get("pieces")
-    if pieces is None:
-        return isinstance(file.get("sha256"), str)
-    pairs = isinstance(pieces, list) and all(isinstance(piece, list) and len(piece) == 2 for piece in pieces)
-    counted = pairs and all(type(count) is int and count >= 0 for count, _ in pieces)
-    return counted and sum(count for count, _ in pieces) == file["bytes"]
+    if not isinstance(pieces, list) or not all(isinstance(piece, list) and len(piece) == 2 for piece in pieces):
+        return False
+    counts = [count for count, _ in pieces]
+    return all(type(count) is int and count >= 0 for count in counts) and sum(counts) == file["bytes"]
 
 
 def _verify(path: Path, wanted: dict[str, Any], rank: int, size: int) -> None:
@@ -130,8 +125,8 @@ def newest_of(folders: list[Path], team: Team = ALONE) -> tuple[Path | None, dic
 
 
 def newest_in(run: Path) -> Path:
-    """The newest usable checkpoint of the run in folder ``run``, for what reads a run from outside; later ones that
-    cannot be used are named. Raises :class:`ConfigError` if there is none."""
+    """The newest usable checkpoint of the run in folder ``run``; later ones that cannot be used are named. Raises
+    :class:`ConfigError` if there is none."""
     there = steps_in(run / "checkpoints")
     found, _, complaints = newest_of(there)
     for complaint in complaints if found is not None else ():

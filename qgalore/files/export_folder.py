@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +30,10 @@ def whole(folder: Path) -> Iterator[Path]:
 
     A folder that does not exist or is empty appears by one renaming. In one that holds other files each file of the
     same name is replaced at once, and weights of an earlier save that are not written anew are deleted, as transformers
-    does. If the block raises, ``folder`` stays as it was.
+    does.
     """
     empty = not folder.exists() or not any(folder.iterdir())
-    place = folder if empty else folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    place = folder if empty else atomic.sibling(folder, "tmp")
     try:
         with atomic.replacing_folder(place) as building:
             yield building
@@ -74,10 +73,8 @@ def write(
     max_shard_size: int | str | None = None,
 ) -> None:
     """Write ``entries`` (safetensors, streamed), ``config.json``, the generation config and the tokenizer into
-    ``folder``, which exists. Raises ``OSError``, before the first tensor if the disk has no room for them."""
-    needed, free = file_bytes(entries, _METADATA), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
+    ``folder``, which exists. Raises ``OSError``."""
+    atomic.need_room(file_bytes(entries, _METADATA), folder)
     config = plain_config(model)
     config.dtype, config.architectures = dtype, [type(model).__name__]
     if quantization is not None:

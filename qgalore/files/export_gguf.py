@@ -5,8 +5,6 @@ every bf16 scale in [2⁻¹⁷, 65280] is exact in fp16, so q and scale survive;
 written in bf16, and said. Embeddings and head are bf16 unless they are int8 too, vectors fp32.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.checksums import sync
 from ..errors import ConfigError
 from ..lowrank.layers.linear import LowRankLinear
-from . import gguf_shapes, gguf_tokens
+from . import atomic, gguf_shapes, gguf_tokens
 from .export_tensors import other_tensors
 from .gguf_shapes import Keys, rope_order
 from .gguf_tokens import Tokens
@@ -64,8 +63,7 @@ class _Entry:
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Keys, Tokens]:
-    """What the file says besides its tensors. Raises :class:`ConfigError` for an architecture or a tokenizer that the
-    export does not know, or if the package gguf is missing."""
+    """What the file says besides its tensors. Raises :class:`ConfigError` for what the export does not know."""
     _library()
     keys = gguf_shapes.describe(model.config)
     return keys, gguf_tokens.describe(tokenizer, model.config.vocab_size, _ends(model))
@@ -80,7 +78,6 @@ def _ends(model: PreTrainedModel) -> list[int]:
 
 
 def _entries(model: PreTrainedModel, keys: Keys, report: Callable[[str], None]) -> Iterator[_Entry]:
-    """Every tensor of the file."""
     gguf = _library()
     config, shape = model.config, keys.shape
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[shape.name]
@@ -143,17 +140,14 @@ def _values(value: Deferred, order: Tensor | None, plus: float) -> np.ndarray:
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Callable[[str], None] = print
 ) -> None:
-    """Write ``folder/model.gguf``, tokenizer included, a tensor at a time. Raises :class:`ConfigError` for an
-    architecture or a tokenizer that it does not know or if the package gguf is missing, ``OSError``."""
+    """Write ``folder/model.gguf``, tokenizer included, a tensor at a time. Raises as :func:`check`, and ``OSError``."""
     gguf = _library()
     keys, tokens = check(model, tokenizer)
     for note in dict.fromkeys([*keys.notes, *tokens.notes]):
         report(note)
     entries = list(_entries(model, keys, report))
     folder.mkdir(parents=True, exist_ok=True)
-    needed, free = _BESIDE + sum(entry.nbytes for entry in entries), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
+    atomic.need_room(_BESIDE + sum(entry.nbytes for entry in entries), folder)
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, keys.shape.name)
     try:
@@ -170,5 +164,4 @@ def save(
             writer.write_tensor_data(entry.make())
     finally:
         writer.close()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)

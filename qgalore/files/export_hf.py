@@ -18,9 +18,8 @@ def save(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Write ``folder`` so that ``model``'s own class, its ``AutoModelFor…`` and ``AutoTokenizer`` load it. Tensors are
-    made and written one at a time. ``max_shard_size``: bytes, or text such as "5GB"; None for one file. Raises
-    ``OSError``."""
+    """Write ``folder`` so that ``model``'s own class, its ``AutoModelFor…`` and ``AutoTokenizer`` load it, a tensor at
+    a time. ``max_shard_size``: bytes, or text such as "5GB"; None for one file. Raises ``OSError``."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = hub_tensors(model, folders.skeleton_of(model, dtype), dtype)
     folders.write(model, tokenizer, folder, entries, dtype=dtype, max_shard_size=max_shard_size)

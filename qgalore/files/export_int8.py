@@ -35,8 +35,8 @@ def pack(q: Tensor) -> Tensor:
 
 
 def int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The linear layers with int8 weights, by name. Raises :class:`ConfigError` for a model that the format has no
-    place for."""
+    """The linear layers with int8 weights, by name. Raises :class:`ConfigError` for what the format has no place
+    for."""
     layers = {
         n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear) and not isinstance(m, LowRankEmbedding)
     }
@@ -55,7 +55,6 @@ def int8_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def _heads(model: nn.Module) -> set[str]:
-    """The names of the output layer."""
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
     return {name for name, module in model.named_modules() if head is not None and module is head}
@@ -78,11 +77,11 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json.
+    """The ``quantization_config`` of config.json. Raises as :func:`int8_layers`.
 
     The most common scheme targets ``Linear`` and comes last. Layers of another one are named, by the last part of their
     name where all layers with that part agree. An int8 head is named too, and linear layers kept in bf16 are ignored by
-    name. Raises :class:`ConfigError` for a model without int8 layers, or with ``Conv1D`` ones.
+    name.
     """
     layers = int8_layers(model)
     schemes = {name: _scheme(layer) for name, layer in layers.items()}

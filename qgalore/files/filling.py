@@ -85,9 +85,7 @@ def _tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> I
 
 def load_into(folder: Path, state: dict[str, Any], model: nn.Module, optimizer) -> None:
     """Fill ``model`` and ``optimizer`` (a LowRankOptimizer) from a checkpoint whose ``state`` its seal vouches for.
-
-    Raises :class:`ConfigError` if the tensors or numbers are those of another model, or are not finite.
-    """
+    Raises :class:`ConfigError` if the tensors or numbers are those of another model, or are not finite."""
     load_model(folder, model)
     with usable(folder):
         mine = [tensor for tensor in optimizer.tensors if not tensor.elsewhere]
@@ -166,8 +164,7 @@ def _check_same(name: str, value: Any, wanted: Any) -> None:
 
 
 def _check_inner(tensor: TrainedTensor, known: dict[Any, dict[str, Any]]) -> None:
-    """The inner optimizers' states, against those that a step makes; tried once for each size and kept in ``known``.
-    A tensor that never had a gradient has none."""
+    """The inner optimizers' states, against those that a step makes; tried once for each size and kept in ``known``."""
     for part in tensor.parts:
         state = part.state()
         if not state:
@@ -212,8 +209,8 @@ def fitting(
     folder: Path, model: nn.Module, read: Callable[[Path], Iterable[tuple[str, Tensor]]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every tensor that ``read`` finds in ``model.safetensors`` or its shards, behind the one of ``model`` that it is
-    for; of tied tensors one name is enough. Ranks that are free to move are set first. Raises ``OSError``, and
-    ``ValueError`` if they are those of another model, or hold values that are not finite."""
+    for; of tied tensors one name is enough. Ranks that are free to move are set first. Raises ``OSError`` and
+    ``ValueError``."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise OSError("it has no model.safetensors")
@@ -242,8 +239,8 @@ def _place(tensor: Tensor) -> int:
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Fill ``model`` alone from ``model.safetensors`` or its shards; of tied tensors one name is enough. Raises
-    :class:`ConfigError` if the tensors are those of another model, or hold values that are not finite."""
+    """Fill ``model`` alone from ``model.safetensors`` or its shards. Raises :class:`ConfigError` if the tensors are
+    those of another model, or hold values that are not finite."""
     with usable(folder), torch.no_grad():
         for mine, value in fitting(folder, model, _tensors):
             stored = apart.kept(mine)

@@ -65,8 +65,8 @@ def rope_order(heads: int, rows: int) -> Tensor:
 
 
 def describe(config: PretrainedConfig) -> Keys:
-    """The keys for a model of ``config``. Raises :class:`ConfigError` for an architecture that llama.cpp or this export
-    does not know, and for a field that llama.cpp computes otherwise."""
+    """The keys for a model of ``config``. Raises :class:`ConfigError` for what llama.cpp does not know or computes
+    otherwise."""
     shape = SHAPES.get(config.model_type)
     if shape is None:
         raise ConfigError(f"the GGUF export knows {', '.join(SHAPES)}, not {config.model_type}; {REMEDY}")
@@ -122,7 +122,6 @@ def _check_fields(config: PretrainedConfig, shape: Shape) -> None:
 
 
 def _windows(config: PretrainedConfig, keys: Keys) -> None:
-    """Context length, sliding windows and caps of logits."""
     longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or []
     if config.model_type in ("gemma2", "gemma3_text"):
@@ -147,7 +146,6 @@ def _windows(config: PretrainedConfig, keys: Keys) -> None:
 
 
 def _rotations(config: PretrainedConfig, keys: Keys) -> None:
-    """Rotary embeddings."""
     rope = dict(config.rope_parameters)
     if "full_attention" in rope:
         local, rope = rope["sliding_attention"] or {}, dict(rope["full_attention"])

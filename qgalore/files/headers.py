@@ -32,8 +32,7 @@ def as_matrix(shape: tuple[int, ...]) -> torch.Size:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: ``begin`` counts bytes from the start of ``path``; ``dtype`` is None for a type that this
-    program does not read, and ``kind`` its name in the file."""
+    """One stored tensor: ``begin`` counts bytes from the start of ``path``, and ``kind`` names its type in the file."""
 
     path: Path
     kind: str

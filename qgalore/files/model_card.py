@@ -13,7 +13,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..errors import printable
-from .loss_picture import Points, loss_picture
 
 CARD, PICTURE = "README.md", "loss.svg"
 _MARK = re.compile(r"<!-- written by qgalore, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -22,20 +21,19 @@ _MARK = re.compile(r"<!-- written by qgalore, sha256 ([0-9a-f]{64}) -->\n\Z")
 @dataclass(frozen=True)
 class ModelCard:
     """``header``: fields of :class:`huggingface_hub.ModelCardData`; ``rows``: (what, value in Markdown) of the table;
-    ``usage``: lines of Python; ``train`` and ``held_out``: the losses to draw."""
+    ``usage``: lines of Python; ``picture``: the loss (SVG), "" if nothing is known of it."""
 
     name: str
     header: dict[str, Any]
     rows: list[tuple[str, str]]
     usage: str
     notes: list[str] = field(default_factory=list)
-    train: Points = field(default_factory=list)
-    held_out: Points = field(default_factory=list)
+    picture: str = ""
 
     def text(self) -> str:
         parts = [f"---\n{ModelCardData(**self.header).to_yaml()}\n---", f"# {code(self.name)}"]
         parts.append("\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in self.rows)]))
-        if self.train or self.held_out:
+        if self.picture:
             parts.append(f"![The loss over the steps of training]({PICTURE})")
         parts += ["## Use", *self.notes, f"```python\n{self.usage}\n```"]
         body = "\n\n".join(parts) + "\n\n"
@@ -44,8 +42,8 @@ class ModelCard:
     def write(self, folder: Path) -> None:
         """Write README.md and the picture into ``folder``, which exists. Raises ``OSError``."""
         (folder / CARD).write_text(self.text(), encoding="utf-8")
-        if self.train or self.held_out:
-            (folder / PICTURE).write_text(loss_picture(self.train, self.held_out), encoding="utf-8")
+        if self.picture:
+            (folder / PICTURE).write_text(self.picture, encoding="utf-8")
 
 
 def of_another(folder: Path) -> bool:

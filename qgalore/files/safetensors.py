@@ -20,10 +20,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-_NAMES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8",
-    torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
-}  # fmt: skip
+from .headers import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 1 << 26  # bytes that one hash covers, and that are copied off a device at once, at most
 
 
@@ -83,7 +82,6 @@ def create(path: Path, tensors: Entries, metadata: dict[str, str] | None = None)
 
 
 def file_bytes(tensors: Entries, metadata: dict[str, str] | None = None) -> int:
-    """The length of the file."""
     return sum(value.nbytes for value in _with_header(tensors, metadata).values())
 
 

@@ -24,7 +24,6 @@ class TrainerGuard(TrainerCallback):
         self._looked = False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        """Look at what Trainer is about to do."""
         optimizer = _plain(optimizer)
         problems = []
         if not isinstance(optimizer, LowRankOptimizer):

@@ -26,11 +26,8 @@ class Meter(TorchDispatchMode):
     Those in ``present`` (storage identities) are there before and after, and not counted. ``more`` micro-batches of a
     step are not rehearsed. ``number`` is the one at work, None between them. All have the same shapes. So what waits
     now for another one (number 2, or 1 when the last is at work) waits for each of those that are not rehearsed too.
-    The moments of number 2 itself are left out where it stands for others. Memory grows or shrinks evenly from number
-    1 to the last, and both of these are looked at.
-
-    ``on_host`` tells the bytes of a buffer in host memory from those of its values. No tensor has values here. Code
-    that asks for one gets an answer with which it goes on (see :func:`stand_ins.answer`).
+    The moments of number 2 itself are left out where it stands for others. Memory grows or shrinks evenly from number 1
+    to the last, and both of these are looked at. ``on_host``: what a buffer of so many bytes takes in host memory.
     """
 
     def __init__(self, present: set[int], more: int = 0, on_host: Size = int) -> None:

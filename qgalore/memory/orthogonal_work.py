@@ -47,8 +47,7 @@ class Work:
 
 def count(matrices: Iterable[Matrix], recomputed: float) -> Work:
     """The work of a step. A token takes 2 operations for each value of a weight in the forward pass, 4 in the backward
-    pass, and 2 more in the share of blocks that are ``recomputed``. Attention and elementwise operations are not
-    counted."""
+    pass, and 2 more in the share of blocks that are ``recomputed``."""
     found = list(matrices)
     fixed = sum(orthogonal.flop(m.rows, m.columns) for m in found if m.orthogonalised)
     each = 6.0 + 2.0 * recomputed
@@ -62,8 +61,7 @@ def experts_of_a_token(model: nn.Module) -> int | None:
 
 
 def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
-    """The matrices of a converted ``model``, or of a part of one, on any device. ``chosen``: see
-    :func:`experts_of_a_token`."""
+    """The matrices of a converted ``model``, or of a part of one. ``chosen``: see :func:`experts_of_a_token`."""
     shares = {}
     for module in model.modules():
         if isinstance(module, Experts):
@@ -92,7 +90,6 @@ def recomputed(model: nn.Module) -> float:
 
 
 def line(work: Work, tokens: int) -> str:
-    """What the plan says of it."""
     enough = work.tokens_for(LIMIT)
     now = f"orthogonalisation is {work.share(tokens):.1%} of a step's arithmetic at {tokens:,} tokens a step"
     return f"{now}; it is below {LIMIT:.0%} from {enough:,.0f} tokens on"

@@ -97,11 +97,9 @@ def plan(
     order: Callable[[Layout | None], Order],
     outside: dict[str, int],
 ) -> Plan:
-    """The plan for training ``model`` (converted, on the meta device) with ``optimizer``.
-
-    ``order`` makes the trainer's order of a step from the model's parts, or from None if it is not walked; then the
-    optimizer's hooks take ``stepping``. ``outside``: bytes beyond PyTorch's tensors, by name.
-    """
+    """The plan for training ``model`` (converted, on the meta device) with ``optimizer``. ``order`` makes the trainer's
+    order of a step from the model's parts, or from None if it is not walked; then the optimizer's hooks take
+    ``stepping``. ``outside``: bytes beyond PyTorch's tensors, by name."""
     kept_bytes, streamed = resident(model, optimizer.tensors), None
     model.train()
     with torch.random.fork_rng(devices=[]), planned_for(step.device), kernels(step.device):

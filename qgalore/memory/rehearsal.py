@@ -107,8 +107,7 @@ def _observe(kept: Activations, meter: Meter) -> None:
 
 
 def offloading_seen(meter: Meter) -> AbstractContextManager:
-    """Inside, ``meter`` hears of what waits in host memory: in a walk, and between checkpointed blocks of batch-major
-    steps."""
+    """Inside, ``meter`` hears of what waits in host memory."""
     own = activations.host_buffer
 
     def labelled(tensor: Tensor) -> Tensor:
@@ -181,8 +180,8 @@ def watch_gradients(optimizer: PaperOptimizer, meter: Meter) -> None:
 
 
 def fill(tensors: Sequence[TrainedTensor], one: bool) -> None:
-    """Make tensors whose rank is free as large as they may become: all, of which one at a time has a gradient; or the
-    largest ``one``, where all gradients wait together and share the ranks' budget."""
+    """Make tensors whose rank is free as large as they may become: all, or the largest ``one``, where all gradients
+    wait together and share the ranks' budget."""
     free = sorted((t for t in tensors if t.adaptive), key=lambda t: t.shape.numel(), reverse=True)
     for tensor in free[:1] if one else free:
         tensor.fill()
@@ -216,8 +215,8 @@ def mask(model: nn.Module, step: Step) -> Batch:
 
 
 def documents(step: Step) -> Any:
-    """What a row holds: one document, or two of which one is as long as can be, for a call that drops attention keeps
-    the square of its document's length."""
+    """What a row holds: one document, or two of which one is as long as can be, since calls keep squares of that
+    length."""
     length = step.sequence_length
     return Documents([(length - 1, 1) if step.masked else (length,)] * step.micro_batch_size)
 

@@ -1,8 +1,5 @@
 """Operations on the meta device, which take PyTorch a tenth of a millisecond each, from memory where they come again.
-
-What an operation makes there depends on the shapes, strides and dtypes that it is given alone. A rehearsal asks for the
-same thousands of times: once for each layer and micro-batch.
-"""
+What they make there depends on shapes, strides and dtypes alone."""
 
 from typing import Any
 
@@ -26,7 +23,6 @@ class Repeats:
         self._made: dict[Any, Made] = {}
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """``func`` of these arguments."""
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _kind(func)

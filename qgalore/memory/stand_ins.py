@@ -1,7 +1,5 @@
-"""What stands in, when a step is rehearsed on the meta device, for code that needs values: its footprint alone.
-
-That is kernels which do not run there (attention, 8-bit moments), random generators, and decisions on data.
-"""
+"""What stands in, when a step is rehearsed on the meta device, for code that needs values: kernels which do not run
+there (attention, 8-bit moments), random generators, and decisions on data."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,10 +110,8 @@ _real_read, _real_write = moments.read, moments.write
 
 
 def answer(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What code is told that asks the meta device for values: 1 and True. None for any other ``func``.
-
-    A loss of 1 is finite, a gradient is not zero, and a search that may go on or stop goes on.
-    """
+    """What code is told that asks the meta device for values: 1 and True. None for any other ``func``. A loss of 1 is
+    finite, a gradient is not zero, and a search that may go on or stop goes on."""
     if not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
         return None
     if func is torch.ops.aten._local_scalar_dense.default:

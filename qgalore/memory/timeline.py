@@ -1,8 +1,5 @@
-"""The timeline of a streamed step, from how long its blocks compute and how fast its link is.
-
-The engine that streams real blocks runs here with copies that take no bytes but note when they would begin and end. So
-the order of things is its own, and only their durations are given.
-"""
+"""The timeline of a streamed step, from how long its blocks compute and how fast its link is. The engine that streams
+real blocks runs here with copies that take no bytes but note when they would begin and end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -99,8 +96,8 @@ def timeline(
 
 
 def of_tokens(streamed: Streamed, tokens: int, link: float, speed: float) -> Timeline:
-    """The timeline of a step of so many ``tokens`` on a device that does ``speed`` operations a second: 2 for each
-    weight and token forward, 6 backward. The loss takes as long as the last block's forward direction."""
+    """The timeline of a step of so many ``tokens`` on a device that does ``speed`` operations a second. The loss takes
+    as long as the last block's forward direction."""
     forward = [2.0 * weights * tokens / speed for weights in streamed.weights]
     return timeline(streamed, forward, [3.0 * seconds for seconds in forward], forward[-1], link)
 

@@ -33,7 +33,6 @@ class Cards:
         return -(-self.size // self.per_machine)
 
     def parted(self, one: int, other: int) -> bool:
-        """Whether two cards are in different machines."""
         return one // self.per_machine != other // self.per_machine
 
     def across_ring(self, cards: range) -> float:
@@ -41,7 +40,6 @@ class Cards:
         return sum(self.parted(n, cards[(k + 1) % len(cards)]) for k, n in enumerate(cards)) / len(cards)
 
     def copies(self) -> Iterator[range]:
-        """The cards of each copy."""
         return (range(first, first + self.shards) for first in range(0, self.size, self.shards))
 
     def across_copies(self) -> float:

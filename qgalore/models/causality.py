@@ -8,8 +8,7 @@ from ..errors import ConfigError
 
 @torch.no_grad()
 def check_causal(model: nn.Module) -> None:
-    """Raise :class:`ConfigError` if a token's logits depend on the tokens after it, as in an encoder such as BERT: such
-    a model would learn to copy the answer. Two forward passes over four tokens tell."""
+    """Raise :class:`ConfigError` if a token's logits depend on the tokens after it, as in an encoder such as BERT."""
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
     other = ids.clone()

@@ -50,10 +50,7 @@ def check_folder(folder: Path) -> None:
 
 def stored_source(folder: Path, model: nn.Module, *, seed: int, report: Callable[[str], None]) -> streaming.Source:
     """The tensors in ``folder`` for a classifier on the meta device; those of its head that the files lack, or hold for
-    other labels, are initialised anew and reported.
-
-    Raises :class:`ConfigError` if the body is incomplete or cannot be read tensor by tensor.
-    """
+    other labels, are initialised anew and reported. Raises :class:`ConfigError` if the body is incomplete."""
     head = head_names(model)
     tensors, before = stored_tensors(folder, stored_fields(folder), report), as_stored(folder, model, AUTO)
     try:
@@ -103,7 +100,6 @@ def rehearsal_loss(outputs: int) -> Callable[[nn.Module, dict[str, Tensor]], Ten
 
 
 def rows_in(batch: dict[str, Tensor]) -> int:
-    """How many labels ``batch`` has."""
     return len(batch["labels"])
 
 
@@ -133,7 +129,7 @@ def evaluate(
     losses: Losses = one_by_one,
 ) -> LabelEvaluation:
     """Loss and the metrics ``names`` over all rows of ``batches`` (each a function that makes one), without dropout.
-    ``losses``: how a model is run on several batches; here it gives their logits."""
+    ``losses``: how a model is run on several batches."""
     was_training, waiting = model.training, deque[Tensor]()
 
     def runs() -> Iterator[Callable[[], Tensor]]:

@@ -46,7 +46,6 @@ def check_compiler(device: torch.device) -> None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a transformers model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -67,10 +66,8 @@ def blocks_to_compile(model: nn.Module) -> list[nn.Module]:
 
 def compile_blocks(model: nn.Module, leaf: str | None, backend: str | Callable = "inductor") -> int:
     """Compile every block of ``model`` for steps in which the ``leaf`` of its low-rank layers wants a gradient
-    (``delta``, ``probe``, or None of them) and no other; returns how many. Compiling happens at the first such step.
-
-    Raises what :func:`blocks_to_compile` does, and in the step where dynamo cannot compile one.
-    """
+    (``delta``, ``probe``, or None of them) and no other; returns how many. Raises what :func:`blocks_to_compile` does,
+    and in the first such step where dynamo cannot compile one."""
     assert leaf in LEAVES
     blocks = blocks_to_compile(model)
     kinds: dict[tuple, bool] = {}

@@ -50,8 +50,7 @@ class _Shown(TextStreamer):
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the mark that the chat template writes after one, those of the model's generation
-    config, and the tokenizer's end of text."""
+    """The tokens that end an answer, by the chat template, the model's generation config, and the tokenizer."""
     stated: Any = model.generation_config.eos_token_id
     known = [stated] if isinstance(stated, int) else list(stated or [])
     known += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -71,9 +70,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 @dataclass
 class Conversation:
     """``turns`` of a user and ``model``, after a ``system`` message if there is one. ``sampling``: for ``generate``.
-
-    ``tokenizer`` has a chat template; raises :class:`ConfigError` if that refuses the system message.
-    """
+    Raises :class:`ConfigError` if the template refuses the system message."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -110,9 +107,7 @@ class Conversation:
 
     def _fit(self, turns: list[Turn]) -> tuple[list[Turn], list[int], int]:
         """(turns, their tokens, how many new ones at most), without the oldest turns where there is no room for all.
-
-        Raises :class:`TooLongError` if there is none for the last of them alone.
-        """
+        Raises :class:`TooLongError` if there is none for the last of them alone."""
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         ids = self._ids(turns)
         if room is None:
@@ -131,10 +126,8 @@ class Conversation:
     @torch.no_grad()
     def answer(self, message: str, say: Callable[[str], None], tell: Callable[[str], None]) -> Answer:
         """The model's answer to ``message``, of which ``say`` gets piece after piece. ``tell`` gets a line about turns
-        that had to be dropped.
-
-        Ctrl-C ends the answer, and what was said until then counts as one. Raises :class:`TooLongError`.
-        """
+        that had to be dropped. Ctrl-C ends the answer, and what was said until then counts as one. Raises
+        :class:`TooLongError`."""
         asked = [*self.turns, Turn(role="user", content=message)]
         turns, ids, longest = self._fit(asked)
         if dropped := len(asked) - len(turns):

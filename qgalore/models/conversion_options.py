@@ -69,8 +69,7 @@ class LayerOptions:
 
 
 def check(options: LayerOptions, *, embeddings: str, compute: str, convolutions: str) -> None:
-    """Raise :class:`ConfigError` for a value that :func:`convert.convert` does not know, or two that do not go
-    together."""
+    """Raise :class:`ConfigError` for a value that is not known, or two that do not go together."""
     given = {"embeddings": embeddings, "compute": compute, "convolutions": convolutions}
     given |= {key: getattr(options, key) for key in ALLOWED if key not in given}
     for key, value in given.items():

@@ -32,22 +32,20 @@ def convert(
     convolutions: str = "full",
 ) -> ConversionReport:
     """Replace, in place, every ``nn.Linear`` (and ``Conv1D``) of ``model`` except its head by a low-rank layer, and
-    every module of a mixture's experts by one with such a layer for each matrix (see ``lowrank.layers.experts``). The
-    head is a language model's output layer, or what a classifier has beside the pretrained body.
+    every module of a mixture's experts by one with such a layer for each matrix. The head is a language model's output
+    layer, or what a classifier has beside the pretrained body.
 
     rank: of the projection, clamped to a matrix's smaller side (reported); None trains Δ at full rank, unprojected;
-    ``auto``: each layer's own, found at refreshes (``subspace.ranks``), up to ``max_rank`` (None: a quarter of the
-    smaller side), all layers together within the memory of a uniform ``mean_rank`` (None: no less than their maxima).
-    weight_format: ``int8`` or ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a
-    reported fallback where it does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``.
-    include / exclude: ``fnmatch`` patterns on full module names (``*.q_proj``, ``*.experts``); include names may name
-    the head too.
-    embeddings: ``full`` (dense), or ``int8``: the input embedding and the head become low-rank too, in int8 whatever
-    ``weight_format`` is; where the two are tied they stay one tensor.
-    compute: ``bf16``, products in the activations' dtype with the weight dequantized, or ``int8``: with its integers,
-    except in the head (see ``quant.int8_products``). That needs int8 weights with group_size ``row``.
-    convolutions: ``full`` (dense), or ``tucker``: kernels keep their dtype, and their gradients are projected on both
-    channel dimensions to at most ``rank`` (see ``lowrank.layers.conv``).
+    ``auto``: each layer's own, found at refreshes, up to ``max_rank`` (None: a quarter of the smaller side), all layers
+    together within the memory of a uniform ``mean_rank`` (None: no less than their maxima). weight_format: ``int8`` or
+    ``none`` (keep the dtype); group_size: 128, 64, 32 or ``row``, along in_features, with a reported fallback where it
+    does not divide. basis_format: ``int4``, ``nf4``, ``bf16`` or ``fp32``. include / exclude: ``fnmatch`` patterns on
+    full module names (``*.q_proj``, ``*.experts``); include may name the head too. embeddings: ``full`` (dense), or
+    ``int8``: the input embedding and the head become low-rank too, in int8 whatever ``weight_format`` is; tied ones
+    stay one tensor. compute: ``bf16``, products in the activations' dtype with the weight dequantized, or ``int8``:
+    with its integers, except in the head. That needs int8 weights with group_size ``row``. convolutions: ``full``
+    (dense), or ``tucker``: kernels keep their dtype, and their gradients are projected on both channel dimensions to at
+    most ``rank``.
 
     Raises :class:`ConfigError` for bad values, a pattern without a match, weights that are not finite, a model with
     other stacked 3-D tensors than such experts', and one in which no layer is left to convert.

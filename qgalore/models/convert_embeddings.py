@@ -60,10 +60,7 @@ def convert_embeddings(
     model: nn.Module, report: ConversionReport, exclude: tuple[str, ...], options: LayerOptions
 ) -> None:
     """Replace the input embedding, and the head: by one that shares it if they are tied. What is frozen, and an untied
-    head that is in ``exclude`` or converted already, stays.
-
-    Raises :class:`ConfigError` for embeddings that cannot be replaced.
-    """
+    head that is in ``exclude`` or converted already, stays. Raises :class:`ConfigError`."""
     ends = _ends_of(model, exclude)
     options = replace(options, weight_format="int8")
     replacements: list[tuple[str, nn.Module]] = []

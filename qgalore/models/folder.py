@@ -34,7 +34,6 @@ class _Stack:
         return kinds.pop() if len(kinds) == 1 else None
 
     def rows(self, a: int, b: int) -> Tensor:
-        """Rows a … b−1 of them all."""
         found, first = [], 0
         for part in self.parts:
             low, high = max(a - first, 0), min(b - first, part.shape[0])
@@ -124,9 +123,8 @@ def stored(
     """A source of ``model``'s parameters (see :mod:`.streaming`) from ``tensors``, those of ``folder``'s files.
 
     Names may differ by the base model's prefix; tensors without use are reported. Parameters in ``optional`` are left
-    out where the files have none that fits. Raises :class:`ConfigError` for mismatched shapes and for two candidates
-    that differ, and :class:`CannotStreamError` if some parameter has no tensor under its own name: transformers may
-    know another.
+    out where the files have none that fits. Raises :class:`ConfigError` for files of another model, and
+    :class:`CannotStreamError` if a parameter has no tensor under its own name: transformers may know another.
     """
     prefix = f"{model.base_model_prefix}."
     aliases: dict[int, list[str]] = {}

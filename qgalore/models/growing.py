@@ -97,7 +97,6 @@ class GrownPacked(Packed):
     """A packed weight whose ``shape`` has more rows than its files: the mean of those, on the same grid."""
 
     def codes(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`Packed.codes`."""
         old = self.words.shape[0]
         parts = [super().codes(a, min(b, old))] if a < old else []
         if b > old:

@@ -35,10 +35,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_folder(source: str) -> bool:
-    """Whether ``model.path`` is a local folder, not a hub id. Raises :class:`ConfigError` for one without a model, for
-    an adapter and for a GGUF file."""
+    """Whether ``model.path`` is a local folder, not a hub id. Raises :class:`ConfigError` for what is no whole
+    model."""
     path = Path(source).expanduser()
-    if source.endswith(".gguf") or (path.is_dir() and not (path / "config.json").is_file() and _has(path, "*.gguf")):
+    if source.endswith(".gguf") or (path.is_dir() and not (path / "config.json").is_file() and has(path, "*.gguf")):
         raise ConfigError(
             f"model.path {source!r} is a GGUF model, whose weights are packed for llama.cpp and cannot be trained. "
             "Start from the Hugging Face folder that it was made from"
@@ -54,7 +54,7 @@ def check_folder(source: str) -> bool:
     return local
 
 
-def _has(folder: Path, pattern: str) -> bool:
+def has(folder: Path, pattern: str) -> bool:
     return next(folder.glob(pattern), None) is not None
 
 

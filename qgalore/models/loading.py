@@ -125,8 +125,7 @@ def pretrained_config(
     report: Callable[[str], None] = _silent,
     auto: type = AutoModelForCausalLM,
 ) -> PretrainedConfig:
-    """The config of the model that ``folder`` holds, with ``overrides`` that leave its tensors as they are. Raises as
-    :func:`.overriding.overridden_config`."""
+    """The config of the model that ``folder`` holds, with ``overrides`` that leave its tensors as they are."""
     return overridden_config(folder, overrides, partial(skeleton, dtype=dtype, auto=auto), report)
 
 
@@ -138,11 +137,7 @@ def pretrained_skeleton(
     overrides: dict[str, Any] | None = None,
 ) -> nn.Module:
     """The causal LM that ``folder`` holds, on the meta device, with its head tied to the embedding or not as its files
-    have it. Whether the files have all that the model needs is looked at here, before anything slow begins.
-
-    Raises :class:`ConfigError` if the folder describes no model, or its files are damaged or belong to another one, and
-    for ``overrides`` of its config that it cannot have.
-    """
+    have it. Whether the files have all that the model needs is looked at here. Raises :class:`ConfigError`."""
     model = skeleton(pretrained_config(folder, overrides or {}, dtype=dtype, report=report), dtype=dtype)
     tensors = stored_tensors(folder, stored_fields(folder), report)
     if (line := folders.untie_as_stored(model, tensors)) is not None:
@@ -179,8 +174,7 @@ def as_stored(folder: Path, model: nn.Module, auto: type = AutoModelForCausalLM)
 
 def stored_source(folder: Path, model: nn.Module, *, report: Callable[[str], None]) -> streaming.Source:
     """The tensors in ``folder`` for :func:`pretrained_skeleton`'s ``model``, or for what :func:`grown` makes of it. A
-    folder that only transformers' own loader understands (renamed tensors) is loaded whole first, and that is
-    reported."""
+    folder that only transformers' own loader understands is loaded whole first, and that is reported."""
     tensors, before = stored_tensors(folder, stored_fields(folder)), as_stored(folder, model)
     try:
         source = folders.stored(folder, before, report, tensors=tensors)
@@ -193,10 +187,8 @@ def stored_source(folder: Path, model: nn.Module, *, report: Callable[[str], Non
 
 
 def _loaded_whole(folder: Path, model: nn.Module) -> nn.Module:
-    """``model``, of the same class and dtype, as transformers' own loader makes it from ``folder``.
-
-    Raises :class:`ConfigError` if it cannot be read, or if the files lack weights that the architecture has.
-    """
+    """``model``, of the same class and dtype, as transformers' own loader makes it from ``folder``. Raises
+    :class:`ConfigError`."""
     try:
         whole, info = type(model).from_pretrained(
             folder, config=model.config, dtype=next(model.parameters()).dtype, output_loading_info=True,
@@ -217,11 +209,7 @@ def _loaded_whole(folder: Path, model: nn.Module) -> nn.Module:
 
 def pretrained(source: str, *, dtype: torch.dtype | None = None, report: Callable[[str], None] = print) -> nn.Module:
     """The causal LM in a folder (or of a hub id), on the CPU, in ``dtype`` (None: that of its ``config.json``, else
-    fp32). It is read as training reads it: a weight that the files lack, or that is not finite, is an error, and
-    whatever is left unread is reported.
-
-    Raises :class:`ConfigError` if it cannot be read, or if the files lack weights that the architecture has.
-    """
+    fp32). It is read as training reads it, and whatever is left unread is reported. Raises :class:`ConfigError`."""
     folder = local_folder(source)
     if dtype is None:
         stated = getattr(stored_config(folder), "dtype", None)

@@ -82,12 +82,7 @@ def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """:func:`summed_loss` for a model that :func:`head_is_plain` approves: decoder, then head block by block."""
     output, head = model.get_decoder()(**_inputs(model, batch)), model.get_output_embeddings()
     apart.gather_of(head)  # which is not called
-    loss = chunked.chunked_cross_entropy(
-        output[0].flatten(0, 1),
-        head,
-        batch["labels"].flatten(),
-        ignored=IGNORED,
-    )
+    loss = chunked.chunked_cross_entropy(output[0].flatten(0, 1), head, batch["labels"].flatten(), ignored=IGNORED)
     return _balanced(model, batch, loss, output)
 
 
@@ -211,10 +206,8 @@ def check_isolation(model: nn.Module, sequence_length: int) -> None:
 @torch.no_grad()
 def uncalled_layers(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     """Names of the layers of type ``kind`` that a forward pass over two tokens does not call: the model may read their
-    ``weight`` directly, and then they never train. A mixture's experts, which wait for tokens, are not meant.
-
-    Raises :class:`ConfigError` if the model cannot run with its layers replaced.
-    """
+    ``weight`` directly, and then they never train. Raises :class:`ConfigError` if it cannot run with its layers
+    replaced."""
     waiting = {part for module in model.modules() if isinstance(module, Experts) for part in module.modules()}
     names = {m: name for name, m in model.named_modules() if isinstance(m, kind) and m not in waiting}
     called = set()

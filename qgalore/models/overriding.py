@@ -26,12 +26,9 @@ _NEEDS_LENGTH = ("yarn", "llama3", "longrope")  # scalings that start from the l
 def overridden_config(
     folder: Path, overrides: dict[str, Any], build: Build, report: Callable[[str], None]
 ) -> PretrainedConfig:
-    """``folder``'s ``config.json`` as :func:`stored_config` reads it, with ``overrides`` applied; a line of each is
-    reported. Mappings are laid over the stored ones.
-
-    Raises :class:`ConfigError` for fields that the architecture does not have, values that it does not take, and a
-    change after which ``build`` makes other tensors.
-    """
+    """``folder``'s ``config.json`` as :func:`stored_config` reads it, with ``overrides`` laid over it, each with a
+    line. Raises :class:`ConfigError` for what the architecture does not take, and a change after which ``build`` makes
+    other tensors."""
     stored = stored_config(folder, report)
     if not overrides:
         return stored

@@ -28,12 +28,11 @@ class Packed:
 
     @property
     def groups(self) -> int:
-        """How many scales a row has."""
         return self.scales.shape[1]
 
     def codes(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """int8 (b − a, in) and bf16 (b − a, groups) of rows a … b−1. Raises ``ValueError`` for scales that are not
-        finite and above zero, and for the integer −128, which the grid does not have."""
+        """int8 (b − a, in) and bf16 (b − a, groups) of rows a … b−1. Raises ``ValueError`` for those that no export
+        writes."""
         unsigned = self.words.rows(a, b).contiguous().view(torch.uint8)[:, : self.shape[1]]
         codes, scales = (unsigned.to(torch.int16) - 128).to(torch.int8), self.scales.rows(a, b)
         if not bool((torch.isfinite(scales) & (scales > 0)).all()):
@@ -43,11 +42,10 @@ class Packed:
         return codes, scales
 
     def rows(self, a: int, b: int) -> Tensor:
-        """Rows a … b−1 in fp32."""
         return dequantize(*self.codes(a, b))
 
 
-def unpacked(folder: Path, found: dict[str, Entry]) -> dict[str, Entry | Packed]:
+def unpacked(found: dict[str, Entry]) -> dict[str, Entry | Packed]:
     """``found`` with a :class:`Packed` under the weight's name in place of the three tensors that stand for it. Raises
     :class:`ConfigError` where they are incomplete or do not fit each other."""
     made: dict[str, Entry | Packed] = {n: e for n, e in found.items() if not n.endswith(_PARTS)}
@@ -55,22 +53,18 @@ def unpacked(folder: Path, found: dict[str, Entry]) -> dict[str, Entry | Packed]
         parts = [found.get(name + part) for part in _PARTS]
         if None in parts:
             lacks = name + _PARTS[parts.index(None)]
-            raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: it has no tensor {lacks}")
+            raise ConfigError(f"it has no tensor {lacks}")
         if f"{name}.weight" in made:
-            raise ConfigError(
-                f"model.path {str(folder)!r} cannot be loaded: it holds {name}.weight beside {name}.weight_packed. "
-                "Remove the one that is not meant from the files"
-            )
+            beside = f"it holds {name}.weight beside {name}.weight_packed"
+            raise ConfigError(f"{beside}. Remove the one that is not meant from the files")
         words, scales, stated = parts
         if (words.kind, scales.kind, stated.kind, stated.shape) != ("I32", "BF16", "I64", (2,)):
-            raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {name} is not packed as qgalore packs it")
+            raise ConfigError(f"{name} is not packed as qgalore packs it")
         shape = tuple(stated.rows(0, 2).tolist())
         rows, width = shape
         fits = rows > 0 and width > 0 and words.shape == (rows, -(-width // 4))
         if not fits or len(scales.shape) != 2 or scales.shape[0] != rows or width % max(1, scales.shape[1]):
-            raise ConfigError(
-                f"model.path {str(folder)!r} cannot be loaded: {name}.weight_shape is {shape}, which does not fit its "
-                f"words {words.shape} and scales {scales.shape}"
-            )
+            what = f"words {words.shape} and scales {scales.shape}"
+            raise ConfigError(f"{name}.weight_shape is {shape}, which does not fit its {what}")
         made[f"{name}.weight"] = Packed(words, scales, shape)
     return made

@@ -1,7 +1,5 @@
-"""Activation checkpointing of transformer blocks: only each block's input is kept, and backward runs the block again.
-
-The inputs may wait in pinned host memory until then.
-"""
+"""Activation checkpointing of transformer blocks: only each block's input is kept, which may wait in pinned host
+memory, and backward runs the block again."""
 
 from functools import partial
 
@@ -42,10 +40,7 @@ FUNCTIONS = {"device": partial(checkpoint, use_reentrant=False), "host": _checkp
 
 def checkpoint_blocks(model: nn.Module, where: str, but_last: int = 0) -> None:
     """Checkpoint the blocks of a transformers model ``but_last`` so many, their inputs kept in ``where``: ``device`` or
-    ``host``.
-
-    Raises :class:`ConfigError` for an architecture whose blocks transformers cannot checkpoint.
-    """
+    ``host``. Raises :class:`ConfigError` for an architecture that cannot."""
     blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not blocks or not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(

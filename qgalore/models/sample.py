@@ -9,10 +9,8 @@ from ..errors import ConfigError
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, longest: int, task: str = "text") -> list[int]:
-    """The ids of ``prompt``, with task ``instruct`` as a user's message that waits for its answer.
-
-    Raises :class:`ConfigError` if there are none, or more than ``longest``.
-    """
+    """The ids of ``prompt``, with task ``instruct`` as a user's message that waits for its answer. Raises
+    :class:`ConfigError` if there are none, or more than ``longest``."""
     if task == "instruct":
         turns = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -39,10 +39,8 @@ def heads(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def linear_layers(model: nn.Module, patterns: Patterns, skipped: dict[str, str]) -> Named:
-    """(name, module) of every linear layer to convert; the others go to ``skipped`` with the reason.
-
-    Raises :class:`ConfigError` for a pattern that matches no layer of the model.
-    """
+    """(name, module) of every linear layer to convert; the others go to ``skipped`` with the reason. Raises
+    :class:`ConfigError` for a pattern that matches no layer of the model."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     names = [name for name, _ in layers]
     names += [n for n, m in model.named_modules() if experts.problem(m) is None or conv.problem(m) is None]
@@ -71,11 +69,8 @@ def _unfit(module: nn.Module, users: int) -> str | None:
 
 
 def stacked_experts(model: nn.Module, patterns: Patterns, skipped: dict[str, str]) -> Named:
-    """(name, module) of every experts module to convert; those that the patterns leave go to ``skipped``.
-
-    Raises :class:`ConfigError` for other trainable tensors of more than two dimensions, which would silently train in
-    full, and with them most of such a model.
-    """
+    """(name, module) of every experts module to convert; those that the patterns leave go to ``skipped``. Raises
+    :class:`ConfigError` for other trainable tensors of more than two dimensions, which would silently train in full."""
     for name, module in list(model.named_modules()):
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.ndim > 2 and min(p.shape) > 1}
         if isinstance(module, CONVOLUTION) or not any(p.requires_grad for p in own.values()):

@@ -24,11 +24,8 @@ def first_line(error: Exception) -> str:
 
 
 def stored_fields(folder: Path) -> dict[str, Any]:
-    """What ``folder``'s ``config.json`` states, without the defaults that transformers derives from it.
-
-    Raises :class:`ConfigError` for a file that is no JSON object, an architecture that transformers does not have, one
-    that comes as code, and sizes that no model has.
-    """
+    """What ``folder``'s ``config.json`` states, without the defaults that transformers derives from it. Raises
+    :class:`ConfigError` for what transformers does not have, comes as code, or no model has."""
     path = folder / "config.json"
     fields = PretrainedConfig._decode_special_floats(kinds.read_json(path))  # Infinity, as transformers writes it
     kind = fields.get("model_type")
@@ -60,10 +57,8 @@ def stored_config(folder: Path, report: Callable[[str], None] = lambda line: Non
 
 
 def noted_config(fields: dict[str, Any], where: str) -> PretrainedConfig:
-    """The architecture of ``fields``, a config as transformers writes it into JSON, which ``where`` holds.
-
-    Raises :class:`ConfigError` if they describe no model, or one of impossible sizes.
-    """
+    """The architecture of ``fields``, a config as transformers writes it into JSON, which ``where`` holds. Raises
+    :class:`ConfigError`."""
     fields = PretrainedConfig._decode_special_floats(fields)
     check_fields(fields, where)
     try:
@@ -112,11 +107,8 @@ def model_config(
     source: str, *, tokenizer_size: int, overrides: dict[str, Any], report: Callable[[str], None] = print
 ) -> PretrainedConfig:
     """The architecture named by ``source``: a preset, a ``config.json`` or its folder, with ``overrides`` applied
-    before transformers derives anything (such as head_dim) from its fields.
-
-    A preset without one gets a vocabulary of ``tokenizer_size`` rounded up to a multiple of 64 (reported). Raises
-    :class:`ConfigError` for an unknown source and for an override that the config does not have or that contradicts it.
-    """
+    before transformers derives anything from its fields. A preset without one gets a vocabulary of ``tokenizer_size``
+    rounded up to a multiple of 64 (reported). Raises :class:`ConfigError`."""
     if source in PRESETS:
         vocab = -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         fields = {"model_type": "llama", "vocab_size": vocab, **PRESETS[source]}

@@ -26,9 +26,8 @@ _REMEDY = "Give the value that the model was made with"
 
 
 def check_fields(fields: dict[str, Any], where: str) -> None:
-    """Raise :class:`ConfigError`, naming the field, for a size that is no whole number, not above zero or beyond any
-    model's, for a number that is NaN, and for a constant that must be above zero and finite and is not. Sections within
-    ``fields`` (``text_config``, ``rope_parameters``) are looked through too. ``where`` says where they are stated."""
+    """Raise :class:`ConfigError`, naming the field, for a size or constant of ``fields``, sections within them
+    included, that no model has. ``where`` says where they are stated."""
     for name, value in fields.items():
         if not isinstance(name, str):  # of a table of labels
             continue

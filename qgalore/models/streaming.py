@@ -117,8 +117,7 @@ def initialisation(model: nn.Module, seed: int) -> Source:
 
 @contextmanager
 def _untied(model: nn.Module) -> Iterator[dict[int, _Recipe]]:
-    """Shared tensors apart, as transformers has them while it initialises: the first of their names decides. Gives
-    recipes for the other places."""
+    """Shared tensors apart, as transformers has them while it initialises. Gives recipes for the other places."""
     seen: set[int] = set()
     swapped = []
     for module in model.modules():
@@ -135,10 +134,8 @@ def _untied(model: nn.Module) -> Iterator[dict[int, _Recipe]]:
 
 
 def compute_buffers(model: nn.Module) -> None:
-    """Give the buffers of a model on the meta device their values; parameters stay as they are.
-
-    Raises :class:`CannotStreamError` if its ``initialize_weights`` does not make them all.
-    """
+    """Give the buffers of a model on the meta device their values; parameters stay as they are. Raises
+    :class:`CannotStreamError` if its ``initialize_weights`` does not make them all."""
     _initialise(model, None)
 
 
@@ -214,11 +211,8 @@ def _real(tensor: Tensor, device: torch.device) -> Tensor:
 @torch.no_grad()
 def fill(model: nn.Module, source: Source, report: str) -> list[str]:
     """Store every tensor of ``source`` in ``model``, converted or not, a few rows at a time; ``report`` labels the
-    progress bar of a large model. Returns the names of int8 weights whose scales ``model`` has no place for: they were
-    quantized anew.
-
-    Raises :class:`ConfigError` for values that are not finite and for tensors that ``source`` lacks.
-    """
+    progress bar of a large model. Returns the names of int8 weights that were quantized anew, since ``model`` groups
+    them otherwise. Raises :class:`ConfigError` for values that are not finite and for tensors that ``source`` lacks."""
     layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     made = {id(value) for layer in layers for value in (*layer.leaves().values(), layer.weight_scale)}  # not stored
     made |= {id(value) for module in model.modules() if isinstance(module, Basis) for value in module.parameters()}

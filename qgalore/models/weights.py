@@ -20,21 +20,18 @@ def stored_tensors(
     folder: Path, fields: dict[str, Any], report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Entry]:
     """The tensors that transformers would read from ``folder``, whose ``config.json`` is ``fields``, by name; those of
-    qgalore's int8 export under the names of the weights that they stand for.
-
-    What is left unread is reported. Raises :class:`ConfigError` for a folder without weights or with damaged files, for
-    a missing shard, and where two files disagree about a tensor.
-    """
+    qgalore's int8 export under the names of the weights that they stand for. What is left unread is reported. Raises
+    :class:`ConfigError` for damaged or missing files, and where two disagree."""
     try:
         files, index = _files(folder, fields)
         found = _joined(files)
         if index is None and (folder / INDEX).is_file():
             report(_stale(folder, found))
+        found = unpacked(found) if kinds.is_int8_export(fields) else found
     except (ConfigError, OSError) as error:
         raise ConfigError(f"model.path {str(folder)!r} cannot be loaded: {error}") from error
     if unread := _unread(folder, files):
         report(f"{len(unread)} files in {folder} hold weights that are not read, for example {unread[0]}")
-    found = unpacked(folder, found) if kinds.is_int8_export(fields) else found
     _refuse_codes(folder, found)
     return found
 
@@ -89,18 +86,14 @@ def _nothing(folder: Path) -> str:
             f"it has no .safetensors file; {pickles[0]} is a pickle, which can run any program when read: convert it "
             "once, in a place you trust, with transformers' save_pretrained"
         )
-    if _any(folder, "*.gguf"):
+    if kinds.has(folder, "*.gguf"):
         return "it holds a GGUF model, which cannot be trained. Start from the folder that it was made from"
     return "it has no .safetensors file. Copy the weights into it"
 
 
-def _any(folder: Path, pattern: str) -> bool:
-    return next(folder.glob(pattern), None) is not None
-
-
 def _inside(folder: Path, name: Any, what: str) -> Path:
-    """The file ``name`` of ``folder``. Raises :class:`ConfigError` for a name that leads out of it, or to a file that
-    is not there or not of a kind that is read."""
+    """The file ``name`` of ``folder``. Raises :class:`ConfigError` for one that leads out of it, or that is not
+    read."""
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise ConfigError(f"{what} names {name!r}, which is no file in this folder")
     if not name.endswith((".safetensors", ".safetensors.index.json")):
@@ -158,6 +151,5 @@ def _stale(folder: Path, found: dict[str, Entry]) -> str:
 
 
 def _unread(folder: Path, files: list[Path]) -> list[str]:
-    """Names of other files with weights."""
     others = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return sorted(path.name for path in others if path not in files)

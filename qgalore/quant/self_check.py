@@ -5,7 +5,7 @@ for bit, with the reference on the CPU. The merge is compared in numbers of few 
 The sizes are such that the forms that a run launches are among those that are tried.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import basis, dense, int8
 
 _KEY = (0x1234567, -0x7654321)
-Values = list[Tensor]
+Pairs = Iterator[tuple[Tensor, Tensor]]  # (what the kernel gives, what it should)
 
 
 def _normal(*shape: int) -> Tensor:
@@ -25,44 +25,37 @@ def _integers(*shape: int, top: int) -> Tensor:
     return torch.randint(-top, top + 1, shape, generator=torch.Generator().manual_seed(top)).float()
 
 
-def _dequantize(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
-    got, wanted = [], []
+def _dequantize(module: ModuleType, device: torch.device) -> Pairs:
     for rows, width, group in ((5, 96, 32), (16, 256, 128), (3, 4096, 4096), (2, 33, 33)):
         q, scale = int8.quantize(_normal(rows, width), group)
         for dtype in (torch.float32, torch.bfloat16):
-            got.append(module.dequantize(q.to(device), scale.to(device), dtype))
-            wanted.append(int8.dequantize(q, scale, dtype))
-    return got, wanted
+            yield module.dequantize(q.to(device), scale.to(device), dtype), int8.dequantize(q, scale, dtype)
 
 
-def _encode(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
-    got, wanted = [], []
+def _encode(module: ModuleType, device: torch.device) -> Pairs:
     for dim in (96, 192, 1024):
         vectors = _normal(5, dim)
         vectors[1] = 0.0
         vectors[2] = _integers(dim, top=6) + 0.5
         # A scale of exactly 1, so that the other values are ties.
         vectors[2, ::32] = 7.0
-        got += module.encode_int4(vectors.to(device), int8.group_size_for(dim))
-        wanted += basis.encode(vectors, "int4")
-    return got, wanted
+        codes, scale = basis.encode(vectors, "int4")
+        assert scale is not None, "int4 has scales"
+        yield from zip(module.encode_int4(vectors.to(device), int8.group_size_for(dim)), (codes, scale), strict=True)
 
 
-def _decode(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
-    got, wanted = [], []
+def _decode(module: ModuleType, device: torch.device) -> Pairs:
     for dim in (33, 192, 4096):
         codes, scale = basis.encode(_normal(3, dim), "int4")
         assert scale is not None, "int4 has scales"
         for dtype in (torch.float32, torch.bfloat16):
-            got.append(module.decode_int4(codes.to(device), scale.to(device), dim, dtype))
-            wanted.append(basis.decode(codes, scale, dim, "int4", dtype))
-    return got, wanted
+            made = module.decode_int4(codes.to(device), scale.to(device), dim, dtype)
+            yield made, basis.decode(codes, scale, dim, "int4", dtype)
 
 
-def _merge(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
+def _merge(module: ModuleType, device: torch.device) -> Pairs:
     """Both sides and both kinds of groups, in sizes that a GPU reads in large words and in odd ones; a rank that ends
     in the middle of a tile, rows of a larger tensor, scales that move and that stay."""
-    got, wanted = [], []
     for rows, width, group, rank in ((64, 256, 128, 48), (64, 256, 256, 48), (37, 192, 64, 35), (37, 33, 33, 5)):
         for side, shrink, s in (("right", 0.0, 0.25), ("left", 0.01, 64.0)):
             dim, inner = (rows, width) if side == "left" else (width, rows)
@@ -79,13 +72,10 @@ def _merge(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
             decoded = basis.decode(codes, scale, dim, "int4")
             update = (decoded.T @ delta if side == "left" else delta @ decoded).mul_(s)
             int8.write_back(*stored, lambda a, b, update=update: update[a:b], **options)
-            got += there
-            wanted += stored
-    return got, wanted
+            yield from zip(there, stored, strict=True)
 
 
-def _write_back(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
-    got, wanted = [], []
+def _write_back(module: ModuleType, device: torch.device) -> Pairs:
     for rows, width, group in ((48, 256, 128), (5, 4096, 4096), (37, 96, 32), (5, 33, 33)):
         for dtype, shrink, s in ((torch.float32, 0.0, 1.0), (torch.bfloat16, 0.01, -0.3), (torch.float32, 0.0, 64.0)):
             update = (_normal(rows, width + 1)[:, 1:] * 0.02).to(dtype)
@@ -94,13 +84,10 @@ def _write_back(module: ModuleType, device: torch.device) -> tuple[Values, Value
             options = {"shrink": shrink, "key": _KEY, "first_row": 11}
             module.write_back(*there, update.contiguous().to(device), s=s, **options)
             int8.write_back(*stored, lambda a, b, u=update, s=s: u[a:b].float() * s, **options)
-            got += there
-            wanted += stored
-    return got, wanted
+            yield from zip(there, stored, strict=True)
 
 
-def _write_back_dense(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
-    got, wanted = [], []
+def _write_back_dense(module: ModuleType, device: torch.device) -> Pairs:
     for shape in ((48, 256), (37, 33)):
         for dtype, shrink, s in ((torch.bfloat16, 0.01, -0.3), (torch.float32, 0.0, 1.0)):
             weight, update = _normal(*shape).to(dtype), _normal(*reversed(shape)).T.contiguous() * 1e-3
@@ -108,21 +95,17 @@ def _write_back_dense(module: ModuleType, device: torch.device) -> tuple[Values,
             there = weight.to(device, copy=True)
             module.write_back_dense(there, update.to(device), s=s, **options)
             dense.write_back(weight, lambda a, b, u=update, s=s: u[a:b] * s, **options)
-            got.append(there)
-            wanted.append(weight)
-    return got, wanted
+            yield there, weight
 
 
-def _round_tokens(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
-    got, wanted = [], []
+def _round_tokens(module: ModuleType, device: torch.device) -> Pairs:
     for tokens, length in ((5, 40), (3, 4096)):
         for dtype in (torch.float32, torch.bfloat16):
             values = (_normal(tokens, length) * 10.0 ** torch.arange(-2, tokens - 2).unsqueeze(1)).to(dtype)
             scale = _normal(length).to(torch.bfloat16)
             for factor in (None, scale):
-                got += module.round_tokens(values.to(device), None if factor is None else factor.to(device))
-                wanted += _reference_tokens(values, factor)
-    return got, wanted
+                made = module.round_tokens(values.to(device), None if factor is None else factor.to(device))
+                yield from zip(made, _reference_tokens(values, factor), strict=True)
 
 
 def _reference_tokens(values: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,12 +114,11 @@ def _reference_tokens(values: Tensor, scale: Tensor | None) -> tuple[Tensor, Ten
     return (values / step).round().to(torch.int8), step
 
 
-def _int8_product(module: ModuleType, device: torch.device) -> tuple[Values, Values]:
+def _int8_product(module: ModuleType, device: torch.device) -> Pairs:
     """Both layouts, with and without scales and bias, in sizes that fill tiles and that do not. Nothing is compared on
     a device on which nothing would be launched."""
-    got, wanted = [], []
     if not module.multiplies_integers(device):
-        return got, wanted
+        return
     for tokens, length, width in ((5, 24, 40), (130, 256, 144)):
         a, b = (_integers(*shape, top=int8.QMAX).to(torch.int8) for shape in ((tokens, length), (length, width)))
         step, scale, bias = _normal(tokens, 1).abs(), _normal(width).abs().bfloat16(), _normal(width).bfloat16()
@@ -146,12 +128,11 @@ def _int8_product(module: ModuleType, device: torch.device) -> tuple[Values, Val
             right = (b.T.contiguous() if transposed else b).to(device)
             for dtype in (torch.float32, torch.bfloat16):
                 more = {"scale": scale.to(device), "bias": bias.to(device)} if transposed else {}
-                got.append(module.int8_product(*there, right, dtype, transposed=transposed, **more))
-                wanted.append((sums * scale.float() + bias.float() if transposed else sums).to(dtype))
-    return got, wanted
+                made = module.int8_product(*there, right, dtype, transposed=transposed, **more)
+                yield made, (sums * scale.float() + bias.float() if transposed else sums).to(dtype)
 
 
-CHECKS: dict[str, Callable[[ModuleType, torch.device], tuple[Values, Values]]] = {
+CHECKS: dict[str, Callable[[ModuleType, torch.device], Pairs]] = {
     "dequantize": _dequantize,
     "encode_int4": _encode,
     "decode_int4": _decode,
@@ -173,7 +154,7 @@ def failure_of(module: ModuleType, device: torch.device, name: str) -> str | Non
     """What is wrong with the kernel ``name`` of ``module`` on ``device``, or None."""
     try:
         with torch.device("cpu"):  # whatever a program has made the default
-            pairs = list(zip(*CHECKS[name](module, device), strict=True))
+            pairs = list(CHECKS[name](module, device))
         wrong = [pair for pair in pairs if not torch.equal(pair[0].cpu(), pair[1])]
     except Exception as error:  # whatever a compiler or driver raises
         reason = (str(error).splitlines() or [""])[0][:200]

@@ -78,10 +78,8 @@ def _resolved(config: Config, device: torch.device, processes: int) -> Config:
 
 def plan(config: Config, processes: int = 1, machines: Machines | None = None) -> None:
     """Print the memory plan of ``config`` for each of ``processes`` without allocating anything, and what they send, in
-    ``machines`` that are assumed. Raises :class:`DoesNotFitError`.
-
-    Without a GPU here, a configuration that states its ``memory.budget`` is planned for one, unless device is cpu.
-    """
+    ``machines`` that are assumed. Raises :class:`DoesNotFitError`. Without a GPU here, a configuration that states its
+    ``memory.budget`` is planned for one, unless device is cpu."""
     here = torch.cuda.is_available()
     if config.device != "cpu" and not here and config.memory.budget is not None:
         device = torch.device("cuda")
@@ -163,8 +161,8 @@ def _check_device(config: Config, device: torch.device) -> None:
 def _checked_tokenizer(
     config: Config, device: torch.device, team: Team, kept: Path | None = None
 ) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, ``kept`` by the run before if there is one, after a look at the device, and at the data and
-    the model that it is for."""
+    """The run's tokenizer, ``kept`` by the run before if there is one, after a look at the device, the data and the
+    model."""
     _check_device(config, device)
     check_data(config)
     given = given_tokenizer(config, kept)
@@ -176,8 +174,7 @@ def _checked_tokenizer(
 
 
 def _words(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[classification.LabelledData | None, Vocabulary]:
-    """The examples of a classifier, and what shapes the model beside its configuration: the tokens and, in a
-    classifier, the labels."""
+    """The examples of a classifier, and what shapes the model beside its configuration."""
     examples = classification.read(config, tokenizer) if config.data.task == "classify" else None
     tokens = Vocabulary.of(tokenizer, config.data.added_tokens)
     return examples, tokens if examples is None else examples.vocabulary(tokens)
@@ -198,8 +195,7 @@ def _enter(config: Config, resume: str | None, team: Team) -> tuple[Path, RunLoc
 
 
 def build(config: Config, resume: str | None, team: Team = ALONE) -> Run:
-    """Build everything for ``config``; ``resume`` is None, "auto" or a checkpoint. Called in each process of
-    ``team``."""
+    """Build everything for ``config``, in each process of ``team``; ``resume`` is None, "auto" or a checkpoint."""
     device = choose_device(config)
     remarks = configuration.remarks(config)
     config = _resolved(config, device, team.size)

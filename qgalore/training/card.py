@@ -10,6 +10,7 @@ import transformers
 
 from ..combinations import RULES
 from ..config import METHODS, Config
+from ..convergence.charts import loss_picture, points_of
 from ..convergence.records import Run, number, read_run
 from ..errors import ConfigError, counted
 from ..files.model_card import ModelCard, code
@@ -24,8 +25,6 @@ def of(fmt: str, config: Config, position: Position, folder: Path) -> ModelCard:
     """The card of the weights after ``position``, exported in ``fmt`` from the run of ``folder``, whose records, plan
     and origins it shows."""
     run, known = _records(folder), origins.read(folder)
-    losses = [(row["step"], number(row, "loss")) for row in run.train]
-    evaluated = [(row["step"], number(row, "eval_loss")) for row in run.evaluations]
     return ModelCard(
         name=config.run.name,
         header=_header(config, known),
@@ -46,9 +45,14 @@ def of(fmt: str, config: Config, position: Position, folder: Path) -> ModelCard:
                 else []
             ),
         ],
-        train=[(step, loss) for step, loss in losses if loss is not None and step <= position.step],
-        held_out=[(step, loss) for step, loss in evaluated if loss is not None and step <= position.step],
+        picture=_picture(run, position),
     )
+
+
+def _picture(run: Run, position: Position) -> str:
+    known = [(run.train, "loss"), (run.evaluations, "eval_loss")]
+    lines = [[point for point in points_of(rows, key) if point[0] <= position.step] for rows, key in known]
+    return loss_picture(*lines) if any(lines) else ""
 
 
 def _records(folder: Path) -> Run:

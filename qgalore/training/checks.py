@@ -28,8 +28,8 @@ from .sources import needed_tokens
 
 
 def check_data(config: Config) -> None:
-    """Raise :class:`ConfigError`, naming the key, for paths that do not exist or are not read, and for a first row that
-    is not of the kind that ``data.task`` needs; hub datasets are opened. And for a cache that cannot be made."""
+    """Raise :class:`ConfigError`, naming the key, for paths and first rows that are not what ``data.task`` needs, and
+    for a cache that cannot be made; hub datasets are opened."""
     data = config.data
     for key in data.sources if data.max_tokens is None else ():
         needed_tokens(config, key)
@@ -90,12 +90,9 @@ def _check_cache(cache_dir: str) -> None:
 
 
 def check_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise :class:`ConfigError` for a preset, an architecture, a stored folder (its shards and headers), an optimizer
-    or a format of export that the run would fail with later. Everything is on the meta device; ``config`` is resolved.
-
-    tokenizer: None if it is yet to be trained. Of a classifier the labels are not known, so that its exports and
-    stored head are left to the build.
-    """
+    """Raise :class:`ConfigError` for a preset, an architecture, a stored folder, an optimizer or a format of export
+    that the run would fail with later. Everything is on the meta device; ``config`` is resolved. tokenizer: None if it
+    is yet to be trained. Of a classifier exports and stored head are left to the build."""
     train = config.train
     make_factory(train.optimizer, train.lr, train.optimizer_options)
     to_be_trained = tokenizer is None

@@ -74,8 +74,7 @@ def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> LabelledData:
 def loop_data(
     config: Config, examples: LabelledData, order_for: Callable[[int], MixedOrder], losses: Losses = one_by_one
 ) -> parts.Data:
-    """Labelled data as the loop takes them: with how to count and to evaluate. ``losses``: how the held-out batches go
-    through the model."""
+    """Labelled data as the loop takes them. ``losses``: how the held-out batches go through the model."""
     labels = examples.labels
     known = OF_NUMBERS if labels.names is None else OF_CLASSES
     names = config.data.metric or list(known)

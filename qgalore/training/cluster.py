@@ -34,8 +34,8 @@ _KINDS = {"gather blocks": GATHER, "gather": HAND, "hand": HAND, "pass": HAND, "
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines of a job: cards in each, which card, and its links in GB/s; None stands for the usual number, card
-    and links. Raises :class:`ConfigError` for a card that is not known."""
+    """The machines of a job: cards in each, which card, and its links in GB/s; None stands for the usual. Raises
+    :class:`ConfigError` for a card that is not known."""
 
     per_machine: int | None = None
     card: str | None = None

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import shutil
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -15,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Config, Source
 from ..data.chat import PLAIN_TEMPLATE, has_template
-from ..data.checksums import file_digest, sync
+from ..data.checksums import file_digest
 from ..data.conversations import conversations
 from ..data.labelled import LabelledTexts
 from ..data.mixing import Mixture, names_of
 from ..data.packing import PackedSequences
-from ..data.paths import drop_empty, looks_like_path, make_folder
+from ..data.paths import looks_like_path
 from ..data.sources import ENDINGS, ROW_ENDINGS, documents, fingerprint
 from ..data.templates import writes_date
 from ..data.tokenizer import add_tokens, load_tokenizer, train_tokenizer
@@ -51,10 +49,7 @@ def build_tokenizer(config: Config, given: PreTrainedTokenizerBase | None) -> Pr
 
 def given_tokenizer(config: Config, kept: Path | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the configuration names, or the model's own, or the one ``kept`` by the run before, with
-    ``data.added_tokens``; None if one is to be trained.
-
-    Raises ConfigError where it cannot be loaded, and for a hub dataset on which none can be trained.
-    """
+    ``data.added_tokens``; None if one is to be trained. Raises ConfigError, also for a hub dataset to train one on."""
     data = config.data
     added = partial(add_tokens, tokens=data.added_tokens, report=partial(say, "tokenizer"))
     if data.tokenizer is not None:
@@ -78,8 +73,7 @@ def given_tokenizer(config: Config, kept: Path | None = None) -> PreTrainedToken
 
 
 def _texts(config: Config) -> Iterator[str]:
-    """The text of the training data, for a tokenizer, about as much of each source as ``data.max_tokens`` lets be
-    read."""
+    """The training data's text for a tokenizer, about as much of each source as ``data.max_tokens`` lets be read."""
     limit = None if config.data.max_tokens is None else config.data.max_tokens * _CHARACTERS_A_TOKEN
     read = 0
     line = partial(say, "tokenizer")
@@ -130,8 +124,9 @@ def _own_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         _texts(config), vocab_size=data.vocab_size, show_progress=sys.stderr is not None and sys.stderr.isatty()
     )
     try:
-        with atomic.plain_errors():
-            _keep(tokenizer, folder)
+        with atomic.replacing_folder(folder) as building:  # which another process may have made too
+            tokenizer.save_pretrained(building)
+            (building / _SUMS).write_text(json.dumps(_sums(building), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"the tokenizer cannot be cached in {folder}: {error}; set data.cache_dir") from error
     return tokenizer
@@ -146,29 +141,6 @@ def _check(folder: Path) -> None:
     """Raise OSError or ValueError if a cached tokenizer is not what was written."""
     if _sums(folder) != json.loads((folder / _SUMS).read_text(encoding="utf-8")):
         raise ValueError("its files have other bytes than were written")
-
-
-def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Put a trained tokenizer into the cache, whole or not at all."""
-    building = folder.with_name(f".building-{folder.name}-{uuid.uuid4().hex}")
-    made = make_folder(building)
-    try:
-        tokenizer.save_pretrained(building)
-        (building / _SUMS).write_text(json.dumps(_sums(building), indent=1) + "\n", encoding="utf-8")
-        for path in (*building.iterdir(), building):
-            sync(path)
-        if folder.exists():
-            try:
-                return _check(folder)  # another process was faster
-            except (OSError, ValueError, RecursionError):
-                folder.rename(building.with_name(f"{building.name}-damaged"))
-                shutil.rmtree(building.with_name(f"{building.name}-damaged"), ignore_errors=True)
-        building.rename(folder)
-        sync(folder.parent)
-        return None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        drop_empty(made[1:])
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,8 @@ _SETTINGS = (":4096:8", ":16:8")  # with which cuBLAS promises the same bits eve
 
 @contextmanager
 def deterministic(asked: bool) -> Iterator[None]:
-    """Inside, if ``asked``, PyTorch takes only operations that give the same bits every time.
-
-    Enter it before anything runs on a GPU: cuBLAS reads its setting at its first product. Raises :class:`ConfigError`
-    for another setting of cuBLAS in the environment, and where an operation has no such kernel.
-    """
+    """Inside, if ``asked``, PyTorch takes only operations that give the same bits every time. Enter it before anything
+    runs on a GPU: cuBLAS reads its setting at its first product. Raises :class:`ConfigError` where it cannot be so."""
     if not asked:
         yield
         return

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -13,7 +12,7 @@ from ..data.chat import answer_ends
 from ..data.packing import IGNORED
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError
-from ..files import checkpoint, export_gguf, export_hf, export_int8, model_card
+from ..files import atomic, checkpoint, export_gguf, export_hf, export_int8, model_card
 from ..files import export_folder as folders
 from ..lowrank.layers.lora import LoraLinear
 from ..models import classify, loading, streaming
@@ -49,8 +48,7 @@ def mark_ends(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBa
 
 
 def check_formats(model: nn.Module, tokenizer: PreTrainedTokenizerBase, formats: list[str]) -> None:
-    """Raise :class:`ConfigError`, before hours of training, for a format of ``export.formats`` that a built ``model``
-    cannot take."""
+    """Raise :class:`ConfigError` for a format of ``export.formats`` that a built ``model`` cannot take."""
     try:
         if "int8" in formats:
             export_int8.int8_layers(model)
@@ -61,9 +59,8 @@ def check_formats(model: nn.Module, tokenizer: PreTrainedTokenizerBase, formats:
 
 
 def export(model: nn.Module, fmt: str, target: Path, run: Path, config: Config, position: Position) -> None:
-    """Write ``model``, as it is after ``position``, to ``target`` in one of ``EXPORTS``, whole or not at all, with what
-    the folder ``run`` keeps for it (see :func:`keep_beside`) and a model card. Raises :class:`ConfigError` if it cannot
-    be."""
+    """Write ``model``, as it is after ``position``, to ``target`` in one of ``EXPORTS``, whole or not at all, with a
+    model card and what the folder ``run`` keeps for it (see :func:`keep_beside`). Raises :class:`ConfigError`."""
     if fmt != "hf" and any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ConfigError(
             f"LoRA's merged weights are not int8, as the format {fmt} needs them; export with --format hf"
@@ -77,18 +74,13 @@ def export(model: nn.Module, fmt: str, target: Path, run: Path, config: Config, 
         mine = f"{target / model_card.CARD} was not written by qgalore, or was changed since"
         say("note", f"{mine}, so it stays; delete it to get a new one with the next export")
         described = None
-    try:
-        with folders.whole(target) as building:
-            EXPORTS[fmt].save(model, tokenizer, building)
-            if fmt != "gguf":
-                folders.take_along(kept, building)
-            if described is not None:
-                described.write(building)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"the export {target} could not be written: {error}. The checkpoints are intact; free space or choose "
-            "another folder, then export with tools/export.py"
-        ) from error
+    remedy = "The checkpoints are intact; free space or choose another folder, then export with tools/export.py"
+    with atomic.explained(f"the export {target}", remedy), folders.whole(target) as building:
+        EXPORTS[fmt].save(model, tokenizer, building)
+        if fmt != "gguf":
+            folders.take_along(kept, building)
+        if described is not None:
+            described.write(building)
     say("export", f"{target}, for {EXPORTS[fmt].READERS}")
 
 
@@ -124,8 +116,7 @@ def finish(run, best_step: int | None) -> None:
 
 
 def export_checkpoint(source: Path, fmt: str, target: Path) -> None:
-    """Write the model of a checkpoint as its own run would. Raises :class:`ConfigError` as :func:`restore_model` and
-    :func:`export` do."""
+    """Write the model of a checkpoint as its own run would. Raises :class:`ConfigError`."""
     state = checkpoint.read_state(source)
     try:
         position = Position.read(state.get("position", {}))
@@ -138,10 +129,7 @@ def export_checkpoint(source: Path, fmt: str, target: Path) -> None:
 
 def restore_model(source: Path, mapped: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model and tokenizer of a checkpoint (RUN/checkpoints/step-…), on the CPU, without its data or optimizer. The
-    tensors of a ``mapped`` model are read-only views of the checkpoint's file (see :mod:`..files.mapping`).
-
-    Raises :class:`ConfigError` if the checkpoint is damaged or its run's tokenizer is gone.
-    """
+    tensors of a ``mapped`` model are read-only views of the checkpoint's file. Raises :class:`ConfigError`."""
     state = checkpoint.read_state(source)
     config = configuration.parse(state.get("config", {}), str(source))
     shape = loading.noted_config(state.get("model_config", {}), f"model_config in {source / checkpoint.STATE}")

@@ -146,8 +146,7 @@ def proposals(
 def _tried(
     config: Config, vocabulary: Vocabulary, device: torch.device, limit: Limit, processes: int
 ) -> plan.Plan | None:
-    """The plan of ``config``; None if it is known without a rehearsal that it does not fit, or if the blocks that it
-    asks for cannot be streamed."""
+    """The plan of ``config``; None if it is known without a rehearsal that it does not fit, or cannot be streamed."""
     try:
         here, on_host = _least(config, vocabulary, processes)
         if (limit.budget is not None and here > limit.budget) or (limit.host is not None and on_host > limit.host):
@@ -178,11 +177,8 @@ def settle(
     config: Config, vocabulary: Vocabulary, device: torch.device, processes: int = 1, machines: Machines | None = None
 ) -> tuple[Config, plan.Plan]:
     """``config`` with activation checkpointing decided, and its plan for one of ``processes``, printed. With
-    ``machines`` it is said too from how many tokens on the work of a step hides what they send.
-
-    Raises :class:`DoesNotFitError`, with proposals, if it is larger than the budget: ``memory.budget``, or what the
-    device has; and if it needs more of the host than ``memory.host_budget``.
-    """
+    ``machines`` it is said too from how many tokens on the work of a step hides what they send. Raises
+    :class:`DoesNotFitError`, with proposals."""
     whole = config.train.grad_accumulation
     config = changed(config, {"train.grad_accumulation": whole // processes})
     limit = Limit.of(config, device)

@@ -65,11 +65,8 @@ class Limit:
 
     def room_for_copy(self, found: plan.Plan, device: torch.device, built: bool = True) -> int | None:
         """Bytes of host memory that a run of ``found`` leaves for a copy of its state; None if that is not known.
-        ``built``: whether blocks that live on the host are there already.
-
-        On a CPU the copy is part of the process that is planned, and of its budget. Beside a GPU it takes what is free
-        on this machine, less what the run has yet to ask for.
-        """
+        ``built``: whether blocks that live on the host are there already. On a CPU the copy is part of the process that
+        is planned."""
         here = machine.available(torch.device("cpu"))
         if here is None:
             return None

@@ -100,8 +100,7 @@ def _fields(path: Path) -> Any:
 
 
 def _stated(read: Callable[[Path], Any], path: Path) -> dict[str, str]:
-    """The fields about a licence in a file, which somebody else wrote; none if it is missing, or is not what it should
-    be."""
+    """The fields about a licence in a file, which somebody else wrote; none if it is not what it should be."""
     try:
         found = read(path)
         fields = {key: found.get(key) for key in ("license", "license_name", "license_link")}

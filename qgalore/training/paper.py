@@ -50,8 +50,8 @@ def has_weights(folder: Path) -> bool:
 
 
 def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tuple[torch.nn.Module, PaperOptimizer]:
-    """The converted model of a resolved configuration and its optimizer, all on the meta device, in the one of so many
-    ``processes`` that keeps most."""
+    """The converted model of a resolved configuration and its optimizer on the meta device, in the process that keeps
+    most."""
     team: Team = PaperTeam(0, processes) if processes > 1 else ALONE
     model = shape(config, vocabulary)
     if vocabulary.labels is None:
@@ -95,8 +95,7 @@ def shares_of(config: Config, processes: int) -> int:
 
 
 def shape(config: Config, vocabulary: Vocabulary, report: Callable[[str], None] = lambda line: None) -> torch.nn.Module:
-    """The unconverted model. A pretrained folder that holds no weights yet is planned from its ``config.json``. What
-    the run changes of it is reported."""
+    """The unconverted model. A pretrained folder that holds no weights yet is planned from its ``config.json``."""
     if config.model.path is not None and vocabulary.labels is None:
         folder = loading.local_folder(config.model.path)
         if not has_weights(folder):

@@ -33,12 +33,9 @@ def coloured(line: str) -> str:
 
 
 def pieces(batch: Batch) -> list[tuple[bool, list[int]]]:
-    """Tokens of the one row of ``batch`` that follow each other, and whether the loss learns them.
-
-    ``batch`` has input_ids, labels and position_ids, int64 (1, L). A token is learned where it is the target of the one
-    before it. The target of the last one stands behind the row and is shown with it. A piece also ends where its
-    document does.
-    """
+    """Tokens of the one row of ``batch`` that follow each other, and whether the loss learns them. ``batch`` has
+    input_ids, labels and position_ids, int64 (1, L). A token is learned where it is the target of the one before it. A
+    piece also ends where its document does."""
     ids, targets, positions = (batch[key][0].tolist() for key in ("input_ids", "labels", "position_ids"))
     tokens = [*ids, *(target for target in targets[-1:] if target != IGNORED)]
     learned = [False, *(target != IGNORED for target in targets)]

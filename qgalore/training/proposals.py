@@ -71,8 +71,7 @@ def _lower_ranks(config: Config) -> list[dict[str, Any]]:
 
 
 def host_candidates(config: Config, streams: bool) -> Iterator[dict[str, Any]]:
-    """Changes that save memory of the host, the least harmful first. ``streams``: whether blocks live there, or only
-    their inputs."""
+    """Changes that save memory of the host, the least harmful first. ``streams``: whether blocks live there."""
     if not streams:
         yield {CHECKPOINTING: True}
         return

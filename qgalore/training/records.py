@@ -17,10 +17,8 @@ from ..files import atomic
 
 
 class Records:
-    """An append-only ``.jsonl`` file whose rows carry ``step``. Its methods raise ConfigError on an I/O error.
-
-    What is no row, such as the line that a killed run was writing, is set aside: its bytes go to ``NAME.set-aside``.
-    """
+    """An append-only ``.jsonl`` file whose rows carry ``step``. What is no row, such as the line that a killed run was
+    writing, is set aside: its bytes go to ``NAME.set-aside``. Its methods raise ConfigError on an I/O error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,7 +93,7 @@ class Records:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         with atomic.explained(
-            str(self.path), "checkpoints so far are intact; free space, then go on with --resume auto"
+            str(self.path), "Checkpoints so far are intact; free space, then go on with --resume auto"
         ):
             yield
 
@@ -179,7 +177,7 @@ class ProgressLine:
 
     def show(self, row: dict[str, Any], refreshes: tuple[int, int], waiting: int = 0, remark: str = "") -> None:
         """``row``: a train row of metrics.jsonl; ``refreshes``: done and skipped; ``waiting``: due, without a
-        gradient; ``remark``: what else is to be said."""
+        gradient."""
         self._steps += 1
         self._stepping += row["step_seconds"]
         self._refreshing += row["refresh_seconds"]

@@ -36,8 +36,7 @@ _SEEDED = ("apollo", "apollo_mini", "muon")
 
 
 def check_asked(config: Config, folder: Path, resume: str | None) -> None:
-    """Raise :class:`ConfigError` if a restart is asked for without a checkpoint to begin from, or to go on from in
-    ``folder``, the run's own."""
+    """Raise :class:`ConfigError` if a restart is asked for without a checkpoint to begin or to go on from."""
     if not config.train.restart_schedule or resume not in (None, "auto"):
         return
     if resume is None:
@@ -61,8 +60,8 @@ def refused(config: Config, lines: list[str]) -> list[str]:
 
 
 def begins(config: Config, folder: Path, resume: str | None) -> bool:
-    """Whether this start is the beginning of a run on the weights of another's checkpoint, and does not go on with what
-    ``folder``, the run's own, holds."""
+    """Whether this start begins a run on another's checkpoint, and does not go on with what ``folder``, its own,
+    holds."""
     if not config.train.restart_schedule or resume in (None, "auto"):
         return False
     return Path(resume).resolve().parent != (folder / "checkpoints").resolve()
@@ -78,7 +77,7 @@ def saved_config(source: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
 def as_before(source: Path, saved: dict[str, Any], config: Config) -> Config:
     """``config`` for going on with the checkpoint ``source``; that its run began on another's weights need not be said
-    again. Raises :class:`ConfigError` if a run's own checkpoint should begin it anew."""
+    again. Raises :class:`ConfigError` if its own checkpoint should begin it anew."""
     before = saved_config(source, saved)
     restarted = before["train"].get("restart_schedule", False)
     if config.train.restart_schedule and not restarted:
@@ -93,10 +92,7 @@ def as_before(source: Path, saved: dict[str, Any], config: Config) -> Config:
 
 def check(source: Path, saved: dict[str, Any], config: Config) -> None:
     """Say in what ``config``, for a run that begins on the checkpoint ``source``, differs from that of the run before.
-
-    Raises :class:`ConfigError` for a difference with which the checkpoint's tensors would not be those of the model, or
-    would mean something else.
-    """
+    Raises :class:`ConfigError` for a difference that changes the model's tensors, or what they mean."""
     before = saved_config(source, saved)
     different = configuration.differences(before, config)
     if staying := refused(config, different):
@@ -124,8 +120,8 @@ def _kept(source: Path) -> Path:
 
 
 def tokenizer_of(source: Path, config: Config) -> Path | None:
-    """The tokenizer of the run that made ``source``, if a restart is to take it because none is named: one trained on
-    new data would give ids another meaning. Raises :class:`ConfigError` if it is gone."""
+    """The tokenizer of the run that made ``source``, if none is named: one trained on new data would give ids another
+    meaning. Raises :class:`ConfigError` if it is gone."""
     if not config.train.restart_schedule or config.data.tokenizer is not None or config.model.path is not None:
         return None
     if not (kept := _kept(source)).is_dir():
@@ -151,8 +147,8 @@ def check_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def take(
     source: Path, saved: dict[str, Any], model: nn.Module, optimizer: LowRankOptimizer, team: Team = ALONE
 ) -> Position:
-    """Fill ``model`` and ``optimizer`` from a checkpoint and return the position of a new run on them. Learning rate
-    and weight decay stay those that ``optimizer`` was built with."""
+    """Fill ``model`` and ``optimizer`` from a checkpoint and return the position of a new run on them, with its own
+    rates."""
     rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     checkpoint.load_into(source, saved, model, optimizer)
     for group, (lr, decay) in zip(optimizer.param_groups, rates, strict=True):

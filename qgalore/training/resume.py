@@ -82,8 +82,8 @@ def _check_meant(folder: Path, resume: str | None) -> None:
 
 
 def check_shared(folder: Path, team: Team) -> None:
-    """Every process writes its share of a checkpoint, so each must see what rank 0 makes in ``folder``. Raises
-    :class:`ConfigError` if one of ``team`` does not."""
+    """Raise :class:`ConfigError` if a process of ``team`` does not see what rank 0 makes in ``folder``: each writes
+    there."""
     if team.size == 1:
         return
     mark = folder / f".{team.of_first('the name of a mark', lambda: uuid.uuid4().hex)}"  # new on every disk
@@ -108,10 +108,8 @@ def checkpoint_to_resume(
     folder: Path, resume: str | None, team: Team = ALONE
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint meant by ``--resume`` and its state; "auto" names a damaged one and takes the one before it.
-
-    Raises :class:`ConfigError` where "auto" finds checkpoints and can use none, or one that a newer version wrote. A
-    run that began again, or went back, beside them would leave days of work behind without being asked.
-    """
+    Raises :class:`ConfigError` where "auto" can use none of those that are there, or a newer version wrote one: a run
+    that began again beside them would leave days of work behind without being asked."""
     if resume is None:
         return None, None
     if resume != "auto":
@@ -204,10 +202,8 @@ def restore(
     team: Team = ALONE,
 ) -> Position:
     """Bring a built run to the state of a checkpoint, its records too, and return its position; None is the beginning.
-    In every process of ``team``; the one that leads changes files, when all have read theirs.
-
-    Raises :class:`ConfigError` if it was made with other ``data`` (a description) or lies beyond ``max_steps``.
-    """
+    In every process of ``team``; the one that leads changes files, when all have read theirs. Raises
+    :class:`ConfigError`."""
     position = Position()
     if source is not None:
         if saved.get("data") != data:
@@ -244,7 +240,7 @@ def describe(
     """Write what the run is made of into its folder, each file whole or not at all. One process of ``team`` does so."""
     if not team.leads:
         return
-    with atomic.explained(f"the run folder {folder}", "free space or set run.dir, then go on with --resume auto"):
+    with atomic.explained(f"the run folder {folder}", "Free space or set run.dir, then go on with --resume auto"):
         atomic.write_text(folder / "config.yaml", configuration.dump(config))
         atomic.write_text(folder / "plan.json", json.dumps(plan, indent=1))
         atomic.write_text(folder / origins.NAME, json.dumps(origins.of(config), indent=1))

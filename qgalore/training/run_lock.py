@@ -46,11 +46,9 @@ class _Held:
 
 class RunLock:
     """The lock of a run's ``folder``, held until :meth:`release`, the end of this object or that of the process.
-
     ``made``: the folders that were made for it, the innermost first. A process may hold the same one several times.
-    Raises :class:`ConfigError` if another process holds it, or if the folder cannot be written. ``works`` is False
-    where the file system cannot lock, which is said.
-    """
+    Raises :class:`ConfigError` if another one holds it. ``works`` is False where the file system cannot lock, which is
+    said."""
 
     def __init__(self, folder: Path, made: Sequence[Path] = ()) -> None:
         path = folder.resolve() / NAME

@@ -83,8 +83,7 @@ def weights_of(config: Config) -> list[int]:
 
 
 def cut_tail(config: Config, key: str, tokens: TokenFile) -> tuple[TokenFile, TokenFile]:
-    """The training text of a source without its end, and that end. Raises ConfigError if either is shorter than a
-    sample."""
+    """The training text of a source without its end, and that end. Raises ConfigError if either has no whole sample."""
     data = config.data
     whole, needed = len(tokens.tokens), data.sequence_length + (tokens.row_length is None)
     enough = "give more data, a shorter data.sequence_length, or a second file as data.valid"

@@ -19,11 +19,9 @@ _LATER = {"tensorboard": "DIR", "trackio": "PROJECT", "wandb": "PROJECT"}
 
 
 class Tracking:
-    """Sends the rows of the records to ``trackers`` between entering and leaving its context.
-
-    What a tracker raises becomes one printed line, and nothing more is asked of that tracker. Leaving by an error, a
-    signal's too, ends the trackers with its exit code.
-    """
+    """Sends the rows of the records to ``trackers`` between entering and leaving its context. What a tracker raises
+    becomes one printed line, and nothing more is asked of it. Leaving by an error ends the trackers with its exit
+    code."""
 
     def __init__(self, trackers: dict[str, live.Tracker], run: live.Description) -> None:
         self._trackers, self._run = dict(trackers), run
@@ -75,14 +73,13 @@ class Wanted:
         self._identity = kept_identity(folder) if trackers else None
 
     def of(self, name: str, step: int, settings: dict[str, Any]) -> Tracking:
-        """The tracking of the run ``name`` from ``step`` on, with its ``settings``. By its identity, which is kept in
-        its folder, a resumed run goes on in the same run of a tracker. Raises :class:`ConfigError` if the folder cannot
-        be written."""
+        """The tracking of the run ``name`` from ``step`` on. By its identity, which is kept in its folder, a resumed
+        run goes on in the same run of a tracker. Raises :class:`ConfigError`."""
         if not self._trackers:
             return NOWHERE
         identity = self._identity or uuid.uuid4().hex[:16]
         if self._identity is None:
-            with atomic.explained(str(self._folder / NAME), "free space or set run.dir"):
+            with atomic.explained(str(self._folder / NAME), "Free space or set run.dir"):
                 atomic.write_text(self._folder / NAME, json.dumps({"identity": identity}) + "\n")
         resumed = self._identity is not None
         return Tracking(self._trackers, live.Description(name, self._folder, None, identity, settings, step, resumed))

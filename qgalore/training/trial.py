@@ -22,11 +22,8 @@ def try_layer_major(
     config: Config, model: nn.Module, loss: Loss, samples: Samples, device: torch.device, team: Team = ALONE
 ) -> tuple[Config, Layout | None]:
     """The model's parts, if ``config`` allows layer-major steps and the model can be walked, in every process of
-    ``team``. None otherwise; the configuration that is returned then says batch-major, and a line says why.
-
-    Raises :class:`ConfigError` if the configuration asks for layer-major steps, or for something that batch-major ones
-    cannot do, and the model cannot be walked.
-    """
+    ``team``. None otherwise; the configuration that is returned then says batch-major. Raises :class:`ConfigError` if
+    that cannot do what is asked for."""
     if config.train.order == "batch_major":
         return config, None
     size = min(config.train.micro_batch_size, len(samples))

@@ -12,11 +12,8 @@ from ..errors import ConfigError, counted
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The entries of a tokenizer, and the ids of its special tokens.
-
-    ``bound`` is one more than its highest id, and ``own`` so without ``added``, the ids of ``data.added_tokens``; both
-    are 0 where no tokenizer was looked at.
-    """
+    """The entries of a tokenizer, and the ids of its special tokens. ``bound`` is one more than its highest id, and
+    ``own`` so without ``added``, the ids of ``data.added_tokens``; both are 0 where no tokenizer was looked at."""
 
     size: int
     bos: int | None
@@ -42,11 +39,8 @@ def may_grow(config: Config) -> bool:
 
 
 def rows_wanted(config: Config, vocabulary: Vocabulary, rows: int) -> int:
-    """How many rows the vocabulary of a pretrained model gets that has ``rows`` in its files.
-
-    Raises :class:`ConfigError` for a tokenizer that is the model's neither as it is nor with ``data.added_tokens``: a
-    model grows for that one only if it is asked to.
-    """
+    """How many rows the vocabulary of a pretrained model gets that has ``rows`` in its files. Raises
+    :class:`ConfigError` for another tokenizer than the model's, unless the model is asked to grow for it."""
     if not may_grow(config):
         return rows
     if vocabulary.own > rows and not config.model.grow_vocabulary:
@@ -71,8 +65,7 @@ def check_added(vocabulary: Vocabulary, rows: int) -> None:
 def say_rows(
     config: Config, vocabulary: Vocabulary, rows: int, names: list[str], report: Callable[[str], None]
 ) -> None:
-    """Report what became of a model that may grow: which ids have new rows in the tensors ``names``, and which of the
-    added tokens have rows that were there."""
+    """Report which ids have new rows in the tensors ``names``, and which added tokens have rows that were there."""
     new = range(rows, vocabulary.bound)
     if there := [f"{token} ({number})" for token, number in vocabulary.added if number < rows]:
         report(f"{_some(there)} of data.added_tokens: the model has rows for them already, which stay as they are")

@@ -45,8 +45,6 @@ def installed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_quickstart_runs_from_an_empty_folder_and_says_how_to_go_on(installed):
-    planned = installed("plan", "--config", "quickstart.yaml", *SHORT)
-    assert planned.returncode == 0, planned.stderr
     first = installed("train", "--config", "quickstart.yaml", *SHORT)
     assert first.returncode == 0, first.stderr
     assert "everything is in runs/quickstart" in first.stdout
@@ -72,6 +70,6 @@ def test_every_configuration_and_its_data_come_along(installed):
 @pytest.mark.slow
 def test_a_comparison_trains_with_the_installed_package(installed):
     settings = [argument for one in SHORT for argument in ("--set", one)]
-    done = installed("compare", "--config", "quickstart", "--vary", "method=qgalore,adamw", *settings)
+    done = installed("compare", "--config", "quickstart", "--variant", "base:", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("held-out") >= 2
+    assert "held-out" in done.stdout

@@ -15,7 +15,7 @@ CONFIGS = ("a: &a [*a]", "[" * 500, "train: 1", "lowrank: []", "\x1b", f"method:
 def shown(folder) -> str:
     run = records.read_run(folder)
     one = summary.summarise(run)
-    text = table.run_table(one, table.layer_lines(one)) + table.run_table(one, table.kind_lines(one))
+    text = table.run_table(one, table.layer_lines(one)) + table.run_table(one, table.layer_lines(one, kinds=True))
     return text + table.runs_table([one]) + report.page([one]) + csv_rows.refresh_rows([run])
 
 

@@ -41,7 +41,7 @@ def test_tables_fit_and_show_every_layer(recorded):
             [layer.similarity, layer.energy, layer.energy_before], abs=5.001e-4
         )
     assert lines[-1].split()[:4] == ["total", "(14)", "-", "40"]
-    assert len(table.kind_lines(found)) == 7
+    assert len(table.layer_lines(found, kinds=True)) == 7
 
 
 def test_huge_and_unknown_values_still_fit():

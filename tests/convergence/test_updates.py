@@ -32,13 +32,13 @@ def looked(recorded):
 def test_the_table_has_the_last_look_and_the_lowest_cosine(looked):
     run = records.read_run(looked)
     lines = [line.split() for line in updates.table(run, kinds=False).splitlines()]
-    shown = [cells for cells in lines if cells and cells[0] == "model.layers.0"]
+    shown = [cells for cells in lines if cells and cells[0] == "layers.0"]
     # A backward pass comes to down_proj first, so here it counts as the later kind, and the table turns them round.
-    assert shown[0] == ["model.layers.0", "8×16", "2", "1.00e-01", "0.880", "0.880"]
+    assert shown[0] == ["layers.0", "8×16", "2", "1.00e-01", "0.880", "0.880"]
     kinds = [line.split() for line in updates.table(run, kinds=True).splitlines()]
     queries = next(cells for cells in kinds if cells and cells[0] == "self_attn.q_proj")
     assert queries[1:] == ["(2)", "8×16", "4", "1.00e-01", "0.880", "0.780"]
-    assert not any(cells and cells[0] == "model.layers.0" for cells in kinds)
+    assert not any(cells and cells[0] == "layers.0" for cells in kinds)
 
 
 def test_lines_fit_on_a_page(looked):

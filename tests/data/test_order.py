@@ -51,14 +51,3 @@ def test_plain_integers():
 def test_position_of_other_data(position):
     with pytest.raises(ConfigError, match="resume with the data"):
         SampleOrder(5, 0).take(position, 1)
-
-
-def test_bad_arguments():
-    with pytest.raises(ConfigError, match="n_samples is 0"):
-        SampleOrder(0, 0)
-    with pytest.raises(ConfigError, match="seed is -1"):
-        SampleOrder(3, -1)
-    with pytest.raises(ConfigError, match="seed is 18446744073709551616"):
-        SampleOrder(3, 2**64)
-    with pytest.raises(ValueError, match="must not be negative"):
-        SampleOrder(3, 0).take((0, 0), -1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from helpers import assert_same
+from helpers import assert_same, save_checkpoint
 from transformers import AutoConfig
 
 import qgalore
@@ -173,7 +173,7 @@ def deepened(source, shape):
             value.zero_()
     run_state = {key: value for key, value in state.items() if key not in ("version", "optimizer", "files", "sha256")}
     empty = {"step_count": 1, "groups": [], "slots": {}}
-    return checkpoint.save(source.with_name("step-00000009"), model, empty, {**run_state, "model_config": noted})
+    return save_checkpoint(source.with_name("step-00000009"), model, empty, {**run_state, "model_config": noted})
 
 
 @pytest.mark.slow

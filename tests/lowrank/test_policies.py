@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import QUICK, assert_same, loss_of, stored, train
+from helpers import QUICK, assert_same, loss_of, save_checkpoint, stored, train
 
 from qgalore import config
 from qgalore.files import checkpoint
@@ -122,7 +122,7 @@ def test_a_run_goes_on_after_a_checkpoint(tiny_llama, token_batches, device, pol
     batches = token_batches(device, 12)
     model, opt = built(tiny_llama, device, policy)
     train(model, opt, batches[:7])
-    saved = checkpoint.save(tmp_path / "step-00000007", model, opt.state_dict(), {})
+    saved = save_checkpoint(tmp_path / "step-00000007", model, opt.state_dict(), {})
     twin, other = built(tiny_llama, device, policy)
     checkpoint.load_into(saved, checkpoint.read_state(saved), twin, other)
     fused, third = built(tiny_llama, device, policy, stepping="fused")
@@ -195,16 +195,6 @@ def test_a_look_steps_as_an_ordinary_step_does(tiny_llama, token_batches, device
     seen = slot.schedule.first_looks
     side, matrix = (right, full) if right is not None else (left, full.T)
     assert seen == [pytest.approx(search.captured_energy(matrix, side), rel=1e-5)]
-
-
-def test_a_run_that_saved_the_old_key_as_null_goes_on():
-    """``similarity`` was a key, null unless somebody gave it; one that was given is told."""
-    now = config.resolve(config.load("quickstart.yaml", []), "cpu", False)
-    saved = now.model_dump(mode="json")
-    saved["lowrank"]["similarity"] = None
-    assert config.differences(saved, now) == []
-    saved["lowrank"]["similarity"] = "first_vector"
-    assert config.differences(saved, now) == ["lowrank.similarity: 'first_vector' → None"]
 
 
 def test_a_key_that_the_policy_does_not_read_is_named():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import save_checkpoint
 
 import qgalore
 from qgalore.errors import ConfigError
@@ -202,7 +203,7 @@ def test_resumed_equals_uninterrupted(tiny_llama, token_batches, tmp_path, throu
     again, other = converted(tiny_llama)
     assert len({slot.module.rank for slot in opt.tensors if isinstance(slot, AdaptiveTensor)}) > 1
     if through == "files":
-        path = checkpoint.save(tmp_path / "step-00000004", half, opt.state_dict(), {})
+        path = save_checkpoint(tmp_path / "step-00000004", half, opt.state_dict(), {})
         checkpoint.load_into(path, checkpoint.read_state(path), again, other)
     elif through == "dicts":
         again.load_state_dict(half.state_dict())
@@ -219,7 +220,7 @@ def test_loaded_before_the_optimizer_is_built(tiny_llama, token_batches, tmp_pat
     """The budget is that of the mean rank, not of the ranks that a file happens to have."""
     model, opt = converted(tiny_llama)
     trained(model, token_batches(steps=2), opt)
-    path = checkpoint.save(tmp_path / "step-00000002", model, opt.state_dict(), {})
+    path = save_checkpoint(tmp_path / "step-00000002", model, opt.state_dict(), {})
     again = tiny_llama(hidden_size=128, vocab_size=512, num_hidden_layers=1)
     qgalore.convert(again, **AUTO)
     qgalore.load(again, path)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import QUICK, assert_same, distance, loss_of, stored, train
+from helpers import QUICK, assert_same, distance, loss_of, save_checkpoint, stored, train
 
 from qgalore.errors import ConfigError
 from qgalore.files import checkpoint
@@ -221,7 +221,7 @@ def test_resume_continues_bit_for_bit(tiny_llama, token_batches, rule, inner):
 def test_a_checkpoint_holds_a_rules_state(tiny_llama, token_batches, rule, tmp_path):
     model, opt = fresh(tiny_llama, rule)
     train(model, opt, token_batches(steps=3))
-    path = checkpoint.save(tmp_path / "step-00000003", model, opt.state_dict(), {})
+    path = save_checkpoint(tmp_path / "step-00000003", model, opt.state_dict(), {})
     other, twin = fresh(tiny_llama, rule)
     checkpoint.load_into(path, checkpoint.read_state(path), other, twin)
     assert_same(everything(model, opt), everything(other, twin))
@@ -295,7 +295,7 @@ def test_a_momentum_of_every_format_resumes_to_the_same_bits(tiny_llama, token_b
     batches = token_batches(steps=5)
     model, opt = fresh(tiny_llama, "muon", momentum=fmt)
     train(model, opt, batches[:3])
-    path = checkpoint.save(tmp_path / "step-00000003", model, opt.state_dict(), {})
+    path = save_checkpoint(tmp_path / "step-00000003", model, opt.state_dict(), {})
     train(model, opt, batches[3:])
     other, twin = fresh(tiny_llama, "muon", momentum=fmt)
     checkpoint.load_into(path, checkpoint.read_state(path), other, twin)

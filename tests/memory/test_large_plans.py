@@ -16,7 +16,7 @@ def planned(name: str, *overrides: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batches", [1, 8, 64])
+@pytest.mark.parametrize("micro_batches", [1, 64])
 def test_7b_takes_any_number_of_micro_batches(micro_batches):
     """The block inputs are 33 × 16 MiB for each, and as much waits for gradients that go down as for one block."""
     found = planned("llama7b_16gb.yaml", f"train.grad_accumulation={micro_batches}", AWAY)
@@ -27,9 +27,8 @@ def test_7b_takes_any_number_of_micro_batches(micro_batches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fira", "apollo", "scale", "muon", "sinkgd"])
+@pytest.mark.parametrize("rule", ["fira", "muon"])
 def test_rules_with_whole_gradients_accumulate_in_one_block_more(rule):
     """A block's whole gradient in fp32 is 0.75 GiB."""
-    given = ("lowrank.rank=256",) if rule == "apollo" else ()
-    found = planned("llama7b_16gb.yaml", "train.grad_accumulation=8", AWAY, f"lowrank.rule={rule}", *given)
+    found = planned("llama7b_16gb.yaml", "train.grad_accumulation=8", AWAY, f"lowrank.rule={rule}")
     assert found.total <= 13.4 * GIB

@@ -6,7 +6,7 @@ import resource
 import sys
 from pathlib import Path
 
-from helpers import assert_same
+from helpers import assert_same, save_checkpoint
 from jobs import chain_of, codes, live, take
 from processes import run_in
 from safetensors.torch import load_file
@@ -34,7 +34,7 @@ def model_and_optimizer(how, team, steps=0):
 
 def save(where, how, team, step=1):
     model, optimizer = model_and_optimizer(how, team, step)
-    return checkpoint.save(where / STEPS[step - 1], model, optimizer.state_dict(), {"position": {}}, team)
+    return save_checkpoint(where / STEPS[step - 1], model, optimizer.state_dict(), {"position": {}}, team)
 
 
 def write_and_read(where, source):
@@ -47,7 +47,7 @@ def write_and_read(where, source):
                 model, optimizer = model_and_optimizer(how, team)
                 checkpoint.load_into(path, checkpoint.read_state(path, team), model, optimizer)
                 again = where / f"{how}-{source}-{team.size}" / STEPS[0]
-                checkpoint.save(again, model, optimizer.state_dict(), {"position": {}}, team)
+                save_checkpoint(again, model, optimizer.state_dict(), {"position": {}}, team)
 
 
 def test_any_number_of_processes_writes_the_same_files(tmp_path):
@@ -150,14 +150,14 @@ def fail(where, how):
         os.chdir(run)
         model, optimizer = model_and_optimizer("replicate" if how == "apart" else "shard", team, 1)
         state, limits = optimizer.state_dict(), resource.getrlimit(resource.RLIMIT_FSIZE)
-        checkpoint.save(Path(STEPS[0]), model, state, {"position": {}}, ALONE if how == "apart" else team)
+        save_checkpoint(Path(STEPS[0]), model, state, {"position": {}}, ALONE if how == "apart" else team)
         if how == "full" and team.rank == 1:  # the operating system lets none of its files grow further
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         if how == "lost" and team.rank == 1:  # after the first of two files
             write = checkpoint.write_share
             checkpoint.write_share = lambda path, *rest: sys.exit(9) if "optim" in path.name else write(path, *rest)
         try:
-            checkpoint.save(Path(STEPS[1]), model, state, {"position": {}}, team)
+            save_checkpoint(Path(STEPS[1]), model, state, {"position": {}}, team)
         except RankError as error:
             return str(error), sorted(os.listdir())
         except ConfigError as error:
@@ -166,7 +166,7 @@ def fail(where, how):
             there = sorted(os.listdir())
             team.meet("nothing is half written")
             if how == "full":
-                checkpoint.save(Path(STEPS[2]), model, state, {"position": {}}, team)
+                save_checkpoint(Path(STEPS[2]), model, state, {"position": {}}, team)
             return str(error), there, checkpoint.newest_of(checkpoint.steps_in(Path()), team)[0].name
 
 
