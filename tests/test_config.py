@@ -73,7 +73,6 @@ def test_all_problems_come_at_once_with_suggestions():
         ({"model": {"config": "llama_60m"}, "data": {"train": "x"}}, "train: missing, and a run needs this section"),
         (change(model={"path": "somewhere"}), "exactly one of model.config"),
         (change(train={**PLAIN, "stepping": "fused", "clip_grad_norm": 1}), "cannot clip"),
-        ({**SHARD, "lowrank": {"rank": "auto"}}, "lowrank.rank: auto does not go with parallel: shard; use a number"),
         (
             {**SHARD, "method": "lora"},
             "method: lora does not go with parallel: shard; use qgalore",

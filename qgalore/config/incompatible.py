@@ -198,7 +198,7 @@ TABLE = (
     ),
     Conflict(
         ("parallel",),
-        "`shard` needs method `qgalore`, `galore` or `galore8bit`, a number as rank, and layer-major steps.",
+        "`shard` needs method `qgalore`, `galore` or `galore8bit`, and layer-major steps.",
         sharded.problems,
     ),
     Conflict(

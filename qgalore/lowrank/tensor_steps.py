@@ -116,10 +116,22 @@ class TensorSteps:
         due = tensor.awaits_refresh()
         if due and tensor.owner is not None:
             self._records[tensor.name] = None
+        if due and tensor.owner is not None and tensor.adaptive:
+            self._find_rank(tensor)
+        elif due and not tensor.elsewhere:
+            self.refresh_tensor(tensor)
         if tensor.elsewhere:
             tensor.drop_gradient()
-        elif due:
-            self.refresh_tensor(tensor)
+
+    def _find_rank(self, tensor: Any) -> None:  # an AdaptiveTensor
+        """Let the owner of ``tensor`` refresh it, and all wait for the rank that it finds. All ranks share a budget, so
+        what the next refresh may take hangs on this one, whoever its owner is."""
+        with self.team.together(f"the rank of {tensor.name}") as said:
+            if not tensor.elsewhere:
+                self.refresh_tensor(tensor)
+                said.note = tensor.rank
+        if tensor.elsewhere and said.note:  # on paper there is no owner elsewhere who says one
+            tensor.take_rank(said.note)
 
     def waits_for_step(self, tensor: TrainedTensor) -> bool:
         """Whether ``tensor`` has a gradient of this step, here or at its owner."""

@@ -17,7 +17,11 @@ KINDS = ("int8 weights", "weight scales", "bases", "trained in full", "moments",
 
 def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Collection[int] = ()) -> dict[str, int]:
     """Bytes by category of all that is kept between steps, for a ``model`` and its ``tensors``, which are attached.
-    ``streamed``: identities of storages that are elsewhere."""
+    ``streamed``: identities of storages that are elsewhere. Where owners keep moments, ranks that are free count as
+    large as they may become: their budget is one for all processes, and the layers of one of them may take most."""
+    for tensor in tensors:
+        if tensor.adaptive and tensor.owner is not None:
+            tensor.fill()
     make_states(tensors)
     sizes = _model_bytes(model, streamed)
     for tensor in (tensor for tensor in tensors if tensor.shards > 1):

@@ -46,11 +46,12 @@ def matrices_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.P
 
 
 def places_in(block: nn.Module) -> list[Place]:
-    """Where ``block`` stores weights, scales, and bases."""
+    """Where ``block`` stores what is split: weights, scales, and bases. Bases whose rank is free to move are whole
+    everywhere, since FSDP2 has no rows for a size that changes."""
     found = []
     for module in block.modules():
         if isinstance(module, LowRankLinear):
-            sides = [side for side in (module.left, module.right) if side is not None]
+            sides = [side for side in (module.left, module.right) if side is not None and module.max_rank is None]
             found += places(module, "weight", "weight_scale")
             found += [place for side in sides for place in places(side, "codes", "scale")]
     return found
