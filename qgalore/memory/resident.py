@@ -29,7 +29,9 @@ def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Colle
             sizes["trained in full"] -= tensor.stored.nbytes - share(tensor.stored, 0, tensor.shards).nbytes
             continue
         for place in places_in(tensor.module):
-            sizes[_category(place.module, place.key, place.tensor)] -= place.nbytes - place.share(tensor.shards).nbytes
+            if place.tensor.untyped_storage()._cdata not in streamed:
+                others = place.nbytes - place.share(tensor.shards).nbytes
+                sizes[_category(place.module, place.key, place.tensor)] -= others
     of_rules = [tensor for tensor in tensors if tensor.keeps_whole]
     sizes["moments"] = state_bytes(tensors, streamed) + _extra_bytes(of_rules, streamed)
     masters = [tensor for tensor in tensors if tensor not in of_rules]

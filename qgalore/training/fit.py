@@ -86,15 +86,16 @@ def _least_streamed(
     """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
     found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, processes)
     for choice in ("weights", "all"):
-        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1]):
+        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1], choice):
             break
         found = decide(changed(config, {STREAM: choice}), vocabulary, device, budget, loss, processes)
     return found
 
 
-def _why_not_streamed(config: Config, found: plan.Plan) -> str | None:
-    """What keeps the blocks of a plan on the device, whatever its size; None if nothing does."""
-    if broken := problems(changed(config, {STREAM: "weights"})):
+def _why_not_streamed(config: Config, found: plan.Plan, choice: str = "weights") -> str | None:
+    """What keeps the blocks of a plan on the device, whatever its size; None if nothing does. ``choice``: how much of
+    them is to leave it."""
+    if broken := problems(changed(config, {STREAM: choice})):
         return broken[0]
     return None if found.walked else "blocks are streamed in layer-major steps, and this model is not walked"
 

@@ -106,14 +106,15 @@ class Chain(nn.Module):
         return hidden.sum() + ((self.behind + self.both) * wobble).sum()
 
 
-def chain_of(team, how, options, steps=1, clip=0.0, times=1, ranks=(RANK, None)):
-    """A :class:`Chain` of ``team``, its optimizer, and its order of steps. ``ranks``: mean and largest."""
+def chain_of(team, how, options, steps=1, clip=0.0, times=1, ranks=(RANK, None), on_host=False):
+    """A :class:`Chain` of ``team``, its optimizer, and its order of steps. ``ranks``: mean and largest. ``on_host``:
+    whether rows of what is split wait in host memory."""
     mean, most = ranks if RULES[options.get("rule", "galore")].uses_basis else (None, None)
     model = Chain(mean, times, most)
     split = how != "replicate" and team.size > 1
     if split:
         replicas = how if isinstance(how, int) else 1
-        split_rows(model.blocks, mesh_of(team, Mesh(replicas, team.size // replicas), "cpu"))
+        split_rows(model.blocks, mesh_of(team, Mesh(replicas, team.size // replicas), "cpu"), on_host)
     given = {"update_proj_gap": 5, "seed": 1, "weight_decay": 0.1, **options}
     optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
     trial = try_walk(model, (0, 3), Chain.loss)
@@ -129,10 +130,10 @@ def take(order, step, look=lambda loss: None):
     return order.take(step, mine, [(step, n) for n in mine], partial(Chain.loss, order.model), look)
 
 
-def walked_steps(how, steps, clip, options):
+def walked_steps(how, steps, clip, options, on_host=False):
     """State, norms, losses and refreshes of ``steps`` of a :class:`Chain`, whose micro-batches the processes share."""
     with job("cpu") as team:
-        model, optimizer, order = chain_of(team, how, options, steps, clip)
+        model, optimizer, order = chain_of(team, how, options, steps, clip, on_host=on_host)
         looked = []
         taken = [take(order, step, looked.append) for step in range(steps)]
         losses, norms = map(list, zip(*taken, strict=True))

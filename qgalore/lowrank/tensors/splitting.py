@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def split_rows(blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
+def split_rows(blocks: Iterable[nn.Module], mesh: "DeviceMesh", on_host: bool = False) -> None:
     """Leave of what the low-rank layers in ``blocks`` store, which a model calls one after the other, the rows of this
     process in ``mesh`` alone; before the optimizer is made. All else, zero leaves included, stays whole. On the meta
-    device memory is for ``models.streaming`` to give."""
+    device memory is for ``models.streaming`` to give. ``on_host``: the rows wait in host memory."""
     blocks = list(blocks)
-    shards.shard(blocks, {_as_parameter(place) for block in blocks for place in places_in(block)}, mesh)
+    shards.shard(blocks, {_as_parameter(place) for block in blocks for place in places_in(block)}, mesh, on_host)
 
 
 def split_outside(model: nn.Module, blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
