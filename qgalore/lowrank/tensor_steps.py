@@ -17,6 +17,7 @@ from ..quant.counter import derive_key
 from .layers.experts import Experts
 from .rules import observed
 from .rules.observed import Observation
+from .tensors import owning
 from .tensors.base import TrainedTensor
 
 Add = Callable[[list[Tensor]], None]  # replaces tensors by their sums over the processes
@@ -117,21 +118,11 @@ class TensorSteps:
         if due and tensor.owner is not None:
             self._records[tensor.name] = None
         if due and tensor.owner is not None and tensor.adaptive:
-            self._find_rank(tensor)
+            owning.find_rank(tensor, self.team, partial(self.refresh_tensor, tensor))
         elif due and not tensor.elsewhere:
             self.refresh_tensor(tensor)
         if tensor.elsewhere:
             tensor.drop_gradient()
-
-    def _find_rank(self, tensor: Any) -> None:  # an AdaptiveTensor
-        """Let the owner of ``tensor`` refresh it, and all wait for the rank that it finds. All ranks share a budget, so
-        what the next refresh may take hangs on this one, whoever its owner is."""
-        with self.team.together(f"the rank of {tensor.name}") as said:
-            if not tensor.elsewhere:
-                self.refresh_tensor(tensor)
-                said.note = tensor.rank
-        if tensor.elsewhere and said.note:  # on paper there is no owner elsewhere who says one
-            tensor.take_rank(said.note)
 
     def waits_for_step(self, tensor: TrainedTensor) -> bool:
         """Whether ``tensor`` has a gradient of this step, here or at its owner."""

@@ -117,10 +117,14 @@ class StreamedRows(Streamed):
         """Of a step without a refresh: the rows that owners hand out."""
         return sum(_of_fields(record, "weights") for record in self.records)
 
-    def tokens_to_hide(self, link: float = LINK, speed: float = SPEED) -> int:
-        """As there, for the copies alone: other processes are not waited for."""
-        pairs = zip(self.records, self.weights, strict=True)
-        return round(max(_of_fields(record) / link * speed / (2.0 * weights) for record, weights in pairs))
+    def line(self, tokens: int) -> str:
+        """As there. FSDP2 copies on the stream on which blocks work, so that nothing hides it, whatever the ``tokens``
+        are."""
+        both = self.bytes_in(), self.bytes_out()
+        return (
+            f"{both[0] / 1e9:.1f} GB of rows to the device and {both[1] / 1e9:.1f} GB back in a step, which waits for "
+            f"these copies: {sum(both) / LINK:.1f} s at an assumed {LINK / 1e9:g} GB/s"
+        )
 
 
 def _of_fields(record: Record, group: str | None = None) -> int:

@@ -150,7 +150,7 @@ def _tried(
     """The plan of ``config``; None if it is known without a rehearsal that it does not fit, or if the blocks that it
     asks for cannot be streamed."""
     try:
-        here, on_host = _least(config, vocabulary, processes)
+        here, on_host = _least(config, vocabulary, device.type, processes)
         if (limit.budget is not None and here > limit.budget) or (limit.host is not None and on_host > limit.host):
             return None
         return decide(config, vocabulary, device.type, limit.budget, processes=processes)[1]
@@ -160,7 +160,7 @@ def _tried(
         raise
 
 
-def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int, int]:
+def _least(config: Config, vocabulary: Vocabulary, device: str, processes: int) -> tuple[int, int]:
     """Bytes that are on the device and on the host between two steps, or fewer where that depends on the budget."""
     if config.memory.stream == "auto":
         return 0, 0
@@ -169,8 +169,8 @@ def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int,
     if not config.memory.streams:
         return sum(resident(model, tensors).values()), 0
     make_states(tensors)
-    state = config.memory.stream == "all"
-    streamed = records_on_paper(model, blocks_to_stream(model), tensors, config.memory.slots, state)
+    state, slots = config.memory.stream == "all", config.memory.slots
+    streamed = records_on_paper(model, blocks_to_stream(model), tensors, slots, state, device=device)
     kept = resident(model, tensors, streamed.storages()) | streamed.on_device()
     return sum(kept.values()), streamed.host_bytes
 
