@@ -1,15 +1,19 @@
 """Ranks that are free to move where processes split the weights: owners find them one by one, under one budget."""
 
+import re
+
 import pytest
 from helpers import assert_same
 from jobs import Wire, chain_of, codes, live, state, take, whole
 from processes import run_in
 from test_shard_runs import planned_and_real, timeless
 
+from qgalore import config
 from qgalore.errors import NumericalError
 from qgalore.files import checkpoint
 from qgalore.memory.traffic import payload
 from qgalore.parallel import job
+from qgalore.training import assemble
 
 SLOW = pytest.mark.slow
 RANKS = (24, 64)  # so small a mean that a layer's rank hangs on what the others have left
@@ -144,13 +148,17 @@ def test_all_hear_of_an_owner_that_fails_to_find_a_rank():
 
 
 @pytest.mark.slow
-def test_what_each_process_keeps_is_what_the_plan_says_and_no_more(folder):
+def test_what_each_process_keeps_is_what_the_plan_says_and_no_more(folder, capsys):
     """With all energy each rank is the largest."""
     short = [*AUTO, "train.max_steps=2", "train.eval_batches=1", "lowrank.energy=1.0", "lowrank.weight_format=int8"]
     both = run_in(2, planned_and_real, str(folder), short)
     assert max(real.pop("moments") for _, real in both) == both[0][0].pop("moments")
     both[1][0].pop("moments")
     assert all(real == planned for planned, real in both)
+    assemble.plan(config.load(str(folder / "tiny.yaml"), [*short, "lowrank.mean_rank=8"]), 2)
+    bases = re.search(r"bases +([\d.]+) KiB", (shown := capsys.readouterr().out))
+    assert float(bases[1]) == pytest.approx(both[0][0]["bases"] / 1024, abs=0.05)  # whatever their mean is
+    assert "ranks: bases are whole in every process" in shown
 
 
 @pytest.mark.slow
