@@ -73,12 +73,19 @@ def test_all_problems_come_at_once_with_suggestions():
         ({"model": {"config": "llama_60m"}, "data": {"train": "x"}}, "train: missing, and a run needs this section"),
         (change(model={"path": "somewhere"}), "exactly one of model.config"),
         (change(train={**PLAIN, "stepping": "fused", "clip_grad_norm": 1}), "cannot clip"),
-        ({**SHARD, "lowrank": {"rank": "auto"}}, "lowrank.rank: auto does not go with parallel: shard; use a number"),
         (
             {**SHARD, "method": "lora"},
             "method: lora does not go with parallel: shard; use qgalore",
         ),
         ({**SHARD, "train": {**LEAST["train"], **PLAIN}}, "train.order: batch_major does not go with parallel: shard"),
+        (
+            {**SHARD, "memory": {"stream": "all"}},
+            "parallel: shard does not go with memory.stream: all; use memory.stream",
+        ),
+        (
+            {**SHARD, "memory": {"stream": "weights", "slots": 3}},
+            "memory.slots: 3 does not go with memory.stream: weig",
+        ),
         ({**change(export={"formats": ["int8"]}), "method": "galore"}, "int8 needs int8 weights"),
         (change(train={"betas": [0.9, 1.0]}), "train.betas is [0.9, 1.0]; it must be a list of two values"),
         (change(train={"lr": float("inf")}), "train.lr"),

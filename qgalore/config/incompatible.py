@@ -198,14 +198,14 @@ TABLE = (
     ),
     Conflict(
         ("parallel",),
-        "`shard` needs method `qgalore`, `galore` or `galore8bit`, a number as rank, and layer-major steps.",
+        "`shard` needs method `qgalore`, `galore` or `galore8bit`, and layer-major steps.",
         sharded.problems,
     ),
     Conflict(
         ("memory.stream",),
         "Streamed blocks need layer-major steps, method `qgalore`, `galore` or `galore8bit`, and a number as rank. "
-        "They do not go with `parallel: shard`, with graphs kept from the forward pass, or, for a rule other than "
-        "`galore`, with `train.clip_grad_norm`.",
+        "They do not go with graphs kept from the forward pass or, for a rule other than `galore`, with "
+        "`train.clip_grad_norm`. With `parallel: shard` there are `weights` and two `memory.slots` alone.",
         streamed.problems,
     ),
     Conflict(

@@ -10,7 +10,6 @@ def problems(config: Config) -> list[str]:
     trained = METHODS[config.method][0] and config.method != "lora"
     wanted = (
         ("method", config.method, trained, "qgalore, galore or galore8bit, which store the weights of blocks"),
-        ("lowrank.rank", config.lowrank.rank, config.lowrank.rank != "auto", "a number, as rows have a fixed place"),
         ("train.order", config.train.order, config.train.order != "batch_major", "layer_major"),
     )
     return [

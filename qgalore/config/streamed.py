@@ -29,7 +29,18 @@ def problems(config: Config) -> list[str]:
             train.activation_checkpointing in ("auto", "offload") or train.activation_checkpointing is True,
             "true or offload, as a graph would hold on to the weights of its block",
         ),
-        ("parallel", config.parallel, not config.parallel.splits, "replicate"),
+        (
+            "parallel",
+            config.parallel,
+            not config.parallel.splits or stream != "all",
+            "memory.stream: weights, as each process keeps the state that it owns on its device, parallel: replicate",
+        ),
+        (
+            "memory.slots",
+            config.memory.slots,
+            not config.parallel.splits or config.memory.slots == 2,
+            f"2 with parallel: {config.parallel}, which gathers one block ahead",
+        ),
     )
     return [
         f"{key}: {value} does not go with memory.stream: {stream}; use {remedy}, or memory.stream: none"

@@ -17,6 +17,7 @@ from ..quant.counter import derive_key
 from .layers.experts import Experts
 from .rules import observed
 from .rules.observed import Observation
+from .tensors import owning
 from .tensors.base import TrainedTensor
 
 Add = Callable[[list[Tensor]], None]  # replaces tensors by their sums over the processes
@@ -116,10 +117,12 @@ class TensorSteps:
         due = tensor.awaits_refresh()
         if due and tensor.owner is not None:
             self._records[tensor.name] = None
+        if due and tensor.owner is not None and tensor.adaptive:
+            owning.find_rank(tensor, self.team, partial(self.refresh_tensor, tensor))
+        elif due and not tensor.elsewhere:
+            self.refresh_tensor(tensor)
         if tensor.elsewhere:
             tensor.drop_gradient()
-        elif due:
-            self.refresh_tensor(tensor)
 
     def waits_for_step(self, tensor: TrainedTensor) -> bool:
         """Whether ``tensor`` has a gradient of this step, here or at its owner."""

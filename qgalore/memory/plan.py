@@ -30,7 +30,7 @@ from .rehearsal import (
 )
 from .resident import resident, tensors_kept
 from .stand_ins import kernels
-from .streamed import Streamed, blocks_to_stream, check_blocks, on_paper
+from .streamed import Streamed, blocks_to_stream, check_blocks, on_paper, page_locked
 
 INPUTS = "block inputs (page-locked)"  # in Plan.host
 CUDA_CONTEXT = 512 << 20  # CUDA context, cuBLAS workspaces and loaded kernels: assumed, not planned
@@ -109,7 +109,7 @@ def plan(
             kept_bytes = resident(model, optimizer.tensors, streamed.storages()) | streamed.on_device()
         fill(optimizer.tensors, one=layout is None and stepping == "deferred")
         present = {value.untyped_storage()._cdata for value in tensors_kept(model, optimizer.tensors)}
-        meter = Meter(present, max(0, step.micro_batches - step.rehearsed), _page_locked)
+        meter = Meter(present, max(0, step.micro_batches - step.rehearsed), page_locked)
         watch_gradients(optimizer, meter)
         if layout is None:
             optimizer.step_by_hooks(stepping)
@@ -128,7 +128,7 @@ def _streamed(model: nn.Module, optimizer: PaperOptimizer, step: Step, layout: L
     """The records of the blocks. Raises :class:`ConfigError` for a model that is not walked through all of them."""
     blocks = blocks_to_stream(model)
     check_blocks(model, layout, blocks)
-    return on_paper(model, blocks, optimizer.tensors, step.slots, step.state_streamed, step.clips)
+    return on_paper(model, blocks, optimizer.tensors, step.slots, step.state_streamed, step.clips, step.device)
 
 
 def _parts(model: nn.Module, step: Step) -> Layout | None:
@@ -139,8 +139,3 @@ def _parts(model: nn.Module, step: Step) -> Layout | None:
     with torch.no_grad():
         loss(model, batch)
     return None
-
-
-def _page_locked(size: int) -> int:
-    """Bytes that a buffer of ``size`` bytes takes: PyTorch gives page-locked memory by powers of two."""
-    return 1 << (size - 1).bit_length() if size else 0

@@ -17,7 +17,11 @@ KINDS = ("int8 weights", "weight scales", "bases", "trained in full", "moments",
 
 def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Collection[int] = ()) -> dict[str, int]:
     """Bytes by category of all that is kept between steps, for a ``model`` and its ``tensors``, which are attached.
-    ``streamed``: identities of storages that are elsewhere."""
+    ``streamed``: identities of storages that are elsewhere. Where owners keep moments, ranks that are free count as
+    large as they may become: their budget is one for all processes, and the layers of one of them may take most."""
+    for tensor in tensors:
+        if tensor.adaptive and tensor.owner is not None:
+            tensor.fill()
     make_states(tensors)
     sizes = _model_bytes(model, streamed)
     for tensor in (tensor for tensor in tensors if tensor.shards > 1):
@@ -25,7 +29,9 @@ def resident(model: nn.Module, tensors: Sequence[TrainedTensor], streamed: Colle
             sizes["trained in full"] -= tensor.stored.nbytes - share(tensor.stored, 0, tensor.shards).nbytes
             continue
         for place in places_in(tensor.module):
-            sizes[_category(place.module, place.key, place.tensor)] -= place.nbytes - place.share(tensor.shards).nbytes
+            if place.tensor.untyped_storage()._cdata not in streamed:
+                others = place.nbytes - place.share(tensor.shards).nbytes
+                sizes[_category(place.module, place.key, place.tensor)] -= others
     of_rules = [tensor for tensor in tensors if tensor.keeps_whole]
     sizes["moments"] = state_bytes(tensors, streamed) + _extra_bytes(of_rules, streamed)
     masters = [tensor for tensor in tensors if tensor not in of_rules]

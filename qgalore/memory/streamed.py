@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..errors import ConfigError
+from ..lowrank.layers.bases import Basis
 from ..lowrank.tensors.base import TrainedTensor
+from ..lowrank.tensors.splitting import places_in
 from ..models.compiling import blocks_of
 from ..steps.blocks import Layout
-from ..steps.streaming.records import CHANGED, Record, fields_of_block, fields_of_state, lay_out, used_elsewhere
+from ..steps.streaming.records import CHANGED, Field, Record, fields_of_block, fields_of_state, lay_out, used_elsewhere
 from . import orthogonal_work
 
 # Both are assumed of a card with 16 GB; neither was measured.
@@ -89,6 +92,61 @@ class Streamed:
         )
 
 
+@dataclass(frozen=True)
+class StreamedRows(Streamed):
+    """The same where processes split the blocks: the ``records`` are of one's rows, which FSDP2 copies to the device
+    when it gathers a block, with its bases in both directions. ``locked``: a GPU reads them, so that PyTorch has given
+    each tensor page-locked memory, by powers of two."""
+
+    locked: bool = True
+
+    @property
+    def host_bytes(self) -> int:
+        sizes = [entry.nbytes for record in self.records for entry in record.fields]
+        return sum(map(page_locked, sizes)) if self.locked else sum(sizes)
+
+    def on_device(self) -> dict[str, int]:
+        """Bytes by category: the rows of one block, from which the whole is gathered."""
+        return {"rows of a block that comes": max(map(_of_fields, self.records))}
+
+    def bytes_in(self) -> int:
+        """Of a step: all rows in both directions, and once more if it ``clips``."""
+        return (3 if self.clips else 2) * sum(map(_of_fields, self.records))
+
+    def bytes_out(self) -> int:
+        """Of a step without a refresh: the rows that owners hand out."""
+        return sum(_of_fields(record, "weights") for record in self.records)
+
+    def line(self, tokens: int) -> str:
+        """As there. FSDP2 copies on the stream on which blocks work, so that nothing hides it, whatever the ``tokens``
+        are."""
+        both = self.bytes_in(), self.bytes_out()
+        return (
+            f"{both[0] / 1e9:.1f} GB of rows to the device and {both[1] / 1e9:.1f} GB back in a step, which waits for "
+            f"these copies: {sum(both) / LINK:.1f} s at an assumed {LINK / 1e9:g} GB/s"
+        )
+
+
+def _of_fields(record: Record, group: str | None = None) -> int:
+    """Bytes of the tensors in ``record``, without gaps between them; of one ``group``, or of all."""
+    return sum(entry.nbytes for entry in record.fields if group in (None, entry.group))
+
+
+def page_locked(size: int) -> int:
+    """Bytes that a buffer of ``size`` bytes takes: PyTorch gives page-locked memory by powers of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _rows_on_paper(block: nn.Module, shares: int) -> Record:
+    """The record of the rows of one of so many ``shares`` of ``block``: of the largest."""
+    fields = []
+    for place in places_in(block):
+        group = "bases" if isinstance(place.module, Basis) else "weights"
+        shape, find = place.share(shares).shape, partial(getattr, place.module, place.key)
+        fields.append(Field(place.key, group, shape, place.tensor.dtype, find))
+    return lay_out(fields)
+
+
 def on_paper(
     model: nn.Module,
     blocks: Sequence[nn.Module],
@@ -96,18 +154,26 @@ def on_paper(
     slots: int,
     state: bool,
     clips: bool = False,
+    device: str = "cuda",
 ) -> Streamed:
     """The records of ``blocks`` of a converted ``model`` on the meta device, with the optimizer's ``state`` for them or
-    without. ``clips``: as in :class:`Streamed`."""
+    without. ``clips``: as in :class:`Streamed`. ``device``: the kind of the device."""
     elsewhere, known = used_elsewhere(model, blocks), {}
     records, weights = [], []
     chosen = orthogonal_work.experts_of_a_token(model)
+    inside = {module for block in blocks for module in block.modules()}
+    shares = max((tensor.shards for tensor in tensors if tensor.module in inside), default=1)
     for block in blocks:
+        weights.append(sum(m.rows * m.columns * m.tokens for m in orthogonal_work.matrices(block, chosen)))
+        if shares > 1:
+            records.append(_rows_on_paper(block, shares))
+            continue
         fields = fields_of_block(block, elsewhere)
         if state:
             fields += fields_of_state(_stepped_in(block, tensors, elsewhere), known)
         records.append(lay_out(fields))
-        weights.append(sum(m.rows * m.columns * m.tokens for m in orthogonal_work.matrices(block, chosen)))
+    if shares > 1:
+        return StreamedRows(records, slots, weights, clips, locked=device != "cpu")
     return Streamed(records, slots, weights, clips)
 
 

@@ -196,7 +196,7 @@ def allocate(model: nn.Module, device: torch.device, in_host_memory: Collection[
 
 def _real(tensor: Tensor, device: torch.device) -> Tensor:
     if shards.is_shared(tensor):
-        real = shards.like(tensor, _real(shards.local(tensor), device))
+        real = torch.zeros_like(tensor.detach(), device=device)  # which may be another one than its mesh's
     elif not tensor.is_meta:
         real = tensor.detach().to(device)
     elif tensor.ndim and tensor.numel() > 1 and not any(tensor.stride()):

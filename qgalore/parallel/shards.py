@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], mesh: "DeviceMesh") -> None:
+def shard(blocks: Iterable[nn.Module], sharded: set[nn.Parameter], mesh: "DeviceMesh", on_host: bool = False) -> None:
     """Leave of the parameters in ``sharded`` (requires_grad False) this process's rows alone, gathered for each of
-    ``blocks`` while that runs; all other parameters stay whole, and FSDP2 ignores them. ``mesh``: from ``mesh_of``."""
-    from torch.distributed.fsdp import fully_shard  # takes a second to import
+    ``blocks`` while that runs; all other parameters stay whole, and FSDP2 ignores them. ``mesh``: from ``mesh_of``.
+    ``on_host``: the rows are to live in host memory, whose pages FSDP2 locks for a GPU, and are copied to the device
+    to be gathered."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard  # takes a second to import
 
+    where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if on_host else OffloadPolicy()
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - sharded)
+        whole = set(block.parameters()) - sharded
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, offload_policy=where, ignored_params=whole)
 
 
 def is_shared(tensor: Tensor) -> bool:

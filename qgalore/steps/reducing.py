@@ -158,7 +158,7 @@ class Steps:
                 with team.together(f"the new basis of {tensor.name}") if meets else nullcontext():
                     self.optimizer.prepare_summed(tensor)
             except Exception as error:
-                if tensor.owner is None:
+                if tensor.owner is None or is_told(error):
                     raise
                 failure = failure or error
         return failure

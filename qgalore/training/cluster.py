@@ -123,6 +123,8 @@ def print_job(config: Config, vocabulary: Vocabulary, processes: int, found: Pla
     where = f": {inside} inside machines of {cards.per_machine}, {between} between them" if cards.machines > 1 else ""
     say("wire", f"{whole} sent by each of {processes} processes in a step, counted, not measured{where}")
     print(wire, flush=True)
+    if config.lowrank.rank == "auto" and cards.shards > 1:
+        say("ranks", "bases are whole in every process, as ranks may change; the plan takes lowrank.max_rank for each")
     together, many = human(cards.per_machine * found.host_total), counted(cards.per_machine, "process", "processes")
     say("host", f"{many} of one machine take {together} of its memory, without copies for checkpoints")
     if machines is not None:

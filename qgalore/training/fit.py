@@ -86,15 +86,16 @@ def _least_streamed(
     """What ``memory.stream: auto`` comes to: nothing, the weights or all, whatever fits into ``budget`` first."""
     found = decide(changed(config, {STREAM: "none"}), vocabulary, device, budget, loss, processes)
     for choice in ("weights", "all"):
-        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1]):
+        if budget is None or found[1].total <= budget or _why_not_streamed(config, found[1], choice):
             break
         found = decide(changed(config, {STREAM: choice}), vocabulary, device, budget, loss, processes)
     return found
 
 
-def _why_not_streamed(config: Config, found: plan.Plan) -> str | None:
-    """What keeps the blocks of a plan on the device, whatever its size; None if nothing does."""
-    if broken := problems(changed(config, {STREAM: "weights"})):
+def _why_not_streamed(config: Config, found: plan.Plan, choice: str = "weights") -> str | None:
+    """What keeps the blocks of a plan on the device, whatever its size; None if nothing does. ``choice``: how much of
+    them is to leave it."""
+    if broken := problems(changed(config, {STREAM: choice})):
         return broken[0]
     return None if found.walked else "blocks are streamed in layer-major steps, and this model is not walked"
 
@@ -148,7 +149,7 @@ def _tried(
 ) -> plan.Plan | None:
     """The plan of ``config``; None if it is known without a rehearsal that it does not fit, or cannot be streamed."""
     try:
-        here, on_host = _least(config, vocabulary, processes)
+        here, on_host = _least(config, vocabulary, device.type, processes)
         if (limit.budget is not None and here > limit.budget) or (limit.host is not None and on_host > limit.host):
             return None
         return decide(config, vocabulary, device.type, limit.budget, processes=processes)[1]
@@ -158,7 +159,7 @@ def _tried(
         raise
 
 
-def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int, int]:
+def _least(config: Config, vocabulary: Vocabulary, device: str, processes: int) -> tuple[int, int]:
     """Bytes that are on the device and on the host between two steps, or fewer where that depends on the budget."""
     if config.memory.stream == "auto":
         return 0, 0
@@ -167,8 +168,8 @@ def _least(config: Config, vocabulary: Vocabulary, processes: int) -> tuple[int,
     if not config.memory.streams:
         return sum(resident(model, tensors).values()), 0
     make_states(tensors)
-    state = config.memory.stream == "all"
-    streamed = records_on_paper(model, blocks_to_stream(model), tensors, config.memory.slots, state)
+    state, slots = config.memory.stream == "all", config.memory.slots
+    streamed = records_on_paper(model, blocks_to_stream(model), tensors, slots, state, device=device)
     kept = resident(model, tensors, streamed.storages()) | streamed.on_device()
     return sum(kept.values()), streamed.host_bytes
 

@@ -184,7 +184,7 @@ def build_model(
             say("model", f"LoRA: {frozen} frozen; factors of rank {config.lowrank.rank} train")
     mesh = split.mesh_for(config, team, device)
     if mesh is not None:
-        split.split_blocks(model, mesh)
+        split.split_blocks(model, mesh, on_host=config.memory.streams)
     place(model, device)
     if anew := streaming.fill(model, source, "model"):
         many = counted(

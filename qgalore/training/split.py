@@ -26,9 +26,10 @@ def mesh_for(config: Config, team: Team, device: torch.device) -> "DeviceMesh | 
     return mesh_of(team, sizes, device.type) if sizes.splits else None
 
 
-def split_blocks(model: nn.Module, mesh: "DeviceMesh") -> None:
+def split_blocks(model: nn.Module, mesh: "DeviceMesh", on_host: bool = False) -> None:
     """Split what the low-rank layers of a model's blocks store, on the meta device, so that no process ever holds it
-    all. Raises :class:`ConfigError` without such blocks, or if they have layers in common."""
+    all. ``on_host``: the rows are to wait in host memory. Raises :class:`ConfigError` without such blocks, or if they
+    have layers in common."""
     blocks = [b for b in blocks_of(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
     if not blocks:
         raise ConfigError(
@@ -41,4 +42,4 @@ def split_blocks(model: nn.Module, mesh: "DeviceMesh") -> None:
             f"parallel: shard gathers weights block by block, and blocks of {type(model).__name__} have layers in "
             "common; use parallel: replicate"
         )
-    split_rows(blocks, mesh)
+    split_rows(blocks, mesh, on_host)

@@ -6,9 +6,12 @@ from torch import nn
 from ..config import Config
 from ..evaluation.loss import Losses, one_by_one
 from ..lowrank.optimizer import LowRankOptimizer
+from ..lowrank.tensors.splitting import places_in
 from ..memory.plan import human
 from ..memory.streamed import blocks_to_stream, check_blocks
 from ..models import streaming
+from ..models.compiling import blocks_of
+from ..parallel import shards
 from ..steps.blocks import Layout
 from ..steps.streaming.evaluating import losses
 from ..steps.streaming.records import fields_of_block, used_elsewhere
@@ -18,9 +21,11 @@ from .stepping import LayerMajor, Order
 
 
 class Placing:
-    """Gives a model on the meta device memory: on the device, or in the records of ``stream``, which it makes."""
+    """Gives a model on the meta device memory: on the device, or in the records of ``stream``, which it makes. What
+    processes split waits in host memory by rows, which FSDP2 brings to the device when it gathers a block."""
 
     stream: Stream | None = None
+    rows_bytes = 0  # of this process's rows in host memory
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -31,6 +36,10 @@ class Placing:
             streaming.allocate(model, device)
             return
         blocks = blocks_to_stream(model)
+        if rows := [place.rows for block in blocks for place in places_in(block) if place.rows is not None]:
+            streaming.allocate(model, device, in_host_memory={id(some) for some in rows})
+            self.rows_bytes = sum(shards.local(some).nbytes for some in rows)
+            return
         elsewhere = used_elsewhere(model, blocks)
         waiting = {id(entry.find()) for block in blocks for entry in fields_of_block(block, elsewhere)}
         streaming.allocate(model, device, in_host_memory=waiting)
@@ -46,6 +55,8 @@ class Placing:
         """Let the optimizer's state travel with the blocks, if that is asked for, and lock the records' pages for a
         GPU. Raises :class:`ConfigError` if the walk is through other blocks."""
         stream = self.stream
+        if self.rows_bytes:
+            say("stream", f"rows of {len(blocks_of(model))} blocks in {human(self.rows_bytes)} of host memory")
         if stream is None:
             return
         check_blocks(model, layout, stream.blocks)

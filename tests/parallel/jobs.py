@@ -62,9 +62,9 @@ class ChainBlock(nn.Module):
     """A layer from WIDTH features, repeated as often as it has some, whose weight's gradient is a diagonal of
     integers."""
 
-    def __init__(self, weight, rank):
+    def __init__(self, weight, rank, most):
         super().__init__()
-        self.layer = LowRankLinear(weight, None, rank=rank, group_size=32)
+        self.layer = LowRankLinear(weight, None, rank=rank, group_size=32, max_rank=most)
 
     def forward(self, hidden, skipped=False):
         if skipped:
@@ -77,14 +77,15 @@ class ChainBlock(nn.Module):
 class Chain(nn.Module):
     """A model that can be walked: three blocks, or several ``times`` as many. The last one all micro-batches of the
     first step skip, and all but one of later steps. There are a vector before them, one behind, and one in both
-    places."""
+    places. With ``most`` ranks are free to move up to that, and in two of three steps some axes have no gradient."""
 
-    def __init__(self, rank=RANK, times=1):
+    def __init__(self, rank=RANK, times=1, most=None):
         super().__init__()
+        self.free = most is not None
         make = torch.Generator().manual_seed(3)
         shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes * times]
-        self.blocks = nn.ModuleList(ChainBlock(weight, rank) for weight in weights)
+        self.blocks = nn.ModuleList(ChainBlock(weight, rank, most) for weight in weights)
         self.behind, self.both = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
         self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
@@ -95,6 +96,8 @@ class Chain(nn.Module):
         order = torch.randperm(WIDTH, generator=make)
         wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number].float()
         hidden = torch.diag(2 * (order + 1) + wobble)
+        if self.free:
+            hidden[order >= (64, 32, 16)[step % 3]] = 0
         for vector in (self.before, self.both):  # sums of these integers are none of bf16's
             hidden = _Hand.apply(hidden, vector, 101 * (wobble + number))
         for block in self.blocks:
@@ -103,14 +106,15 @@ class Chain(nn.Module):
         return hidden.sum() + ((self.behind + self.both) * wobble).sum()
 
 
-def chain_of(team, how, options, steps=1, clip=0.0, times=1):
-    """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
-    bases = RULES[options.get("rule", "galore")].uses_basis
-    model = Chain(RANK if bases else None, times)
+def chain_of(team, how, options, steps=1, clip=0.0, times=1, ranks=(RANK, None), on_host=False):
+    """A :class:`Chain` of ``team``, its optimizer, and its order of steps. ``ranks``: mean and largest. ``on_host``:
+    whether rows of what is split wait in host memory."""
+    mean, most = ranks if RULES[options.get("rule", "galore")].uses_basis else (None, None)
+    model = Chain(mean, times, most)
     split = how != "replicate" and team.size > 1
     if split:
         replicas = how if isinstance(how, int) else 1
-        split_rows(model.blocks, mesh_of(team, Mesh(replicas, team.size // replicas), "cpu"))
+        split_rows(model.blocks, mesh_of(team, Mesh(replicas, team.size // replicas), "cpu"), on_host)
     given = {"update_proj_gap": 5, "seed": 1, "weight_decay": 0.1, **options}
     optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
     trial = try_walk(model, (0, 3), Chain.loss)
@@ -126,10 +130,10 @@ def take(order, step, look=lambda loss: None):
     return order.take(step, mine, [(step, n) for n in mine], partial(Chain.loss, order.model), look)
 
 
-def walked_steps(how, steps, clip, options):
+def walked_steps(how, steps, clip, options, on_host=False):
     """State, norms, losses and refreshes of ``steps`` of a :class:`Chain`, whose micro-batches the processes share."""
     with job("cpu") as team:
-        model, optimizer, order = chain_of(team, how, options, steps, clip)
+        model, optimizer, order = chain_of(team, how, options, steps, clip, on_host=on_host)
         looked = []
         taken = [take(order, step, looked.append) for step in range(steps)]
         losses, norms = map(list, zip(*taken, strict=True))

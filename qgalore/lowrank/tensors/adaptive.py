@@ -77,6 +77,13 @@ class AdaptiveTensor(ProjectedTensor):
             carried = self.options.moments == "rotate" and not first
             _remake(part, self.part_shape(part, found.rank), changes if carried else None)
 
+    def take_rank(self, rank: int) -> None:
+        """Take the ``rank`` that the owner has found; the bases, which are then unset, are yet to come."""
+        if rank != self.module.rank:
+            self.module.set_rank(rank)
+            for part in self.parts:
+                _remake(part, self.part_shape(part, rank), None)
+
     def progress(self) -> dict[str, Any]:
         return super().progress() | {"rank": self.module.rank}
 
@@ -95,7 +102,8 @@ class AdaptiveTensor(ProjectedTensor):
         for part in self.parts:
             shape = self.part_shape(part, rank)
             _remake(part, shape, None)
-            part.step(torch.zeros(shape, device=part.leaf.device), 0.0)
+            if not self.elsewhere:
+                part.step(torch.zeros(shape, device=part.leaf.device), 0.0)
 
 
 def _blank(part: Part, shape: torch.Size) -> None:

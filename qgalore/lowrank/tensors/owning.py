@@ -1,6 +1,6 @@
-"""The optimizer's state where one process keeps a tensor's for all."""
+"""Tensors that one process steps for all: the state that it keeps, and the rank that it finds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,17 @@ def states(tensors: Sequence[TrainedTensor], team: Team) -> dict[str, dict[str, 
     told = team.gather("what each process keeps", {name: _described(state) for name, state in mine.items()})
     all_owned = {name: state for part in told for name, state in part.items()} | mine
     return {tensor.name: all_owned.get(tensor.name) or found[tensor.name] for tensor in tensors}
+
+
+def find_rank(tensor: Any, team: Team, refresh: Callable[[], None]) -> None:
+    """Let the owner of an adaptive ``tensor`` ``refresh`` it, and all wait for the rank that it finds. All ranks share
+    a budget, so that what the next refresh may take hangs on this one, whoever its owner is."""
+    with team.together(f"the rank of {tensor.name}") as said:
+        if not tensor.elsewhere:
+            refresh()
+            said.note = tensor.rank
+    if tensor.elsewhere and said.note:  # on paper there is no owner elsewhere who says one
+        tensor.take_rank(said.note)
 
 
 def _kept(state: dict[str, Any], owner: int) -> dict[str, Any]:

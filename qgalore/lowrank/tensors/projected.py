@@ -288,5 +288,7 @@ class ProjectedTensor(TrainedTensor):
         to_owners = {name.replace("all-reduce", "reduce"): size for name, size in gradients.items()}
         if self.shards == 1:
             return to_owners | {"broadcast matrices": weights + bases / gap}
-        handed = {"hand out rows": weights + bases / gap}
-        return {"gather blocks": 2.0 * (weights + bases)} | to_owners | handed
+        split, handed = weights + bases, {"hand out rows": weights + bases / gap}
+        if self.adaptive:  # whose bases are whole everywhere
+            split, handed = weights, {"hand out rows": weights, "broadcast bases": bases / gap}
+        return {"gather blocks": 2.0 * split} | to_owners | handed

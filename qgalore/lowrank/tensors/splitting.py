@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def split_rows(blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
+def split_rows(blocks: Iterable[nn.Module], mesh: "DeviceMesh", on_host: bool = False) -> None:
     """Leave of what the low-rank layers in ``blocks`` store, which a model calls one after the other, the rows of this
     process in ``mesh`` alone; before the optimizer is made. All else, zero leaves included, stays whole. On the meta
-    device memory is for ``models.streaming`` to give."""
+    device memory is for ``models.streaming`` to give. ``on_host``: the rows wait in host memory."""
     blocks = list(blocks)
-    shards.shard(blocks, {_as_parameter(place) for block in blocks for place in places_in(block)}, mesh)
+    shards.shard(blocks, {_as_parameter(place) for block in blocks for place in places_in(block)}, mesh, on_host)
 
 
 def split_outside(model: nn.Module, blocks: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
@@ -46,11 +46,12 @@ def matrices_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.P
 
 
 def places_in(block: nn.Module) -> list[Place]:
-    """Where ``block`` stores weights, scales, and bases."""
+    """Where ``block`` stores what is split: weights, scales, and bases. Bases whose rank is free to move are whole
+    everywhere, since FSDP2 has no rows for a size that changes."""
     found = []
     for module in block.modules():
         if isinstance(module, LowRankLinear):
-            sides = [side for side in (module.left, module.right) if side is not None]
+            sides = [side for side in (module.left, module.right) if side is not None and module.max_rank is None]
             found += places(module, "weight", "weight_scale")
             found += [place for side in sides for place in places(side, "codes", "scale")]
     return found
