@@ -95,6 +95,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
         self.stepped.clear()
         self._prepared.clear()
         self._records.clear()
+        self._spread.clear()
         if self.hooks is not None:
             self.hooks.close()
         self.step_count += 1

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from typing import Any, TypeVar
 
@@ -88,7 +88,10 @@ class Team:
 
     def _meeting(self, place: str, *words: int) -> list[list[int]]:
         """The two ``words`` of every rank, behind the place, once all are there."""
-        rows = self._rows([_number(place.encode()) + 1, *words])
+        return self._all_there(place, self._rows([_number(place.encode()) + 1, *words]))
+
+    def _all_there(self, place: str, rows: list[list[int]]) -> list[list[int]]:
+        """The ``rows`` of all, if nobody has failed and all are at ``place``."""
         if any(row[0] == FAILED for row in rows):
             self._raise_the_first(None)
         if len({row[0] for row in rows}) > 1:
@@ -106,11 +109,14 @@ class Team:
         return rows
 
     def _rows(self, mine: list[int]) -> list[list[int]]:
-        row = torch.tensor(mine, dtype=torch.int64, device="cpu")
-        rows = [torch.empty_like(row) for _ in range(self.size)]
+        row, rows = self._for_rows(mine)
         with reaching():
             dist.all_gather(rows, row)
         return [part.tolist() for part in rows]
+
+    def _for_rows(self, mine: list[int]) -> tuple[Tensor, list[Tensor]]:
+        row = torch.tensor(mine, dtype=torch.int64, device="cpu")
+        return row, [torch.empty_like(row) for _ in range(self.size)]
 
     def tell(self, error: Exception) -> None:
         """Raise ``error``, or that of a lower rank that failed as well, here and in all other processes.
@@ -177,11 +183,33 @@ class Team:
 
     def total(self, place: str, value: float) -> float:
         """The sum of ``value`` over the ranks, the same bits on each: added in their order. An int stays one."""
+        return self.total_and_any(place, value, [])[0]
+
+    def begin_total(self, place: str, count: int) -> Callable[[], int]:
+        """:meth:`total` of a whole number that is asked for later: nobody waits before the function that is returned is
+        called, which some may do without others."""
         if self.size == 1:
-            return value
-        counts = isinstance(value, int)
-        rows = self._meeting(place, value if counts else _bits(value), 0)
-        return sum(row[1] if counts else _of_bits(row[1]) for row in rows)
+            return lambda: count
+        row, rows = self._for_rows([_number(place.encode()) + 1, count, 0])
+        with reaching():
+            work = dist.all_gather(rows, row, async_op=True)
+
+        @cache
+        def arrived() -> int:
+            with reaching():
+                work.wait()
+            return sum(row[1] for row in self._all_there(place, [part.tolist() for part in rows]))
+
+        return arrived
+
+    def total_and_any(self, place: str, value: float, flags: list[bool]) -> tuple[float, list[bool]]:
+        """:meth:`total` and :meth:`any` in one meeting, unless there are more than :data:`WORD` flags."""
+        if self.size == 1:
+            return value, flags
+        counts, fits = isinstance(value, int), len(flags) <= WORD
+        rows = self._meeting(place, value if counts else _bits(value), _as_word(flags) if fits else 0)
+        total = sum(row[1] if counts else _of_bits(row[1]) for row in rows)
+        return total, _of_word(rows, 2, len(flags)) if fits else self.any(place, flags)
 
     def lowest(self, place: str, holds: bool) -> int | None:
         """The lowest rank that ``holds`` something, None if none does."""
@@ -194,9 +222,7 @@ class Team:
         if self.size == 1:
             return flags
         if len(flags) <= WORD:
-            mine = sum(1 << place for place, flag in enumerate(flags) if flag)
-            held = reduce(or_, (row[1] for row in self._meeting(place, mine, len(flags))))
-            return [bool(held >> place & 1) for place in range(len(flags))]
+            return _of_word(self._meeting(place, _as_word(flags), len(flags)), 1, len(flags))
         rows = self._meeting(place, _number(bytes(flags)), len(flags))
         if all(row[1:] == rows[0][1:] for row in rows):
             return flags
@@ -267,6 +293,16 @@ def _bits(value: float) -> int:
 
 def _of_bits(bits: int) -> float:
     return struct.unpack("<d", struct.pack("<q", bits))[0]
+
+
+def _as_word(flags: list[bool]) -> int:
+    return sum(1 << place for place, flag in enumerate(flags) if flag)
+
+
+def _of_word(rows: list[list[int]], place: int, count: int) -> list[bool]:
+    """Each of ``count`` flags, whether it is set in a word at ``place`` of ``rows``."""
+    held = reduce(or_, (row[place] for row in rows))
+    return [bool(held >> flag & 1) for flag in range(count)]
 
 
 def _number(words: bytes) -> int:
