@@ -88,7 +88,7 @@ class Team:
 
     def _meeting(self, place: str, *words: int) -> list[list[int]]:
         """The two ``words`` of every rank, behind the place, once all are there."""
-        return self._all_there(place, self._rows([_number(place.encode()) + 1, *words]))
+        return self._all_there(place, self._begin_rows([_number(place.encode()) + 1, *words])())
 
     def _all_there(self, place: str, rows: list[list[int]]) -> list[list[int]]:
         """The ``rows`` of all, if nobody has failed and all are at ``place``."""
@@ -108,15 +108,18 @@ class Team:
             )
         return rows
 
-    def _rows(self, mine: list[int]) -> list[list[int]]:
-        row, rows = self._for_rows(mine)
-        with reaching():
-            dist.all_gather(rows, row)
-        return [part.tolist() for part in rows]
-
-    def _for_rows(self, mine: list[int]) -> tuple[Tensor, list[Tensor]]:
+    def _begin_rows(self, mine: list[int]) -> Callable[[], list[list[int]]]:
         row = torch.tensor(mine, dtype=torch.int64, device="cpu")
-        return row, [torch.empty_like(row) for _ in range(self.size)]
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        with reaching():
+            work = dist.all_gather(rows, row, async_op=True)
+
+        def arrived() -> list[list[int]]:
+            with reaching():
+                work.wait()
+            return [part.tolist() for part in rows]
+
+        return arrived
 
     def tell(self, error: Exception) -> None:
         """Raise ``error``, or that of a lower rank that failed as well, here and in all other processes.
@@ -125,7 +128,7 @@ class Team:
         """
         if self.size > 1 and not is_told(error):
             try:
-                self._rows([FAILED, 0, 0])
+                self._begin_rows([FAILED, 0, 0])()
             except RankError:  # nobody is left to be told
                 raise told(error) from None
             self._raise_the_first(error)
@@ -190,26 +193,19 @@ class Team:
         called, which some may do without others."""
         if self.size == 1:
             return lambda: count
-        row, rows = self._for_rows([_number(place.encode()) + 1, count, 0])
-        with reaching():
-            work = dist.all_gather(rows, row, async_op=True)
-
-        @cache
-        def arrived() -> int:
-            with reaching():
-                work.wait()
-            return sum(row[1] for row in self._all_there(place, [part.tolist() for part in rows]))
-
-        return arrived
+        rows = self._begin_rows([_number(place.encode()) + 1, count, 0])
+        return cache(lambda: sum(row[1] for row in self._all_there(place, rows())))
 
     def total_and_any(self, place: str, value: float, flags: list[bool]) -> tuple[float, list[bool]]:
         """:meth:`total` and :meth:`any` in one meeting, unless there are more than :data:`WORD` flags."""
         if self.size == 1:
             return value, flags
         counts, fits = isinstance(value, int), len(flags) <= WORD
-        rows = self._meeting(place, value if counts else _bits(value), _as_word(flags) if fits else 0)
+        mine = sum(1 << bit for bit, flag in enumerate(flags) if flag and fits)
+        rows = self._meeting(place, value if counts else _bits(value), mine)
         total = sum(row[1] if counts else _of_bits(row[1]) for row in rows)
-        return total, _of_word(rows, 2, len(flags)) if fits else self.any(place, flags)
+        held = reduce(or_, (row[2] for row in rows))
+        return total, [bool(held >> bit & 1) for bit in range(len(flags))] if fits else self.any(place, flags)
 
     def lowest(self, place: str, holds: bool) -> int | None:
         """The lowest rank that ``holds`` something, None if none does."""
@@ -219,10 +215,8 @@ class Team:
     def any(self, place: str, flags: list[bool]) -> list[bool]:
         """For each flag, whether a rank has set it. If all ranks have the same ones, or they are up to 63, nothing is
         sent but a meeting."""
-        if self.size == 1:
-            return flags
-        if len(flags) <= WORD:
-            return _of_word(self._meeting(place, _as_word(flags), len(flags)), 1, len(flags))
+        if self.size == 1 or len(flags) <= WORD:
+            return self.total_and_any(place, 0, flags)[1]
         rows = self._meeting(place, _number(bytes(flags)), len(flags))
         if all(row[1:] == rows[0][1:] for row in rows):
             return flags
@@ -293,16 +287,6 @@ def _bits(value: float) -> int:
 
 def _of_bits(bits: int) -> float:
     return struct.unpack("<d", struct.pack("<q", bits))[0]
-
-
-def _as_word(flags: list[bool]) -> int:
-    return sum(1 << place for place, flag in enumerate(flags) if flag)
-
-
-def _of_word(rows: list[list[int]], place: int, count: int) -> list[bool]:
-    """Each of ``count`` flags, whether it is set in a word at ``place`` of ``rows``."""
-    held = reduce(or_, (row[place] for row in rows))
-    return [bool(held >> flag & 1) for flag in range(count)]
 
 
 def _number(words: bytes) -> int:

@@ -79,9 +79,9 @@ class Chain(nn.Module):
     first step skip, and all but one of later steps. There are a vector before them, one behind, and one in both
     places."""
 
-    def __init__(self, rank=RANK, times=1):
+    def __init__(self, rank=RANK, times=1, many=MICRO_BATCHES):
         super().__init__()
-        make = torch.Generator().manual_seed(3)
+        make, self.many = torch.Generator().manual_seed(3), many
         shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes * times]
         self.blocks = nn.ModuleList(ChainBlock(weight, rank) for weight in weights)
@@ -89,24 +89,24 @@ class Chain(nn.Module):
         self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
     def loss(self, batch):
-        """Of a (step, number): micro-batch ``number`` of MICRO_BATCHES has its own diagonals."""
+        """Of a (step, number): micro-batch ``number`` of as ``many`` as a step has, with its own diagonals."""
         step, number = batch
         make = torch.Generator().manual_seed(step)
         order = torch.randperm(WIDTH, generator=make)
-        wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number].float()
+        wobble = torch.randint(0, 2, (self.many, WIDTH), generator=make)[number].float()
         hidden = torch.diag(2 * (order + 1) + wobble)
         for vector in (self.before, self.both):  # sums of these integers are none of bf16's
             hidden = _Hand.apply(hidden, vector, 101 * (wobble + number))
         for block in self.blocks:
-            rare = step == 0 or number != (step + 2) % MICRO_BATCHES
+            rare = step == 0 or number != (step + 2) % self.many
             hidden = block(hidden, skipped=block is self.blocks[-1] and rare)
         return hidden.sum() + ((self.behind + self.both) * wobble).sum()
 
 
-def chain_of(team, how, options, steps=1, clip=0.0, times=1):
+def chain_of(team, how, options, steps=1, clip=0.0, times=1, many=MICRO_BATCHES):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps."""
     bases = RULES[options.get("rule", "galore")].uses_basis
-    model = Chain(RANK if bases else None, times)
+    model = Chain(RANK if bases else None, times, many)
     split = how != "replicate" and team.size > 1
     if split:
         replicas = how if isinstance(how, int) else 1
@@ -115,21 +115,22 @@ def chain_of(team, how, options, steps=1, clip=0.0, times=1):
     optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
     trial = try_walk(model, (0, 3), Chain.loss)
     assert trial.layout is not None, trial.why
-    stepping = Stepping(lambda step: 0.02, 0, steps, 1, MICRO_BATCHES, clip)
+    stepping = Stepping(lambda step: 0.02, 0, steps, 1, many, clip)
     turns = Gathered(model.blocks) if split else AlwaysThere()
     return model, optimizer, LayerMajor(model, optimizer, stepping, trial.layout, turns=turns)
 
 
 def take(order, step, look=lambda loss: None):
     """(loss, norm) of a step of which this process takes its share."""
-    mine = order.optimizer.team.deal(range(MICRO_BATCHES))
+    mine = order.optimizer.team.deal(range(order.model.many))
     return order.take(step, mine, [(step, n) for n in mine], partial(Chain.loss, order.model), look)
 
 
-def walked_steps(how, steps, clip, options):
-    """State, norms, losses and refreshes of ``steps`` of a :class:`Chain`, whose micro-batches the processes share."""
+def walked_steps(how, steps, clip, options, many=MICRO_BATCHES):
+    """State, norms, losses and refreshes of ``steps`` of a :class:`Chain`, whose ``many`` micro-batches the processes
+    share."""
     with job("cpu") as team:
-        model, optimizer, order = chain_of(team, how, options, steps, clip)
+        model, optimizer, order = chain_of(team, how, options, steps, clip, many=many)
         looked = []
         taken = [take(order, step, looked.append) for step in range(steps)]
         losses, norms = map(list, zip(*taken, strict=True))
