@@ -109,6 +109,7 @@ class Loop:
                     last = last or self._stops_early()
                     save = last or course.best_step == step
                 if save or course.keeper.due(step) or overdue or signalled:
+                    self._raise_failure()
                     course.save(beside=not (last or signalled))  # what comes after those two needs it complete
                 if signalled and not last:
                     why = "the end of the program that reads its output" if signalled == NO_READER else "a signal"

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from jobs import chain_of, take
+from jobs import MICRO_BATCHES, Chain, chain_of, take
 from processes import run_in
 
-from qgalore.errors import NumericalError, RankError
+import qgalore
+from qgalore.errors import ConfigError, NumericalError, RankError
 from qgalore.lowrank import tensor_steps
 from qgalore.lowrank.optimizer import LowRankOptimizer
 from qgalore.lowrank.tensors.projected import ProjectedTensor
 from qgalore.parallel import Team, job
 from qgalore.replacing import replaced
 from qgalore.steps import reducing
+from qgalore.steps.blocks import NotWalkableError
 from qgalore.steps.walk import _Pass
 
 FIXED = {"policy": "fixed", "update_proj_gap": 100, "stagger": False}
@@ -131,6 +133,33 @@ def test_one_that_cannot_take_part_any_more_ends_and_is_missed(how):
     assert guilty == ("KeyError", "'a bug'")
     assert kind == RankError.__name__
     assert "another process of the job has ended" in words
+
+
+def another_way(self):
+    raise NotWalkableError("another way")
+
+
+def unwalkable():
+    """What a run and a loop of one's own say when a micro-batch of one process takes another way."""
+    with job("cpu") as team:
+        model, optimizer, order = chain_of(team, "replicate", FIXED)
+        found, mine = [], [(1, number) for number in team.deal(range(MICRO_BATCHES))]
+        for one in (lambda: take(order, 1), lambda: qgalore.step(model, optimizer, mine, loss=Chain.loss)):
+            one()
+            with replaced([(_Pass, "_prologues", another_way)] if team.rank else []):
+                try:
+                    with team.together("the end of a step"):
+                        one()
+                except ConfigError as error:
+                    found.append(str(error))
+            optimizer.skip()
+        return found
+
+
+def test_all_hear_what_to_do_about_a_micro_batch_that_takes_another_way():
+    for rank, found in enumerate(run_in(2, unwalkable)):
+        assert ["another way" in words and words.startswith("rank 1: ") == (rank == 0) for words in found] == [True] * 2
+        assert ["train.order=batch_major" in found[0], "stepping='deferred'" in found[1]] == [True] * 2
 
 
 def meetings(how, times):
