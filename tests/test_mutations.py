@@ -78,7 +78,7 @@ MUTATIONS = {
         ("tests/models/test_attention.py::test_losses_and_gradients_are_those_of_a_mask",),
     ),
     "the loss as a mean of the micro-batches' means": Mutation(
-        "return self.loss(self.model, batch) / max(tokens, 1)",
+        "return self.loss(self.model, batch) / max(tokens(), 1)",
         "return self.loss(self.model, batch) / max(self.data.targets(batch) * self.stepping.grad_accumulation, 1)",
         ("tests/test_means.py::test_a_step_weighs_targets_and_not_micro_batches",),
     ),
@@ -130,7 +130,7 @@ MUTATIONS = {
     ),
     "rows that stay with their owner": Mutation("self.hand_out(tensors)\n", "None\n", (f"{PROCESSES}[shard]",)),
     "new bases that stay with their owner": Mutation(
-        "tensor.handed(owner, tensor.name in self._records, weights)",
+        "tensor.handed(owner, tensor.name in due, weights)",
         "tensor.handed(owner, False, weights)",
         (f"{PROCESSES}[shard]",),
     ),
@@ -160,7 +160,9 @@ MUTATIONS = {
         ("tests/lowrank/test_guard.py::test_a_copy_belongs_to_no_optimizer_yet[deepcopy]",),
     ),
     "the loss of a step in one process": Mutation(
-        'self.optimizer.team.total("the loss of a step", mine)', "mine", (f"{PROCESSES}[replicate]",)
+        'self.optimizer.team.total_and_any("the loss of a step", loss, held)',
+        "loss, held",
+        (f"{PROCESSES}[replicate]",),
     ),
 }
 

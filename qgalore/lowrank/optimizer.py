@@ -53,7 +53,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
     ) -> None:
         TensorSteps.__init__(self, tensors, seed, team)
         self.stepping = stepping
-        self.untouched: list[str] = []
+        self.untouched = [tensor.name for tensor in tensors]  # before the first step all
         scales, decays = (scale, 1.0, 1.0), (weight_decay, weight_decay, 0.0)
         groups: list[dict[str, Any]] = [
             {"name": name, "scale": own_scale, "weight_decay": decay}
@@ -95,6 +95,7 @@ class LowRankOptimizer(TensorSteps, Optimizer):
         self.stepped.clear()
         self._prepared.clear()
         self._records.clear()
+        self._spread.clear()
         if self.hooks is not None:
             self.hooks.close()
         self.step_count += 1

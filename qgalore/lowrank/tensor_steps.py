@@ -72,6 +72,7 @@ class TensorSteps:
         self.stepped: dict[str, None] = {}  # names, in the step that is being taken and in its order
         self._prepared: set[str] = set()  # those whose gradient is the whole step's, projected
         self._records: dict[str, dict[str, Any] | None] = {}  # of refreshes by owners, and None for those of others
+        self._spread: set[str] = set()  # those whose new bases all have
         self._squares: list[Tensor] = []
         self._tensor_of = {id(leaf): tensor for tensor in tensors for leaf in tensor.leaves()}
 
@@ -157,16 +158,14 @@ class TensorSteps:
             self.hand_out(tensors)
 
     def hand_out(self, tensors: Iterable[TrainedTensor], weights: bool = True) -> None:
-        """Let all have what the owners of ``tensors`` have changed: bases that were due, and ``weights``."""
-        owned = ((tensor, tensor.owner) for tensor in tensors)
+        """Let all have what the owners of ``tensors`` have changed: bases that were due, once in a step, and
+        ``weights``."""
+        owned = [(tensor, tensor.owner) for tensor in tensors if tensor.owner is not None]
+        due = {tensor.name for tensor, _ in owned} & self._records.keys() - self._spread
         self.team.hand_out(
-            [
-                one
-                for tensor, owner in owned
-                if owner is not None
-                for one in tensor.handed(owner, tensor.name in self._records, weights)
-            ]
+            [one for tensor, owner in owned for one in tensor.handed(owner, tensor.name in due, weights)]
         )
+        self._spread |= due
 
     def share_outcomes(self) -> None:
         """Once a step, let all know what owners have found out: when bases are due again, and what is recorded."""

@@ -25,11 +25,19 @@ class Gathered:
 
     stays = True  # until the turn after its own
 
-    def __init__(self, blocks: Sequence[nn.Module], before: Sequence[Apart] = (), behind: Sequence[Apart] = ()) -> None:
-        """``before`` and ``behind``: what is set apart of the model's parts there, or in both."""
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        before: Sequence[Apart] = (),
+        behind: Sequence[Apart] = (),
+        within: Sequence[Apart] = (),
+    ) -> None:
+        """``before`` and ``behind``: what is set apart of the model's parts there, or in both. ``within``: what blocks
+        use besides their own, which is whole for the whole walk: within a turn a process may have failed, and then
+        gathers nothing."""
         from torch.distributed.fsdp import FSDPModule
 
-        self.before, self.behind, self.last = list(before), list(behind), len(blocks)
+        self.before, self.behind, self.within, self.last = list(before), list(behind), list(within), len(blocks)
         self.blocks: dict[int, FSDPModule] = {n: b for n, b in enumerate(blocks) if isinstance(b, FSDPModule)}
         self._coming: dict[int, UnshardHandle] = {}
         self._lasting: int | None = None  # the block that has had its turn and may yet be stepped
@@ -37,8 +45,8 @@ class Gathered:
     def begin(self) -> None:
         """From here on FSDP2 does not drop by itself what it has gathered. What comes before the blocks is whole."""
         self._drop_at_once(False)
-        self._drop_apart()
-        _gather(self.before)
+        self._drop_apart(self.within)
+        _gather([*self.before, *self.within])
 
     def enter(self, block: int, backward: bool) -> None:
         """``block`` is whole now in every process."""
@@ -69,21 +77,21 @@ class Gathered:
         self._coming.clear()
         for block in self.blocks.values():
             block.reshard()
-        self._drop_apart()
+        self._drop_apart(self.within)
 
-    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
+    def visit(self, act: Callable[[int], None]) -> None:
         """Call ``act`` with the number of each block, from the first to the last, while it is whole; then with the
         number behind these, for all else."""
         for block in self.blocks:
             self._come(block)
             act(block)
             self._drop(block)
-        _gather([*self.before, *self.behind])
+        _gather([*self.before, *self.behind, *self.within])
         act(self.last)
-        self._drop_apart()
+        self._drop_apart(self.within)
 
-    def _drop_apart(self) -> None:
-        for one in (*self.before, *self.behind):
+    def _drop_apart(self, within: Iterable[Apart] = ()) -> None:
+        for one in (*self.before, *self.behind, *within):
             one.drop()
 
     def _come(self, block: int) -> None:

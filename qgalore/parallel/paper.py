@@ -23,17 +23,11 @@ class _Unsent(Pending):
 class PaperTeam(Team):
     """Does on the meta device what a process of a team does, but nobody is met and nothing is sent."""
 
-    def meet(self, place: str, *, digest: float = 0.0, note: int = 0) -> int:
-        return note
+    def _meeting(self, place: str, *words: int) -> list[list[int]]:
+        return [[0, *words]]
 
     def tell(self, error: Exception) -> NoReturn:
         raise error
-
-    def any(self, place: str, flags: list[bool]) -> list[bool]:
-        return flags
-
-    def total(self, place: str, value: float) -> float:
-        return value
 
     def of_first(self, place: str, make: Callable[[], T]) -> T:
         return make()

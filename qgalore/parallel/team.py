@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from typing import Any, TypeVar
 
@@ -88,7 +88,10 @@ class Team:
 
     def _meeting(self, place: str, *words: int) -> list[list[int]]:
         """The two ``words`` of every rank, behind the place, once all are there."""
-        rows = self._rows([_number(place.encode()) + 1, *words])
+        return self._all_there(place, self._begin_rows([_number(place.encode()) + 1, *words])())
+
+    def _all_there(self, place: str, rows: list[list[int]]) -> list[list[int]]:
+        """The ``rows`` of all, if nobody has failed and all are at ``place``."""
         if any(row[0] == FAILED for row in rows):
             self._raise_the_first(None)
         if len({row[0] for row in rows}) > 1:
@@ -105,12 +108,18 @@ class Team:
             )
         return rows
 
-    def _rows(self, mine: list[int]) -> list[list[int]]:
+    def _begin_rows(self, mine: list[int]) -> Callable[[], list[list[int]]]:
         row = torch.tensor(mine, dtype=torch.int64, device="cpu")
         rows = [torch.empty_like(row) for _ in range(self.size)]
         with reaching():
-            dist.all_gather(rows, row)
-        return [part.tolist() for part in rows]
+            work = dist.all_gather(rows, row, async_op=True)
+
+        def arrived() -> list[list[int]]:
+            with reaching():
+                work.wait()
+            return [part.tolist() for part in rows]
+
+        return arrived
 
     def tell(self, error: Exception) -> None:
         """Raise ``error``, or that of a lower rank that failed as well, here and in all other processes.
@@ -119,7 +128,7 @@ class Team:
         """
         if self.size > 1 and not is_told(error):
             try:
-                self._rows([FAILED, 0, 0])
+                self._begin_rows([FAILED, 0, 0])()
             except RankError:  # nobody is left to be told
                 raise told(error) from None
             self._raise_the_first(error)
@@ -177,11 +186,26 @@ class Team:
 
     def total(self, place: str, value: float) -> float:
         """The sum of ``value`` over the ranks, the same bits on each: added in their order. An int stays one."""
+        return self.total_and_any(place, value, [])[0]
+
+    def begin_total(self, place: str, count: int) -> Callable[[], int]:
+        """:meth:`total` of a whole number that is asked for later: nobody waits before the function that is returned is
+        called, which some may do without others."""
         if self.size == 1:
-            return value
-        counts = isinstance(value, int)
-        rows = self._meeting(place, value if counts else _bits(value), 0)
-        return sum(row[1] if counts else _of_bits(row[1]) for row in rows)
+            return lambda: count
+        rows = self._begin_rows([_number(place.encode()) + 1, count, 0])
+        return cache(lambda: sum(row[1] for row in self._all_there(place, rows())))
+
+    def total_and_any(self, place: str, value: float, flags: list[bool]) -> tuple[float, list[bool]]:
+        """:meth:`total` and :meth:`any` in one meeting, unless there are more than :data:`WORD` flags."""
+        if self.size == 1:
+            return value, flags
+        counts, fits = isinstance(value, int), len(flags) <= WORD
+        mine = sum(1 << bit for bit, flag in enumerate(flags) if flag and fits)
+        rows = self._meeting(place, value if counts else _bits(value), mine)
+        total = sum(row[1] if counts else _of_bits(row[1]) for row in rows)
+        held = reduce(or_, (row[2] for row in rows))
+        return total, [bool(held >> bit & 1) for bit in range(len(flags))] if fits else self.any(place, flags)
 
     def lowest(self, place: str, holds: bool) -> int | None:
         """The lowest rank that ``holds`` something, None if none does."""
@@ -191,12 +215,8 @@ class Team:
     def any(self, place: str, flags: list[bool]) -> list[bool]:
         """For each flag, whether a rank has set it. If all ranks have the same ones, or they are up to 63, nothing is
         sent but a meeting."""
-        if self.size == 1:
-            return flags
-        if len(flags) <= WORD:
-            mine = sum(1 << place for place, flag in enumerate(flags) if flag)
-            held = reduce(or_, (row[1] for row in self._meeting(place, mine, len(flags))))
-            return [bool(held >> place & 1) for place in range(len(flags))]
+        if self.size == 1 or len(flags) <= WORD:
+            return self.total_and_any(place, 0, flags)[1]
         rows = self._meeting(place, _number(bytes(flags)), len(flags))
         if all(row[1:] == rows[0][1:] for row in rows):
             return flags

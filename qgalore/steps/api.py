@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lowrank.optimizer import LowRankOptimizer
+from ..parallel import Team
 from . import walk
 from .activations import Activations
-from .blocks import Run
+from .blocks import NotWalkableError, Run
 from .reducing import Steps
 from .trial import Loss, Trial, try_walk
 from .turns import AlwaysThere, Turns, gathered
@@ -66,9 +67,9 @@ def step(
     In several processes (``team`` of the optimizer) each gives its share of the micro-batches, and all return the same.
 
     The first call tries whether the model can be walked, with the first micro-batch. If it cannot, its micro-batches
-    are accumulated as usual, and a line says why. Raises :class:`ConfigError` for an optimizer of another kind or no
-    micro-batches, and :class:`NumericalError` for a gradient that is not finite: weights of later blocks have moved
-    then.
+    are accumulated as usual, and a line says why. Raises :class:`ConfigError` for an optimizer of another kind, no
+    micro-batches, or one that takes another way through the model than the first; and :class:`NumericalError` for a
+    gradient that is not finite: weights of later blocks have moved then.
     """
     stepping = getattr(optimizer, "stepping", None)
     if stepping != "manual":
@@ -78,17 +79,23 @@ def step(
         )
     if not micro_batches:
         raise ConfigError("qgalore.step was given no micro-batches; a step needs at least one")
-    mine = len(micro_batches) if targets is None else sum(map(targets, micro_batches))
     with optimizer.team.together("the end of a step"):  # an error in one process is that of all
-        known = _look_at(model, micro_batches[0], loss, activations, graphs_of_last)
+        mine = len(micro_batches) if targets is None else sum(map(targets, micro_batches))
+        known = _look_at(model, micro_batches[0], loss, activations, graphs_of_last, optimizer.team)
         if turns is not None and (graphs_of_last or known.trial.layout is None):
             raise ConfigError(
                 f"blocks are streamed only in a walk that keeps no graphs: graphs_of_last is {graphs_of_last}, and "
                 f"{known.trial}"
             )
-        total = max(optimizer.team.total("the targets of a step", mine), 1)
+        total = optimizer.team.begin_total("the targets of a step", mine)
         runs = [partial(_share, model, loss, batch, total) for batch in micro_batches]
-        value = _walk(model, optimizer, known, runs, seed, turns)
+        try:
+            value = _walk(model, optimizer, known, runs, seed, turns)
+        except NotWalkableError as reason:
+            raise ConfigError(
+                f"a micro-batch of qgalore.step cannot be walked block by block as the first one was: {reason}. "
+                "Nothing has moved; accumulate such micro-batches as usual, with an optimizer of stepping='deferred'"
+            ) from reason
     blocks = 1 if known.trial.layout is None else len(known.trial.layout)
     if not math.isfinite(value):
         optimizer.skip()
@@ -104,8 +111,8 @@ def _walk(
     team, layout, found = optimizer.team, known.trial.layout, []
     optimizer.accumulate_in_fp32(len(runs) * team.size > 1)
 
-    def decide(losses: Tensor) -> bool:
-        found.append(team.total("the loss of a step", float(losses.sum())))
+    def decide(total: Callable[[float], float], losses: Tensor) -> bool:
+        found.append(total(float(losses.sum())))
         return math.isfinite(found[0])
 
     def reseed(number: int, part: int) -> None:
@@ -114,7 +121,8 @@ def _walk(
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices):  # the caller's random numbers go on as they would
         if layout is None:
-            walk.accumulate(model, runs, reseed=reseed, decide=decide, step=partial(_step_tensors, optimizer))
+            alike = partial(decide, partial(team.total, "the loss of a step"))
+            walk.accumulate(model, runs, reseed=reseed, decide=alike, step=partial(_step_tensors, optimizer))
             return found[0]
         turns = turns or (gathered(layout) if team.size > 1 else AlwaysThere())
         kept = known.activations
@@ -123,7 +131,7 @@ def _walk(
                 layout,
                 runs,
                 reseed=reseed,
-                decide=decide,
+                decide=partial(decide, steps.total),
                 step=steps,
                 activations=kept,
                 turns=turns,
@@ -133,9 +141,9 @@ def _walk(
     return found[0]
 
 
-def _share(model: nn.Module, loss: Loss, batch: Any, total: float) -> Tensor:
+def _share(model: nn.Module, loss: Loss, batch: Any, total: Callable[[], int]) -> Tensor:
     """A micro-batch's share of the step's loss."""
-    return loss(model, batch) / total
+    return loss(model, batch) / max(total(), 1)
 
 
 def _step_tensors(optimizer: LowRankOptimizer, _: str, parameters: list[nn.Parameter]) -> None:
@@ -150,11 +158,12 @@ def _as_written(loss: Loss) -> Any:
     return getattr(plain, "__code__", plain)
 
 
-def _look_at(model: nn.Module, batch: Any, loss: Loss, where: str, graphs_of_last: int) -> _Known:
+def _look_at(model: nn.Module, batch: Any, loss: Loss, where: str, graphs_of_last: int, team: Team) -> _Known:
     """What is known of ``model``, found out where it is not, or where the loss is another."""
     known, written = _known.get(model), _as_written(loss)
     if known is None or known.loss is not written:
         trial = try_walk(model, batch, loss)
+        team.meet("the trial of a walk")
         if trial.layout is None:
             print(trial, flush=True)
         known = _known[model] = _Known(written, trial, Activations(where=where, graphs_of_last=graphs_of_last))

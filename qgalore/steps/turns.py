@@ -19,8 +19,7 @@ class Turns(Protocol):
     maybe in the middle of a turn.
 
     ``stays``: whether a block's trained tensors can step after its turn too. ``visit``, after a walk, calls ``act``
-    with the number of each block that has left, from the first to the last, while it is on the device. It goes back
-    changed if it ``stepped`` there.
+    with the number of each block that has left, from the first to the last, while it is on the device and may step.
     """
 
     stays: bool
@@ -33,7 +32,7 @@ class Turns(Protocol):
 
     def end(self, whole: bool) -> None: ...
 
-    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None: ...
+    def visit(self, act: Callable[[int], None]) -> None: ...
 
 
 class AlwaysThere:
@@ -53,14 +52,15 @@ class AlwaysThere:
     def end(self, whole: bool) -> None:
         """Nothing."""
 
-    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
+    def visit(self, act: Callable[[int], None]) -> None:
         """Nothing: no block has left."""
 
 
 def gathered(layout: Layout) -> Gathered:
     """The turns of a model that processes split, or hold copies of."""
-    kept = {id(p): getattr(p, apart.KEPT) for p in layout.outside if hasattr(p, apart.KEPT)}
-    behind = [kept[key] for key in kept if key in layout.behind]
-    # What blocks alone use, by calling what has it, must be dropped too once it has changed.
-    before = [kept[key] for key in kept if key in layout.before or key not in layout.behind]
-    return Gathered(list(layout.blocks), before, behind)
+    kept = [parameter for parameter in layout.outside if hasattr(parameter, apart.KEPT)]
+    ends, both = layout.before | layout.behind, layout.before & layout.behind
+    # What is in neither end is in blocks, and so is what has several parts without being in both ends.
+    within = {id(p) for p in kept if id(p) not in ends or (id(p) in layout.late and id(p) not in both)}
+    places = (layout.before - within, layout.behind - within, within)
+    return Gathered(list(layout.blocks), *([getattr(p, apart.KEPT) for p in kept if id(p) in part] for part in places))

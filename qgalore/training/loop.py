@@ -15,7 +15,7 @@ from ..files.filling import first_not_finite
 from ..lowrank.optimizer import LowRankOptimizer
 from ..memory import orthogonal_work
 from ..models.loss import Loss
-from ..parallel import ALONE, Team
+from ..parallel import ALONE, Team, apart
 from .course import Course
 from .keeping import PATIENCE
 from .parts import Batch, Data, Evaluating, Evaluation, Faults, Samples, Saving, Stepping
@@ -52,6 +52,7 @@ class Loop:
         self.course = Course(self.model, self.optimizer, self.start, self.saving, self.team)
         self._work = orthogonal_work.of_training(self.model, {tensor.rule_name for tensor in self.optimizer.tensors})
         self._tokens = 0  # that this process puts through the model in a step, padding included
+        self._failure: Exception | None = None  # of this process, which the others have not heard of
         self.recovery = Recovery(self.course, self.data, self.stepping, self.faults, self.order, self.device)
 
     @property
@@ -96,7 +97,7 @@ class Loop:
                     continue
                 row, note = taken
                 signalled, overdue = divmod(note, 2)
-                self._record(row, progress)
+                self._alone(partial(self._record, row, progress))
                 if self.team.size == 1:  # nobody else has to be asked about a signal that came since
                     signalled = signalled or stop.number or 0
                 step = self.position.step
@@ -108,6 +109,7 @@ class Loop:
                     last = last or self._stops_early()
                     save = last or course.best_step == step
                 if save or course.keeper.due(step) or overdue or signalled:
+                    self._raise_failure()
                     course.save(beside=not (last or signalled))  # what comes after those two needs it complete
                 if signalled and not last:
                     why = "the end of the program that reads its output" if signalled == NO_READER else "a signal"
@@ -158,16 +160,22 @@ class Loop:
         size = how.micro_batch_size
         indices, after = self.data.order_for(self.position.order).take(self.position.sample, how.samples)
         numbers = self.team.deal(range(how.grad_accumulation))
-        batches = [self.data.train.batch(indices[n * size : (n + 1) * size]) for n in numbers]
-        self._tokens = sum(batch["input_ids"].numel() for batch in batches)
-        tokens = self.team.total("the targets of a step", sum(map(self.data.targets, batches)))
+        batches: list[Batch] = [{} for _ in numbers]
+
+        def load() -> None:
+            batches[:] = [self.data.train.batch(indices[n * size : (n + 1) * size]) for n in numbers]
+            self._tokens = sum(batch["input_ids"].numel() for batch in batches)
+
+        self._alone(load)
+        mine = 0 if self._failure else sum(map(self.data.targets, batches))
+        tokens = self.team.begin_total("the targets of a step", mine)
         share = partial(self._share, tokens=tokens)
         loss, norm = self.order.take(step, numbers, batches, share, self.recovery.check_spike)
         self.course.position = replace(
             self.position,
             step=step + 1,
             sample=after,
-            tokens=self.position.tokens + tokens,
+            tokens=self.position.tokens + tokens(),
             losses=[*self.position.losses, loss][-WINDOW:],
             skipped_in_a_row=0,
         )
@@ -184,21 +192,40 @@ class Loop:
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "tokens": self.position.tokens,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens() / seconds,
             "step_seconds": seconds,
             **memory_row(self.device),
             **({"without_gradient": len(names), "waiting": self.optimizer.waiting()} if names else {}),
         }
 
-    def _share(self, batch: Batch, tokens: int) -> Tensor:
-        """One micro-batch's share of the mean loss over a step's ``tokens`` targets."""
+    def _share(self, batch: Batch, tokens: Callable[[], int]) -> Tensor:
+        """One micro-batch's share of the mean loss over a step's ``tokens()`` targets."""
+        self._raise_failure()
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        return self.loss(self.model, batch) / max(tokens, 1)
+        return self.loss(self.model, batch) / max(tokens(), 1)
+
+    def _alone(self, work: Callable[[], object]) -> None:
+        """Do ``work``, which is this process's alone, between two steps. In a team its error waits until the others can
+        hear of it: they may be about to gather weights, for which they need this process."""
+        try:
+            work()
+        except Exception as error:
+            if self.team.size == 1:
+                raise
+            self._failure = self._failure or error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _evaluate(self) -> Evaluation:
+        self._raise_failure()
+        self.team.meet("an evaluation")  # of a split model, whose weights all gather together
         sets = {name: self._batches(samples) for name, samples in self.data.valid.items()}
         result = self.data.evaluate(self.model, sets, device=self.device)
-        result = self.team.of_first("an evaluation", lambda: result)
+        result = self.team.of_first("the result of an evaluation", lambda: result)
+        apart.drop_all(self.model)
         where = self.position
         drawn = self.data.order_for(where.order).drawn(where.sample)
         row = {"step": where.step, **result.row(), **{f"drawn/{name}": count for name, count in drawn.items()}}

@@ -109,8 +109,7 @@ class LayerMajor:
         loss, clips = [], self.how.clip_grad_norm > 0
 
         def decide(losses: Tensor) -> bool:
-            mine = sum(_finite(value, step) for value in losses.tolist())
-            loss.append(self.optimizer.team.total("the loss of a step", mine))
+            loss.append(steps.total(sum(_finite(value, step) for value in losses.tolist())))
             look(loss[0])
             return True
 
@@ -162,7 +161,7 @@ class LayerMajor:
                     raise
                 failures.append(error)
 
-        self.turns.visit(step_part, stepped=True)
+        self.turns.visit(step_part)
         if failures:
             raise failures[0]
         optimizer.move(pending.values())

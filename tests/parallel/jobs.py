@@ -79,9 +79,9 @@ class Chain(nn.Module):
     first step skip, and all but one of later steps. There are a vector before them, one behind, and one in both
     places. With ``most`` ranks are free to move up to that, and in two of three steps some axes have no gradient."""
 
-    def __init__(self, rank=RANK, times=1, most=None):
+    def __init__(self, rank=RANK, times=1, most=None, many=MICRO_BATCHES):
         super().__init__()
-        self.free = most is not None
+        self.free, self.many = most is not None, many
         make = torch.Generator().manual_seed(3)
         shapes = ((LONG, WIDTH), (WIDTH, LONG), (SMALL, WIDTH))
         weights = [torch.randn(*shape, generator=make) for shape in shapes * times]
@@ -90,12 +90,13 @@ class Chain(nn.Module):
         self.before = nn.Parameter(torch.zeros(WIDTH, dtype=torch.bfloat16))
 
     def loss(self, batch):
-        """Of a (step, number): micro-batch ``number`` of MICRO_BATCHES has its own diagonals."""
+        """Of a (step, number): micro-batch ``number`` of as ``many`` as a step has, with its own diagonals."""
         step, number = batch
         make = torch.Generator().manual_seed(step)
         order = torch.randperm(WIDTH, generator=make)
-        wobble = torch.randint(0, 2, (MICRO_BATCHES, WIDTH), generator=make)[number].float()
-        hidden = torch.diag(2 * (order + 1) + wobble)
+        wobble = torch.randint(0, 2, (self.many, WIDTH), generator=make)[number].float()
+        large = number < MICRO_BATCHES  # more of them would make sums of more bits than fp32 has
+        hidden = torch.diag(2 * (order + 1) * large + wobble)
         if self.free:
             hidden[order >= (64, 32, 16)[step % 3]] = 0
         for vector in (self.before, self.both):  # sums of these integers are none of bf16's
@@ -106,11 +107,11 @@ class Chain(nn.Module):
         return hidden.sum() + ((self.behind + self.both) * wobble).sum()
 
 
-def chain_of(team, how, options, steps=1, clip=0.0, times=1, ranks=(RANK, None), on_host=False):
+def chain_of(team, how, options, steps=1, clip=0.0, times=1, ranks=(RANK, None), on_host=False, many=MICRO_BATCHES):
     """A :class:`Chain` of ``team``, its optimizer, and its order of steps. ``ranks``: mean and largest. ``on_host``:
     whether rows of what is split wait in host memory."""
     mean, most = ranks if RULES[options.get("rule", "galore")].uses_basis else (None, None)
-    model = Chain(mean, times, most)
+    model = Chain(mean, times, most, many)
     split = how != "replicate" and team.size > 1
     if split:
         replicas = how if isinstance(how, int) else 1
@@ -119,21 +120,22 @@ def chain_of(team, how, options, steps=1, clip=0.0, times=1, ranks=(RANK, None),
     optimizer = qgalore.optimizer(model, lr=0.02, stepping="manual", team=team, **given)
     trial = try_walk(model, (0, 3), Chain.loss)
     assert trial.layout is not None, trial.why
-    stepping = Stepping(lambda step: 0.02, 0, steps, 1, MICRO_BATCHES, clip)
+    stepping = Stepping(lambda step: 0.02, 0, steps, 1, many, clip)
     turns = Gathered(model.blocks) if split else AlwaysThere()
     return model, optimizer, LayerMajor(model, optimizer, stepping, trial.layout, turns=turns)
 
 
 def take(order, step, look=lambda loss: None):
     """(loss, norm) of a step of which this process takes its share."""
-    mine = order.optimizer.team.deal(range(MICRO_BATCHES))
+    mine = order.optimizer.team.deal(range(order.model.many))
     return order.take(step, mine, [(step, n) for n in mine], partial(Chain.loss, order.model), look)
 
 
-def walked_steps(how, steps, clip, options, on_host=False):
-    """State, norms, losses and refreshes of ``steps`` of a :class:`Chain`, whose micro-batches the processes share."""
+def walked_steps(how, steps, clip, options, many=MICRO_BATCHES, on_host=False):
+    """State, norms, losses and refreshes of ``steps`` of a :class:`Chain`, whose ``many`` micro-batches the processes
+    share."""
     with job("cpu") as team:
-        model, optimizer, order = chain_of(team, how, options, steps, clip, on_host=on_host)
+        model, optimizer, order = chain_of(team, how, options, steps, clip, on_host=on_host, many=many)
         looked = []
         taken = [take(order, step, looked.append) for step in range(steps)]
         losses, norms = map(list, zip(*taken, strict=True))

@@ -2,12 +2,15 @@
 
 from functools import partial
 
-from jobs import live
+import pytest
+from jobs import live, rows
 from processes import run_in
 from torch import distributed as dist
 
+from qgalore.errors import ConfigError
 from qgalore.parallel import Team
 from qgalore.replacing import replaced
+from qgalore.training import loop
 from qgalore.training.stepping import LayerMajor
 
 WAITED_FOR = ("all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "all_reduce", "barrier")
@@ -38,13 +41,41 @@ def parting(folder, arguments):
         return live(folder, arguments), said
 
 
-def test_a_step_agrees_once_at_its_end(folder):
+def test_a_step_agrees_once_on_its_loss_and_once_at_its_end(folder):
     ((code, words), said), other = run_in(2, parting, str(folder), SHORT)
     assert (code, other) == (1, 1), words
     assert "the processes hold different numbers at: the end of step 4 (" in words
-    third = said[said.index("the end of step 2") + 2 : said.index("the end of step 3") + 2]
-    # its targets, by which losses are divided; the loss, once all have gone forward; which tensors outside the blocks
-    # have gradients; and the end, with its number, gradients' norm, signals, clock and errors
-    wanted = ["the targets of a step", "the loss of a step", "the gradients of the epilogue"]
-    wanted += ["the gradients of the prologue", "the end of step 3"]
-    assert third == [word for place in wanted for word in (place, "all_gather")]
+    third = said[said.index("the end of step 2") + 1 : said.index("the end of step 3") + 1]
+    # the loss, once all have gone forward and before a weight moves, with what has gradients behind the blocks; and the
+    # end, with its number, gradients' norm, signals, clock and errors
+    assert third == ["the loss of a step", "the end of step 3"]
+
+
+def failing_between(folder, arguments, guilty, what):
+    """A run one of whose processes fails between two steps, in the work that it does alone."""
+    alone = loop.Loop._alone
+
+    def failing(self, work):
+        def full():
+            raise ConfigError("the disk is full")
+
+        now = getattr(work, "__name__", "record") == what and self.position.step == 2
+        alone(self, full if now and self.team.rank == guilty else work)
+
+    with replaced([(loop.Loop, "_alone", failing)]):
+        return live(folder, arguments)
+
+
+@pytest.mark.parametrize(
+    ("how", "guilty", "what"),
+    [
+        ("shard", 0, "record"),
+        pytest.param("shard", 1, "load", marks=pytest.mark.slow),
+        pytest.param("replicate", 1, "load", marks=pytest.mark.slow),
+    ],
+)
+def test_one_that_fails_between_two_steps_goes_on_gathering_until_all_have_heard(folder, how, guilty, what):
+    (code, words), other = run_in(2, failing_between, str(folder), [*SHORT, f"parallel={how}"], guilty, what)
+    assert (code, other) == (2, 2), words
+    assert ("" if guilty == 0 else "rank 1: ") + "the disk is full" in words
+    assert [row["step"] for row in rows(folder / "runs/tiny", "lr")] == ([1] if what == "record" else [1, 2])

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from jobs import chain_of, take
+from jobs import MICRO_BATCHES, Chain, chain_of, take
 from processes import run_in
 
-from qgalore.errors import NumericalError, RankError
+import qgalore
+from qgalore.errors import ConfigError, NumericalError, RankError
+from qgalore.lowrank import tensor_steps
 from qgalore.lowrank.optimizer import LowRankOptimizer
 from qgalore.lowrank.tensors.projected import ProjectedTensor
 from qgalore.parallel import Team, job
 from qgalore.replacing import replaced
 from qgalore.steps import reducing
+from qgalore.steps.blocks import NotWalkableError
 from qgalore.steps.walk import _Pass
 
 FIXED = {"policy": "fixed", "update_proj_gap": 100, "stagger": False}
@@ -42,7 +45,13 @@ def apply_but_one(self, tensors):
     return own_apply(self, tensors)
 
 
-own_apply = LowRankOptimizer._apply
+def look_but_one(tensors, add):
+    if any(tensor.name == "blocks.1.layer" for tensor in tensors):
+        raise KeyError("a bug")
+    return own_squares(tensors, add)
+
+
+own_apply, own_squares = LowRankOptimizer._apply, tensor_steps.squares
 # the step in which it happens (bases are found in the first), and what is broken
 FAULTS = {
     "forward": (2, (_Pass, "_forward_all", failing_on(_Pass._forward_all, 1))),
@@ -54,6 +63,7 @@ FAULTS = {
     "back to the start": (2, (_Pass, "backward_of_prologue", failing_on(_Pass.backward_of_prologue))),
     "before bases are due": (0, (_Pass, "backward", failing_on(_Pass.backward, 1))),
     "a new basis": (0, (ProjectedTensor, "adopt", failing_on(ProjectedTensor.adopt))),
+    "a look": (2, (tensor_steps, "squares", look_but_one)),
     "an update": (2, (LowRankOptimizer, "_apply", apply_but_one)),
     "nan": (2, (_Pass, "backward", failing_on(_Pass.backward, 1, do=spoil))),
     "nan after a new basis": (0, (_Pass, "backward", failing_on(_Pass.backward, 0, do=spoil))),
@@ -125,6 +135,33 @@ def test_one_that_cannot_take_part_any_more_ends_and_is_missed(how):
     assert "another process of the job has ended" in words
 
 
+def another_way(self):
+    raise NotWalkableError("another way")
+
+
+def unwalkable():
+    """What a run and a loop of one's own say when a micro-batch of one process takes another way."""
+    with job("cpu") as team:
+        model, optimizer, order = chain_of(team, "replicate", FIXED)
+        found, mine = [], [(1, number) for number in team.deal(range(MICRO_BATCHES))]
+        for one in (lambda: take(order, 1), lambda: qgalore.step(model, optimizer, mine, loss=Chain.loss)):
+            one()
+            with replaced([(_Pass, "_prologues", another_way)] if team.rank else []):
+                try:
+                    with team.together("the end of a step"):
+                        one()
+                except ConfigError as error:
+                    found.append(str(error))
+            optimizer.skip()
+        return found
+
+
+def test_all_hear_what_to_do_about_a_micro_batch_that_takes_another_way():
+    for rank, found in enumerate(run_in(2, unwalkable)):
+        assert ["another way" in words and words.startswith("rank 1: ") == (rank == 0) for words in found] == [True] * 2
+        assert ["train.order=batch_major" in found[0], "stepping='deferred'" in found[1]] == [True] * 2
+
+
 def meetings(how, times):
     """Of an ordinary step through three blocks, or several times as many."""
     met, own = [], Team._meeting
@@ -145,7 +182,6 @@ def meetings(how, times):
 
 
 @pytest.mark.parametrize("how", ["replicate", "shard"])
-def test_a_step_has_as_many_meetings_whatever_the_number_of_blocks(how):
-    wanted = ["the loss of a step", "the gradients of the epilogue", "the gradients of the prologue"]
+def test_a_walk_has_one_meeting_whatever_the_number_of_blocks(how):
     for times in (1, 3):
-        assert run_in(2, meetings, how, times) == [wanted] * 2
+        assert run_in(2, meetings, how, times) == [["the loss of a step"]] * 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same
-from jobs import chain_of, codes, live, rows, state, walked_steps
+from jobs import MICRO_BATCHES, chain_of, codes, live, rows, state, walked_steps
 from processes import run_in
 from test_shard_runs import timeless
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,7 +33,7 @@ WEIGHTS = ["parallel=shard", "train.order=layer_major", "memory.stream=weights"]
 )
 def test_rows_on_the_host_take_the_steps_of_one_process(size, how, clip, options):
     ((wanted, refreshed),) = run_in(1, walked_steps, how, 7, clip, options)
-    for found, events in run_in(size, walked_steps, how, 7, clip, options, True):
+    for found, events in run_in(size, walked_steps, how, 7, clip, options, MICRO_BATCHES, True):
         assert events == refreshed
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from processes import run_in
 from safetensors.torch import load_file
 from test_classify import write_body, write_table
 
-from qgalore.training import assemble
+from qgalore.replacing import replaced
+from qgalore.training import assemble, loop, spikes
 
 SHARD = ["parallel=shard", "train.order=layer_major"]
 
@@ -113,6 +116,62 @@ def test_two_that_split_a_classifier_have_the_bits_of_two_that_do_not(tmp_path, 
     assert split == whole
     assert any("eval_loss" in row for row in whole)
     assert_same(state(tmp_path / "runs/shard", 4), state(tmp_path / "runs/replicate", 4))
+
+
+def spiking(folder, arguments):
+    """A run whose sixth loss is a spike, if it was not rolled back before."""
+    share = loop.Loop._share
+
+    def far(self, batch, tokens):
+        return share(self, batch, tokens) * (100 if (self.position.step, self.position.order) == (5, 0) else 1)
+
+    with replaced([(spikes, "LEAST", 3), (loop.Loop, "_share", far)]):
+        return live(folder, arguments)
+
+
+@pytest.mark.slow
+def test_a_rollback_and_then_a_restart_of_the_schedule_have_the_bits_of_two_that_do_not_split(folder):
+    run = ["train.order=layer_major", "train.grad_accumulation=2", "lowrank.update_proj_gap=2", "train.eval_batches=2"]
+    back = [*run, "train.max_steps=8", "train.save_every=4", "train.loss_spike=rollback"]
+    for how in ("replicate", "shard"):
+        assert run_in(2, spiking, str(folder), [*back, f"parallel={how}", f"run.name={how}"]) == [(0, "")] * 2
+        saved = str(folder / "runs" / how / "checkpoints/step-00000008")
+        assert json.loads((Path(saved) / "state.json").read_text())["position"]["order"] == 1
+        again = [*run, "train.max_steps=2", f"parallel={how}", f"run.name={how}-again", "--resume", saved]
+        assert run_in(2, live, str(folder), [*again, "train.restart_schedule=true"]) == [(0, "")] * 2
+    for name, step in (("", 8), ("-again", 2)):
+        whole, split = (folder / "runs" / f"{how}{name}" for how in ("replicate", "shard"))
+        for records in ("metrics.jsonl", "subspace.jsonl"):
+            assert timeless(split / records) == timeless(whole / records)
+        assert_same(state(split, step), state(whole, step))
+    first, *_ = rows(folder / "runs/shard-again", "eval_loss")  # of what was loaded, and not of what was there before
+    assert first["eval_loss"] == pytest.approx(rows(folder / "runs/shard", "eval_loss")[-1]["eval_loss"], rel=1e-6)
+
+
+def saving_beside(folder, arguments):
+    """Whether a checkpoint of step 4 is complete when the last of ten steps begins. Each step waits until what is
+    written beside it has come to the end of a stage."""
+    step, found = loop.Loop._step, []
+
+    def slowly(self):
+        writing = self.course.keeper._writing
+        while writing is not None and not writing._doing.done():
+            time.sleep(0.01)
+        found.append(self.course.keeper.path(4).exists())
+        return step(self)
+
+    with replaced([(loop.Loop, "_step", slowly)]):
+        assert live(folder, arguments) == (0, "")
+    return found
+
+
+@pytest.mark.slow
+def test_a_checkpoint_beside_training_is_complete_before_the_next_one_is_due(folder):
+    run = [*SHARD, "train.max_steps=10", "train.save_every=4", "train.eval_every=20", "train.eval_batches=1"]
+    for found in run_in(2, saving_beside, str(folder), [*run, "train.grad_accumulation=2"]):
+        assert len(found) == 10
+        assert found[3:5] == [False, False]  # the copy is made, and training goes on
+        assert found[7]  # the eighth step, after which the next is saved
 
 
 def timeless(path):

@@ -131,13 +131,14 @@ def test_matrices_are_dealt_evenly_and_only_their_owners_have_the_state():
     assert sum(here for _, here in found) == alone + master
 
 
-def test_of_what_is_apart_nothing_stays_whole_after_a_step():
-    one, two, amid = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
-    for name, parameter in {"one": one, "two": two, "amid": amid}.items():
+def test_what_is_apart_is_gathered_where_it_is_used_and_for_the_whole_walk_where_blocks_use_it():
+    one, two, amid, shared = (nn.Parameter(torch.zeros(2, 2)) for _ in range(4))
+    for name, parameter in {"one": one, "two": two, "amid": amid, "shared": shared}.items():
         setattr(parameter, apart.KEPT, name)
-    parts = {"outside": [one, two, amid], "before": {id(one)}, "behind": {id(one), id(two)}}
+    late = {id(one), id(shared)}  # in front and behind, and in front and in a block
+    parts = {"outside": [one, two, amid, shared], "before": late, "behind": {id(one), id(two)}, "late": late}
     turns = gathered(Layout("blocks", nn.ModuleList(), None, **parts))
-    assert (turns.before, turns.behind) == (["one", "amid"], ["one", "two"])
+    assert (turns.before, turns.behind, turns.within) == (["one"], ["one", "two"], ["amid", "shared"])
 
 
 def refused():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from jobs import LONG, RANK, SMALL, WIDTH, Chain, Wire, chain_of, steps_of_a_loop, take, walked_steps
+from jobs import LONG, MICRO_BATCHES, RANK, SMALL, WIDTH, Chain, Wire, chain_of, steps_of_a_loop, take, walked_steps
 from processes import run_in
 
 from qgalore.memory.traffic import payload
@@ -39,11 +39,30 @@ def slow(*values):
 )
 def test_where_sums_are_exact_the_number_of_processes_does_not_show(size, how, steps, clip, options):
     """``how``: with a number, that many replicas of a split model."""
-    ((wanted, refreshed),) = run_in(1, walked_steps, how, steps, clip, options)  # on one thread, as the others
+    same_in_one_process(size, how, steps, clip, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "how", "options"),
+    [
+        (2, "replicate", {}),
+        (4, "shard", {}),
+        (2, "shard", {"rule": "muon"}),
+        (4, "replicate", {"rule": "muon"}),
+        (4, 2, {"rule": "muon"}),
+    ],
+)
+def test_nor_where_each_process_has_four_micro_batches(size, how, options):
+    same_in_one_process(size, how, 7, 0.0, options, 4 * size)
+
+
+def same_in_one_process(size, how, steps, clip, options, many=MICRO_BATCHES):
+    ((wanted, refreshed),) = run_in(1, walked_steps, how, steps, clip, options, many)  # on one thread, as the others
     for number, block in enumerate(Chain().blocks):
         assert (wanted[f"blocks.{number}.layer.weight"] != block.layer.weight.numpy()).mean() > 0.2
     assert not refreshed or ("blocks.2.layer", 1) in refreshed  # a first basis that has waited
-    for found, events in run_in(size, walked_steps, how, steps, clip, options):
+    for found, events in run_in(size, walked_steps, how, steps, clip, options, many):
         assert events == refreshed
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -53,7 +72,7 @@ def test_where_sums_are_exact_the_number_of_processes_does_not_show(size, how, s
                 assert np.array_equal(found[name], value), name
 
 
-def what_is_sent(how, steps):
+def what_is_sent(how, steps, clip=0.0):
     """Bytes on the wire in each step, and those of the plan; and what each call of the walk's found: how many blocks
     had gradients before it and after it."""
     blocks = []
@@ -68,7 +87,9 @@ def what_is_sent(how, steps):
         return sum(any(tensor.holds_gradient() for tensor in optimizer.tensors_of(block)) for block in layers)
 
     with job("cpu") as team:
-        _, optimizer, order = chain_of(team, how, {"policy": "fixed", "update_proj_gap": 3, "stagger": False})
+        _, optimizer, order = chain_of(
+            team, how, {"policy": "fixed", "update_proj_gap": 3, "stagger": False}, clip=clip
+        )
         Steps.__call__ = counted
         sent = []
         for step in range(steps):
@@ -108,6 +129,13 @@ def test_a_block_is_summed_once_and_gathered_twice_in_a_step(how):
         assert after == {"epilogue": 0, "prologue": 0}.get(name, 1), name
         assert before <= 2
     assert max(before for _, before, _ in alive) == 2
+
+
+def test_a_clipped_step_gathers_once_more_and_hands_new_bases_out_once():
+    (plain, clipped) = (run_in(2, what_is_sent, "shard", 1, clip) for clip in (0.0, 0.5))
+    wanted, found = in_step(0, plain), in_step(0, clipped)
+    assert found["handed"] == wanted["handed"]
+    assert found["gathered"] == wanted["gathered"] * 3 / 2
 
 
 def test_a_loop_of_ones_own_takes_the_same_steps():

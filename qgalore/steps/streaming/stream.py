@@ -150,7 +150,7 @@ class Stream:
         if error is not None and whole:
             raise error
 
-    def visit(self, act: Callable[[int], None], *, stepped: bool) -> None:
+    def visit(self, act: Callable[[int], None], *, stepped: bool = True) -> None:
         """Call ``act`` with the number of each block, from the first to the last, while it is on the device: all of it,
         which is written back, if it ``stepped`` there; else its weights alone. Raises :class:`CopyError`."""
         self._slots.clear()
