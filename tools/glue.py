@@ -3,11 +3,12 @@
     python tools/glue.py --model FOLDER --data GLUE --out runs/glue.jsonl --tasks MRPC --methods adamw qgalore \\
         --rates 5e-5 1e-4 --seeds 0 1 --epochs 3
 
-GLUE holds a folder for each task with train.tsv and dev.tsv. A run that the file already has is not repeated, so the
-command goes on where it was stopped; ``--table`` only prints. ``fira`` and ``muon`` are rules on int8 weights, and
-``muon`` has a scale of 1. A method's rate is, among those with the most seeds, the best by its mean over them on the
-very set that is reported, for all methods alike. Weights and optimizer state are counted in bytes; ``--compute bf16``
-is autocast's mixed precision, for all methods alike too.
+GLUE holds a folder for each task with train.tsv and dev.tsv. A run of a task, method, rate and seed that the file
+already has is not repeated, so the command goes on where it was stopped. Other settings want a file of their own.
+``--table`` only prints. ``fira`` and ``muon`` are rules on int8 weights. A low-rank method's matrices have the rate
+times a scale, and all else has the rate itself. A method's rate is, among those with the most seeds, the best by its
+mean over them on the very set that is reported, for all methods alike. Weights and optimizer state are counted in
+bytes; ``--compute bf16`` is autocast's mixed precision, for all methods alike too.
 """
 
 import argparse
@@ -98,8 +99,11 @@ def optimizer_for(method: str, model: nn.Module, rate: float, options: argparse.
     settings = {"inner": "adamw" if method == "galore" else "adamw8bit", "update_proj_gap": options.gap}
     if method in ("fira", "muon"):  # clipping waits for all gradients, which these need whole
         settings |= {"rule": method, "full_gradients": "keep"}
-    scale = 1.0 if method == "muon" else options.scale
-    return qgalore.optimizer(model, lr=rate, scale=scale, **settings)
+    return qgalore.optimizer(model, lr=rate, scale=scale_of(method, options), **settings)
+
+
+def scale_of(method: str, options: argparse.Namespace) -> float:
+    return options.muon_scale if method == "muon" else options.scale
 
 
 def model_for(options: argparse.Namespace, labels: Labels, pad_id: int, seed: int) -> nn.Module:
@@ -159,7 +163,8 @@ def train(name: str, method: str, rate: float, seed: int, options: argparse.Name
     with computing:
         found = classify.evaluate(model, batches, known, torch.device(options.device))
     record = {"task": name, "method": method, "rate": rate, "seed": seed, "steps": steps, "batch": options.batch}
-    settings = {key: getattr(options, key) for key in ("rank", "scale", "gap", "length", "compute")}
+    settings = {key: getattr(options, key) for key in ("rank", "gap", "length", "compute")}
+    settings["scale"] = scale_of(method, options)
     measured = {"seconds": round(seconds, 1), "bytes": held_bytes(model, optimizer)}
     return {**record, **settings, **measured, **found.row()}
 
@@ -215,6 +220,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=kinds.whole(1), default=128, help="tokens; longer examples are cut")
     parser.add_argument("--rank", type=kinds.whole(1), default=32, help="of lora, galore, qgalore and fira")
     parser.add_argument("--scale", type=kinds.real(1e-6, 1e6), default=4.0, help="of galore, qgalore and fira")
+    parser.add_argument("--muon-scale", type=kinds.real(1e-6, 1e6), default=1.0, help="of muon")
     parser.add_argument("--gap", type=kinds.whole(1), default=25, help="steps between refreshes of a subspace")
     parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32", help="of the products")
     parser.add_argument("--device", default="cpu")

@@ -27,7 +27,7 @@ def folders(tmp_path):
 
 def test_every_method_runs_once_and_is_not_repeated(folders, capsys):
     out, arguments = folders
-    assert glue.main([*arguments, "--rates", "1e-3", "--seeds", "0"]) == 0
+    assert glue.main([*arguments, "--rates", "1e-3", "--seeds", "0", "--muon-scale", "8"]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["method"] for record in records] == list(glue.METHODS)
     assert glue.main([*arguments, "--rates", "1e-3", "--seeds", "0", "1", "--methods", "adamw", "lora"]) == 0
@@ -44,6 +44,7 @@ def test_every_method_runs_once_and_is_not_repeated(folders, capsys):
     assert held["qgalore"] < held["galore"] < held["adamw"]
     assert held["lora"] < held["adamw"]
     assert max(held["fira"], held["muon"]) < held["adamw"]
+    assert [record["scale"] for record in records if record["method"] in ("fira", "muon")] == [4.0, 8.0]
 
 
 def test_the_table_takes_the_best_rate_by_its_mean():
