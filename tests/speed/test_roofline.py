@@ -23,7 +23,7 @@ INT8 = ["model.compute=int8", "lowrank.group_size=row"]
 
 
 def counted(*overrides: str) -> tuple[Counts, int]:
-    changes = [f"model.overrides.num_hidden_layers={LAYERS}", *overrides]
+    changes = [f"model.overrides.num_hidden_layers={LAYERS}", "model.elementwise=plain", *overrides]
     return roofline.counts_for_a_card(config.load("llama7b_16gb.yaml", changes))
 
 
@@ -35,6 +35,12 @@ def plain() -> Counts:
 @pytest.fixture(scope="module")
 def integers() -> Counts:
     return counted(*INT8, "train.grad_accumulation=4", "train.stepping=deferred")[0]
+
+
+@pytest.fixture(scope="module")
+def fused() -> Counts:
+    pytest.importorskip("liger_kernel")
+    return counted("model.elementwise=liger")[0]
 
 
 def test_products_are_those_of_the_shapes(plain):
@@ -69,7 +75,22 @@ def test_micro_batches_multiply_all_but_the_update(plain):
     assert 3 * plain.launches < four.launches < 4 * plain.launches
 
 
-@pytest.mark.parametrize("name", ["plain", "integers"])
+def test_elementwise_traffic_of_fused_kernels(plain, fused):
+    """Of a block, in tokens × width × 2 bytes: norms read and write 2 · 2 forward, twice, and 2 · 4 back, for their
+    gradients are zeros first; SwiGLU 3, twice, and 5 back, of the inner width; rotations copy, read and write 4 for
+    queries and as much for keys, twice and once back; sums of the residual stream 2 · 3 forward, twice, and 2 · 3 back;
+    sums of the gradients of what several products read 3 · 3."""
+    inner = 11008 / 4096
+    block = (2 * 2 * 2 + 2 * 4) + (2 * 3 + 5) * inner + 3 * 2 * 4 + (2 * 6 + 6) + 9
+    one = counted("model.elementwise=liger", "model.overrides.num_hidden_layers=1")[0]
+    of_a_block = fused.moved - one.moved
+    assert of_a_block == pytest.approx(block * TOKENS * 4096 * 2, rel=0.15)
+    assert fused.moved <= 0.45 * plain.moved
+    assert fused.launches < plain.launches
+    assert (fused.products, fused.formats, fused.merge) == (plain.products, plain.formats, plain.merge)
+
+
+@pytest.mark.parametrize("name", ["plain", "integers", "fused"])
 def test_counts_stay_within_their_budget(name, request):
     """A change that makes a step do more has to change the budget too, and say why."""
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))[name]

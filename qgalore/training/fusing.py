@@ -1,0 +1,52 @@
+"""What computes the elementwise operations of a run's model: ``model.elementwise`` and what follows from it."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..errors import ConfigError
+from ..models import elementwise
+from ..quant import dispatch
+
+
+def _obstacle(config: Config, device: torch.device | None) -> str | None:
+    """Why Liger's kernels are not used, None if nothing is known against them. ``device``: None for a plan of a GPU
+    that is not here."""
+    if config.model.compile == "blocks":
+        return "compiled blocks have kernels of their own"
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed (pip install liger-kernel)"
+    if config.kernels == "reference":
+        return "kernels is reference"
+    if device is not None and dispatch.kernels_for(device) is None:
+        return f"no Triton kernel runs on {device.type} here"
+    return None
+
+
+def fuse_as(config: Config, model: nn.Module, device: torch.device | None) -> str | None:
+    """Let Liger's kernels do what ``config`` leaves to them in a converted ``model``; returns a line about it, if there
+    is something to say. Without a ``device`` nothing is tried. Raises :class:`ConfigError` if they must be used and
+    cannot."""
+    asked = config.model.elementwise
+    if asked == "plain" or (asked == "auto" and config.device == "cpu" and config.kernels != "triton"):
+        return None
+    reason, kept = _obstacle(config, device), []
+    if reason is None:
+        shape = model.config.get_text_config()
+        dtype, rows = getattr(torch, config.model.dtype), config.train.micro_batch_size
+        tried = None
+        if device is not None:
+            tried = elementwise.Sizes(device, dtype, rows, config.data.sequence_length, shape.num_attention_heads)
+        used, kept = elementwise.use(model, tried)
+        if used:
+            return f"Liger's {', '.join(used)}{f'; not {_listed(kept)}' if kept else ''}"
+        reason = _listed(kept)
+    if asked == "liger":
+        raise ConfigError(f"model.elementwise is liger, and it cannot be: {reason}. Set model.elementwise=auto")
+    return f"plain PyTorch and not Liger's kernels: {reason}"
+
+
+def _listed(kept: list[str]) -> str:
+    return ", ".join(kept)
