@@ -193,7 +193,7 @@ def build_model(
         )
         say("note", f"{many} quantized anew, for example {anew[0]}")
     if (line := fuse_as(config, model, device)) is not None:
-        say("elementwise", line)
+        say("kernels", line)
     adapt_as(config, model)
     checkpoint_as(config, model)
     model.eval()

@@ -115,8 +115,8 @@ def test_what_is_said(monkeypatch):
 def test_what_must_be_used_and_cannot_be_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"liger, and it cannot be: liger-kernel is not installed.*elementwise=auto"):
         said(monkeypatch, "model.elementwise=liger", installed=False)
+    settings = resolved("model.elementwise=liger", device="cpu")
     with pytest.raises(ConfigError, match="no Triton kernel runs on cpu here"):
-        settings = resolved("model.elementwise=liger", device="cpu")
         fusing.fuse_as(settings, built("Llama"), torch.device("cpu"))
 
 
