@@ -78,8 +78,8 @@ def fuse(model: nn.Module, device: torch.device, tokens: int) -> list[str]:
         return []
     if find_spec("liger_kernel") is None:
         return ["not installed; pip install liger-kernel, and plain PyTorch is used until then"]
-    heads = model.config.num_attention_heads
-    used, kept = elementwise.use(model, elementwise.Sizes(device, torch.bfloat16, 1, tokens, heads))
+    sizes = elementwise.Sizes(device, torch.bfloat16, 1, tokens, elementwise.heads_of(model.config))
+    used, kept = elementwise.use(model, sizes)
     return [*(f"{kind:<28}right" for kind in used), *(f"not used: {clause}" for clause in kept)]
 
 

@@ -179,8 +179,20 @@ def _gated_place(module: Any) -> Place | None:
 # The places of a rotary embedding.
 
 
-def _turning(module: nn.Module, namespace: Any, own: Callable, *args: Any, **kwargs: Any) -> Any:
-    with replaced([(namespace, ROTATION, partial(_turn, own))]):
+def heads_of(shape: Any) -> int:
+    """The attention heads of a model's configuration; 1 where it states none for all of its layers."""
+    heads = getattr(shape, "num_attention_heads", None)
+    return heads if isinstance(heads, int) else 1
+
+
+def _namespace(module: nn.Module) -> Any:
+    """The globals of the code of ``module``'s ``forward``."""
+    return sys.modules[inspect.unwrap(type(module).forward).__module__]
+
+
+def _turning(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    namespace = _namespace(module)
+    with replaced([(namespace, ROTATION, partial(_turn, getattr(namespace, ROTATION)))]):
         return type(module).forward(module, *args, **kwargs)
 
 
@@ -191,15 +203,12 @@ def _turn(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: 
 
 
 def _rotary_place(module: Any, tables: nn.Module | None) -> Place | None:
-    forward = inspect.unwrap(type(module).forward)
-    namespace = sys.modules[forward.__module__]
-    own = getattr(namespace, ROTATION, None)
-    if own is None or ROTATION not in forward.__code__.co_names or tables is None:
+    own, shape = getattr(_namespace(module), ROTATION, None), getattr(tables, "config", None)
+    if own is None or shape is None or ROTATION not in inspect.unwrap(type(module).forward).__code__.co_names:
         return None
-    shape = tables.config
-    heads = shape.num_attention_heads
+    heads = heads_of(shape)
     groups = getattr(shape, "num_key_value_heads", None) or heads
-    size = getattr(module, "head_dim", shape.hidden_size // heads)
+    size = getattr(module, "head_dim", None) or shape.hidden_size // heads
 
     def inputs(sizes: Sizes) -> list[list[Tensor]]:
         rows = min(sizes.rows, 2)
@@ -214,7 +223,7 @@ def _rotary_place(module: Any, tables: nn.Module | None) -> Place | None:
         cos, sin = made(torch.empty(0, dtype=sizes.dtype), places, **kind)
         return [[q, k, cos.to(sizes.device), sin.to(sizes.device)]]
 
-    ways = [(partial(_turn, own), partial(_turning, module, namespace, own))]
+    ways = [(partial(_turn, own), partial(_turning, module))]
     return Place(module, (own, heads, groups, size), own, ways, inputs)
 
 
@@ -247,17 +256,17 @@ def _tried(place: Place, sizes: Sizes) -> int | str:
 
 
 def _try(place: Place, sizes: Sizes) -> int | str:
-    least = float("inf")
+    shares: list[float] = []
     try:
         inputs = place.inputs(sizes)
         for number, (way, _) in enumerate(place.ways):
-            shares = [excess(place.own, way, given) for given in inputs]
-            if all(share <= 1.0 for share in shares):  # which nan is not
+            found = [excess(place.own, way, given) for given in inputs]
+            if all(share <= 1.0 for share in found):  # which nan is not
                 return number
-            least = min(least, max(shares))
+            shares += found
     except Exception as error:  # whatever a compiler, a driver or another version of Liger raises
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    return f"its error is {least:.3g} times what it may be"
+    return f"its error is {min(shares):.3g} times what it may be"
 
 
 def use(model: nn.Module, sizes: Sizes | None) -> tuple[list[str], list[str]]:

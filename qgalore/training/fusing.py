@@ -29,24 +29,20 @@ def fuse_as(config: Config, model: nn.Module, device: torch.device | None) -> st
     """Let Liger's kernels do what ``config`` leaves to them in a converted ``model``; returns a line about it, if there
     is something to say. Without a ``device`` nothing is tried. Raises :class:`ConfigError` if they must be used and
     cannot."""
-    asked = config.model.elementwise
-    if asked == "plain" or (asked == "auto" and config.device == "cpu" and config.kernels != "triton"):
+    asked, kept = config.model.elementwise, ""
+    if asked == "plain" or (asked == "auto" and config.device == "cpu"):
         return None
-    reason, kept = _obstacle(config, device), []
+    reason = _obstacle(config, device)
     if reason is None:
-        shape = model.config.get_text_config()
-        dtype, rows = getattr(torch, config.model.dtype), config.train.micro_batch_size
-        tried = None
-        if device is not None:
-            tried = elementwise.Sizes(device, dtype, rows, config.data.sequence_length, shape.num_attention_heads)
-        used, kept = elementwise.use(model, tried)
+        used, others = elementwise.use(model, device and _sizes(config, model, device))
+        kept = ", ".join(others)
         if used:
-            return f"Liger's {', '.join(used)}{f'; not {_listed(kept)}' if kept else ''}"
-        reason = _listed(kept)
+            return f"Liger's {', '.join(used)}{'; not ' if kept else ''}{kept}"
     if asked == "liger":
-        raise ConfigError(f"model.elementwise is liger, and it cannot be: {reason}. Set model.elementwise=auto")
-    return f"plain PyTorch and not Liger's kernels: {reason}"
+        raise ConfigError(f"model.elementwise is liger, and it cannot be: {reason or kept}. Set model.elementwise=auto")
+    return f"plain PyTorch and not Liger's kernels: {reason or kept}"
 
 
-def _listed(kept: list[str]) -> str:
-    return ", ".join(kept)
+def _sizes(config: Config, model: nn.Module, device: torch.device) -> elementwise.Sizes:
+    rows, heads = config.train.micro_batch_size, elementwise.heads_of(model.config.get_text_config())
+    return elementwise.Sizes(device, getattr(torch, config.model.dtype), rows, config.data.sequence_length, heads)
