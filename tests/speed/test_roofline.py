@@ -75,17 +75,11 @@ def test_micro_batches_multiply_all_but_the_update(plain):
     assert 3 * plain.launches < four.launches < 4 * plain.launches
 
 
-def test_elementwise_traffic_of_fused_kernels(plain, fused):
-    """Of a block, in tokens × width × 2 bytes: norms read and write 2 · 2 forward, twice, and 2 · 4 back, for their
-    gradients are zeros first; SwiGLU 3, twice, and 5 back, of the inner width; rotations copy, read and write 4 for
-    queries and as much for keys, twice and once back; sums of the residual stream 2 · 3 forward, twice, and 2 · 3 back;
-    sums of the gradients of what several products read 3 · 3."""
-    inner = 11008 / 4096
-    block = (2 * 2 * 2 + 2 * 4) + (2 * 3 + 5) * inner + 3 * 2 * 4 + (2 * 6 + 6) + 9
-    one = counted("model.elementwise=liger", "model.overrides.num_hidden_layers=1")[0]
-    of_a_block = fused.moved - one.moved
-    assert of_a_block == pytest.approx(block * TOKENS * 4096 * 2, rel=0.15)
-    assert fused.moved <= 0.45 * plain.moved
+def test_fused_kernels_move_half_of_what_a_block_does(plain, fused):
+    """The block's optimizer included, which they leave as it is, as they do all other parts."""
+    one = "model.overrides.num_hidden_layers=1"
+    of_a_block = fused.moved - counted("model.elementwise=liger", one)[0].moved
+    assert of_a_block <= 0.5 * (plain.moved - counted(one)[0].moved)
     assert fused.launches < plain.launches
     assert (fused.products, fused.formats, fused.merge) == (plain.products, plain.formats, plain.merge)
 
