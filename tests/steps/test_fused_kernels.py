@@ -21,8 +21,11 @@ from triton.runtime import interpreter
 
 from qgalore.models import elementwise, liger
 
-SIZES = elementwise.Sizes(torch.device("cpu"), torch.float32, 2, 6, 4)
 ALL = ["RMSNorm", "SwiGLU", "RoPE"]
+
+
+def sizes(dtype=torch.float32, rows=1):
+    return elementwise.Sizes(torch.device("cpu"), dtype, rows, 3, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(interpreter, "_implicit_cvt", convert)
     monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.math.rsqrt(x))
     elementwise._results.cache_clear()
+    for name, (kind, shape) in list(zoo.CAUSAL.items()):  # an interpreted launch takes milliseconds
+        monkeypatch.setitem(zoo.CAUSAL, name, (kind, {**shape, "num_hidden_layers": 1 + (name == "llama")}))
 
 
 def castings(model):
@@ -58,8 +63,7 @@ def test_models_compute_what_they_did(name, dtype, used, casting):
     """In fp16 the ways to round can be told apart. Names and values of tensors stay."""
     plain, loss = zoo.build(name)
     fused, _ = zoo.build(name)
-    sizes = elementwise.Sizes(torch.device("cpu"), dtype, 2, 6, 4)
-    found, kept = elementwise.use(fused, sizes)
+    found, kept = elementwise.use(fused, sizes(dtype, rows=2))
     assert found == used
     assert len(kept) == len(ALL) - len(used)
     if casting is not None:
@@ -78,7 +82,7 @@ def test_models_compute_what_they_did(name, dtype, used, casting):
 def test_blocks_may_run_again():
     """The walk, which keeps inputs of blocks and runs these again, gives the bits of ordinary accumulation."""
     model, loss = converted("llama")
-    assert elementwise.use(model, SIZES)[0] == ALL
+    assert elementwise.use(model, sizes())[0] == ALL
     micro_batches = zoo.batches("llama", 2)
     losses, expected = ordinary(model, loss, micro_batches)
     seen, found = walked(model, loss, micro_batches)
@@ -140,8 +144,8 @@ def one_value(values):
 )
 def test_a_wrong_kernel_is_not_used(monkeypatch, kind, module, name, wrong):
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
-    model, _ = zoo.build("llama of one block")
-    used, kept = elementwise.use(model, elementwise.Sizes(torch.device("cpu"), torch.float16, 1, 6, 4))
+    model, _ = zoo.build("mistral")
+    used, kept = elementwise.use(model, sizes(torch.float16))
     assert used == [other for other in ALL if other != kind]
     assert kept[0].startswith(f"{kind} (its error is ")
     assert not any("forward" in vars(p.module) for p in elementwise.places(model)[kind])
