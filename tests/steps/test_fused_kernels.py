@@ -42,7 +42,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.math.rsqrt(x))
     elementwise._results.cache_clear()
     for name, (kind, shape) in list(zoo.CAUSAL.items()):  # an interpreted launch takes milliseconds
-        monkeypatch.setitem(zoo.CAUSAL, name, (kind, {**shape, "num_hidden_layers": 1 + (name == "llama")}))
+        monkeypatch.setitem(zoo.CAUSAL, name, (kind, {**shape, "num_hidden_layers": 1}))
 
 
 def castings(model):
@@ -108,7 +108,7 @@ def test_a_second_backward_pass_through_what_was_written_over_is_an_error():
     gate, up = (torch.randn(4, 32, requires_grad=True) * 1.0 for _ in range(2))
     y = liger.SwiGLU.apply(gate, up)
     y.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="inplace"):
         y.sum().backward()
 
 
