@@ -56,6 +56,7 @@ _NAMES = {
     "model.dtype": "bf16 fp16 tf32 torch_dtype precision mixed_precision pure_bf16",
     "model.compile": "torch_compile compile_model",
     "model.attention": "attn_implementation attn_impl flash_attention flash_attn sdp_attention",
+    "model.elementwise": "use_liger use_liger_kernel liger_kernel liger fused_kernels",
     "run.dir": "output_dir logging_dir save_dir out_dir results_dir",
     "run.name": "run_name experiment_name wandb_run_name exp_name project_name",
     "run.seed": "random_state random_seed data_seed manual_seed",

@@ -56,6 +56,11 @@ class ModelSection(Section):
         "attention. Where the model does not allow that, a mask keeps documents apart, as `sdpa` and `eager` do, and a "
         "line says so. `flex` is flex attention, for a GPU.",
     )  # fmt: skip
+    elementwise: Literal["auto", "liger", "plain"] = key(
+        "auto", "What computes RMSNorm, SwiGLU and rotary embeddings. With `auto` it is Liger's kernels on a GPU if "
+        "liger-kernel is installed, wherever a trial at the start finds them right. With `liger` the run is refused "
+        "without them.",
+    )  # fmt: skip
     compile: Literal["none", "blocks"] = key(
         "none", "With `blocks`, torch.compile makes each transformer block faster."
     )

@@ -35,7 +35,9 @@ def examine(device: torch.device, configurations: tuple[str, ...] | None = None)
     units = {"memory": "GB/s"}
     _print("rates", [f"{name:<28}{rate:,.4g} {units.get(name, 'TFLOP/s')}" for name, rate in reached.items()])
     kind = "a layer of a 7B Llama, 2,048 tokens" if device.type == "cuda" else "a small layer"
-    times = speeds.layer_times(device)
+    times, fused = speeds.layer_times(device)
+    if fused:
+        _print("Liger's kernels, against the model's own", fused)
     _print(f"{kind}, milliseconds", [f"{name:<28}{seconds * 1e3:,.1f}" for name, seconds in times.items()])
     card, here = _card(device)
     efficiency = {}

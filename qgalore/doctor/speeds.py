@@ -4,10 +4,13 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
+from torch import nn
 
 from ..lowrank.factory import optimizer
+from ..models import elementwise
 from ..models.convert import convert
 from ..quant import dispatch, int8, int8_products
 
@@ -68,9 +71,21 @@ def rates(device: torch.device) -> dict[str, float]:
     return found
 
 
-def layer_times(device: torch.device) -> dict[str, float]:
+def fuse(model: nn.Module, device: torch.device, tokens: int) -> list[str]:
+    """Let Liger's kernels do in ``model``, whose row has so many ``tokens``, what they would do in a run here. A line
+    for each kind of them says whether they do."""
+    if device.type != "cuda" or dispatch.kernels_for(device) is None:
+        return []
+    if find_spec("liger_kernel") is None:
+        return ["not installed; pip install liger-kernel, and plain PyTorch is used until then"]
+    sizes = elementwise.Sizes(device, torch.bfloat16, 1, tokens, elementwise.heads_of(model.config))
+    used, kept = elementwise.use(model, sizes)
+    return [*(f"{kind:<28}right" for kind in used), *(f"not used: {clause}" for clause in kept)]
+
+
+def layer_times(device: torch.device) -> tuple[dict[str, float], list[str]]:
     """Seconds of one layer: that of a 7B Llama with 2,048 tokens, or a small one on a CPU. ``first step`` finds all
-    bases; ``step`` moves and merges."""
+    bases; ``step`` moves and merges. And what :func:`fuse` says of it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = device.type == "cpu"
@@ -81,6 +96,7 @@ def layer_times(device: torch.device) -> dict[str, float]:
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype)
     convert(model, rank=rank)
+    told = fuse(model, device, tokens)
     moving = optimizer(model, lr=1e-4, stepping="deferred", stagger=False)
     ids = torch.randint(0, 512, (1, tokens), device=device)
 
@@ -99,4 +115,4 @@ def layer_times(device: torch.device) -> dict[str, float]:
     once(moving.step, device)  # the first without a refresh compiles what it needs
     whole()
     found["step"] = once(moving.step, device)
-    return found
+    return found, told

@@ -11,7 +11,9 @@ the first would be one product for each group, its int32 result read and added i
 in docs/lab/first_edition.md.
 """
 
+import weakref
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,28 @@ def round_tokens(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, T
     return (values / step).round_().to(torch.int8), step
 
 
+# The tensor whose tokens were rounded last, its version, and what came of it. It lives no longer than that tensor.
+_last: dict[str, Any] = {}
+
+
+def round_once(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`round_tokens` of ``x`` (…, K). Products that follow each other and multiply the very same tensor share it,
+    as those of queries, keys and values do. A backward pass forgets it, so as to have the memory."""
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling() or x.is_inference():  # which know no versions
+        return round_tokens(rows)
+    if not _last or _last["of"]() is not x or _last["version"] != x._version:
+        _last.clear()
+        rounded = round_tokens(rows)
+        _last.update(of=weakref.ref(x, _forget), version=x._version, rounded=rounded)
+    return _last["rounded"]
+
+
+def _forget(dead: weakref.ref | None = None) -> None:
+    if dead is None or _last.get("of") is dead:
+        _last.clear()
+
+
 def _integer_product(a: Tensor, b: Tensor) -> Tensor:
     """(T, K) · (K, N), int8 → int32 and exact, with rows of zeros where a GPU wants more tokens."""
     tokens = a.shape[0]
@@ -73,7 +97,7 @@ def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
 
     Scaled and summed up with the bias in fp32, rounded once: the first formula above.
     """
-    rounded, step = round_tokens(x.reshape(-1, x.shape[-1]))
+    rounded, step = round_once(x)
     module = _kernels(x.device)
     if module is not None:
         flat = scale.reshape(-1)
@@ -90,6 +114,7 @@ def output(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
 
 def input_gradient(grad_output: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """dX = dY W (…, in) in ``dtype``, for dY (…, out), a weight as in :func:`output`: the second formula above."""
+    _forget()
     rows = grad_output.reshape(-1, grad_output.shape[-1])
     rounded, step = round_tokens(rows, scale.reshape(-1))
     module = _kernels(rows.device)

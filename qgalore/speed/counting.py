@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
+from ..models import liger
 from ..quant import dispatch, int8_products
 from ..replacing import replaced
 from ..steps.unread import noted_outputs, unread
@@ -117,17 +118,22 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
         meter.kernel(codes.nbytes + codes.shape[0] * dim * dtype.itemsize)
         return codes.new_empty((codes.shape[0], dim), dtype=dtype)
 
-    def product(rows, width, length, dtype):
-        meter.here.integers += 2.0 * rows * width * length
-        # Tokens are read a second time from the cache, written in one byte, and read by the product.
-        meter.kernel(rows * length * (dtype.itemsize + 2) + width * length + rows * width * dtype.itemsize, 2)
+    def round_tokens(values, scale=None):
+        # Read once, for the second time is from the cache, and written in one byte.
+        meter.kernel(values.numel() * (values.itemsize + 1))
+        return values.new_empty(values.shape, dtype=torch.int8), values.new_empty((len(values), 1))
+
+    def product(rounded, q):
+        # What it reads and writes goes on beside its arithmetic, as in a product in bf16, where it is not counted.
+        meter.here.integers += 2.0 * len(rounded) * q.numel()
+        meter.kernel(0)
 
     def output(x, q, scale, bias=None):
-        product(x.numel() // x.shape[-1], *q.shape, x.dtype)
+        product(int8_products.round_once(x)[0], q)
         return x.new_empty((*x.shape[:-1], q.shape[0]))
 
     def input_gradient(grad, q, scale, dtype):
-        product(grad.numel() // grad.shape[-1], q.shape[1], q.shape[0], dtype)
+        product(round_tokens(grad.reshape(-1, grad.shape[-1]), scale)[0], q)
         return grad.new_empty((*grad.shape[:-1], q.shape[1]), dtype=dtype)
 
     def merge(weight, scale, delta, left, right, **how):
@@ -139,6 +145,10 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
 
     def write_back(weight, scale, update, **how):
         meter.kernel(2 * weight.nbytes + 4 * weight.numel())
+
+    def fused(read, written):
+        meter.here.moved += _bytes([*read, *written])
+        meter.here.launches += 1
 
     stand_in = nn.functional.scaled_dot_product_attention
 
@@ -154,7 +164,9 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
     swaps: list[tuple[Any, str, Callable]] = [
         (dispatch, "dequantize", dequantize), (dispatch, "decode", decode), (dispatch, "merge", merge),
         (dispatch, "write_back", write_back), (int8_products, "output", output),
+        (int8_products, "round_tokens", round_tokens),
         (int8_products, "input_gradient", input_gradient), (nn.functional, "scaled_dot_product_attention", attention),
+        (liger, "launch_on_paper", fused),
     ]  # fmt: skip
     with replaced(swaps):
         yield

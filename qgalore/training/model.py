@@ -23,6 +23,7 @@ from ..models.recompute import checkpoint_blocks
 from ..parallel import ALONE, Team
 from . import split
 from .attending import attend_as
+from .fusing import fuse_as
 from .say import say
 from .vocabulary import Vocabulary, check_added, may_grow, rows_wanted, say_rows
 
@@ -191,6 +192,8 @@ def build_model(
             len(anew), "int8 weight has other groups here and is", "int8 weights have other groups here and are"
         )
         say("note", f"{many} quantized anew, for example {anew[0]}")
+    if (line := fuse_as(config, model, device)) is not None:
+        say("kernels", line)
     adapt_as(config, model)
     checkpoint_as(config, model)
     model.eval()

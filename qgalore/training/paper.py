@@ -28,6 +28,7 @@ from ..steps.blocks import Layout
 from ..steps.turns import AlwaysThere
 from . import loop_settings as settings
 from .attending import attend_as
+from .fusing import fuse_as
 from .model import (
     Vocabulary,
     adapt_as,
@@ -58,6 +59,8 @@ def on_paper(config: Config, vocabulary: Vocabulary, processes: int = 1) -> tupl
         loading.untie_padding(model)
     convert_as(config, model)
     attend_as(config, model)
+    here = config.device == "cpu" or torch.cuda.is_available()
+    fuse_as(config, model, torch.device(config.device) if here else None)
     if config.model.compile == "blocks":
         blocks_to_compile(model)
     adapt_as(config, model)

@@ -6,6 +6,7 @@ What reaches the driver itself (streams, events, generators, page locks) is repl
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,8 @@ def pretended(*, kernels: bool = True, capability: tuple[int, int] = CAPABILITY)
         (torch.cuda, "stream", _on),
         (torch.cuda, "current_stream", _Stream),
         (torch.cuda, "cudart", _Runtime),
+        (torch.cuda, "device", _on),
+        (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=34)),
         (torch, "Generator", Generator),
     ]
     tensors: list[tuple[Any, str, Any]] = [

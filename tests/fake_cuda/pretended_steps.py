@@ -38,6 +38,7 @@ BASE = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
         },
+        "elementwise": "plain",  # whether Liger is installed or not
     },
     "data": {"vocab_size": WORDS, "sequence_length": LENGTH},
     "train": {"max_steps": 4, "micro_batch_size": ROWS, "lr": 0.01, "full_gradients": "keep"},

@@ -37,7 +37,8 @@ def launches_recorded(device: Any) -> Iterator[None]:
         options = {n: v for n, v in kwargs.items() if n not in self.arg_names and n not in ASIDE}
         device.account.launches += 1
         device.account.kernels[self.__name__] += 1
-        device.launched.add(_launch(self.__name__, given, options))
+        if self.fn.__module__.startswith("qgalore."):  # the forms of others' kernels are theirs to test
+            device.launched.add(_launch(self.__name__, given, options))
 
     with replaced([(JITFunction, "run", run)]):
         yield

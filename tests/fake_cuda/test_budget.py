@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "adamw8bit": ("method=adamw8bit",),
     "offloaded, two micro-batches": ("train.activation_checkpointing=offload", *TWO),
     "batch-major": ("train.order=batch_major",),
+    "liger": ("model.elementwise=liger",),
 }
 WITHOUT_KERNELS = ("qgalore", "int8 products", "muon")
 QUICK = ("qgalore, two micro-batches",)
@@ -40,6 +41,8 @@ SLACK = 1.03  # of launches: versions of torch and transformers take an operatio
 def counted(folder: Path, name: str, kernels: bool = True) -> dict[str, int]:
     """The figures of the second step, which finds no basis."""
     gap = () if "method=adamw8bit" in CASES[name] else ORDINARY
+    if name == "liger":
+        pytest.importorskip("liger_kernel")
     account = take(config_of(folder, *CASES[name], *gap), kernels=kernels).steps[1]
     assert "_int8_product_kernel" in account.kernels or not (kernels and name == "int8 products")
     return account.figures()

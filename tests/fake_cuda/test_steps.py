@@ -8,6 +8,7 @@ from recorded import unknown_forms
 SPLIT = ("train.grad_accumulation=2",)
 ROW = "lowrank.group_size=row"
 INT8 = ("model.compute=int8", ROW)
+LIGER = ("model.elementwise=liger",)
 STREAM = ("memory.stream=all",)
 WEIGHTS = ("memory.stream=weights",)
 CLASSIFY = ("data.task=classify", "data.valid=held_out.tsv", "data.tokenizer=folder", "model.overrides.vocab_size=512")
@@ -58,19 +59,28 @@ CASES |= {
     "weights streamed": WEIGHTS,
     "weights streamed, two micro-batches": (*WEIGHTS, *SPLIT, "memory.slots=3"),
     "streamed, offloaded": (*STREAM, "train.activation_checkpointing=offload"),
+    "liger": LIGER,
+    "liger, streamed": (*LIGER, *STREAM),
+    "liger, int8 products, two micro-batches": (*LIGER, *INT8, *SPLIT),
+    "liger, batch-major, offloaded": (*LIGER, "train.order=batch_major", "train.activation_checkpointing=offload"),
+    "liger, method lora": (*LIGER, "method=lora"),
     "classes": CLASSIFY,
     "classes, streamed": (*CLASSIFY, *STREAM),
     "classes, lora": (*CLASSIFY, "method=lora"),
     "numbers": (*CLASSIFY, "data.label_type=number"),
 }
 CASES |= {f"policy {p}": (f"lowrank.policy={p}",) for p in ("first_vector", "signed_cosine", "energy", "fixed")}
-QUICK = ("qgalore, streamed", "classes, lora")
+QUICK = ("liger, streamed", "classes, lora")
 WITHOUT_BASES = ("lora", "adamw", "full rank", "rule", "muon", "momentum", "limited", "energy")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_no_gpu_would_refuse_a_step(tmp_path, name):
+    if "liger" in name:
+        pytest.importorskip("liger_kernel")
     taken = take(config_of(tmp_path, *CASES[name]), resumed=True)
+    for account in (*taken.steps, taken.evaluation):
+        assert ("_rms_norm_forward_kernel" in account.kernels) == ("liger" in name)
     assert taken.device.launched or "method" in name or "fp32" in name, "the test wants kernels"
     assert not unknown_forms(taken.device.launched, CAPABILITY[0] * 10 + CAPABILITY[1])
     if "int8 products" in name:

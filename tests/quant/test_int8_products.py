@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -74,6 +76,49 @@ def test_zeros_stay_zero_and_what_is_not_finite_is_seen(device):
     assert not y[1:3].isfinite().any()
     assert y[3:].isfinite().all()
     assert float(y[3].abs().max()) < 1e-37  # below the smallest normal number values may be lost, never wrapped
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """A list that grows with each rounding of tokens."""
+    calls, own = [], int8_products.round_tokens
+    monkeypatch.setattr(int8_products, "round_tokens", lambda *given: calls.append(None) or own(*given))
+    return calls
+
+
+def test_products_of_the_very_same_tokens_round_them_once(rounds, device):
+    """Bit for bit what they are with tokens rounded each time. Equal values in another tensor are rounded anew, and so
+    is a tensor that has changed."""
+    x, _, q, scale = operands(33, 40, 72, device)
+    first, again = (int8_products.output(x, q, scale) for _ in range(2))
+    assert len(rounds) == 1
+    other = int8_products.output(x.clone(), q, scale)
+    assert torch.equal(first, again)
+    assert torch.equal(first, other)
+    int8_products.output(x, q, scale)
+    assert len(rounds) == 3
+    x.mul_(2.0)
+    assert torch.equal(int8_products.output(x, q, scale), 2 * first)
+    assert len(rounds) == 4
+
+
+def test_rounded_tokens_live_no_longer_than_they_and_no_backward_pass_sees_them(rounds, device):
+    x, grad, q, scale = operands(33, 40, 72, device)
+    int8_products.output(x, q, scale)
+    kept = weakref.ref(int8_products.round_once(x)[0])
+    assert kept() is not None
+    del x
+    assert kept() is None
+    int8_products.output(grad[:, :40], q, scale)
+    kept = weakref.ref(int8_products.round_once(grad)[0])
+    int8_products.input_gradient(grad, q, scale, torch.float32)
+    assert kept() is None
+    with torch.inference_mode():  # whose tensors know no versions
+        held = torch.randn(33, 40, device=device)
+        before = len(rounds)
+        int8_products.output(held, q, scale)
+        int8_products.output(held, q, scale)
+    assert len(rounds) == before + 2
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 20), (8, 133_168)])

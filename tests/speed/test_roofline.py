@@ -24,7 +24,7 @@ INT8 = ["model.compute=int8", "lowrank.group_size=row"]
 
 
 def counted(*overrides: str) -> tuple[Counts, int]:
-    changes = [f"model.overrides.num_hidden_layers={LAYERS}", *overrides]
+    changes = [f"model.overrides.num_hidden_layers={LAYERS}", "model.elementwise=plain", *overrides]
     return roofline.counts_for_a_card(config.load("llama7b_16gb.yaml", changes))
 
 
@@ -36,6 +36,12 @@ def plain() -> Counts:
 @pytest.fixture(scope="module")
 def integers() -> Counts:
     return counted(*INT8, "train.grad_accumulation=4", "train.stepping=deferred")[0]
+
+
+@pytest.fixture(scope="module")
+def fused() -> Counts:
+    pytest.importorskip("liger_kernel")
+    return counted("model.elementwise=liger")[0]
 
 
 def test_products_are_those_of_the_shapes(plain):
@@ -70,7 +76,16 @@ def test_micro_batches_multiply_all_but_the_update(plain):
     assert 3 * plain.launches < four.launches < 4 * plain.launches
 
 
-@pytest.mark.parametrize("name", ["plain", "integers"])
+def test_fused_kernels_move_half_of_what_a_block_does(plain, fused):
+    """The block's optimizer included, which they leave as it is, as they do all other parts."""
+    one = "model.overrides.num_hidden_layers=1"
+    of_a_block = fused.moved - counted("model.elementwise=liger", one)[0].moved
+    assert of_a_block <= 0.5 * (plain.moved - counted(one)[0].moved)
+    assert fused.launches < plain.launches
+    assert (fused.products, fused.formats, fused.merge) == (plain.products, plain.formats, plain.merge)
+
+
+@pytest.mark.parametrize("name", ["plain", "integers", "fused"])
 def test_counts_stay_within_their_budget(name, request):
     """A change that makes a step do more has to change the budget too, and say why."""
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))[name]

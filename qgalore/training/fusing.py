@@ -1,0 +1,48 @@
+"""What computes the elementwise operations of a run's model: ``model.elementwise`` and what follows from it."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..errors import ConfigError
+from ..models import elementwise
+from ..quant import dispatch
+
+
+def _obstacle(config: Config, device: torch.device | None) -> str | None:
+    """Why Liger's kernels are not used, None if nothing is known against them. ``device``: None for a plan of a GPU
+    that is not here."""
+    if config.model.compile == "blocks":
+        return "compiled blocks have kernels of their own"
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed (pip install liger-kernel)"
+    if config.kernels == "reference":
+        return "kernels is reference"
+    if device is not None and dispatch.kernels_for(device) is None:
+        return f"no Triton kernel runs on {device.type} here"
+    return None
+
+
+def fuse_as(config: Config, model: nn.Module, device: torch.device | None) -> str | None:
+    """Let Liger's kernels do what ``config`` leaves to them in a converted ``model``; returns a line about it, if there
+    is something to say. Without a ``device`` nothing is tried. Raises :class:`ConfigError` if they must be used and
+    cannot."""
+    asked, kept = config.model.elementwise, ""
+    if asked == "plain" or (asked == "auto" and config.device == "cpu"):
+        return None
+    reason = _obstacle(config, device)
+    if reason is None:
+        used, others = elementwise.use(model, device and _sizes(config, model, device))
+        kept = ", ".join(others)
+        if used:
+            return f"Liger's {', '.join(used)}{'; not ' if kept else ''}{kept}"
+    if asked == "liger":
+        raise ConfigError(f"model.elementwise is liger, and it cannot be: {reason or kept}. Set model.elementwise=auto")
+    return f"plain PyTorch and not Liger's kernels: {reason or kept}"
+
+
+def _sizes(config: Config, model: nn.Module, device: torch.device) -> elementwise.Sizes:
+    rows, heads = config.train.micro_batch_size, elementwise.heads_of(model.config.get_text_config())
+    return elementwise.Sizes(device, getattr(torch, config.model.dtype), rows, config.data.sequence_length, heads)

@@ -1,0 +1,135 @@
+"""Liger's kernels in the places of a model's own: which places, what is said, and what a trial lets through."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from qgalore import config
+from qgalore.errors import ConfigError
+from qgalore.memory.stand_ins import kernels as stand_ins
+from qgalore.models import elementwise, liger
+from qgalore.training import fusing
+
+SHAPE = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def built(kind, **more):
+    with torch.device("meta"):
+        return tf.AutoModelForCausalLM.from_config(getattr(tf, f"{kind}Config")(**{**SHAPE, **more}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "norms", "gates", "turns"),
+    [
+        ("Llama", 5, 2, 2), ("Mistral", 5, 2, 2), ("Qwen2", 5, 2, 2), ("Qwen3", 9, 2, 2), ("Phi3", 5, 2, 2),
+        ("Gemma", 5, 0, 2), ("Gemma3Text", 13, 0, 2), ("GPTNeoX", 0, 0, 2), ("Mamba", None, 0, 0),
+    ],
+)  # fmt: skip
+def test_places_of_architectures(kind, norms, gates, turns):
+    """Gemma's activation is a GELU, which SwiGLU is not."""
+    found = elementwise.places(built(kind))
+    if norms is not None:
+        assert len(found["RMSNorm"]) == norms
+    assert (len(found["SwiGLU"]), len(found["RoPE"])) == (gates, turns)
+
+
+def test_what_kernels_move_on_paper_and_that_code_is_whole_afterwards(monkeypatch):
+    """Forward and backward pass without values, with kernels that are not there: what they would read and write."""
+    model = built("Llama")
+    namespace = sys.modules[type(model).__module__]
+    own, moved = namespace.apply_rotary_pos_emb, []
+    assert elementwise.use(model, None) == (["RMSNorm", "SwiGLU", "RoPE"], [])
+    monkeypatch.setattr(
+        liger, "launch_on_paper", lambda *sides: moved.extend(t.numel() for side in sides for t in side)
+    )
+    tokens, width, inner, queries, keys, size = 16, 32, 64, 32, 16, 8
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    with stand_ins("cuda"):
+        model(input_ids=ids, labels=ids).loss.backward()
+    norm = 4 * tokens * width + 2 * width + 2 * tokens + (tokens + liger.PROCESSORS) * width
+    turned = 2 * (2 * (queries + keys) + 2 * size) * tokens
+    assert sum(moved) == 5 * norm + 2 * (3 + 5) * tokens * inner + 2 * turned
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+    assert namespace.apply_rotary_pos_emb is own
+
+
+def test_a_copy_of_a_model_computes_with_its_own_tensors():
+    model = built("Llama")
+    elementwise.use(model, None)
+    twin = copy.deepcopy(model)
+    changed = [(a, b) for a, b in zip(model.modules(), twin.modules(), strict=True) if "forward" in vars(a)]
+    assert len(changed) == 9
+    assert all(b.forward.args[0] is b for _, b in changed)
+
+
+def doubled(x, w):
+    return (2 * x * w,)
+
+
+@pytest.mark.parametrize(
+    ("fused", "right"),
+    [
+        (lambda x, w: (x * w + x * w,), True),
+        (lambda x, w: (2.02 * x * w,), False),
+        (lambda x, w: (2 * x * w.detach() + 0 * w,), False),
+        (lambda x, w: (2 * x * w + torch.nn.functional.one_hot(torch.tensor(3), 64).to(x) * 0.3,), False),
+        (lambda x, w: (2 * x * w * float("nan"),), False),
+    ],
+)
+def test_what_a_trial_lets_through(fused, right):
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in ((40, 64), (64,))]
+    assert (elementwise.excess(doubled, fused, inputs) <= 1.0) == right
+
+
+def resolved(*overrides, device="cuda"):
+    return config.resolve(config.load("quickstart.yaml", list(overrides)), device, True)
+
+
+def said(monkeypatch, *overrides, device="cuda", installed=True, kind="Llama"):
+    monkeypatch.setattr(fusing, "find_spec", lambda name: object() if installed else None)
+    return fusing.fuse_as(resolved(*overrides, device=device), built(kind), None)
+
+
+def test_what_is_said(monkeypatch):
+    assert said(monkeypatch) == "Liger's RMSNorm, SwiGLU, RoPE"
+    assert said(monkeypatch, kind="Gemma") == "Liger's RMSNorm, RoPE; not SwiGLU (the model has none that Liger knows)"
+    assert said(monkeypatch, "model.elementwise=plain") is None
+    assert said(monkeypatch, device="cpu") is None
+    assert "liger-kernel is not installed (pip install liger-kernel)" in said(monkeypatch, installed=False)
+    assert "kernels is reference" in said(monkeypatch, "kernels=reference")
+    assert "compiled blocks have kernels of their own" in said(monkeypatch, "model.compile=blocks")
+    assert said(monkeypatch, kind="GPT2").startswith(
+        "plain PyTorch and not Liger's kernels: RMSNorm (the model has none"
+    )
+
+
+def test_what_must_be_used_and_cannot_be_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"liger, and it cannot be: liger-kernel is not installed.*elementwise=auto"):
+        said(monkeypatch, "model.elementwise=liger", installed=False)
+    monkeypatch.setattr(fusing, "find_spec", lambda name: object())
+    settings = resolved("model.elementwise=liger", device="cpu")
+    with pytest.raises(ConfigError, match="no Triton kernel runs on cpu here"):
+        fusing.fuse_as(settings, built("Llama"), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    place = Path(__file__).resolve().parents[1] / "steps" / "test_fused_kernels.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-n", "0", str(place)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
