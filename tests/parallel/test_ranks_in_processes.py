@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers import assert_same
+from helpers import assert_same, save_checkpoint
 from jobs import Wire, chain_of, codes, live, state, take, whole
 from processes import run_in
 from test_shard_runs import planned_and_real, timeless
@@ -73,7 +73,7 @@ def saved(where, source, first, last):
             checkpoint.load_into(where / source, checkpoint.read_state(where / source, team), model, optimizer)
         for step in range(first, last):
             take(order, step)
-        checkpoint.save(where / checkpoint.name_for(last), model, optimizer.state_dict(), {"position": {}}, team)
+        save_checkpoint(where / checkpoint.name_for(last), model, optimizer.state_dict(), {"position": {}}, team)
         return held(team, model, optimizer)
 
 
