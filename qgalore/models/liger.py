@@ -37,7 +37,8 @@ class RMSNorm(Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, offset, casting):
-        if x.is_meta:
+        ctx.on_paper = x.is_meta
+        if ctx.on_paper:
             y, rms = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
             launch_on_paper((x, weight), (y, rms))
             ctx.save_for_backward(x, weight, rms)
@@ -47,9 +48,9 @@ class RMSNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, rms = ctx.saved_tensors
-        if not x.is_meta:
+        if not ctx.on_paper:  # saved tensors may be asked for only once, where checkpointing makes them anew
             return (*_of("rms_norm", "LigerRMSNormFunction").backward(ctx, grad)[:2], None, None, None)
+        x, weight, rms = ctx.saved_tensors
         dx, sums, dw = torch.zeros_like(grad), x.new_empty((PROCESSORS, x.shape[-1]), dtype=torch.float32), None
         trains = ctx.needs_input_grad[1]
         launch_on_paper((grad, x, weight, rms), (dx, sums) if trains else (dx,))
@@ -63,7 +64,8 @@ class SwiGLU(Function):
 
     @staticmethod
     def forward(ctx, gate, up):
-        if gate.is_meta:
+        ctx.on_paper = gate.is_meta
+        if ctx.on_paper:
             ctx.save_for_backward(gate, up)
             y = torch.empty_like(gate)
             launch_on_paper((gate, up), (y,))
@@ -73,12 +75,12 @@ class SwiGLU(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        if gate.is_meta:
+        if ctx.on_paper:
+            gate, up = ctx.saved_tensors
             launch_on_paper((grad, gate, up), (gate, up))
             return gate.detach(), up.detach()
         found = _of("swiglu", "LigerSiLUMulFunction").backward(ctx, grad)[:2]
-        for overwritten in (gate, up):
+        for overwritten in found:  # views of what was saved, which count their versions together
             increment_version(overwritten)
         return found
 
@@ -88,7 +90,8 @@ class FusedSwiGLU(Function):
 
     @staticmethod
     def forward(ctx, both):
-        if both.is_meta:
+        ctx.on_paper = both.is_meta
+        if ctx.on_paper:
             ctx.save_for_backward(both)
             y = both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
             launch_on_paper((both,), (y,))
@@ -98,8 +101,8 @@ class FusedSwiGLU(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (both,) = ctx.saved_tensors
-        if both.is_meta:
+        if ctx.on_paper:
+            (both,) = ctx.saved_tensors
             found = torch.empty_like(both)
             launch_on_paper((grad, both), (found,))
             return found
