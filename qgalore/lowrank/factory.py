@@ -15,7 +15,7 @@ from .layers.linear import LowRankLinear
 from .layers.lora import LoraLinear
 from .optimizer import LowRankOptimizer
 from .options import InnerSteps, check_choices, check_limit, check_numbers, require, schedule_options
-from .rules import GALORE, RULES, RuleOptions, check_momentum, default_scale
+from .rules import GALORE, RULES, RuleOptions, check_momentum, default_scale, fused
 from .rules import check as check_rule
 from .rules.common import MOMENTUM, MU
 from .subspace.policies import make_schedules
@@ -89,7 +89,7 @@ def trained_tensors(
     modules = stepped_layers(model)
     schedules = make_schedules(find.policy, len(modules), update_proj_gap, stagger, lazy)
     found: list[TrainedTensor] = [
-        _of_layer(name, index, module, schedules[index], find, rule, of_rule)
+        _of_layer(name, index, module, schedules[index], find, rule, of_rule, getattr(model, "config", None))
         for index, (name, module) in enumerate(modules.items())
     ]
     _tell_of_clamped_ranks(found, of_rule)
@@ -109,8 +109,10 @@ def _of_layer(
     find: RefreshOptions,
     rule: str,
     of_rule: RuleOptions,
+    config: Any,
 ) -> ProjectedTensor:
     if rule != GALORE:
+        module.row_parts = fused.rows_of_parts(name, len(module.weight), config)
         tensor = WholeTensor(name, index, module, schedule, find, RULES[rule](module, index, of_rule))
         if shards.is_shared(module.weight):
             set_down(tensor)  # before the next one is made, so that the state of all never exists together

@@ -12,7 +12,7 @@ from torch import nn
 from ..lowrank.layers.embedding import LowRankEmbedding
 from ..lowrank.layers.experts import Experts
 from ..lowrank.layers.linear import LowRankLinear
-from ..lowrank.rules import orthogonal
+from ..lowrank.rules import fused, orthogonal
 from ..models.compiling import blocks_of
 
 LIMIT = 0.1  # the share below which it hardly counts
@@ -20,13 +20,13 @@ LIMIT = 0.1  # the share below which it hardly counts
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight (``rows``, ``columns``), the share of all tokens that it is multiplied with, and whether its momentum is
-    orthogonalised in each step."""
+    """A weight (``rows``, ``columns``), the share of all tokens that it is multiplied with, and the rows of each part
+    of it that is orthogonalised by itself in a step: one of all rows if None, and no part if empty."""
 
     rows: int
     columns: int
     tokens: float = 1.0
-    orthogonalised: bool = True
+    parts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def count(matrices: Iterable[Matrix], recomputed: float) -> Work:
     """The work of a step. A token takes 2 operations for each value of a weight in the forward pass, 4 in the backward
     pass, and 2 more in the share of blocks that are ``recomputed``."""
     found = list(matrices)
-    fixed = sum(orthogonal.flop(m.rows, m.columns) for m in found if m.orthogonalised)
+    fixed = sum(orthogonal.flop(rows, m.columns) for m in found for rows in ((m.rows,) if m.parts is None else m.parts))
     each = 6.0 + 2.0 * recomputed
     return Work(fixed, sum(each * m.rows * m.columns * m.tokens for m in found))
 
@@ -67,12 +67,13 @@ def matrices(model: nn.Module, chosen: int | None = None) -> list[Matrix]:
         if isinstance(module, Experts):
             layers = [*module.gate_up_proj, *module.down_proj]
             shares |= {layer: (chosen or 1) / len(module.down_proj) for layer in layers}
-    found = []
-    for module in model.modules():
+    found, config = [], getattr(model, "config", None)
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear | LowRankLinear):
             tokens = 0.0 if isinstance(module, LowRankEmbedding) else shares.get(module, 1.0)
             rows, columns = module.weight.shape
-            found.append(Matrix(rows, columns, tokens, isinstance(module, LowRankLinear)))
+            parts = fused.rows_of_parts(name, rows, config) if isinstance(module, LowRankLinear) else ()
+            found.append(Matrix(rows, columns, tokens, parts))
     return found
 
 

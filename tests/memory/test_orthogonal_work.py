@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from qgalore.lowrank.layers.experts import Experts
 from qgalore.lowrank.rules.orthogonal import flop, orthogonalize
@@ -28,7 +28,7 @@ def test_a_square_matrix_costs_five_widths_over_tokens():
 
 
 def test_the_tokens_named_have_the_share_named():
-    work = count([Matrix(512, 512), Matrix(512, 2048), Matrix(1000, 512, orthogonalised=False)], recomputed=False)
+    work = count([Matrix(512, 512), Matrix(512, 2048), Matrix(1000, 512, parts=())], recomputed=False)
     assert work.share(work.tokens_for(0.1)) == pytest.approx(0.1)
     assert work.share(2 * work.tokens_for(0.1)) < 0.1
     assert f"{work.tokens_for(0.1):,.0f} tokens" in line(work, 4096)
@@ -45,6 +45,18 @@ def test_an_expert_multiplies_its_share_of_the_tokens():
     found = matrices(model, chosen=2)
     attention, experts = 4 * 64 * 64, 4 * 3 * 64 * 96
     head, router = 128 * 64, 4 * 64
-    assert sum(m.rows * m.columns for m in found if m.orthogonalised) == attention + experts
+    assert sum(m.rows * m.columns for m in found if m.parts) == attention + experts
     per_token = count(found, recomputed=False).per_token / 6
     assert per_token == pytest.approx(attention + experts / 2 + head, abs=router)  # the router is no nn.Linear
+
+
+def test_fused_weights_cost_what_their_matrices_cost():
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": None}
+    fixed = []
+    for model_class, config in ((LlamaForCausalLM, LlamaConfig(**shape)), (Phi3ForCausalLM, Phi3Config(**shape))):
+        with torch.device("meta"):
+            model = model_class(config)
+        convert(model, rank=None)
+        fixed.append(count(matrices(model), recomputed=False).fixed)
+    assert fixed[0] == fixed[1] > 0

@@ -51,6 +51,8 @@ class LowRankLinear(nn.Module):
     unread: bool = False
     # The name of int8 codes in a state dict. qgalore.convert gives one that no other reader takes for weights.
     code_key = "weight"
+    # The rows of each of the matrices that it holds, where an optimizer looked for them (rules.fused).
+    row_parts: tuple[int, ...] | None = None
     # Stated here too, for kinds with a constructor of their own.
     max_rank: int | None = None
     mean_rank: int | None = None

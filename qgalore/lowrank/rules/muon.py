@@ -9,8 +9,8 @@ An orthogonal m × n matrix has the Frobenius norm √min(m, n), so U has a root
 shape. That is the size of Adam's update, and one learning rate suits all matrices. The momentum is quantized once in a
 step. In ``4bit`` it takes 0.52 bytes a weight, in ``8bit`` 1.02.
 
-A weight is orthogonalised as it is stored: an expert's matrix by itself, but fused ones (query, key and value in one
-tensor, or gate and up) as one matrix.
+Where a weight holds several matrices, as query, key and value in one tensor, U is that of each by itself
+(:mod:`.fused`). So is an expert's.
 """
 
 import math
@@ -65,20 +65,27 @@ class Muon(Rule):
 
     @classmethod
     def directions(cls, rules: Sequence[Any], gradients: Sequence[Tensor], step: int) -> list[Rows]:
-        """:meth:`direction` of each of ``rules``, whose ``gradients`` have one shape, by common products."""
+        """:meth:`direction` of each of ``rules``, whose ``gradients`` have one shape and parts, by common products."""
         pairs = [rule._look_ahead(gradient, step) for rule, gradient in zip(rules, gradients, strict=True)]
         ahead, lost = _stacked([ahead for ahead, _ in pairs]), [lost for _, lost in pairs]
         del pairs
-        updates = orthogonalize(ahead)
+        parts = rules[0].module.row_parts
+        updates = _orthogonal(ahead, parts)
         if lost[0] is not None:
-            others = orthogonalize(ahead.add_(_stacked([one for one in lost if one is not None])))
+            others = _orthogonal(ahead.add_(_stacked([one for one in lost if one is not None])), parts)
             for rule, update, other in zip(rules, _each(updates), _each(others), strict=True):
                 rule.momentum_cosine = cosine(update, other)
-        updates.mul_(RMS * math.sqrt(max(gradients[0].shape)))
         return [partial(_rows, update) for update in _each(updates)]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"written": self.written, **self.momentum.tensors()}
+
+
+def _orthogonal(ahead: Tensor, parts: Sequence[int] | None) -> Tensor:
+    """U, fp32, of ``ahead`` (…, m, n), or of each of its ``parts``, which have so many of its m rows."""
+    each = ahead.split(list(parts or ahead.shape[-2:-1]), dim=-2)
+    updates = [orthogonalize(one).mul_(RMS * math.sqrt(max(one.shape[-2:]))) for one in each]
+    return updates[0] if len(updates) == 1 else torch.cat(updates, dim=-2)
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:

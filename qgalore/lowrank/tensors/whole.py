@@ -44,7 +44,7 @@ class WholeTensor(ProjectedTensor):
         weight = self.module.weight
         if not self.rule.joins or int8.kind_of(weight.device) != "cuda":
             return None
-        return self.rule.name, weight.shape, weight.device
+        return self.rule.name, weight.shape, self.module.row_parts, weight.device
 
     def leaves(self) -> list[nn.Parameter]:
         return [self.module.probe]
