@@ -126,7 +126,7 @@ MUTATIONS = {
         (f"{PROCESSES}[replicate]", f"{PROCESSES}[shard]"),
     ),
     "an owner who gets one process's gradient": Mutation(
-        "partial(dist.reduce, sent, dst=to)", "partial(dist.broadcast, sent, src=to)", (f"{PROCESSES}[shard]",)
+        "partial(dist.reduce, dst=to)", "partial(dist.broadcast, src=to)", (f"{PROCESSES}[shard]",)
     ),
     "rows that stay with their owner": Mutation("self.hand_out(tensors)\n", "None\n", (f"{PROCESSES}[shard]",)),
     "new bases that stay with their owner": Mutation(

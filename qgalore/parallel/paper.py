@@ -16,7 +16,7 @@ T = TypeVar("T")
 class _Unsent(Pending):
     """What would travel is made, and stays where it is."""
 
-    def _send(self, collective: Callable[..., Any]) -> None:
+    def _send(self, sent: Tensor, to: int | None) -> None:
         """Nothing."""
 
 

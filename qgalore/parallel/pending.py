@@ -1,6 +1,6 @@
 """Sums over the processes of a job that are on their way while other work goes on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,19 +59,16 @@ class Pending:
                 small.setdefault((one.dtype, one.to, one.tensor.device), []).append(one.tensor)
                 continue
             sent = one.tensor.to(one.dtype).contiguous()
-            self._send(_summing(sent, one.to))
+            self._send(sent, one.to)
             if sent is not one.tensor:
                 self._arrivals.append((sent.view(-1), [one.tensor]))
         for (dtype, to, _), group in small.items():
             sent = torch.cat([tensor.to(dtype).reshape(-1) for tensor in group])
-            self._send(_summing(sent, to))
+            self._send(sent, to)
             self._arrivals.append((sent, group))
         return self
 
-    def _send(self, collective: Callable[..., Any]) -> None:
+    def _send(self, sent: Tensor, to: int | None) -> None:
+        collective = dist.all_reduce if to is None else partial(dist.reduce, dst=to)
         with reaching():
-            self._works.append(collective(async_op=True))
-
-
-def _summing(sent: Tensor, to: int | None) -> Callable[..., Any]:
-    return partial(dist.all_reduce, sent) if to is None else partial(dist.reduce, sent, dst=to)
+            self._works.append(collective(sent, async_op=True))

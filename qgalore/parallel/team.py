@@ -3,7 +3,7 @@
 Most operations begin with a *meeting*: each process says where it is, or that it failed. A process that waits for a
 gradient therefore learns of an error elsewhere instead of waiting for ever, and processes that came to different
 places, or no longer hold the same numbers, stop with both named. A meeting is one collective of 24 bytes a process, on
-the CPU. A number to be summed, or some flags, travel in it.
+the CPU. A number to be summed and some flags travel in it.
 
 Where everything that comes next is known beforehand, a *note* does instead, for which nobody waits when it is left. A
 process that has failed says so in its next note, and goes on taking part until the others have heard it.

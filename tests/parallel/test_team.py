@@ -11,6 +11,7 @@ from qgalore.parallel.telling import is_told, reaching
 
 def operations():
     with job("cpu") as team:
+        later = team.begin_total("first of all", team.rank + 1)
         mine = [torch.full((3,), team.rank + 1.0), torch.full((300, 300), team.rank + 1.0).T, torch.ones(2).bfloat16()]
         team.sum_("a", mine)
         received = torch.full((2,), float(team.rank))
@@ -21,6 +22,9 @@ def operations():
             "received": received.tolist(),
             "total": team.total("c", 0.1 * (team.rank + 1)),
             "count": team.total("d", team.rank + 1),
+            "later": later(),
+            "both": team.total_and_any("l", 0.5, [team.rank == 2, False]),
+            "many": team.total_and_any("m", 2, [team.rank == place % 4 for place in range(64)])[1],
             "any": team.any("e", [team.rank == 1, False]),
             "word": team.any("h", [team.rank == place % 4 for place in range(63)]),
             "more": team.any("i", [team.rank == place % 4 for place in range(64)]),
@@ -67,7 +71,8 @@ def test_operations_give_every_process_the_same():
     assert found[0] == found[1] == found[2]
     wanted = {"sum": [6.0, 6.0, 3.0], "received": [0.0, 0.0], "total": 0.1 + 0.2 + 0.1 * 3, "count": 6}
     wanted |= {"any": [True, False], "first": ("from", 0), "note": 2, "negative": (-1.5, -3)}
-    wanted |= {name: [place % 4 != 3 for place in range(n)] for name, n in (("word", 63), ("more", 64))}
+    wanted |= {name: [place % 4 != 3 for place in range(n)] for name, n in (("word", 63), ("more", 64), ("many", 64))}
+    wanted |= {"later": 6, "both": (1.5, [True, False])}
     assert found[0] == wanted
 
 
