@@ -106,9 +106,18 @@ def _bytes(value: Any) -> float:
     return size
 
 
+Swaps = list[tuple[Any, str, Callable]]  # as ``replaced`` takes them
+
+
 @contextmanager
 def _kernels_counted(meter: _Meter) -> Iterator[None]:
-    """Let what ``dispatch`` and ``int8_products`` do on the meta device count as what their kernels do."""
+    """Let what kernels do be counted as theirs, where it runs on the meta device."""
+    with replaced([*_stored_formats(meter), *_arithmetic(meter)]):
+        yield
+
+
+def _stored_formats(meter: _Meter) -> Swaps:
+    """What ``dispatch`` has for stored weights and bases, and Liger's kernels, which move bytes too."""
 
     def dequantize(q, scale, dtype=torch.float32):
         meter.kernel(q.nbytes + scale.nbytes + q.numel() * dtype.itemsize)
@@ -117,6 +126,27 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
     def decode(codes, scale, dim, fmt, dtype=torch.float32):
         meter.kernel(codes.nbytes + codes.shape[0] * dim * dtype.itemsize)
         return codes.new_empty((codes.shape[0], dim), dtype=dtype)
+
+    def merge(weight, scale, delta, left, right, **how):
+        rank = delta.shape[1] if left is None else delta.shape[0]
+        if left is not None or right is not None:
+            meter.here.merge += 2.0 * weight.numel() * rank
+        row = scale is not None and scale.shape[1] == 1
+        meter.kernel(2 * weight.nbytes + delta.nbytes + (8 * weight.numel() if row else 0), 2 if row else 1)
+
+    def write_back(weight, scale, update, **how):
+        meter.kernel(2 * weight.nbytes + 4 * weight.numel())
+
+    def fused(read, written):
+        meter.here.moved += _bytes([*read, *written])
+        meter.here.launches += 1
+
+    found = {"dequantize": dequantize, "decode": decode, "merge": merge, "write_back": write_back}
+    return [*((dispatch, name, kernel) for name, kernel in found.items()), (liger, "launch_on_paper", fused)]
+
+
+def _arithmetic(meter: _Meter) -> Swaps:
+    """Products of integers, with the rounding of their tokens, and attention."""
 
     def round_tokens(values, scale=None):
         # Read once, for the second time is from the cache, and written in one byte.
@@ -136,20 +166,6 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
         product(round_tokens(grad.reshape(-1, grad.shape[-1]), scale)[0], q)
         return grad.new_empty((*grad.shape[:-1], q.shape[1]), dtype=dtype)
 
-    def merge(weight, scale, delta, left, right, **how):
-        rank = delta.shape[1] if left is None else delta.shape[0]
-        if left is not None or right is not None:
-            meter.here.merge += 2.0 * weight.numel() * rank
-        row = scale is not None and scale.shape[1] == 1
-        meter.kernel(2 * weight.nbytes + delta.nbytes + (8 * weight.numel() if row else 0), 2 if row else 1)
-
-    def write_back(weight, scale, update, **how):
-        meter.kernel(2 * weight.nbytes + 4 * weight.numel())
-
-    def fused(read, written):
-        meter.here.moved += _bytes([*read, *written])
-        meter.here.launches += 1
-
     stand_in = nn.functional.scaled_dot_product_attention
 
     def attention(query, key, value, attn_mask=None, **options):
@@ -161,15 +177,9 @@ def _kernels_counted(meter: _Meter) -> Iterator[None]:
         meter.here.launches += 1
         return stand_in(query, key, value, attn_mask, **options)
 
-    swaps: list[tuple[Any, str, Callable]] = [
-        (dispatch, "dequantize", dequantize), (dispatch, "decode", decode), (dispatch, "merge", merge),
-        (dispatch, "write_back", write_back), (int8_products, "output", output),
-        (int8_products, "round_tokens", round_tokens),
-        (int8_products, "input_gradient", input_gradient), (nn.functional, "scaled_dot_product_attention", attention),
-        (liger, "launch_on_paper", fused),
-    ]  # fmt: skip
-    with replaced(swaps):
-        yield
+    found = {"output": output, "round_tokens": round_tokens, "input_gradient": input_gradient}
+    products = [(int8_products, name, kernel) for name, kernel in found.items()]
+    return [*products, (nn.functional, "scaled_dot_product_attention", attention)]
 
 
 def _listen(model: nn.Module, tensors: list[TrainedTensor]) -> None:
