@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from ..lowrank.layers.linear import LowRankLinear
 from ..lowrank.tensors.base import TrainedTensor
 from ..models import liger
-from ..quant import dispatch, int8_products
+from ..quant import dispatch, int8, int8_products
 from ..replacing import replaced
 from ..steps.unread import noted_outputs, unread
 
@@ -208,7 +208,7 @@ def count(
     ``stand_in``: lets attention run without values."""
     _listen(model, tensors)
     meter = _Meter()
-    with stand_in, _kernels_counted(meter):
+    with stand_in, int8.planned_for("cuda"), _kernels_counted(meter):
         with meter, _run_again(meter, blocks) as again:
             value = loss(model, batch)
             value.backward()
