@@ -1,11 +1,14 @@
 """Files and folders are written whole or not at all, with ordinary permissions and one message."""
 
+import errno
 import os
+import shutil
 import stat
 
 import pytest
 import torch
 from helpers import no_file_larger_than
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qgalore.errors import ConfigError
@@ -61,6 +64,39 @@ def test_a_folder_is_replaced_whole(tmp_path):
     with pytest.raises(FileNotFoundError), atomic.replacing_folder(tmp_path / "new" / "inner" / "out") as fresh:
         (fresh / "half").rename(fresh / "gone")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "plain"}, "folders made for it go with it"
+
+
+@pytest.mark.parametrize("words", ["I/O error: failed to fill", "IoError(Os { code: 28, kind: StorageFull })"])
+def test_every_error_of_safetensors_is_one_of_the_disk(tmp_path, words):
+    refused = pytest.raises(ConfigError, match=r"export could not be written: .*while serializing.*\. Free space")
+    with refused as error, atomic.explained("the export", "Free space"), atomic.replacing_folder(tmp_path / "out"):
+        raise SafetensorError(f"Error while serializing: {words}")
+    assert error.value.__cause__.errno in (None, errno.ENOSPC)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_has_made_stays(tmp_path):
+    """Whether it came before the exchange, or in the middle of it; one that is not whole is replaced."""
+    target = tmp_path / "out"
+
+    def make(text):
+        target.mkdir()
+        (target / "text").write_text(text)
+
+    def is_whole(folder):
+        return (folder / "text").exists() and (folder / "text").read_text() == "whole"
+
+    make("damaged")
+    for text in ("whole", "another"):
+        with atomic.replacing_folder(target, is_whole) as fresh:
+            (fresh / "text").write_text(text)
+        assert (target / "text").read_text() == "whole"
+    shutil.rmtree(target)
+    with atomic.replacing_folder(target, is_whole) as fresh:
+        (fresh / "text").write_text("mine")
+        make("whole")
+    assert (target / "text").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [target], "nothing stays beside it"
 
 
 def test_links_stay_links(tmp_path):

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -35,14 +35,18 @@ def explained(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise as ``OSError`` what safetensors and tokenizers raise for one, whose text ends in "(os error N)"."""
+    """Raise as ``OSError`` what safetensors and tokenizers raise for one: a SafetensorError, which mostly has the
+    error's number in its text, or a bare Exception, which always has."""
     try:
         yield
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None or not (isinstance(error, SafetensorError) or type(error) is Exception):
+        # Written by Rust for people, and by older safetensors for programmers.
+        found = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
+        if not isinstance(error, SafetensorError) and (found is None or type(error) is not Exception):
             raise
-        number = int(found[1]) if os.name != "nt" else errno.EIO  # Windows counts its errors differently
+        if found is None:
+            raise OSError(str(error)) from error
+        number = int(found[1] or found[2]) if os.name != "nt" else errno.EIO  # Windows counts its errors differently
         raise OSError(number, str(error)) from error
 
 
@@ -66,9 +70,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, stays: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """The same for a folder with all that is in it. A folder that stood there is deleted, after the new one has taken
-    its place; in between it has the hidden name ``.NAME.….old`` for a moment. Raises ``OSError``."""
+    its place; in between it has the hidden name ``.NAME.….old`` for a moment. One of which ``stays`` is true by then,
+    as another process may have made it, is left in its place, and the new one is deleted. Raises ``OSError``."""
     target = Path(os.path.realpath(path))
     fresh, old = sibling(target, "tmp"), sibling(target, "old")
     made: list[Path] = []
@@ -78,19 +83,27 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             fresh.mkdir()
             yield fresh
             _settle_all(fresh)
-            if target.exists():
-                target.rename(old)
-            try:
-                fresh.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
-            sync(target.parent)
+            if not (target.exists() and stays(target)):
+                _exchange(fresh, target, old, stays)
+                sync(target.parent)
     finally:
         for gone in (fresh, old):
             shutil.rmtree(gone, ignore_errors=True)
         drop_empty(made)
+
+
+def _exchange(fresh: Path, target: Path, old: Path, stays: Callable[[Path], bool]) -> None:
+    """Put ``fresh`` in the place of ``target``, if that is there, whose name is ``old`` then. Others may do so too."""
+    with suppress(FileNotFoundError):  # another process has moved it
+        target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if stays(target):
+            return
+        if old.exists():
+            old.rename(target)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

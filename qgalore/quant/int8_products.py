@@ -13,7 +13,7 @@ in docs/lab/first_edition.md.
 
 import weakref
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +61,16 @@ def round_tokens(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, T
     return (values / step).round_().to(torch.int8), step
 
 
-# The tensor whose tokens were rounded last, its version, and what came of it. It lives no longer than that tensor.
-_last: dict[str, Any] = {}
+class _Rounded(NamedTuple):
+    """The tensor whose tokens were rounded last, its version, and what came of it. It lives no longer than that tensor.
+    Threads read and replace it whole, so that none gets what another has rounded."""
+
+    of: weakref.ref
+    version: int
+    result: tuple[Tensor, Tensor]
+
+
+_last: dict[str, _Rounded] = {}
 
 
 def round_once(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,15 +79,18 @@ def round_once(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() or x.is_inference():  # which know no versions
         return round_tokens(rows)
-    if not _last or _last["of"]() is not x or _last["version"] != x._version:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph that is replayed has to round each time
+        return round_tokens(rows)
+    known = _last.get("one")
+    if known is None or known.of() is not x or known.version != x._version:
         _last.clear()
-        rounded = round_tokens(rows)
-        _last.update(of=weakref.ref(x, _forget), version=x._version, rounded=rounded)
-    return _last["rounded"]
+        known = _last["one"] = _Rounded(weakref.ref(x, _forget), x._version, round_tokens(rows))
+    return known.result
 
 
 def _forget(dead: weakref.ref | None = None) -> None:
-    if dead is None or _last.get("of") is dead:
+    known = _last.get("one")
+    if dead is None or (known is not None and known.of is dead):
         _last.clear()
 
 

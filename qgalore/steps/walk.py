@@ -232,7 +232,7 @@ class _Pass:
             return self.kept.graphs.get(block, number)
         hidden = self._leaf(self.kept.inputs.get(block, number, ahead=ahead), block)
         self.reseed(number, block + 1)
-        with torch.enable_grad(), left_out(self.layout.unread[block]):
+        with torch.enable_grad(), left_out(self.layout.blocks[block], self.layout.unread[block]):
             output, sides = self._run(block, number, hidden)
         return hidden, output, blocks.with_gradient(sides)
 

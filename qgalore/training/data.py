@@ -124,7 +124,7 @@ def _own_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         _texts(config), vocab_size=data.vocab_size, show_progress=sys.stderr is not None and sys.stderr.isatty()
     )
     try:
-        with atomic.replacing_folder(folder) as building:  # which another process may have made too
+        with atomic.replacing_folder(folder, _is_whole) as building:  # others may read what another process has made
             tokenizer.save_pretrained(building)
             (building / _SUMS).write_text(json.dumps(_sums(building), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -141,6 +141,14 @@ def _check(folder: Path) -> None:
     """Raise OSError or ValueError if a cached tokenizer is not what was written."""
     if _sums(folder) != json.loads((folder / _SUMS).read_text(encoding="utf-8")):
         raise ValueError("its files have other bytes than were written")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _check(folder)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)

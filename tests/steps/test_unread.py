@@ -68,6 +68,52 @@ def test_they_are_computed_once_and_the_gradients_keep_their_bits(multiplied):
     assert all(torch.equal(gradients[name], value) for name, value in expected.items())
 
 
+class Gated(torch.nn.Module):
+    """The end of an MLP: what ``end`` makes of a product and of ``gate``, a frozen parameter."""
+
+    def __init__(self, inner, end):
+        super().__init__()
+        self.inner, self.end = inner, end
+        self.gate = torch.nn.Parameter(torch.rand(32), requires_grad=False)
+
+    def forward(self, x):
+        return self.end(self.inner(x), self.gate)
+
+
+READ = {
+    "changed in place": lambda y, gate: y.sigmoid_(),
+    "changed through a view": lambda y, gate: y.view(-1)[::2].relu_().sum() + y,
+    "masked by itself": lambda y, gate: y * (y > 0),
+    "masked by itself as a number": lambda y, gate: y * (y > 0).to(y.dtype),
+    "scaled by a parameter that may train later": lambda y, gate: y * gate,
+}
+NOT_READ = {"scaled by a number": lambda y, gate: 0.5 * y, "added in place": lambda y, gate: y.add_(1.0)}
+
+
+@pytest.mark.parametrize("how", READ | NOT_READ)
+def test_what_is_done_with_a_product_decides(how):
+    model, loss = zoo.build("llama")
+    convert(model, rank=4)
+    for layer in model.model.layers:
+        layer.mlp = Gated(layer.mlp, (READ | NOT_READ)[how])
+    layout = try_walk(model, zoo.batches("llama", 1)[0], loss).layout
+    expected = [] if how in READ else ["mlp.inner.down_proj"]
+    assert found_in(model, layout) == [expected] * len(layout.blocks)
+
+
+@pytest.mark.parametrize("where", ["mlp.down_proj", "mlp", ""])
+def test_a_hook_that_comes_later_sees_no_zeros(where):
+    model, loss = converted("llama")
+    batches, seen = zoo.batches("llama", 1), []
+    trial = try_walk(model, batches[0], loss)
+    watched = model.model.layers[1].get_submodule(where)
+    watched.register_forward_hook(lambda module, given, output: seen.append(output.detach().clone()))
+    walked(model, loss, batches, trial=trial)
+    first, again = seen
+    assert torch.equal(first, again)
+    assert trial.layout.unread[0], "other blocks go on as before"
+
+
 def test_a_hook_sees_every_output():
     model, loss = zoo.build("llama")
     convert(model, rank=4)
