@@ -55,11 +55,11 @@ def test_each_micro_batch_adds_the_inputs_of_its_blocks(monkeypatch):
     a micro-batch's masks and rotary tables."""
     totals = [
         planned(monkeypatch, resolved(f"train.grad_accumulation={many}", *CASES["inputs on the device"]), 4).total
-        for many in (16, 17, 64)
+        for many in (32, 33, 64)  # with fewer the peak is elsewhere
     ]
     hidden = 2 * 64 * 256 * 2
     assert 3 * hidden <= totals[1] - totals[0] < 5 * hidden
-    assert totals[2] - totals[0] == 48 * (totals[1] - totals[0])
+    assert totals[2] - totals[0] == 32 * (totals[1] - totals[0])
 
 
 def test_inputs_on_the_host_leave_the_device_as_it_is(monkeypatch):
