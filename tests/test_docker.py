@@ -82,4 +82,5 @@ def test_the_page_mounts_the_folders_that_the_image_uses():
 def test_the_extra_for_a_gpu_asks_for_the_triton_of_each_system():
     found = [Requirement(text) for text in PROJECT["optional-dependencies"]["gpu"]]
     for system, name in (("Linux", "triton"), ("Windows", "triton-windows")):
-        assert [one.name for one in found if one.marker.evaluate({"platform_system": system})] == [name]
+        asked = [one.name for one in found if one.marker.evaluate({"platform_system": system})]
+        assert [one for one in asked if one.startswith("triton")] == [name]
