@@ -158,16 +158,18 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = how.lr_at(step)
         size = how.micro_batch_size
-        indices, after = self.data.order_for(self.position.order).take(self.position.sample, how.samples)
         numbers = self.team.deal(range(how.grad_accumulation))
         batches: list[Batch] = [{} for _ in numbers]
+        after, mine = self.position.sample, 0
 
         def load() -> None:
+            nonlocal after, mine
+            indices, after = self.data.order_for(self.position.order).take(self.position.sample, how.samples)
             batches[:] = [self.data.train.batch(indices[n * size : (n + 1) * size]) for n in numbers]
             self._tokens = sum(batch["input_ids"].numel() for batch in batches)
+            mine = sum(map(self.data.targets, batches))
 
         self._alone(load)
-        mine = 0 if self._failure else sum(map(self.data.targets, batches))
         tokens = self.team.begin_total("the targets of a step", mine)
         share = partial(self._share, tokens=tokens)
         loss, norm = self.order.take(step, numbers, batches, share, self.recovery.check_spike)

@@ -1,5 +1,6 @@
 """What the processes of a run say to each other in a step, and that they do not go on with different numbers."""
 
+import os
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ from jobs import live, rows
 from processes import run_in
 from torch import distributed as dist
 
+from qgalore.data.mixing import MixedOrder, Mixture
 from qgalore.errors import ConfigError
 from qgalore.parallel import Team
 from qgalore.replacing import replaced
@@ -51,31 +53,34 @@ def test_a_step_agrees_once_on_its_loss_and_once_at_its_end(folder):
     assert third == ["the loss of a step", "the end of step 3"]
 
 
-def failing_between(folder, arguments, guilty, what):
-    """A run one of whose processes fails between two steps, in the work that it does alone."""
-    alone = loop.Loop._alone
+def failing_between(folder, arguments, guilty, owner, what):
+    """A run one of whose processes fails between two steps, in the work ``what`` of ``owner``, which it does alone."""
+    own, alone, steps = getattr(owner, what), loop.Loop._alone, []
 
-    def failing(self, work):
-        def full():
+    def looking(self, work):
+        steps.append(self.position.step)
+        return alone(self, work)
+
+    def full(*given):
+        if steps and steps[-1] == 2:
             raise ConfigError("the disk is full")
+        return own(*given)
 
-        now = getattr(work, "__name__", "record") == what and self.position.step == 2
-        alone(self, full if now and self.team.rank == guilty else work)
-
-    with replaced([(loop.Loop, "_alone", failing)]):
+    faults = [(loop.Loop, "_alone", looking), (owner, what, full)]
+    with replaced(faults if int(os.environ["RANK"]) == guilty else []):
         return live(folder, arguments)
 
 
 @pytest.mark.parametrize(
-    ("how", "guilty", "what"),
+    ("how", "guilty", "owner", "what"),
     [
-        ("shard", 0, "record"),
-        pytest.param("shard", 1, "load", marks=pytest.mark.slow),
-        pytest.param("replicate", 1, "load", marks=pytest.mark.slow),
+        ("shard", 0, loop.Loop, "_record"),
+        pytest.param("shard", 1, MixedOrder, "take", marks=pytest.mark.slow),
+        pytest.param("replicate", 1, Mixture, "batch", marks=pytest.mark.slow),
     ],
 )
-def test_one_that_fails_between_two_steps_goes_on_gathering_until_all_have_heard(folder, how, guilty, what):
-    (code, words), other = run_in(2, failing_between, str(folder), [*SHORT, f"parallel={how}"], guilty, what)
+def test_one_that_fails_between_two_steps_goes_on_gathering_until_all_have_heard(folder, how, guilty, owner, what):
+    (code, words), other = run_in(2, failing_between, str(folder), [*SHORT, f"parallel={how}"], guilty, owner, what)
     assert (code, other) == (2, 2), words
     assert ("" if guilty == 0 else "rank 1: ") + "the disk is full" in words
-    assert [row["step"] for row in rows(folder / "runs/tiny", "lr")] == ([1] if what == "record" else [1, 2])
+    assert [row["step"] for row in rows(folder / "runs/tiny", "lr")] == ([1] if guilty == 0 else [1, 2])
