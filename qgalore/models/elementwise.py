@@ -28,6 +28,7 @@ SILU = ("SiLU", "SiLUActivation")
 # Where Liger rounds, and what it adds to a weight: Llama's way, Gemma's, and that of models between the two.
 CASTINGS = (("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0))
 LARGEST = 1 << 22  # values that a trial looks at, enough for every form of a kernel
+FAR = 32.0  # how large values are tried too: a limit of some models' gates is 10 or 16, and fp16 has room for no more
 Run = Callable[..., tuple[Tensor, ...]]
 
 
@@ -57,8 +58,8 @@ class Place:
     inputs: Callable[[Sizes], list[list[Tensor]]]
 
 
-def _random(sizes: Sizes, *shape: int, seed: int = 1) -> Tensor:
-    return _drawn(shape, seed).to(sizes.device, sizes.dtype).requires_grad_()
+def _random(sizes: Sizes, *shape: int, seed: int = 1, scale: float = 1.0) -> Tensor:
+    return (_drawn(shape, seed) * scale).to(sizes.device, sizes.dtype).requires_grad_()
 
 
 def _drawn(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -81,13 +82,16 @@ def excess(own: Run, fused: Run, inputs: list[Tensor]) -> float:
     """How far ``fused`` is from ``own`` in fp32, as a share of what it may be. Above 1, or nan, it is wrong.
 
     Looked at are the typical and the largest error of each output and gradient. Allowed is twice the error of ``own``
-    in the dtype of ``inputs``, or of rounding once in it after sums in fp32 as long as an input's longest side.
+    in the dtype of ``inputs``, or of rounding once in it after sums in fp32 as long as an input's longest side. Raises
+    ``ValueError`` for an ``own`` that gives another result each time.
     """
     dtype, longest = inputs[0].dtype, max(max(value.shape) for value in inputs)
     unit = torch.finfo(dtype).eps / 2 + torch.finfo(torch.float32).eps / 2 * longest**0.5
-    found = [_with_gradients(run, inputs, d) for run, d in ((own, torch.float32), (own, dtype), (fused, dtype))]
+    runs = ((own, torch.float32), (own, dtype), (own, dtype), (fused, dtype))
     shares = []
-    for exact, mine, theirs in zip(*found, strict=True):
+    for exact, mine, again, theirs in zip(*(_with_gradients(run, inputs, d) for run, d in runs), strict=True):
+        if not torch.equal(mine, again):
+            raise ValueError("its own code draws random numbers")
         for order in (2.0, float("inf")):
             size = torch.linalg.vector_norm(exact, order)
             errors = [torch.linalg.vector_norm(value - exact, order) / size for value in (mine, theirs)]
@@ -95,10 +99,17 @@ def excess(own: Run, fused: Run, inputs: list[Tensor]) -> float:
     return float(torch.stack(shares).max())
 
 
+def _numbers(module: nn.Module) -> tuple:
+    """Whatever a module's code may read of itself beside tensors, as a limit that only some layers have."""
+    return tuple(item for item in vars(module).items() if isinstance(item[1], int | float | str))
+
+
 # The places of a norm.
 
 
 def _norm(module: nn.Module, eps: float, casting: str, offset: float, x: Tensor) -> Tensor:
+    if x.dtype != module.weight.dtype:  # which decides otherwise of what dtype the result is
+        return type(module).forward(module, x)
     return RMSNorm.apply(x, module.weight, eps, offset, casting)
 
 
@@ -122,7 +133,7 @@ def _norm_place(module: nn.Module) -> Place | None:
         return [[_random(sizes, 1, count, width), _random(sizes, width, seed=2)] for count in sorted(counts)]
 
     ways = [(fused(*how), partial(_norm, module, eps, *how)) for how in CASTINGS]
-    return Place(module, (type(module), width, eps), own, ways, inputs)
+    return Place(module, (type(module), width, _numbers(module)), own, ways, inputs)
 
 
 # The places of a gated feed-forward layer.
@@ -162,18 +173,20 @@ def _gated_place(module: Any) -> Place | None:
         return None
 
     def own(*values: Tensor) -> tuple[Tensor, ...]:
-        # The module's own code, in a copy whose products are given.
+        # The module's own code, as it trains, in a copy whose products are given.
         twin = copy.copy(module)
+        twin.training = True
         stand_ins = {name: _Given(value) for name, value in zip(given, values, strict=True)}
         twin.__dict__["_modules"] = {**module._modules, **stand_ins, "down_proj": _Given(None)}
         return (type(module).forward(twin, values[0]),)
 
     def inputs(sizes: Sizes) -> list[list[Tensor]]:
         count = min(sizes.rows * sizes.length, LARGEST // width)
-        return [[_random(sizes, 1, count, width, seed=number) for number, _ in enumerate(given)]]
+        numbers = range(len(given))
+        return [[_random(sizes, 1, count, width, seed=n, scale=scale) for n in numbers] for scale in (1.0, FAR)]
 
     ways = [(lambda *values: (function.apply(*values),), partial(forward, module))]
-    return Place(module, (type(module), given, width), own, ways, inputs)
+    return Place(module, (type(module), given, width, _numbers(module)), own, ways, inputs)
 
 
 # The places of a rotary embedding.
@@ -197,7 +210,7 @@ def _turning(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _turn(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple:
-    if args or kwargs or q.ndim != 4 or cos.ndim != 3:
+    if args or kwargs or q.ndim != 4 or cos.ndim != 3 or cos.shape[-1] != q.shape[-1]:
         return own(q, k, cos, sin, *args, **kwargs)
     return Rotary.apply(q, k, cos, sin)
 
@@ -258,9 +271,10 @@ def _tried(place: Place, sizes: Sizes) -> int | str:
 def _try(place: Place, sizes: Sizes) -> int | str:
     shares: list[float] = []
     try:
-        inputs = place.inputs(sizes)
+        inputs, devices = place.inputs(sizes), [sizes.device] if sizes.device.type == "cuda" else []
         for number, (way, _) in enumerate(place.ways):
-            found = [excess(place.own, way, given) for given in inputs]
+            with torch.random.fork_rng(devices):  # a dropout draws from it
+                found = [excess(place.own, way, given) for given in inputs]
             if all(share <= 1.0 for share in found):  # which nan is not
                 return number
             shares += found

@@ -91,6 +91,38 @@ def test_what_a_trial_lets_through(fused, right):
     assert (elementwise.excess(doubled, fused, inputs) <= 1.0) == right
 
 
+class Gate(torch.nn.Module):
+    """A gated layer whose own code does something more: what transformers' DeepSeek-V4, Step 3.7 and Seed-OSS do."""
+
+    def __init__(self, limit=None, dropout=0.0):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(16, 16) for _ in range(3))
+        self.act_fn, self.limit, self.dropout = torch.nn.SiLU(), limit, dropout
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=self.limit or torch.inf), self.up_proj(x)
+        return torch.nn.functional.dropout(self.down_proj(self.act_fn(gate) * up), self.dropout, self.training)
+
+
+@pytest.mark.parametrize(
+    ("gate", "right"), [(Gate(), True), (Gate(limit=16.0), False), (Gate(dropout=0.1).eval(), False)]
+)
+def test_what_a_layers_own_code_does_beside_its_gate_is_seen(monkeypatch, gate, right):
+    monkeypatch.setattr(liger.SwiGLU, "apply", lambda gate, up: torch.nn.functional.silu(gate) * up)
+    (place,) = elementwise.places(gate)["SwiGLU"]
+    state = torch.get_rng_state()
+    found = elementwise._try(place, elementwise.Sizes(torch.device("cpu"), torch.bfloat16, 1, 64, 1))
+    assert (found == 0) == right
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_that_differ_in_a_number_are_tried_apart():
+    gates = torch.nn.ModuleList([Gate(), Gate(), Gate(limit=16.0)])
+    first, second, third = (place.key for place in elementwise.places(gates)["SwiGLU"])
+    assert first == second
+    assert third != first
+
+
 def resolved(*overrides, device="cuda"):
     return config.resolve(config.load("quickstart.yaml", list(overrides)), device, True)
 
