@@ -209,7 +209,7 @@ def count(
     _listen(model, tensors)
     meter = _Meter()
     with stand_in, int8.planned_for("cuda"), _kernels_counted(meter):
-        with meter, _run_again(meter, blocks) as again:
+        with meter, _through(meter, blocks) as forward:
             value = loss(model, batch)
             value.backward()
         meter.here.attention += meter.later
@@ -220,13 +220,32 @@ def count(
         update = meter.here
     # One read for each block, the prologue and the epilogue; the losses; and the norm that is logged.
     update.waits += len(blocks) + 4
-    return passes * micro_batches + sum(again, Counts()) * (micro_batches if recomputed else 0) + update
+    again = sum((block + spared * -1.0 for block, spared in forward), Counts())
+    return passes * micro_batches + again * (micro_batches if recomputed else 0) + update
+
+
+def count_forward(
+    model: nn.Module,
+    tensors: list[TrainedTensor],
+    blocks: list[nn.Module],
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+    batch: dict[str, Tensor],
+    *,
+    stand_in: AbstractContextManager,
+) -> Counts:
+    """The counts of the way forward through the blocks with ``batch``. See :func:`count`."""
+    _listen(model, tensors)
+    meter = _Meter()
+    with stand_in, int8.planned_for("cuda"), _kernels_counted(meter), meter, _through(meter, blocks) as forward:
+        loss(model, batch)
+    return sum((block for block, _ in forward), Counts())
 
 
 @contextmanager
-def _run_again(meter: _Meter, blocks: list[nn.Module]) -> Iterator[list[Counts]]:
-    """Inside, every block that runs adds to the list what it takes to run it again, without its unread products."""
-    found: list[Counts] = []
+def _through(meter: _Meter, blocks: list[nn.Module]) -> Iterator[list[tuple[Counts, Counts]]]:
+    """Inside, every block that runs adds what it takes to the list, and what of it is spared when it runs again: its
+    unread products."""
+    found: list[tuple[Counts, Counts]] = []
     taken: dict[nn.Module, Counts] = {}
 
     def enter(module: nn.Module, _: tuple) -> None:
@@ -237,7 +256,7 @@ def _run_again(meter: _Meter, blocks: list[nn.Module]) -> Iterator[list[Counts]]
         if module in made:
             first = output if isinstance(output, Tensor) else output[0]
             spared = [taken[layer] for layer in unread(module, made[module], first, ())]
-            found.append(taken[module] + sum(spared, Counts()) * -1.0)
+            found.append((taken[module], sum(spared, Counts())))
 
     with ExitStack() as inside:
         made = {block: inside.enter_context(noted_outputs(block)) for block in blocks}

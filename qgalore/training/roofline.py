@@ -4,9 +4,11 @@ A step grows by the same amount with every block. So two small models of a confi
 counts and its memory are continued in a straight line.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import config as configuration
 from ..config import Config
@@ -15,8 +17,8 @@ from ..memory.rehearsal import Step, ids, mask
 from ..memory.resident import make_states
 from ..models import loading
 from ..models.compiling import blocks_of
-from ..models.loss import can_be_chunked, chunked_loss, summed_loss
-from ..speed import CARDS, Card, Counts, count, parts, seconds
+from ..models.loss import Loss, can_be_chunked, chunked_loss, summed_loss
+from ..speed import CARDS, Card, Counts, count, count_forward, parts, seconds
 from .model import Vocabulary
 from .paper import on_paper, plan_for
 from .proposals import changed
@@ -27,7 +29,7 @@ VOCABULARY = 32_000  # of a configuration whose tokenizer is yet to be trained
 def counts_of(config: Config, vocabulary: Vocabulary) -> tuple[Counts, int]:
     """(counts, tokens) of a step of a resolved configuration that trains a language model, in one process."""
     model, optimizer = _on_paper(config, vocabulary)
-    return _count(config, model, optimizer.tensors, *_whole(config)), _tokens(config)
+    return _count(config, model, optimizer.tensors, **_whole(config)), _tokens(config)
 
 
 def _on_paper(config: Config, vocabulary: Vocabulary) -> tuple[nn.Module, Any]:
@@ -42,11 +44,20 @@ def _tokens(config: Config) -> int:
 
 
 def _count(config: Config, model: nn.Module, tensors: list, micro_batches: int, recomputed: bool) -> Counts:
+    how = {"micro_batches": micro_batches, "recomputed": recomputed}
+    return count(model, tensors, *_on(config, model), **how, stand_in=stand_ins.kernels("cuda"))
+
+
+def _count_forward(config: Config, model: nn.Module, tensors: list) -> Counts:
+    return count_forward(model, tensors, *_on(config, model), stand_in=stand_ins.kernels("cuda"))
+
+
+def _on(config: Config, model: nn.Module) -> tuple[list[nn.Module], Loss, dict[str, Tensor]]:
+    """A model's blocks, its loss, and a micro-batch."""
     loss, train = chunked_loss if can_be_chunked(model) else summed_loss, config.train
     length = config.data.sequence_length
     step = Step(loss=loss, micro_batch_size=train.micro_batch_size, sequence_length=length, masked=False)
-    how = {"micro_batches": micro_batches, "recomputed": recomputed, "stand_in": stand_ins.kernels("cuda")}
-    return count(model, tensors, list(blocks_of(model)), loss, ids(step) | mask(model, step), **how)
+    return list(blocks_of(model)), loss, ids(step) | mask(model, step)
 
 
 def _recomputed(config: Config) -> bool:
@@ -64,7 +75,7 @@ def line_of(config: Config, vocabulary: Vocabulary, total: int) -> str:
     size = min((card.size for card in CARDS if card.size << 30 >= total), default=None)
     if size is None:
         return "not counted, for no card in the table has room for the plan"
-    (counts,), tokens = _continued(config, vocabulary, _whole(config)), _tokens(config)
+    (counts,), tokens = _continued(config, vocabulary, partial(_count, **_whole(config))), _tokens(config)
     speeds = ((card.name, tokens / seconds(parts(counts, card))) for card in CARDS if card.size == size)
     found = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds)
     return f"tokens/s by arithmetic, unmeasured: {found}"
@@ -73,21 +84,21 @@ def line_of(config: Config, vocabulary: Vocabulary, total: int) -> str:
 def seconds_of_a_token(config: Config, vocabulary: Vocabulary, card: Card) -> tuple[float, float]:
     """What a token more in a step of one process takes on ``card``, forward through the blocks and then to the end of
     the backward pass. What a step takes whatever its tokens are, such as write-backs, is left out."""
-    again = _recomputed(config)
-    once, other, two = _continued(config, vocabulary, (1, again), (1, not again), (2, again))
+    steps = [partial(_count, micro_batches=number, recomputed=_recomputed(config)) for number in (1, 2)]
+    once, two, forward = _continued(config, vocabulary, *steps, _count_forward)
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    forward = (once + other * -1.0) * (1.0 if again else -1.0)  # they differ in one more time through the blocks
     first, whole = (seconds(parts(counts, card)) / tokens for counts in (forward, two + once * -1.0))
     return first, whole - first
 
 
-def _whole(config: Config) -> tuple[int, bool]:
+def _whole(config: Config) -> dict[str, Any]:
     """The micro-batches of a step, and whether blocks run again."""
-    return config.train.grad_accumulation, _recomputed(config)
+    return {"micro_batches": config.train.grad_accumulation, "recomputed": _recomputed(config)}
 
 
-def _continued(config: Config, vocabulary: Vocabulary, *steps: tuple[int, bool]) -> list[Counts]:
-    """The counts of ``steps``, which :func:`_whole` describes, continued from those of the first one and two blocks."""
+def _continued(config: Config, vocabulary: Vocabulary, *ways: Callable[..., Counts]) -> list[Counts]:
+    """What each of ``ways`` counts with a configuration, a model and its tensors, continued from the model's first one
+    and two blocks."""
     model, optimizer = _on_paper(config, vocabulary)
     make_states(optimizer.tensors)  # which only the first of the steps would do otherwise
     depth, found = len(blocks_of(model)), []
@@ -95,7 +106,7 @@ def _continued(config: Config, vocabulary: Vocabulary, *steps: tuple[int, bool])
         _cut(model, layers)
         left = {id(parameter) for parameter in model.parameters()}
         tensors = [t for t in optimizer.tensors if id(t.leaves()[0]) in left]
-        found.append([_count(config, model, tensors, *step) for step in steps])
+        found.append([way(config, model, tensors) for way in ways])
     return [one + (two + one * -1.0) * (depth - 1) for two, one in zip(*found, strict=True)]
 
 
