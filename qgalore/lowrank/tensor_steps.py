@@ -287,7 +287,7 @@ def squares(tensors: Iterable[TrainedTensor], add: Add) -> list[Tensor]:
             found.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
         else:  # with its owner, unless that has failed
             assert tensor.owner is not None, f"{tensor.name} has no gradient"
-            found.append(torch.zeros((), device=tensor.stored.device))
+            found.append(torch.zeros((), device=tensor.leaves()[0].device))
         if tensor.owner is not None:
             owned.append(found[-1])
     if owned:

@@ -184,7 +184,7 @@ class Steps:
                 raise
             owned = [tensor for tensor in tensors if tensor.owner is not None]
             if owned and not added:
-                add([torch.zeros((), device=tensor.stored.device) for tensor in owned])
+                add([torch.zeros((), device=tensor.leaves()[0].device) for tensor in owned])
             return error
         return None
 

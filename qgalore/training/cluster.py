@@ -124,7 +124,7 @@ def print_job(config: Config, vocabulary: Vocabulary, processes: int, found: Pla
     say("wire", f"{whole} sent by each of {processes} processes in a step, counted, not measured{where}")
     print(wire, flush=True)
     if config.lowrank.rank == "auto" and cards.shards > 1:
-        say("ranks", "bases are whole in every process, as ranks may change; the plan takes lowrank.max_rank for each")
+        say("ranks", "bases are whole everywhere; memory is planned at lowrank.max_rank, what is sent at mean_rank")
     together, many = human(cards.per_machine * found.host_total), counted(cards.per_machine, "process", "processes")
     say("host", f"{many} of one machine take {together} of its memory, without copies for checkpoints")
     if machines is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qgalore import config
+from qgalore.lowrank.layers.linear import LowRankLinear
+from qgalore.lowrank.rules import RULES, RuleOptions
+from qgalore.lowrank.tensor_steps import squares
 from qgalore.models import streaming
 from qgalore.parallel import job, shards
+from qgalore.replacing import replaced
 
 SLOW = pytest.mark.slow
 WEIGHTS = ["parallel=shard", "train.order=layer_major", "memory.stream=weights"]
@@ -76,6 +81,20 @@ def test_memory_is_given_where_rows_wait_and_not_where_they_are_gathered():
         assert layer.weight.shape == (5, 4)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_what_gradients_meet_is_made_where_they_come_and_not_where_rows_wait():
+    """State of rules, and the zeros that one process adds for what another one owns: sums group tensors by device."""
+    layer = LowRankLinear(torch.ones(64, 64), None, rank=8, group_size=64)
+    layer.probe = torch.nn.Parameter(torch.zeros(64, 64, device="meta"))
+    for shared, device in ((True, "meta"), (False, "cpu")):
+        with replaced([(shards, "is_shared", lambda tensor, shared=shared: shared)]):
+            kept = [RULES[name](layer, 0, RuleOptions(rank=8)).tensors() for name in ("muon", "fira", "apollo")]
+        states = [value for some in kept for name, value in some.items() if name != "written"]
+        assert {value.device.type for value in states} == {device}
+        assert len(states) > 3
+    elsewhere = SimpleNamespace(elsewhere=True, owner=1, stored=layer.weight, leaves=lambda: [layer.probe])
+    assert [square.device.type for square in squares([elsewhere], lambda owned: None)] == ["meta"]
 
 
 def planned_and_real(where, arguments):

@@ -45,7 +45,7 @@ class Apollo(Rule):
         super().__init__(module, index, options)
         self.rank = min(self.wanted_rank(), *module.weight.shape)
         self.tall = module.out_features >= module.in_features
-        self.limiter = GrowthLimiter(module.weight.device)
+        self.limiter = GrowthLimiter(self.device)
 
     def wanted_rank(self) -> int:
         assert self.options.rank is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import combinations
+from ...parallel import shards
 from ...quant.int8 import row_tiles
 from ..layers.linear import LowRankLinear
 
@@ -47,6 +48,8 @@ class Rule(ABC):
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         """``module``: the layer that the rule steps; ``index``: the number of its random streams."""
         self.module, self.index, self.options = module, index, options
+        # State is made beside the weight. Rows that processes share may wait in host memory, and gradients do not.
+        self.device = (module.probe if shards.is_shared(module.weight) else module.weight).device
 
     @property
     def uses_basis(self) -> bool:

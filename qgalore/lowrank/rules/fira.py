@@ -31,7 +31,7 @@ class Fira(Rule):
 
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         super().__init__(module, index, options)
-        self.limiter = GrowthLimiter(module.weight.device)
+        self.limiter = GrowthLimiter(self.device)
 
     def direction(self, gradient: Tensor, step: int, adam: Adam) -> Rows:
         left, right = self.module.columns()

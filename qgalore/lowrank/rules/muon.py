@@ -42,7 +42,7 @@ class Muon(Rule):
     def __init__(self, module: LowRankLinear, index: int, options: RuleOptions) -> None:
         super().__init__(module, index, options)
         rows, columns = module.weight.shape
-        self.momentum = StoredMomentum(rows, columns, options.momentum, module.weight.device)
+        self.momentum = StoredMomentum(rows, columns, options.momentum, self.device)
         self.written = torch.zeros((), dtype=torch.int64, device="cpu")  # the step: its value makes the key
 
     def _key(self, step: int) -> tuple[int, int]:

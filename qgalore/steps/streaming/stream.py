@@ -76,7 +76,7 @@ class Stream:
         for number, block in enumerate(self.blocks):
             tensors = [t for t in optimizer.tensors_of(block) if id(t.stored) not in self._elsewhere]
             for own in (value for tensor in tensors for value in tensor.tensors().values()):
-                if own.is_floating_point() and (own.ndim == 0 or not state):
+                if not state if own.ndim else own.is_floating_point():  # what counts steps stays with the host
                     own.data = own.to(self.device)
             for part in (part for tensor in tensors if state for part in tensor.parts):
                 part.rests_on = torch.device("cpu")  # what a checkpoint loads need not pass through the device
