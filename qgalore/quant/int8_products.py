@@ -79,13 +79,17 @@ def round_once(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() or x.is_inference():  # which know no versions
         return round_tokens(rows)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph that is replayed has to round each time
+    if x.is_cuda and _is_captured():  # a graph that is replayed has to round each time
         return round_tokens(rows)
     known = _last.get("one")
     if known is None or known.of() is not x or known.version != x._version:
         _last.clear()
         known = _last["one"] = _Rounded(weakref.ref(x, _forget), x._version, round_tokens(rows))
     return known.result
+
+
+def _is_captured() -> bool:
+    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
 
 
 def _forget(dead: weakref.ref | None = None) -> None:

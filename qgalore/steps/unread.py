@@ -59,7 +59,9 @@ def unread(block: nn.Module, made: Made, output: Tensor, sides: Sequence[Tensor]
     if "forward" in vars(block) or _is_watched(block):
         return []
     only_added = _reached([output.grad_fn], through=_is_linear)
-    others = [node for node in _reached([output.grad_fn]) if not _is_linear(node)]
+    # Whatever lies behind an operation that is not linear is read, wherever else it goes.
+    linear = {node for node in only_added if _is_linear(node)}
+    others = _reached([output.grad_fn]) - linear
     read = _reached([before for node in others for before in _before(node)])
     read |= _reached([side.grad_fn for side in sides])
     calls = [layer for layer, _ in made]
@@ -80,7 +82,7 @@ def _is_linear(node: Any) -> bool:
 def _is_dropout(factor: Tensor) -> bool:
     """Whether ``factor`` has two values: zero, and a number above 1 that makes up for what is lost. One without values
     is taken for it: where plans are made nothing is computed."""
-    if factor.is_meta or not factor.is_floating_point():
+    if factor.is_meta or type(factor) is not Tensor or not factor.is_floating_point():
         return factor.is_meta
     kept = factor[factor != 0]
     return bool(len(kept) and kept[0] > 1 and (kept == kept[0]).all())

@@ -57,6 +57,7 @@ CASES |= {
     "all graphs kept": ("train.activation_checkpointing=false",),
     "one graph kept": ("train.activation_checkpointing=1", *SPLIT),
     "weights streamed": WEIGHTS,
+    "weights streamed, a rule": (*WEIGHTS, "lowrank.rule=muon"),
     "weights streamed, two micro-batches": (*WEIGHTS, *SPLIT, "memory.slots=3"),
     "streamed, offloaded": (*STREAM, "train.activation_checkpointing=offload"),
     "liger": LIGER,
