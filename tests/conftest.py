@@ -174,3 +174,42 @@ def folder(tmp_path):
     config["export"] = {"formats": []}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
+
+
+@pytest.fixture
+def classify_run(tmp_path, monkeypatch, capfd):
+    """A function (overrides…) → (exit code, standard output, standard error) of ``train.py`` in a folder that holds
+    the tables and the bodies ``encoder`` and ``decoder``."""
+    from labelled import write_body, write_table
+
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "train.tsv", 200, 1)
+    write_table(tmp_path / "dev.tsv", 40, 2)
+    for kind in ("encoder", "decoder"):
+        write_body(tmp_path / kind, kind)
+    config = {
+        "method": "qgalore",
+        "device": "cpu",
+        "run": {"name": "run"},
+        "model": {"path": "encoder"},
+        "data": {
+            "task": "classify",
+            "train": "train.tsv",
+            "valid": "dev.tsv",
+            "text_keys": ["one", "two"],
+            "sequence_length": 64,
+        },
+        "train": {"max_steps": 8, "micro_batch_size": 16, "lr": 0.003, "eval_every": 4, "save_every": 4},
+        "lowrank": {"rank": 8, "update_proj_gap": 3, "scale": 1.0},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = train.main(["--config", "c.yaml", *arguments])
+        output = capfd.readouterr()
+        return code, output.out, output.err
+
+    return run

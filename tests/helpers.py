@@ -1,5 +1,6 @@
-"""What several test files share: short training loops, states and their comparison, damaged files."""
+"""What several test files share: short training loops, states and their comparison, damaged files and seals."""
 
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from qgalore.parallel import ALONE
 from qgalore.parallel.stages import complete
 from qgalore.training.run_lock import RunLock
 
+FILES = ("model.safetensors", "optimizer.safetensors")  # of a checkpoint
 QUICK = {"rank": 8, "basis_format": "int4"}
 
 
@@ -168,3 +170,16 @@ def mutate(folder, rng: random.Random) -> str:
     else:
         path.write_bytes(b"")
     return f"{kind} {path.name}"
+
+
+def reseal(folder, state):
+    """Let the seals say what the files now hold, unless the seals are what was changed."""
+    for name in FILES:
+        content = (folder / name).read_bytes()
+        if isinstance(state.get("files"), dict) and isinstance(state["files"].get(name), dict):
+            state["files"][name] |= {
+                "bytes": len(content),
+                "pieces": [[len(content), hashlib.sha256(content).hexdigest()]],
+            }
+    state.pop("sha256", None)
+    (folder / "state.json").write_text(json.dumps({**state, "sha256": checkpoint.seal_of(state)}))

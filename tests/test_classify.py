@@ -1,90 +1,18 @@
 """data.task: classify through the whole program, on tables that a small encoder can learn."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from labelled import write_table
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
-from qgalore.data.tokenizer import train_tokenizer
 from qgalore.steps.streaming.stream import Stream
-
-WORDS = ("red", "green", "blue", "warm", "cold", "day", "night", "sun", "moon", "sea")
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def write_table(path, rows, seed, number=False):
-    """Two texts a row; the label, yes or no, 2.5 or 0, says whether "warm" is in the first."""
-    generator = random.Random(seed)
-    lines = ["id\tone\ttwo\tlabel"]
-    for row in range(rows):
-        first, second = (generator.choices(WORDS, k=generator.randint(3, 8)) for _ in range(2))
-        label = (2.5, 0) if number else ("yes", "no")
-        label = label["warm" not in first]
-        lines.append(f"{row}\t{' '.join(first)}\t{' '.join(second)}\t{label}")
-    path.write_text("\n".join(lines) + "\n")
-
-
-def write_body(folder, kind):
-    """A pretrained folder whose model has no classification head, with a tokenizer."""
-    tokenizer = train_tokenizer([" ".join(WORDS), *WORDS] * 3, vocab_size=300)
-    torch.manual_seed(0)
-    sizes = {**SHAPE, "vocab_size": len(tokenizer), "max_position_embeddings": 96}
-    if kind == "encoder":
-        model = BertModel(BertConfig(**sizes, pad_token_id=tokenizer.pad_token_id))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**sizes))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
-
-
-@pytest.fixture
-def classify_run(tmp_path, monkeypatch, capfd):
-    """A function (overrides…) → (exit code, standard output, standard error) of ``train.py`` in a folder that holds
-    the tables and the bodies ``encoder`` and ``decoder``."""
-    import train
-
-    monkeypatch.chdir(tmp_path)
-    write_table(tmp_path / "train.tsv", 200, 1)
-    write_table(tmp_path / "dev.tsv", 40, 2)
-    for kind in ("encoder", "decoder"):
-        write_body(tmp_path / kind, kind)
-    config = {
-        "method": "qgalore",
-        "device": "cpu",
-        "run": {"name": "run"},
-        "model": {"path": "encoder"},
-        "data": {
-            "task": "classify",
-            "train": "train.tsv",
-            "valid": "dev.tsv",
-            "text_keys": ["one", "two"],
-            "sequence_length": 64,
-        },
-        "train": {"max_steps": 8, "micro_batch_size": 16, "lr": 0.003, "eval_every": 4, "save_every": 4},
-        "lowrank": {"rank": 8, "update_proj_gap": 3, "scale": 1.0},
-    }
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-
-    def run(*arguments):
-        capfd.readouterr()
-        code = train.main(["--config", "c.yaml", *arguments])
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def rows(run="run"):

@@ -123,3 +123,10 @@ def test_no_two_test_modules_have_one_name():
     """Processes that a test starts import its module by name, from the first folder that has one."""
     names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
     assert sorted(names) == sorted(set(names))
+
+
+def test_no_test_module_imports_another():
+    """What several need has a module of its own, such as ``helpers``."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) (test_\w+)", path.read_text(encoding="utf-8"), flags=re.M)
+        assert not found, f"{path.name} imports {found[0]}"

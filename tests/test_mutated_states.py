@@ -1,7 +1,6 @@
 """Hundreds of changed checkpoints and records: each is refused with a message, or read as what it says; none ends in a
 traceback, now or in the step after. What only a bit flip or a cut can have done is never accepted."""
 
-import hashlib
 import json
 import math
 import random
@@ -9,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import mutate, save_checkpoint, trained
+from helpers import FILES, mutate, reseal, save_checkpoint, trained
 from safetensors.torch import load_file, save_file
 
 from qgalore.errors import ConfigError, NumericalError
@@ -21,21 +20,7 @@ CASES = 300
 POSITION = {"step": 2, "sample": [0, 4], "tokens": 9, "losses": [2.0, 1.5], "skip": [], "best_loss": 1.0, "order": 0}
 TEXT = {"config": {"run": {}, "train": {"lr": 0.1}}, "position": POSITION, "data": "d", "model_config": {"a": [1]}}
 WRONG = (None, "x", -1, 2**70, 1.5, float("nan"), [], {}, [[]], {"a": 1}, True, "1" * 200)
-FILES = ("model.safetensors", "optimizer.safetensors")
 MUST_FAIL = {"drop", "dtype", "shape", "rename", "nan", "inf", "empty"}
-
-
-def reseal(folder, state):
-    """Let the seals say what the files now hold, unless the seals are what was changed."""
-    for name in FILES:
-        content = (folder / name).read_bytes()
-        if isinstance(state.get("files"), dict) and isinstance(state["files"].get(name), dict):
-            state["files"][name] |= {
-                "bytes": len(content),
-                "pieces": [[len(content), hashlib.sha256(content).hexdigest()]],
-            }
-    state.pop("sha256", None)
-    (folder / "state.json").write_text(json.dumps({**state, "sha256": checkpoint.seal_of(state)}))
 
 
 def change_a_tensor(folder, rng):

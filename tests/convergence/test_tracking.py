@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from helpers import rows
-from test_bad_steps import BATCH_MAJOR, Poison, PoisonedGradient
+from poison import BATCH_MAJOR, Poison, PoisonedGradient
 
 from qgalore.convergence import live, records, tensorboard, trackers
 from qgalore.errors import ConfigError

@@ -5,8 +5,7 @@ import os
 
 import pytest
 import torch
-from helpers import assert_same, final_state
-from test_mutated_states import reseal
+from helpers import assert_same, final_state, reseal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgalore import config

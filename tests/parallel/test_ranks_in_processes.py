@@ -6,7 +6,7 @@ import pytest
 from helpers import assert_same, save_checkpoint
 from jobs import Wire, chain_of, codes, live, state, take, whole
 from processes import run_in
-from test_shard_runs import planned_and_real, timeless
+from records import planned_and_real, timeless
 
 from qgalore import config
 from qgalore.errors import NumericalError

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_same
 from jobs import MICRO_BATCHES, chain_of, codes, live, rows, state, walked_steps
 from processes import run_in
-from test_shard_runs import timeless
+from records import timeless
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -16,8 +16,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton.language as tl
 import zoo
 from liger_kernel.ops import rms_norm, rope, swiglu
-from test_walk import converted, ordinary, same, walked
 from triton.runtime import interpreter
+from walks import converted, ordinary, same, walked
 
 from qgalore.models import elementwise, liger
 

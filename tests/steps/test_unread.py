@@ -3,7 +3,7 @@
 import pytest
 import torch
 import zoo
-from test_walk import converted, walked
+from walks import converted, walked
 
 from qgalore.lowrank.layers import delta_linear
 from qgalore.models.convert import convert

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, final_state, rows
-from test_classify import classify_run, write_table  # noqa: F401 - a fixture
+from labelled import write_table
 from torch._dynamo.utils import counters
 
 from qgalore.models import compiling
@@ -98,7 +98,7 @@ NUMBERS = ("data.train=numbers.tsv", "data.valid=numbers.tsv", "data.label_type=
         pytest.param("encoder", NUMBERS, marks=pytest.mark.slow),
     ],
 )
-def test_classifiers_and_regression(classify_run, body, labels):  # noqa: F811 - the fixture of that name
+def test_classifiers_and_regression(classify_run, body, labels):
     """Without dropout, which a walk seeds for each block."""
     write_table(Path("numbers.tsv"), 100, 3, number=True)
     fields = json.loads(Path(body, "config.json").read_text())
