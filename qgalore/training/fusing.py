@@ -27,10 +27,12 @@ def _obstacle(config: Config, device: torch.device | None) -> str | None:
 
 def fuse_as(config: Config, model: nn.Module, device: torch.device | None) -> str | None:
     """Let Liger's kernels do what ``config`` leaves to them in a converted ``model``; returns a line about it, if there
-    is something to say. Without a ``device`` nothing is tried. Raises :class:`ConfigError` if they must be used and
-    cannot."""
+    is something to say. Raises :class:`ConfigError` if they must be used and cannot.
+
+    Without a ``device``, in a plan for a GPU that is not here, nothing is tried, and ``auto`` takes none of them: a
+    plan must not hang on what is installed where it is made."""
     asked, kept = config.model.elementwise, ""
-    if asked == "plain" or (asked == "auto" and config.device == "cpu"):
+    if asked == "plain" or (asked == "auto" and (config.device == "cpu" or device is None)):
         return None
     reason = _obstacle(config, device)
     if reason is None:

@@ -127,22 +127,31 @@ def resolved(*overrides, device="cuda"):
     return config.resolve(config.load("quickstart.yaml", list(overrides)), device, True)
 
 
-def said(monkeypatch, *overrides, device="cuda", installed=True, kind="Llama"):
+def said(monkeypatch, *overrides, device="cuda", installed=True, kind="Llama", here=None):
     monkeypatch.setattr(fusing, "find_spec", lambda name: object() if installed else None)
-    return fusing.fuse_as(resolved(*overrides, device=device), built(kind), None)
+    return fusing.fuse_as(resolved(*overrides, device=device), built(kind), here)
+
+
+LIGER, GPU = "model.elementwise=liger", torch.device("cuda")
 
 
 def test_what_is_said(monkeypatch):
-    assert said(monkeypatch) == "Liger's RMSNorm, SwiGLU, RoPE"
-    assert said(monkeypatch, kind="Gemma") == "Liger's RMSNorm, RoPE; not SwiGLU (the model has none that Liger knows)"
+    assert said(monkeypatch, LIGER) == "Liger's RMSNorm, SwiGLU, RoPE"
+    gemma = "Liger's RMSNorm, RoPE; not SwiGLU (the model has none that Liger knows)"
+    assert said(monkeypatch, LIGER, kind="Gemma") == gemma
     assert said(monkeypatch, "model.elementwise=plain") is None
     assert said(monkeypatch, device="cpu") is None
-    assert "liger-kernel is not installed (pip install liger-kernel)" in said(monkeypatch, installed=False)
-    assert "kernels is reference" in said(monkeypatch, "kernels=reference")
-    assert "compiled blocks have kernels of their own" in said(monkeypatch, "model.compile=blocks")
-    assert said(monkeypatch, kind="GPT2").startswith(
-        "plain PyTorch and not Liger's kernels: RMSNorm (the model has none"
-    )
+    reason = said(monkeypatch, installed=False, here=GPU)
+    assert reason.startswith("plain PyTorch and not Liger's kernels: liger-kernel is not installed (pip install liger-")
+    assert "kernels is reference" in said(monkeypatch, "kernels=reference", here=GPU)
+    assert "compiled blocks have kernels of their own" in said(monkeypatch, "model.compile=blocks", here=GPU)
+    with pytest.raises(ConfigError, match=r"it cannot be: RMSNorm \(the model has none"):
+        said(monkeypatch, LIGER, kind="GPT2")
+
+
+def test_a_plan_for_a_gpu_elsewhere_hangs_on_nothing_that_is_installed(monkeypatch):
+    for installed in (True, False):
+        assert said(monkeypatch, installed=installed) is None
 
 
 def test_what_must_be_used_and_cannot_be_is_refused(monkeypatch):
