@@ -158,7 +158,7 @@ def test_what_each_process_keeps_is_what_the_plan_says_and_no_more(folder, capsy
     assemble.plan(config.load(str(folder / "tiny.yaml"), [*short, "lowrank.mean_rank=8"]), 2)
     bases = re.search(r"bases +([\d.]+) KiB", (shown := capsys.readouterr().out))
     assert float(bases[1]) == pytest.approx(both[0][0]["bases"] / 1024, abs=0.05)  # whatever their mean is
-    assert "bases are whole in every process" in shown
+    assert "bases are whole everywhere" in shown
 
 
 @pytest.mark.slow
