@@ -80,8 +80,8 @@ def _is_linear(node: Any) -> bool:
 
 
 def _is_dropout(factor: Tensor) -> bool:
-    """Whether ``factor`` has two values: zero, and a number above 1 that makes up for what is lost. One without values
-    is taken for it: where plans are made nothing is computed."""
+    """Whether ``factor`` has two values: zero, and a number above 1 that makes up for what is lost. On the meta device,
+    where plans are made, any is taken for it; of another kind of tensor whose values cannot be seen, none."""
     if factor.is_meta or type(factor) is not Tensor or not factor.is_floating_point():
         return factor.is_meta
     kept = factor[factor != 0]

@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -144,6 +145,16 @@ def walked_steps(how, steps, clip, options, many=MICRO_BATCHES, on_host=False):
         for slot, parts in optimizer.state_dict()["slots"].items():
             found |= {f"{slot}|{name}": value for name, value in {**parts["inner"], **parts["extra"]}.items()}
         return whole(team, found), [(e["layer"], e["step"]) for e in optimizer.events]
+
+
+def assert_same_steps(found, wanted):
+    """What two calls of :func:`walked_steps` gave is the same, bit for bit but for sums of losses and of norms."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if name in ("losses", "norms"):  # which may be added up in another order
+            np.testing.assert_allclose(found[name], value, rtol=1e-6)
+        else:
+            assert np.array_equal(found[name], value), name
 
 
 def steps_of_a_loop(steps):

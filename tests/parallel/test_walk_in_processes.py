@@ -2,7 +2,20 @@
 
 import numpy as np
 import pytest
-from jobs import LONG, MICRO_BATCHES, RANK, SMALL, WIDTH, Chain, Wire, chain_of, steps_of_a_loop, take, walked_steps
+from jobs import (
+    LONG,
+    MICRO_BATCHES,
+    RANK,
+    SMALL,
+    WIDTH,
+    Chain,
+    Wire,
+    assert_same_steps,
+    chain_of,
+    steps_of_a_loop,
+    take,
+    walked_steps,
+)
 from processes import run_in
 
 from qgalore.memory.traffic import payload
@@ -64,12 +77,7 @@ def same_in_one_process(size, how, steps, clip, options, many=MICRO_BATCHES):
     assert not refreshed or ("blocks.2.layer", 1) in refreshed  # a first basis that has waited
     for found, events in run_in(size, walked_steps, how, steps, clip, options, many):
         assert events == refreshed
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            if name in ("losses", "norms"):  # which may be added up in another order
-                np.testing.assert_allclose(found[name], value, rtol=1e-6)
-            else:
-                assert np.array_equal(found[name], value), name
+        assert_same_steps(found, wanted)
 
 
 def what_is_sent(how, steps, clip=0.0):
