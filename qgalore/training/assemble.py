@@ -33,6 +33,7 @@ from .data import Data as BuiltData
 from .data import build_data, build_tokenizer, given_tokenizer
 from .export import check_formats, export, export_checkpoint, finish, mark_ends, restore_model
 from .fit import prepare_allocator, recheck, settle
+from .fusing import check_fusing
 from .loop import Loop
 from .model import Vocabulary, build_model, build_optimizer, compile_as, stepping_line
 from .paper import has_weights, shape
@@ -156,6 +157,7 @@ def _check_device(config: Config, device: torch.device) -> None:
         int8_products.check(device)
     if config.model.compile == "blocks":
         check_compiler(device)
+    check_fusing(config, device)
 
 
 def _checked_tokenizer(

@@ -25,6 +25,16 @@ def _obstacle(config: Config, device: torch.device | None) -> str | None:
     return None
 
 
+def _refused(reason: str) -> ConfigError:
+    return ConfigError(f"model.elementwise is liger, and it cannot be: {reason}. Set model.elementwise=auto")
+
+
+def check_fusing(config: Config, device: torch.device) -> None:
+    """Raise :class:`ConfigError` if Liger's kernels must be used, and cannot be on ``device`` whatever the model is."""
+    if config.model.elementwise == "liger" and (reason := _obstacle(config, device)) is not None:
+        raise _refused(reason)
+
+
 def fuse_as(config: Config, model: nn.Module, device: torch.device | None) -> str | None:
     """Let Liger's kernels do what ``config`` leaves to them in a converted ``model``; returns a line about it, if there
     is something to say. Raises :class:`ConfigError` if they must be used and cannot.
@@ -41,7 +51,7 @@ def fuse_as(config: Config, model: nn.Module, device: torch.device | None) -> st
         if used:
             return f"Liger's {', '.join(used)}{'; not ' if kept else ''}{kept}"
     if asked == "liger":
-        raise ConfigError(f"model.elementwise is liger, and it cannot be: {reason or kept}. Set model.elementwise=auto")
+        raise _refused(reason or kept)
     return f"plain PyTorch and not Liger's kernels: {reason or kept}"
 
 

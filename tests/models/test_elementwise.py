@@ -163,6 +163,14 @@ def test_what_must_be_used_and_cannot_be_is_refused(monkeypatch):
         fusing.fuse_as(settings, built("Llama"), torch.device("cpu"))
 
 
+def test_that_is_said_before_anything_slow_begins(tiny_run):
+    """Before a tokenizer is trained."""
+    code, out, err = tiny_run("model.elementwise=liger", "device=cpu")
+    assert code == 2
+    assert "model.elementwise is liger, and it cannot be" in err
+    assert "tokenizer:" not in out
+
+
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
